@@ -1,0 +1,48 @@
+# make demo | test | lint | clean
+# Each makes .venv with $(PYTHON) when it is absent, and installs into it only when setup.py has changed.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: .venv/.installed-demo
+	$(BIN)/python -m prompt_tuning_jax.demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(PYTEST_ARGS)
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# Removes what the targets above make; never runs/.
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last file that venv writes, so an interrupted venv is made again.
+.venv/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; prompt_tuning_jax needs Python 3.11 or newer (make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; prompt_tuning_jax needs 3.11 or newer (make PYTHON=...)" % sys.version_info[:2])'
+	@echo "making .venv"
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed-demo: setup.py | .venv/bin/pip
+	@echo "installing prompt_tuning_jax and what it needs into .venv (TensorFlow and JAX: a few minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+# torch comes first and alone, so that nothing else brings another build of it.
+.venv/.installed-test: setup.py | .venv/bin/pip
+	@echo "installing torch, for the tests, into .venv"
+	@$(PIP) torch==2.13.0
+	@echo "installing prompt_tuning_jax, the tests' and the linters' packages into .venv (a few minutes)"
+	@$(PIP) -e '.[test,lint]'
+	@touch $@ .venv/.installed-demo

@@ -1,0 +1,1 @@
+"""Files of models and runs: base models in and out, training state."""

@@ -1,0 +1,52 @@
+"""The training state on disk, through Orbax: small, atomic, written while training goes on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class StateStore:
+    """`MODEL_DIR/checkpoints/<step>`: every state saved; the frozen base is never among it."""
+
+    def __init__(self, folder: str | os.PathLike, keep: int | None = None):
+        """`keep` is the number of latest checkpoints to leave; all where None."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write `state`; a checkpoint of that step that is already there stands."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)))
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of `step`, with the structure, shapes and dtypes of `like`.
+
+        Raises:
+          ValueError: the checkpoint is not whole, or of another structure.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {step} in MODEL_DIR cannot be restored ({str(error).splitlines()[0][:200]}): "
+                "delete that step's folder, or set another MODEL_DIR"
+            ) from None
+
+    def wait(self) -> None:
+        """Returns once all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()

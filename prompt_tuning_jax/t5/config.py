@@ -1,0 +1,63 @@
+"""The hyper-parameters of a T5 1.1 model, and the named sizes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Size and numerics of a model. Field names are those of T5X's `network.T5Config`.
+
+    Attributes:
+      vocab_size: rows of the embedding table, V (padded: 32,128 for T5's 32,100 ids).
+      emb_dim: d_model, D.
+      mlp_dim: d_ff, F.
+      dropout_rate: applied wherever T5 has dropout; one mask for all positions of a row.
+      dtype: of the activations, also by name; "auto" is bfloat16 on accelerators and float32 on CPU. Softmax, RMSNorm,
+        logits and loss are float32 whatever it is.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_dim: int
+    head_dim: int = 64
+    mlp_activations: Sequence[str] = ("gelu", "linear")
+    dropout_rate: float = 0.0
+    logits_via_embedding: bool = False
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        dtype = self.dtype
+        if isinstance(dtype, str):
+            if dtype == "auto":
+                dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            dtype = jnp.dtype(dtype).type
+        # gin gives lists and names; jit wants hashable values.
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+
+def _size(emb_dim: int, mlp_dim: int, num_heads: int, layers: int, vocab_size: int = 32_128) -> T5Config:
+    return T5Config(vocab_size, emb_dim, num_heads, layers, layers, mlp_dim)
+
+
+# The ladder below small is this project's own; small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
+SIZES = {
+    "nano": _size(128, 256, 2, 4),
+    "micro": _size(256, 512, 4, 4),
+    "mini": _size(384, 1024, 6, 6),
+    "small": _size(512, 1024, 6, 8),
+    "base": _size(768, 2048, 12, 12),
+    "large": _size(1024, 2816, 16, 24),
+    "xl": _size(2048, 5120, 32, 24),
+    "xxl": _size(4096, 10240, 64, 24),
+}

@@ -1,0 +1,207 @@
+"""The parts of a T5 1.1 layer: RMSNorm, attention with relative position bias, gated feed-forward (T5X layers.py).
+
+Shapes: B batch, Q and K query and key positions, H heads, D d_model, F d_ff. No biases anywhere, and attention logits
+are not scaled: the query's initialiser carries the 1/sqrt(head_dim), as in T5.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.partitioning import param_with_axes
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from prompt_tuning_jax.t5.config import T5Config
+
+Initializer = Any  # (key, shape, dtype) -> Array
+
+MASKED = -1e10  # T5X's value for a hidden position: its softmax weight is exactly 0 in float32
+
+
+class KeyValue(NamedTuple):
+    """Projected keys and values of one attention."""
+
+    key: Float[Array, "B H K head_dim"]
+    value: Float[Array, "B H K head_dim"]
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to unit root mean square, in float32, with no mean subtracted and no bias."""
+
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = param_with_axes("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",))
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(lax.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Dense(nn.Module):
+    """A matrix, `[in, features]`, and nothing else."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        shape = (x.shape[-1], self.features)
+        kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.axes)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Embed(nn.Module):
+    """The table shared by encoder and decoder inputs (T5 1.1 has a matrix of its own for the logits)."""
+
+    vocab_size: int
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        shape, init = (self.vocab_size, self.features), nn.initializers.normal(1.0)
+        self.embedding = param_with_axes("embedding", init, shape, jnp.float32, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits through the transposed table (T5 1.0), in float32."""
+        return jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
+
+
+def relative_position_bucket(
+    relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """The bucket of each key position minus query position: exact when near, logarithmic when far.
+
+    Half of the buckets of a bidirectional stack are for keys to the right; a causal stack puts those in bucket 0.
+    """
+    bucket = np.zeros_like(relative_position)
+    distance = -relative_position
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (distance < 0) * num_buckets
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(distance, 0)
+    exact = num_buckets // 2
+    eps = np.finfo(np.float32).eps
+    # float32 throughout, as in T5X: a float64 logarithm moves some distances to the next bucket.
+    far = np.log(distance.astype(np.float32) / exact + eps) / np.log(max_distance / exact) * (num_buckets - exact)
+    far = np.minimum(exact + far.astype(np.int32), num_buckets - 1)
+    return bucket + np.where(distance < exact, distance, far)
+
+
+class RelativePositionBias(nn.Module):
+    """One learned number a bucket and head, added to the attention logits of every layer of a stack."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int, first_query: Int[Array, ""] | int = 0) -> Float[Array, "1 H Q K"]:
+        """The bias of query positions first_query .. first_query + queries - 1 against key positions 0 .. keys - 1."""
+        cfg = self.config
+        shape, axes = (cfg.num_heads, cfg.relative_attention_num_buckets), ("heads", "relpos_buckets")
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table = param_with_axes("rel_embedding", init, shape, jnp.float32, axes=axes)
+        # Every distance that can occur has one bucket, fixed when the program is built.
+        bucket_of = relative_position_bucket(
+            np.arange(-keys + 1, keys, dtype=np.int32),
+            bidirectional=self.bidirectional,
+            num_buckets=cfg.relative_attention_num_buckets,
+            max_distance=cfg.relative_attention_max_distance,
+        )
+        relative = jnp.arange(keys)[None, :] - (jnp.arange(queries) + first_query)[:, None]
+        by_distance = jnp.take(table, bucket_of, axis=1)
+        return jnp.take(by_distance, relative + keys - 1, axis=1, mode="clip")[None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention. Parameters `query key value out`, each one matrix, as T5X stores them."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        joined = cfg.num_heads * cfg.head_dim
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        into = functools.partial(Dense, joined, ("embed", "joined_kv"), cfg.dtype)
+        self.query = into(kernel_init=lambda *args: init(*args) / np.sqrt(cfg.head_dim))
+        self.key = into(kernel_init=init)
+        self.value = into(kernel_init=init)
+        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype, kernel_init=init)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def _heads(self, x: Float[Array, "B T joined"]) -> Float[Array, "B H T head_dim"]:
+        # Heads before positions: both products of the attention are then plain batched matrix products.
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim).swapaxes(1, 2)
+
+    def project(self, x: Float[Array, "B K D"]) -> KeyValue:
+        """Keys and values of `x`."""
+        return KeyValue(self._heads(self.key(x)), self._heads(self.value(x)))
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        key_value: KeyValue,
+        *,
+        bias: Float[Array, "1 H Q K"] | None = None,
+        mask: Bool[Array, "#B 1 #Q K"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B Q D"]:
+        """Attends from `x` to `key_value` where `mask` is true; `bias` is added to the logits."""
+        scores = jnp.einsum("bhqd,bhkd->bhqk", self._heads(self.query(x)), key_value.key)
+        scores = scores.astype(jnp.float32)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = jnp.where(mask, scores, MASKED)
+        weights = jax.nn.softmax(scores).astype(self.config.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, key_value.value)
+        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+    @nn.compact
+    def extend_cache(self, x: Float[Array, "B Q D"], index: Int[Array, ""]) -> KeyValue:
+        """Writes the keys and values of `x` at position `index` of the "cache" collection and returns all of them.
+
+        The first call, without a cache, creates an empty one as long as `x` and returns `x`'s own.
+        """
+        new = self.project(x)
+        exists = self.has_variable("cache", "cached_key")
+        key = self.variable("cache", "cached_key", jnp.zeros, new.key.shape, new.key.dtype)
+        value = self.variable("cache", "cached_value", jnp.zeros, new.value.shape, new.value.dtype)
+        if not exists:
+            return new
+        key.value = lax.dynamic_update_slice_in_dim(key.value, new.key, index, axis=2)
+        value.value = lax.dynamic_update_slice_in_dim(value.value, new.value, index, axis=2)
+        return KeyValue(key.value, value.value)
+
+
+class MlpBlock(nn.Module):
+    """Feed-forward: the product of its activated projections (`wi_0`, `wi_1`; one, `wi`, in T5 1.0), then `wo`."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], deterministic: bool = True) -> Float[Array, "B T D"]:
+        cfg = self.config
+        names: Sequence[str] = ["wi"] if len(cfg.mlp_activations) == 1 else [f"wi_{i}" for i in range(9)]
+        branches = []
+        for name, activation in zip(names, cfg.mlp_activations, strict=False):
+            hidden = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
+            branches.append(hidden if activation == "linear" else getattr(nn, activation)(hidden))
+        hidden = functools.reduce(operator.mul, branches)
+        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(hidden)

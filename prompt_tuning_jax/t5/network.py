@@ -1,0 +1,280 @@
+"""T5 1.1, top to bottom: encoder, decoder, and the whole (parameter names and call signature of T5X network.py)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.layers import Attention, Dense, Embed, KeyValue, MlpBlock, RelativePositionBias, RMSNorm
+
+Mask = Bool[Array, "#B 1 #Q K"]
+Bias = Float[Array, "1 H Q K"]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward, each on a normalised input and added to the residual stream."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, deterministic: bool) -> Float[Array, "B S D"]:
+        cfg = self.config
+        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+        attention = Attention(cfg, name="attention")
+
+        y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
+        y = attention(y, attention.project(y), bias=bias, mask=mask, deterministic=deterministic)
+        x = x + dropout(y)
+
+        y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
+        return x + dropout(MlpBlock(cfg, name="mlp")(y, deterministic))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder's output, feed-forward."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(cfg.dtype)
+        self.self_attention = Attention(cfg)
+        self.pre_cross_attention_layer_norm = RMSNorm(cfg.dtype)
+        self.encoder_decoder_attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.dtype)
+        self.mlp = MlpBlock(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def project_encoded(self, encoded: Float[Array, "B S D"]) -> KeyValue:
+        return self.encoder_decoder_attention.project(encoded)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        encoded_kv: KeyValue,
+        bias: Bias,
+        mask: Mask,
+        encoded_mask: Mask,
+        cache_index: Int[Array, ""] | None,
+        deterministic: bool,
+    ) -> Float[Array, "B Q D"]:
+        y = self.pre_self_attention_layer_norm(x)
+        cached = cache_index is not None
+        kv = self.self_attention.extend_cache(y, cache_index) if cached else self.self_attention.project(y)
+        y = self.self_attention(y, kv, bias=bias, mask=mask, deterministic=deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+
+        y = self.pre_cross_attention_layer_norm(x)
+        y = self.encoder_decoder_attention(y, encoded_kv, mask=encoded_mask, deterministic=deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+    """The encoder stack. It owns the soft prompt, which enters here and nowhere else.
+
+    Attributes:
+      prompt_factory: builds the module that puts the prompt before the embedded inputs, called as
+        `module(embedded [B, T, D], prompt or None) -> [B, P+T, D]`; None for a model without prompts.
+    """
+
+    config: T5Config
+    prompt_factory: Callable[[], nn.Module] | None = None
+
+    def setup(self):
+        cfg = self.config
+        if self.prompt_factory is not None:
+            self.prompt = self.prompt_factory()
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(cfg.dtype)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(
+        self,
+        embedded: Float[Array, "B T D"],
+        mask: Bool[Array, "B 1 #T T"],
+        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B S D"]:
+        x = embedded
+        if self.prompt_factory is not None:
+            x = self.prompt(embedded, prompt)
+            mask = extend_over_prompt(mask, x.shape[1] - embedded.shape[1])
+        x = self.dropout(x, deterministic=deterministic)
+        bias = self.relpos_bias(x.shape[1], x.shape[1])
+        for layer in self.layers:
+            x = layer(x, bias, mask, deterministic)
+        return self.dropout(self.encoder_norm(x), deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The decoder stack and the logits."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(cfg.dtype)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        if not cfg.logits_via_embedding:
+            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
+
+    def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
+        return tuple(layer.project_encoded(encoded) for layer in self.layers)
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded: Float[Array, "B Q D"],
+        encoded_kv: tuple[KeyValue, ...],
+        mask: Mask | None,
+        encoded_mask: Mask,
+        deterministic: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+    ) -> Float[Array, "B Q D"]:
+        queries = embedded.shape[1]
+        index, keys = None, queries
+        if decode:
+            started = self.has_variable("cache", "cache_index")
+            cache_index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+            index = cache_index.value
+            if started:
+                cache_index.value = index + queries
+                keys = max_decode_length or queries
+        first = 0 if index is None else index
+        causal = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + first)[:, None]
+        mask = causal[None, None] if mask is None else causal[None, None] & mask
+        bias = self.relpos_bias(queries, keys, first)
+
+        x = self.dropout(embedded, deterministic=deterministic)
+        for layer, key_value in zip(self.layers, encoded_kv, strict=True):
+            x = layer(x, key_value, bias, mask, encoded_mask, index, deterministic)
+        return self.dropout(self.decoder_norm(x), deterministic=deterministic)
+
+
+class Transformer(nn.Module):
+    """An encoder-decoder T5 1.1 with, where `prompt_factory` is given, a soft prompt before the encoder's input.
+
+    `encode`, `decode` and `__call__` take what T5X's models pass to its own network; `prompt` alone is new.
+
+    Attributes:
+      prompt_factory: see `Encoder`. With gin: `network.Transformer.prompt_factory = @module.SoftPrompt`.
+    """
+
+    config: T5Config
+    prompt_factory: Callable[[], nn.Module] | None = None
+
+    def setup(self):
+        cfg = self.config
+        self.token_embedder = Embed(cfg.vocab_size, cfg.emb_dim, cfg.dtype)
+        self.encoder = Encoder(cfg, self.prompt_factory)
+        self.decoder = Decoder(cfg)
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Array, "B T"],
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        enable_dropout: bool = True,
+        *,
+        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's output over prompt and inputs, [B, P+T, D].
+
+        Args:
+          encoder_input_tokens: 0 is padding, and never attended to.
+          encoder_segment_ids: of packed examples; only without a prompt.
+          prompt: used in place of the model's own, one for all rows or one a row.
+        """
+        mask = (encoder_input_tokens > 0)[:, None, None, :]
+        if encoder_segment_ids is not None:
+            if self.prompt_factory is not None:
+                raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
+            mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
+        embedded = self.token_embedder(encoder_input_tokens)
+        return self.encoder(embedded, mask, prompt, not enable_dropout)
+
+    def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
+        """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each decoding step."""
+        return self.decoder.project_encoded(encoded)
+
+    def decode(
+        self,
+        encoded: Float[Array, "B S D"] | tuple[KeyValue, ...],
+        encoder_input_tokens: Int[Array, "B T"],
+        decoder_input_tokens: Int[Array, "B Q"],
+        decoder_target_tokens: Int[Array, "B Q"],
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B Q"] | None = None,
+        decoder_positions: Int[Array, "B Q"] | None = None,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+    ) -> Float[Array, "B Q V"]:
+        """Logits, float32, of the token after each decoder input.
+
+        Args:
+          encoded: the output of `encode`, or `project_encoded` of it.
+          encoder_input_tokens: what was encoded, for its padding mask; the prompt's length is the difference.
+          decode: one position a call, reading and writing the "cache" collection; see `decoding.greedy`.
+          max_decode_length: length of the cache.
+        """
+        del decoder_positions  # T5 has relative positions alone
+        keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
+        encoded_mask = (encoder_input_tokens > 0)[:, None, None, :]
+        mask = None
+        if encoder_segment_ids is not None and decoder_segment_ids is not None:
+            mask = _same_segment(decoder_segment_ids, decoder_segment_ids)
+            encoded_mask = encoded_mask & _same_segment(decoder_segment_ids, encoder_segment_ids)
+        encoded_mask = extend_over_prompt(encoded_mask, keys[0].key.shape[2] - encoder_input_tokens.shape[1])
+
+        embedded = self.token_embedder(decoder_input_tokens)
+        x = self.decoder(embedded, keys, mask, encoded_mask, not enable_dropout, decode, max_decode_length)
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
+        return self.decoder.logits_dense(x)
+
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "B T"],
+        decoder_input_tokens: Int[Array, "B U"],
+        decoder_target_tokens: Int[Array, "B U"],
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B U"] | None = None,
+        encoder_positions: Int[Array, "B T"] | None = None,
+        decoder_positions: Int[Array, "B U"] | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+    ) -> Float[Array, "B U V"]:
+        """Teacher-forced logits, float32."""
+        del encoder_positions
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt)
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            decoder_positions,
+            enable_dropout,
+            decode,
+        )
+
+
+def extend_over_prompt(mask: Bool[Array, "B 1 Q T"], prompt_length: int) -> Bool[Array, "B 1 Q P+T"]:
+    """The mask with `prompt_length` always visible positions in front."""
+    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
+
+
+def _same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:
+    return (queries[:, :, None] == keys[:, None, :])[:, None]

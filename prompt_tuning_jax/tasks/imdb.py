@@ -1,0 +1,44 @@
+"""IMDB movie reviews: the review as it is, `negative` or `positive` (the formats of the official recycling tasks)."""
+
+import functools
+import random
+from pathlib import Path
+
+import seqio
+import tensorflow as tf
+
+from prompt_tuning_jax.tasks import metrics, postprocessors, sources
+from prompt_tuning_jax.tasks.features import FEATURES
+
+LABELS = ("negative", "positive")
+
+
+def _read(path: Path) -> list[sources.Row]:
+    """The rows in a fixed shuffled order: the file has its labels in blocks, and a slice of it should hold both."""
+    rows = list(sources.read_jsonl(path, columns={"text": sources.text, "label": sources.label(2)}))
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+@seqio.map_over_dataset
+def _to_text(row):
+    return {"inputs": row["text"], "targets": tf.gather(list(LABELS), tf.cast(row["label"], tf.int32))}
+
+
+seqio.TaskRegistry.add(
+    "imdb_reviews_v100",
+    source=sources.FilesOrTfds(
+        "imdb_reviews/plain_text:1.0.0",
+        {"train": "imdb_train.jsonl", "test": "imdb_test.jsonl"},
+        _read,
+    ),
+    preprocessors=[
+        _to_text,
+        seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),
+        seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features=FEATURES,
+    postprocess_fn=functools.partial(postprocessors.label_index, labels=LABELS),
+    metric_fns=[metrics.accuracy],
+)

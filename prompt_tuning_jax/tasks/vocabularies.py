@@ -1,0 +1,79 @@
+"""SentencePiece vocabularies as T5 uses them: 0 pads, 1 ends, 2 is unknown, sentinels count down from the top."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+PAD, EOS, UNK = 0, 1, 2
+EXTRA_IDS = 100
+
+
+class Vocabulary:
+    """A `.model` file with `EXTRA_IDS` sentinels after its pieces; no TensorFlow.
+
+    `<extra_id_0>` is the last id, `size - 1`, as in T5.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"no vocabulary at {path} ({error.strerror}); expected a SentencePiece .model file: set VOCABULARY"
+            ) from None
+        self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model: set VOCABULARY to a .model file") from None
+
+    @property
+    def size(self) -> int:
+        """Pieces and sentinels; a model's table may have more rows."""
+        return self._pieces.vocab_size() + EXTRA_IDS
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without an end of sequence."""
+        return self._pieces.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out."""
+        text: list[str] = []
+        run: list[int] = []
+        for token in map(int, ids):
+            if token == EOS:
+                break
+            if token >= self._pieces.vocab_size():
+                text += [self._pieces.decode(run), f"<extra_id_{self.size - 1 - token}>"]
+                run = []
+            elif token != PAD:
+                run.append(token)
+        return " ".join(part for part in [*text, self._pieces.decode(run)] if part)
+
+    def piece(self, token: int) -> str:
+        """How one id is written, for tables of nearest neighbours."""
+        count = self._pieces.vocab_size()
+        return self._pieces.id_to_piece(token) if token < count else f"<extra_id_{self.size - 1 - token}>"
+
+    def written(self, text: str) -> str:
+        """`text` as this vocabulary gives it back: a case-folding one writes True as true."""
+        return self.decode(self.encode(text))
+
+
+@functools.cache
+def seqio_vocabulary(path: str):
+    """The same vocabulary for a SeqIO task (imports TensorFlow)."""
+    import seqio
+
+    return seqio.SentencePieceVocabulary(path, extra_ids=EXTRA_IDS)
+
+
+def trim(tokens: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` tokens, the last of them replaced by `tokens`' own last (its end of sequence)."""
+    return tokens if len(tokens) <= length else np.append(tokens[: length - 1], tokens[-1])

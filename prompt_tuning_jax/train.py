@@ -1,0 +1,21 @@
+"""Trains a prompt, a model, or a base from nothing: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`."""
+
+import sys
+
+import gin
+
+from prompt_tuning_jax.gin_files import config_text, parse, user_errors
+from prompt_tuning_jax.training import loop
+
+
+def main() -> None:
+    with user_errors():
+        flags = parse(sys.argv[1:], flags=("allow_other_config",))
+        train = gin.get_configurable(loop.train)
+        summary = train(config=config_text(), allow_other_config=bool(flags.get("allow_other_config")))
+    best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
+    print(f"best at step {summary['best_step']}: {best}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: loss, optimiser, one step for every use, and the loop around it."""

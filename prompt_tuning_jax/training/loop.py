@@ -1,0 +1,326 @@
+"""The training run, as a recipe: read everything, then step, evaluate, save, and at the end say what came out."""
+
+import importlib.metadata
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints.base import default_vocabulary, fingerprint, load_base, random_base
+from prompt_tuning_jax.prompts.files import write_prompt
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.training.evaluation import Evaluator
+from prompt_tuning_jax.training.run_folder import RunFolder, write_text
+from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step, split_trainable
+
+PROMPT = "encoder/prompt/prompt"
+MAX_ENCODER_LENGTH = 4_096  # no position table limits a T5, but attention's memory grows with the square
+TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
+
+
+def train(
+    *,
+    model_dir: str,
+    model: Transformer,
+    initial_checkpoint_path: str | None,
+    train_dataset: DatasetConfig,
+    eval_dataset: DatasetConfig,
+    trainable: Sequence[str],
+    optimizer: optax.GradientTransformation,
+    train_steps: int,
+    eval_period: int,
+    prompt_init: Callable[..., jax.Array] | None = None,
+    prompt_length: int = 0,
+    vocabulary: str | None = None,
+    random_seed: int = 0,
+    z_loss: float = 1e-4,
+    log_period: int = 50,
+    loss_eval_steps: int = 20,
+    encoder_use_by: int | None = None,
+    keep_checkpoints: int | None = None,
+    export_dtype: str = "float32",
+    config: str = "",
+    allow_other_config: bool = False,
+) -> dict[str, Any]:
+    """Trains, and leaves in `model_dir` what `RunFolder` lists. A run that was interrupted goes on where it was saved.
+
+    Args:
+      model: with a `prompt_factory` where `prompt_init` is given.
+      initial_checkpoint_path: the base; None for random weights.
+      trainable: patterns of the paths to train: ["encoder/prompt/.*"] for prompt tuning, [".*"] for everything.
+      optimizer: over the trainable parameters.
+      train_steps: updates in all.
+      eval_period: updates between two evaluations, each of which is also a checkpoint.
+      prompt_init: see `prompts.initializers`.
+      prompt_length: P.
+      vocabulary: a SentencePiece model; None for the one beside the base.
+      random_seed: of the prompt, the order of the data and dropout.
+      z_loss: see `loss.cross_entropy`.
+      log_period: updates between two records of the training loss.
+      loss_eval_steps: batches that a task without metrics is evaluated on.
+      encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
+      keep_checkpoints: how many to leave; all where None.
+      export_dtype: of the model written where more than the prompt is trained.
+      config: the run's configuration, kept in config.gin.
+      allow_other_config: go on with a run that had another configuration.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      ValueError: something given does not fit, known before the first step; or the loss is not finite.
+    """
+    clock = time.time()
+    folder = RunFolder(model_dir, config, allow_other_config=allow_other_config)
+    if min(train_steps, eval_period) < 1:
+        raise ValueError(f"TRAIN_STEPS is {train_steps} and EVAL_PERIOD {eval_period}, expected at least 1")
+    check_prompt_length(prompt_init, prompt_length, train_dataset)
+    words = open_vocabulary(vocabulary, initial_checkpoint_path, model)
+    path, params, base_fingerprint = (
+        load_base(initial_checkpoint_path, model.config)
+        if initial_checkpoint_path
+        else random_base(model.config, random_seed)
+    )
+    if prompt_init is not None:
+        params = params | {PROMPT: start_prompt(prompt_init, prompt_length, params, words, random_seed)}
+    trained, frozen = split_trainable(params, trainable)
+    frozen_fingerprint = fingerprint(frozen)
+    batches = train_dataset.batches(words, seed=random_seed, shuffle=True)
+    eval_batches = eval_dataset.batches(words)
+
+    # A copy of its own: the step gives its state's memory up.
+    trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
+    start = params.get(PROMPT)
+    del params
+    key = jax.random.key_data(jax.random.key(random_seed))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
+    folder.open(keep_checkpoints)
+    step = folder.states.latest_step() or 0
+    if step:
+        state = folder.states.restore(step, state)
+    records = folder.rewind(step)
+    clock -= max((record["seconds"] for record in records), default=0.0)
+    best = max((record for record in records if record["split"] == "eval"), key=score, default=None)
+
+    train_step = make_train_step(model, optimizer, z_loss)
+    evaluator = Evaluator(model, words.decode)
+    window = _Window()
+    stopped_early = False
+    with _Terminated() as terminated, tqdm(total=train_steps, initial=step, disable=None, unit="step") as bar:
+        for batch in batches.start_at(step, train_steps):
+            state, metrics = train_step(state, frozen, batch)
+            step += 1
+            window.add(step, batch.ids, metrics)
+            bar.update()
+            last = step == train_steps
+            evaluates = step % eval_period == 0 or last
+            if step % log_period == 0 or evaluates:
+                record = window.close() | _prompt_metrics(state.trainable, start) | {"seconds": time.time() - clock}
+                folder.log(step, "train", record)
+                _say(bar, step, "train", record)
+            if evaluates:
+                record, odd = evaluate(evaluator, state.trainable, frozen, eval_batches, loss_eval_steps)
+                record["seconds"] = time.time() - clock
+                folder.log(step, "eval", record)
+                _say(bar, step, "eval", record, f"; no label: {odd}" if odd else "")
+                if PROMPT in state.trainable:
+                    write_prompt(folder.path / "prompts" / f"{step}.npy", np.asarray(state.trainable[PROMPT]))
+                if best is None or score(record) > score(best):
+                    best = {"step": step, "split": "eval", **record}
+                    export(folder.path / "best", state.trainable, frozen, model, words, export_dtype)
+                folder.states.save(step, state)
+                window.restart()
+                if encoder_use_by and encoder_use_by <= step < encoder_use_by + eval_period:
+                    stopped_early = record["encoder_use"] < 0.02
+                    if stopped_early:
+                        print(f"stopped at step {step}: the decoder makes no use of the encoder", file=sys.stderr)
+                        break
+            if terminated.by_signal and not last:
+                window.check()
+                folder.states.save(step, state)
+                folder.close()
+                print(f"terminated, saved at step {step}: the same command goes on from there", file=sys.stderr)
+                sys.exit(TERMINATED)
+
+    if fingerprint(frozen) != frozen_fingerprint:
+        raise RuntimeError("the frozen parameters changed in memory")
+    if best is None:
+        raise ValueError(f"{model_dir} has a checkpoint of the last step but no evaluation: delete it, or add TRAIN_STEPS")
+    summary = {
+        "task": train_dataset.mixture_or_task_name,
+        "train_split": train_dataset.split,
+        "eval_split": eval_dataset.split,
+        "base": path,
+        "base_fingerprint": base_fingerprint,
+        "seed": random_seed,
+        "steps": step,
+        "stopped_early": stopped_early,
+        "best_step": best["step"],
+        "best": {name: value for name, value in best.items() if name not in ("step", "split", "seconds")},
+        "trainable_parameters": sum(int(value.size) for value in state.trainable.values()),
+        "examples_seen": batches.examples_before(step),
+        "seconds": time.time() - clock,
+        "versions": versions(),
+    }
+    folder.close()
+    write_text(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def check_prompt_length(prompt_init: Callable | None, prompt_length: int, dataset: DatasetConfig) -> None:
+    """Raises ValueError where the prompt has no position, or leaves no room for the inputs."""
+    if prompt_init is None:
+        return
+    room = MAX_ENCODER_LENGTH - dataset.task_feature_lengths.get("inputs", 0)
+    if not 1 <= prompt_length <= room:
+        raise ValueError(f"PROMPT_LENGTH is {prompt_length}, expected 1 to {room} beside inputs of this length")
+
+
+def open_vocabulary(path: str | None, base: str | None, model: Transformer) -> Vocabulary:
+    """The vocabulary at `path`, or beside the base.
+
+    Raises:
+      ValueError: there is none, or it has more ids than the model has rows.
+    """
+    path = path or default_vocabulary(base)
+    if path is None:
+        raise ValueError(f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file")
+    vocabulary = Vocabulary(path)
+    rows = model.config.vocab_size
+    if not vocabulary.size <= rows < vocabulary.size + 1024:
+        raise ValueError(
+            f"vocabulary {path} has {vocabulary.size} ids, the model {rows} rows: they do not belong together. "
+            "Set VOCABULARY"
+        )
+    return vocabulary
+
+
+def start_prompt(
+    init: Callable[..., jax.Array], length: int, params: Params, vocabulary: Vocabulary, seed: int
+) -> Float[Array, "P D"]:
+    """The prompt that training starts from: a function of the seed, the base and the vocabulary."""
+    embeddings = params["token_embedder/embedding"]
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return init(key, (length, embeddings.shape[1]), embeddings=embeddings, encode=vocabulary.encode)
+
+
+def evaluate(
+    evaluator: Evaluator, trainable: Params, frozen: Params, batches: Batches, loss_eval_steps: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The task's metrics and the answers that are no label; the loss for a task without metrics."""
+    if batches.examples.metrics:
+        return evaluator.metrics(trainable, frozen, batches)
+    return evaluator.losses(trainable, frozen, batches, loss_eval_steps), {}
+
+
+def score(record: Mapping[str, Any]) -> float:
+    """What the best step has most of: the mean of the task's metrics, or minus the loss."""
+    if "loss" in record:
+        return -record["loss"]
+    return float(np.mean([value for name, value in record.items() if name not in ("step", "split", "seconds")]))
+
+
+def export(
+    folder: Path, trainable: Params, frozen: Params, model: Transformer, vocabulary: Vocabulary, dtype: str
+) -> None:
+    """Writes `prompt.npy`, and the whole model where more than the prompt was trained."""
+    if PROMPT in trainable:
+        write_prompt(folder / "prompt.npy", np.asarray(trainable[PROMPT]))
+    if set(trainable) - {PROMPT}:
+        params = {name: np.asarray(value) for name, value in (frozen | trainable).items()}
+        huggingface.write(folder / "model", model.config, params, vocabulary.path, dtype)
+
+
+def versions() -> dict[str, str]:
+    """Of this project and what its numbers depend on."""
+    packages = ("prompt_tuning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class _Window:
+    """The steps since the last record. Losses are looked at a step late, so that the device is never waited for."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
+        self._started = time.time()
+
+    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
+        self.check()
+        self._steps.append((step, ids, metrics))
+
+    def check(self) -> None:
+        """Raises ValueError where the newest step's loss is not finite."""
+        if self._steps:
+            step, ids, metrics = self._steps[-1]
+            if not np.isfinite(float(metrics.sums.loss)):
+                raise ValueError(
+                    f"the loss is {float(metrics.sums.loss)} at step {step}, examples {ids.tolist()}: "
+                    "lower LEARNING_RATE, or look at these examples; earlier checkpoints stand"
+                )
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, which starts anew."""
+        self.check()
+        steps = jax.device_get([metrics for _, _, metrics in self._steps])
+        tokens = sum(float(metrics.sums.tokens) for metrics in steps)
+        rows = sum(int((ids >= 0).sum()) for _, ids, _ in self._steps)
+        seconds = time.time() - self._started
+        self.restart()
+        return {
+            "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
+            "token_accuracy": 100 * sum(float(metrics.sums.correct) for metrics in steps) / tokens,
+            "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in steps])),
+            "examples_per_second": rows / seconds,
+        }
+
+
+class _Terminated:
+    """Whether SIGTERM came while in this context; the loop then saves and leaves."""
+
+    by_signal = False
+
+    def __enter__(self) -> "_Terminated":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.by_signal = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def _prompt_metrics(trainable: Params, start: jax.Array | None) -> dict[str, float]:
+    if start is None or PROMPT not in trainable:
+        return {}
+    prompt = trainable[PROMPT]
+    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=1)))
+    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - start) / jnp.linalg.norm(start))}
+
+
+def _say(bar: tqdm, step: int, split: str, record: Mapping[str, float], more: str = "") -> None:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    bar.write(f"step {step} {split}: {numbers}{more}", file=sys.stderr)

@@ -1,0 +1,45 @@
+"""Cross-entropy as T5X computes it: summed over target tokens, with a z-loss."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class LossSums(NamedTuple):
+    """Sums over the target tokens of a batch, float32.
+
+    Attributes:
+      loss: cross-entropy plus z-loss, in nats: what is differentiated.
+      z_loss: the part of it that keeps the logits' normaliser near 1.
+      tokens: target tokens, end of sequence included.
+      correct: tokens whose logit is the largest.
+    """
+
+    loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"]) -> Float[Array, "B U"]:
+    """The log-probability of each target token; 0 where the target is padding."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(targets > 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+def cross_entropy(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4) -> LossSums:
+    """The loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
+
+    Args:
+      targets: 0 is padding and weighs nothing.
+      z_loss: factor of the squared logarithm of the softmax normaliser.
+    """
+    weights = (targets > 0).astype(jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    extra = jnp.sum(z_loss * jnp.square(normaliser) * weights)
+    loss = jnp.sum((normaliser - picked) * weights) + extra
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+    return LossSums(loss, extra, jnp.sum(weights), correct)

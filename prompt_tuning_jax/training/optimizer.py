@@ -1,0 +1,47 @@
+"""Adafactor as T5X runs it, through optax, and learning-rate schedules."""
+
+import math
+
+import optax
+
+
+def adafactor(
+    learning_rate: float | optax.Schedule,
+    *,
+    start_step: int = 0,
+    decay_rate: float = 0.8,
+    weight_decay: float = 1e-5,
+    parameter_scale: bool = False,
+    momentum: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor with the paper's settings (section 3), equal to T5X's update for update.
+
+    Args:
+      learning_rate: a number, or a schedule over this run's own steps.
+      start_step: the optimiser's step at which this run begins. T5X takes it from the base's checkpoint, 1,100,000 for
+        the LM-adapted T5 1.1; the second moment then averages over all steps so far, and each early update has a root
+        mean square of exactly the learning rate. 0 starts a fresh average.
+      decay_rate: the second moment's weight at step t is 1 - t ** -decay_rate.
+      weight_decay: share of a parameter taken off each step; T5X does not multiply it by the learning rate.
+      parameter_scale: updates in units of a parameter's own root mean square (pre-training).
+      momentum: decay of a first moment; None keeps none.
+    """
+    return optax.adafactor(
+        learning_rate,
+        # T5X factors a second moment whose two dimensions are at least 128 and ignores its own rules for matrices,
+        # so that prompts shorter than 128 keep all of it.
+        min_dim_size_to_factor=128,
+        decay_rate=decay_rate,
+        decay_offset=-start_step,
+        multiply_by_parameter_scale=parameter_scale,
+        clipping_threshold=1.0,
+        momentum=momentum,
+        weight_decay_rate=weight_decay or None,
+        eps=1e-30,
+    )
+
+
+def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, floor: float = 0.05) -> optax.Schedule:
+    """Linear up to `peak` over the first `warmup` share of `steps`, then a cosine down to `floor` times it."""
+    rise = max(1, math.ceil(warmup * steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1), floor * peak)

@@ -1,0 +1,103 @@
+"""What a run leaves in MODEL_DIR, and how it finds its place again.
+
+config.gin, metrics.jsonl, checkpoints/<step>/, prompts/<step>.npy, best/, summary.json, and TensorBoard events.
+"""
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.checkpoints.state import StateStore
+
+
+class RunFolder:
+    """MODEL_DIR of one run. Nothing is written before `open`."""
+
+    def __init__(self, path: str | os.PathLike, config: str = "", *, allow_other_config: bool = False):
+        """Checks that the run may write to `path`.
+
+        Args:
+          config: the run's configuration, compared to that of a run already there.
+          allow_other_config: go on with a run of another configuration.
+
+        Raises:
+          ValueError: the folder cannot be written, or holds another run.
+        """
+        self.path, self._config = Path(path), config
+        _check_writable(self.path)
+        kept = self.path / "config.gin"
+        if kept.exists() and not allow_other_config and (line := _first_difference(kept.read_text(), config)):
+            raise ValueError(
+                f"{path} holds a run of another configuration ({line}): set another MODEL_DIR, "
+                "or give --allow_other_config to go on with this one"
+            )
+
+    def open(self, keep: int | None) -> None:
+        """Makes the folder; `keep` is the number of checkpoints to leave, all where None."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.gin", self._config)
+        self.states = StateStore(self.path / "checkpoints", keep)
+        self._events = None
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Forgets what was logged after `step`, whose checkpoint is the newest whole one; returns what stays."""
+        path = self.path / "metrics.jsonl"
+        records = [record for record in _read_whole_lines(path) if record["step"] <= step]
+        if path.exists():
+            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Adds a record to metrics.jsonl and to TensorBoard's events."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        if self._events is None:
+            from tensorboardX import SummaryWriter  # imports much; not before the first record
+
+            self._events = SummaryWriter(str(self.path))
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self.states.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # the line that a kill cut short is the last
+
+
+def _check_writable(path: Path) -> None:
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is not a folder")
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write to {path} ({reason}): set MODEL_DIR to a folder that can be written") from None
+
+
+def _first_difference(kept: str, new: str) -> str:
+    lines = difflib.unified_diff(kept.splitlines(), new.splitlines(), lineterm="", n=0)
+    changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    return "; ".join(f"{'was' if line[0] == '-' else 'is'} {line[1:].strip()}" for line in changed[:2])
