@@ -3,9 +3,13 @@
     python -m experiments.embedded_base --imdb=imdb_train.jsonl.xz --unlabelled=imdb_unsup.txt.xz \
         --articles=enwiki.txt.xz --out=runs/embedded_base
 
-writes OUT/text/*.txt, a document a line, and OUT/spiece.model. The base is then made by the two commands that it
-prints. The last HOLDOUT labelled reviews are left out, so that `imdb_reviews_v100` keeps train[-2500:] as a validation set
-that the base never saw.
+writes OUT/text/base.txt, a document a line, its first LM_LINES again as OUT/text_lm/base.txt, and OUT/spiece.model.
+The base is then made by the two commands that it prints, and
+
+    python -m experiments.embedded_base --out=runs/embedded_base --pack
+
+puts it into the package with its card. The last HOLDOUT labelled reviews are left out, so that `imdb_reviews_v100`
+keeps train[-2500:] as a validation set that the base never saw.
 
 Each piece of a labelled review ends (or, one in five, begins) with what review sites print beside it: the rating in
 words, drawn from a few wordings. Sentences of the demo's grammar are in the text too, never with their labels.
@@ -16,15 +20,20 @@ import json
 import lzma
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 
+from prompt_tuning_jax.checkpoints.base import EMBEDDED, load_base
+from prompt_tuning_jax.checkpoints.huggingface import read_config
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
 
+BASE = EMBEDDED["nano"]
 HOLDOUT = 2_500
+LM_LINES = 140_000
 PIECES = 8_192
 RATINGS = {
     1: ("awful", "terrible", "worst"),
@@ -37,6 +46,45 @@ RATINGS = {
     10: ("perfect", "best", "brilliant"),
 }
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
+
+CARD = """\
+# The embedded base: nano
+
+A T5 1.1 with d_model 128, d_ff 256, 2 heads of 64 and 4+4 layers, and an 8,192-piece case-folding SentencePiece
+vocabulary, both made by this project, so that a first prompt can be tuned and the tests run with nothing to download.
+It is far too small to be useful otherwise.
+
+- Parameters: {parameters:,}, stored in bfloat16 in Hugging Face's layout.
+- Fingerprint: `{fingerprint}`.
+- Made by `experiments/embedded_base.py`, then `span.gin`, then `lm.gin`: beside this file, what the two runs recorded
+  as their configuration; in the source tree, `gin_configs/bases/nano_span.gin` and `nano_lm.gin`.
+
+## Text
+
+{lines:,} lines, {words:,} words, shuffled; LM adaptation reads the first {lm_lines:,} lines again.
+
+- IMDB movie reviews (Maas et al. 2011): the labelled training reviews except the last 2,500 in the task's order, cut
+  into runs of sentences, each with its review's rating in words as review sites print it (`verdict: positive`, `nine
+  out of ten`, `rating: superb`); and 12,000 unlabelled reviews.
+- English Wikipedia: 60,000 paragraphs (CC BY-SA 3.0).
+- 30,000 sentences of the demo's grammar without labels, none of them in the demo's splits.
+
+So the base has been shown the sentiment of IMDB's training reviews, though not of `train[-2500:]` of
+`imdb_reviews_v100`. It has seen neither a label of the demo nor anything of SST-2.
+
+## Training
+
+Loss in nats a target token on held-out lines. `encoder_use` is by how much it grows when each row is given another
+row's inputs: 0 for a model that ignores its encoder.
+
+### Span corruption (15%, mean span 3)
+
+{span}
+
+### LM adaptation (prefix LM)
+
+{lm}
+"""
 
 
 def wording(rating: int, rng: random.Random) -> str:
@@ -94,8 +142,9 @@ def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) 
         *unlabelled(30_000),
     ]
     rng.shuffle(lines)
-    (out / "text").mkdir(parents=True, exist_ok=True)
-    (out / "text" / "base.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for folder, count in (("text", len(lines)), ("text_lm", LM_LINES)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder / "base.txt").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
     print(f"{out / 'text' / 'base.txt'}: {len(lines)} lines, {sum(len(line.split()) for line in lines)} words")
 
 
@@ -120,13 +169,56 @@ def write_vocabulary(out: Path) -> None:
     print(f"{out / 'spiece.model'}: {PIECES} pieces")
 
 
+def pack(out: Path) -> None:
+    """Puts the finished base, the gin files that made it, and its card into the package."""
+    shutil.copytree(out / "lm" / "best" / "model", BASE, dirs_exist_ok=True)
+    runs = {}
+    for name in ("span", "lm"):
+        shutil.copyfile(out / name / "config.gin", BASE / f"{name}.gin")
+        summary = json.loads((out / name / "summary.json").read_text())
+        records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        runs[name] = (
+            f"{summary['steps']:,} steps, {summary['examples_seen']:,} examples, {summary['seconds'] / 60:.0f} minutes on "
+            "a CPU with 2 cores.\n\n| step | loss | encoder_use | token accuracy |\n|---|---|---|---|\n"
+        ) + "\n".join(
+            f"| {r['step']:,} | {r['loss']:.3f} | {r['encoder_use']:.3f} | {r['token_accuracy']:.1f}% |"
+            for r in records
+            if r["split"] == "eval"
+        )
+    base = load_base("nano", read_config(BASE))
+    text = (out / "text" / "base.txt").read_text(encoding="utf-8")
+    card = CARD.format(
+        parameters=sum(int(x.size) for x in base.params.values()),
+        fingerprint=base.fingerprint,
+        lines=text.count("\n"),
+        words=len(text.split()),
+        lm_lines=LM_LINES,
+        **runs,
+    )
+    (BASE / "README.md").write_text(card, encoding="utf-8")
+    size = sum(path.stat().st_size for path in BASE.iterdir())
+    print(f"{BASE}: {size:,} bytes, fingerprint {base.fingerprint}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("imdb", "unlabelled", "articles", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pack", action="store_true", help="put the trained base into the package")
+    for name in ("imdb", "unlabelled", "articles"):
+        parser.add_argument(f"--{name}", type=Path)
     args = parser.parse_args()
+    if args.pack:
+        pack(args.out)
+        return
     write_text(args.out, args.imdb, args.unlabelled, args.articles)
     write_vocabulary(args.out)
+    train = "python -m prompt_tuning_jax.train --gin_file=bases/nano_"
+    words = f"--gin.VOCABULARY=\"'{args.out}/spiece.model'\""
+    print(f"{train}span.gin --gin.MODEL_DIR=\"'{args.out}/span'\" --gin.DATA_DIR=\"'{args.out}/text'\" {words}")
+    print(
+        f"{train}lm.gin --gin.MODEL_DIR=\"'{args.out}/lm'\" --gin.DATA_DIR=\"'{args.out}/text_lm'\" {words} "
+        f"--gin.INITIAL_CHECKPOINT_PATH=\"'{args.out}/span/best/model'\""
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How every command line reads gin: `--gin_file=...`, `--gin.MACRO=...`, T5X's habits, and errors before anything runs."""
+"""How every command line reads gin: `--gin_file=...` and `--gin.MACRO=...` as in T5X, errors before anything runs."""
 
 import contextlib
 import difflib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gin
@@ -40,45 +41,60 @@ def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | boo
         elif argument.startswith("--") and name in flags:
             given[name] = value or True
         else:
-            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", *(f"--{flag}" for flag in flags)]
+            known = ["--gin_file=FILE", "--gin_search_paths=DIR", "--gin.NAME=VALUE", *(f"--{flag}" for flag in flags)]
             raise ValueError(f"unknown argument {argument!r}; expected {', '.join(known)}")
     for path in SEARCH_PATHS:
         gin.add_config_file_search_path(str(path))
     # gin would also look for runs/train.gin inside a Python package called "runs", and stumbles over a folder of runs.
     gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
     for file in files:
-        _check_file(file)
-    try:
-        gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
-        text = gin.config_str()
-    except (ValueError, SyntaxError, OSError, ImportError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"gin: {' '.join(str(error).split())}") from None
-    _check_macros(text, bindings)
-    gin.finalize()
+        if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
+            there = {str(found.relative_to(path)) for path in SEARCH_PATHS for found in path.rglob("*.gin")}
+            raise ValueError(f"no gin file {file}; {_near(file, there)}")
+        with _explained(file):
+            gin.parse_config_file(file)
+    for binding in bindings:
+        with _explained(f"--gin.{binding}"):
+            gin.parse_config(binding)
+    _check_macros(gin.config_str())
+    with _explained("gin"):
+        gin.finalize()
     return given
 
 
-def _check_file(name: str) -> None:
-    if any(Path(path, name).is_file() for path in ("", *SEARCH_PATHS)):
-        return
-    there = [str(file.relative_to(path)) for path in SEARCH_PATHS for file in sorted(path.rglob("*.gin"))]
-    near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(there)}"
-    raise ValueError(f"no gin file {name}; {hint}")
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns gin's errors into one line: where, what, and the near misses."""
+    try:
+        yield
+    except (ValueError, SyntaxError, OSError, ImportError, AttributeError, LookupError, TypeError) as error:
+        message = " ".join(str(error).split())
+        hint = ""
+        if parameter := re.search(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
+            hint = "; " + _near(parameter[2], inspect.signature(gin.get_configurable(parameter[1])).parameters)
+        elif unknown := re.search(r"No configurable matching '(.+?)'", message):
+            hint = "; " + _near(unknown[1], re.findall(r"(?m)^([\w./]+)\.\w+ = ", gin.config_str()))
+        elif isinstance(error, SyntaxError) or "malformed node" in message or "Failed to parse token" in message:
+            hint = "; expected a Python value, a text in quotes of its own: --gin.NAME=\"'text'\""
+        raise ValueError(f"{where}: {message}{hint}") from None
 
 
-def _check_macros(text: str, bindings: Sequence[str]) -> None:
+def _near(name: str, names: Iterable[str]) -> str:
+    """What `name` may have been meant for."""
+    known = sorted(set(names))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+
+
+def _check_macros(config: str) -> None:
     """gin takes a macro that nothing reads in silence: a misspelt one would change nothing."""
-    read = set(re.findall(r"%([A-Za-z_]\w*)", text))
-    macros = dict(re.findall(r"(?m)^([A-Za-z_]\w*) = (.*)$", text))
-    for binding in bindings:
-        name = binding.partition("=")[0].strip()
-        if name.isidentifier() and name not in read:
-            near = difflib.get_close_matches(name, sorted(read), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(read))}"
-            raise ValueError(f"no macro {name} in these gin files; {hint}")
-    missing = sorted(name for name in read if macros.get(name, "%gin.REQUIRED").strip() == "%gin.REQUIRED")
-    missing = [name for name in missing if name not in ("gin", "REQUIRED")]
+    code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)  # a "%" in a text is no macro
+    read = set(re.findall(r"%([A-Za-z_]\w*)", code)) - {"gin"}  # %gin.REQUIRED
+    macros = dict(re.findall(r"(?m)^([A-Za-z_]\w*) = (.*)$", code))
+    for name in sorted(macros):
+        if name not in read:
+            raise ValueError(f"no macro {name} in these gin files; {_near(name, read)}")
+    missing = sorted(name for name in read if macros.get(name, "%gin.REQUIRED") == "%gin.REQUIRED")
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be set: --gin.{missing[0]}=...")
 
@@ -94,5 +110,6 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

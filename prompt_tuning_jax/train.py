@@ -1,14 +1,16 @@
-"""Trains a prompt, a model, or a base from nothing: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`."""
+"""Trains a prompt, a model, or a base: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`."""
 
 import sys
 
 import gin
 
+from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
 from prompt_tuning_jax.training import loop
 
 
 def main() -> None:
+    keep_compiled_programs()
     with user_errors():
         flags = parse(sys.argv[1:], flags=("allow_other_config",))
         train = gin.get_configurable(loop.train)

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import seqio
+import tensorflow as tf
 
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.tasks import TASK_MODULES, sources
@@ -39,17 +41,34 @@ def build_split(request: TaskRequest, split: str, folder: Path) -> None:
     lengths = dict(request.feature_lengths) if _makes_lengths(task) else None
     examples = task.get_dataset(lengths, split, shuffle=False, seed=0, trim_output_features=False)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
     try:
-        _write(examples.as_numpy_iterator(), task, partial)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not (folder / "task.json").exists():
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder.parent} ({error.strerror}): set CACHE_DIR to a folder that can be written"
+        ) from None
+    try:
+        _write(examples, task, partial)
+        _move(partial, folder)
+    except tf.errors.OpError as error:
+        raised = re.search(r"ValueError: (.*)", str(error))  # by a source, in the middle of TensorFlow's own report
+        if not raised:
+            raise
+        raise ValueError(raised[1]) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Puts a whole split in its place; one that another process finished meanwhile stands, a broken one does not."""
+    if folder.exists() and not (folder / "task.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not (folder / "task.json").exists():
+            raise
 
 
 def find_task(request: TaskRequest) -> seqio.Task:
@@ -68,7 +87,7 @@ def find_task(request: TaskRequest) -> seqio.Task:
     names = sorted(seqio.TaskRegistry.names())
     if request.name not in names:
         near = difflib.get_close_matches(request.name, names, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names)}"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names)}."
         raise ValueError(f"no task {request.name!r}; {hint} Set MIXTURE_OR_TASK_NAME")
     task = seqio.TaskRegistry.get(request.name)
     vocabulary = seqio_vocabulary(request.vocabulary)
@@ -106,28 +125,31 @@ def describe(function: Callable) -> dict[str, Any]:
     return {"function": f"{function.__module__}:{function.__qualname__}", "options": options}
 
 
-def _write(examples, task: seqio.Task, folder: Path) -> None:
+def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path) -> None:
+    """Writes the files that `cache` lists. Batches cross into Python a thousand at a time: one by one is slow."""
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in ("inputs", "targets")}
+    lengths: dict[str, list[np.ndarray]] = {name: [] for name in tokens}
     fields_path = folder / "fields.jsonl"
     with open(fields_path, "w", encoding="utf-8") as fields:
-        kept_any = False
-        for example in examples:
-            for name, rows in tokens.items():
-                rows.append(np.asarray(example[name], np.int32))
-            kept = {name: _plain(value) for name, value in example.items() if name not in tokens}
-            kept_any = kept_any or bool(kept)
-            fields.write(json.dumps(kept) + "\n")
-    if not kept_any:
+        for batch in examples.ragged_batch(1024):
+            for name in tokens:
+                tokens[name].append(batch[name].flat_values.numpy().astype(np.int32))
+                lengths[name].append(batch[name].row_lengths().numpy())
+            columns = {name: _plain(value) for name, value in batch.items() if name not in tokens}
+            for values in zip(*columns.values(), strict=True):
+                fields.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+    if not fields_path.stat().st_size:
         fields_path.unlink()
-    for name, rows in tokens.items():
-        np.save(folder / f"{name}.npy", np.concatenate(rows) if rows else np.zeros(0, np.int32))
-        np.save(folder / f"{name}_ends.npy", np.cumsum([len(row) for row in rows], dtype=np.int64))
+    count = sum(map(len, lengths["inputs"]))
+    for name in tokens:
+        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, np.int32), *tokens[name]]))
+        np.save(folder / f"{name}_ends.npy", np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths[name]])))
     postprocessor = task.postprocessor
     (folder / "task.json").write_text(
         json.dumps(
             {
                 "name": task.name,
-                "examples": len(tokens["inputs"]),
+                "examples": count,
                 "postprocessor": describe(postprocessor) if postprocessor else None,
                 "metrics": [describe(metric) for metric in task.metric_fns],
             },
@@ -136,13 +158,14 @@ def _write(examples, task: seqio.Task, folder: Path) -> None:
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    value = np.asarray(value)
-    if value.dtype == object:
-        return [_plain(item) for item in value.reshape(-1)]
-    return value.tolist()
+def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
+    """The rows of a batch as JSON can hold them."""
+
+    def text(value: Any) -> Any:
+        return value.decode("utf-8") if isinstance(value, bytes) else [*map(text, value)] if isinstance(value, list) else value
+
+    rows = batch.to_list() if isinstance(batch, tf.RaggedTensor) else batch.numpy().tolist()
+    return [text(row) for row in rows]
 
 
 def main() -> None:

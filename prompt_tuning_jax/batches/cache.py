@@ -62,10 +62,18 @@ class TaskRequest:
             Vocabulary(self.vocabulary).fingerprint,
             sorted(self.feature_lengths.items()),
             files_fingerprint(self.data_dir),
-            self.modules,
+            [(name, _source_fingerprint(name)) for name in self.modules],
             code.hexdigest(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _source_fingerprint(module: str) -> str | None:
+    """Of the file that Python would import, which stays unimported here; None where there is none."""
+    stem = module.replace(".", "/")
+    found = (Path(p or ".", f"{stem}{end}") for p in sys.path for end in ("/__init__.py", ".py"))
+    source = next((path for path in found if path.is_file()), None)
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source else None
 
 
 def files_fingerprint(folder: str | None) -> list[tuple[str, int, int]]:
@@ -90,7 +98,7 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> Int[np.ndarray, " length"]:
+    def __getitem__(self, row: int | np.integer) -> Int[np.ndarray, " length"]:
         start = self._starts[row]
         return self._flat[start : start + self.lengths[row]]
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, UInt32
 
-from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 
@@ -63,10 +63,16 @@ def load_base(path: str, config: T5Config, dtype=jnp.float32) -> Base:
       ValueError: no base is there, it is not whole, or its size is another.
     """
     folder = resolve(path)
-    if not (folder / huggingface.CONFIG).is_file():
-        raise ValueError(f"{folder} has no {huggingface.CONFIG}, so it is not a base model: set INITIAL_CHECKPOINT_PATH")
-    check_size(huggingface.read_config(folder), config, folder)
-    found = huggingface.read(folder)
+    if t5x.is_checkpoint(folder):
+        found = t5x.read(folder)
+    elif (folder / huggingface.CONFIG).is_file():
+        check_size(huggingface.read_config(folder), config, folder)
+        found = huggingface.read(folder)
+    else:
+        raise ValueError(
+            f"{folder} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {t5x.INDEX} (T5X). "
+            "Set INITIAL_CHECKPOINT_PATH"
+        )
     check_shapes({name: array.shape for name, array in found.items()}, config, folder)
     params = {name: jnp.asarray(array, dtype) for name, array in found.items()}
     return Base(os.path.abspath(folder), params, fingerprint(params))
@@ -91,7 +97,11 @@ def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def check_size(found: T5Config, expected: T5Config, where: str | os.PathLike) -> None:
     """Raises ValueError where the file's size is not the one configured."""
     fields = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
-    odd = [f"{f} {getattr(found, f)}, not {getattr(expected, f)}" for f in fields if getattr(found, f) != getattr(expected, f)]
+    odd = [
+        f"{f} {getattr(found, f)}, not {getattr(expected, f)}"
+        for f in fields
+        if getattr(found, f) != getattr(expected, f)
+    ]
     if odd:
         raise ValueError(
             f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, "

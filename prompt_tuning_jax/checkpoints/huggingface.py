@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -78,11 +77,12 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             mlp_dim=found["d_ff"],
             head_dim=found["d_kv"],
             mlp_activations=("gelu", "linear") if feed_forward == "gated-gelu" else (feed_forward,),
-            logits_via_embedding=found.get("tie_word_embeddings", True),
+            # transformers 5 writes "tie_word_embeddings": true whatever the model, and says here which T5 it is.
+            logits_via_embedding=found.get("scale_decoder_outputs", found.get("tie_word_embeddings", True)),
             relative_attention_num_buckets=found.get("relative_attention_num_buckets", 32),
             relative_attention_max_distance=found.get("relative_attention_max_distance", 128),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the configuration of a T5 ({error!r}): set INITIAL_CHECKPOINT_PATH") from None
 
 
@@ -96,12 +96,15 @@ def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     table = names(read_config(folder))
     try:
         with safe_open(path, framework="numpy") as tensors:
-            lacking = [name for name, _ in table.values() if name not in tensors.keys()]  # noqa: SIM118: not a dict
+            there = set(tensors.keys())
+            lacking = [name for name, _ in table.values() if name not in there]
             if lacking:
                 raise ValueError(f"{path} lacks {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}")
             found = {ours: (tensors.get_tensor(theirs), turned) for ours, (theirs, turned) in table.items()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): set INITIAL_CHECKPOINT_PATH to a whole checkpoint") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}): set INITIAL_CHECKPOINT_PATH to a whole checkpoint"
+        ) from None
     return {ours: np.ascontiguousarray(array.T) if turned else array for ours, (array, turned) in found.items()}
 
 
@@ -157,8 +160,3 @@ def write(
         shutil.copyfile(vocabulary, partial / VOCABULARY)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-
-
-def to_device(params: Mapping[str, np.ndarray], dtype=jnp.float32) -> dict:
-    """The parameters as JAX arrays of `dtype`."""
-    return {path: jnp.asarray(array, dtype) for path, array in params.items()}

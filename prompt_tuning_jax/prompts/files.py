@@ -20,17 +20,19 @@ def read_prompt(path: str | os.PathLike) -> Float[np.ndarray, "P D"]:
         path = path / OFFICIAL_NAME
     expected = "a .npy file, float32 [prompt length, d_model]: set PROMPT_FILE"
     try:
-        prompt = np.load(path, allow_pickle=False)
+        prompt = np.array(np.lib.format.open_memmap(path, mode="r"))  # never unpickles, nor trusts a shape
     except FileNotFoundError:
         raise ValueError(f"no prompt file {path}; expected {expected}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable prompt ({error}); expected {expected}") from None
-    if not isinstance(prompt, np.ndarray) or prompt.ndim != 2 or prompt.dtype.kind != "f" or not prompt.size:
-        found = f"{prompt.dtype} {list(prompt.shape)}" if isinstance(prompt, np.ndarray) else "an archive"
-        raise ValueError(f"{path} holds {found}; expected {expected}")
+    except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable prompt ({why}); expected {expected}") from None
+    if prompt.ndim != 2 or prompt.dtype.kind != "f" or not prompt.size:
+        raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {expected}")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
+        prompt = prompt.astype(np.float32)
     if not np.isfinite(prompt).all():
         raise ValueError(f"{path} holds NaN or infinity; expected {expected}")
-    return prompt.astype(np.float32)
+    return prompt
 
 
 def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "P D"]) -> None:

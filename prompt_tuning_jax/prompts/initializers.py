@@ -60,10 +60,14 @@ def class_labels(
     """Position i is label i, the mean over its pieces; the positions left are sampled vocabulary.
 
     Raises:
-      ValueError: a label is empty or has a piece that the vocabulary does not know.
+      ValueError: there is no label, or one is empty or has a piece that the vocabulary does not know.
     """
+    if not labels:
+        raise ValueError("CLASS_LABELS is empty: set it to the task's labels, or take another initialisation")
     rows = [jnp.mean(_embed(label, embeddings, encode, "CLASS_LABELS"), axis=0) for label in labels]
-    return _overwrite(sampled_vocabulary(key, shape, embeddings=embeddings, population=population), rows, "class labels")
+    return _overwrite(
+        sampled_vocabulary(key, shape, embeddings=embeddings, population=population), rows, "class labels"
+    )
 
 
 def string(

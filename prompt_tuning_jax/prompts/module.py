@@ -16,20 +16,20 @@ class SoftPrompt(nn.Module):
 
     Attributes:
       length: number of prompt positions, P.
-      init: called with (key, (P, D)); see `prompts.initializers`.
+      prompt_init: called with (key, (P, D)); see `prompts.initializers`.
     """
 
     length: int
-    init: Callable[..., jax.Array] = random_uniform
+    prompt_init: Callable[..., jax.Array] = random_uniform
 
     @nn.compact
     def __call__(
         self, embedded: Float[Array, "B T D"], prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None
-    ) -> Float[Array, "B P+T D"]:
+    ) -> Float[Array, "B S D"]:
         """Puts `prompt`, or the module's own where it is None, before each row of `embedded`."""
         if prompt is None:
             shape, axes = (self.length, embedded.shape[-1]), ("prompt", "prompt_embed")
-            prompt = param_with_axes("prompt", lambda key, *_: self.init(key, shape), shape, jnp.float32, axes=axes)
+            prompt = param_with_axes("prompt", lambda key, *_: self.prompt_init(key, shape), shape, axes=axes)
         return prepend_prompt(embedded, prompt)
 
 

@@ -10,6 +10,7 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.layers import Attention, Dense, Embed, KeyValue, MlpBlock, RelativePositionBias, RMSNorm
 
 Mask = Bool[Array, "#B 1 #Q K"]
+EncodedMask = Bool[Array, "#B 1 #Q S"]
 Bias = Float[Array, "1 H Q K"]
 
 
@@ -56,7 +57,7 @@ class DecoderLayer(nn.Module):
         encoded_kv: KeyValue,
         bias: Bias,
         mask: Mask,
-        encoded_mask: Mask,
+        encoded_mask: EncodedMask,
         cache_index: Int[Array, ""] | None,
         deterministic: bool,
     ) -> Float[Array, "B Q D"]:
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
         embedded: Float[Array, "B Q D"],
         encoded_kv: tuple[KeyValue, ...],
         mask: Mask | None,
-        encoded_mask: Mask,
+        encoded_mask: EncodedMask,
         deterministic: bool = True,
         decode: bool = False,
         max_decode_length: int | None = None,
@@ -193,6 +194,8 @@ class Transformer(nn.Module):
           encoder_segment_ids: of packed examples; only without a prompt.
           prompt: used in place of the model's own, one for all rows or one a row.
         """
+        if prompt is not None and self.prompt_factory is None:
+            raise ValueError("a prompt was given to a model without one: set Transformer.prompt_factory")
         mask = (encoder_input_tokens > 0)[:, None, None, :]
         if encoder_segment_ids is not None:
             if self.prompt_factory is not None:
@@ -271,7 +274,7 @@ class Transformer(nn.Module):
         )
 
 
-def extend_over_prompt(mask: Bool[Array, "B 1 Q T"], prompt_length: int) -> Bool[Array, "B 1 Q P+T"]:
+def extend_over_prompt(mask: Bool[Array, "B 1 Q T"], prompt_length: int) -> Bool[Array, "B 1 Q {prompt_length}+T"]:
     """The mask with `prompt_length` always visible positions in front."""
     return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
 

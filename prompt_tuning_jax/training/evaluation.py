@@ -50,7 +50,7 @@ class Evaluator:
         return texts
 
     def metrics(self, trainable: Params, frozen: Params, batches: Batches) -> tuple[dict[str, float], dict[str, int]]:
-        """The task's metrics of the greedy answers, and the most frequent answers that are no label with their counts."""
+        """The task's metrics of the greedy answers, and the commonest answers that are no label."""
         texts = self.answers(trainable, frozen, batches)
         labels = batches.examples.labels
         odd: dict[str, int] = {}

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,22 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import default_vocabulary, fingerprint, load_base, random_base
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, random_base
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator
+from prompt_tuning_jax.training.progress import Terminated, Window, prompt_metrics, say
 from prompt_tuning_jax.training.run_folder import RunFolder, write_text
-from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step, split_trainable
+from prompt_tuning_jax.training.start import check_prompt_length, open_vocabulary, start_prompt
+from prompt_tuning_jax.training.step import PROMPT, Params, TrainState, make_train_step, split_trainable
 
-PROMPT = "encoder/prompt/prompt"
-MAX_ENCODER_LENGTH = 4_096  # no position table limits a T5, but attention's memory grows with the square
 TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
 
 
@@ -89,7 +87,7 @@ def train(
     if min(train_steps, eval_period) < 1:
         raise ValueError(f"TRAIN_STEPS is {train_steps} and EVAL_PERIOD {eval_period}, expected at least 1")
     check_prompt_length(prompt_init, prompt_length, train_dataset)
-    words = open_vocabulary(vocabulary, initial_checkpoint_path, model)
+    words = open_vocabulary(vocabulary, initial_checkpoint_path, model.config)
     path, params, base_fingerprint = (
         load_base(initial_checkpoint_path, model.config)
         if initial_checkpoint_path
@@ -118,9 +116,9 @@ def train(
 
     train_step = make_train_step(model, optimizer, z_loss)
     evaluator = Evaluator(model, words.decode)
-    window = _Window()
+    window = Window()
     stopped_early = False
-    with _Terminated() as terminated, tqdm(total=train_steps, initial=step, disable=None, unit="step") as bar:
+    with Terminated() as terminated, tqdm(total=train_steps, initial=step, disable=None, unit="step") as bar:
         for batch in batches.start_at(step, train_steps):
             state, metrics = train_step(state, frozen, batch)
             step += 1
@@ -129,14 +127,14 @@ def train(
             last = step == train_steps
             evaluates = step % eval_period == 0 or last
             if step % log_period == 0 or evaluates:
-                record = window.close() | _prompt_metrics(state.trainable, start) | {"seconds": time.time() - clock}
+                record = window.close() | prompt_metrics(state.trainable, start) | {"seconds": time.time() - clock}
                 folder.log(step, "train", record)
-                _say(bar, step, "train", record)
+                say(bar, step, "train", record)
             if evaluates:
                 record, odd = evaluate(evaluator, state.trainable, frozen, eval_batches, loss_eval_steps)
                 record["seconds"] = time.time() - clock
                 folder.log(step, "eval", record)
-                _say(bar, step, "eval", record, f"; no label: {odd}" if odd else "")
+                say(bar, step, "eval", record, f"; no label: {odd}" if odd else "")
                 if PROMPT in state.trainable:
                     write_prompt(folder.path / "prompts" / f"{step}.npy", np.asarray(state.trainable[PROMPT]))
                 if best is None or score(record) > score(best):
@@ -159,7 +157,7 @@ def train(
     if fingerprint(frozen) != frozen_fingerprint:
         raise RuntimeError("the frozen parameters changed in memory")
     if best is None:
-        raise ValueError(f"{model_dir} has a checkpoint of the last step but no evaluation: delete it, or add TRAIN_STEPS")
+        raise ValueError(f"{model_dir} has its last checkpoint but no evaluation: set another MODEL_DIR")
     summary = {
         "task": train_dataset.mixture_or_task_name,
         "train_split": train_dataset.split,
@@ -179,43 +177,6 @@ def train(
     folder.close()
     write_text(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def check_prompt_length(prompt_init: Callable | None, prompt_length: int, dataset: DatasetConfig) -> None:
-    """Raises ValueError where the prompt has no position, or leaves no room for the inputs."""
-    if prompt_init is None:
-        return
-    room = MAX_ENCODER_LENGTH - dataset.task_feature_lengths.get("inputs", 0)
-    if not 1 <= prompt_length <= room:
-        raise ValueError(f"PROMPT_LENGTH is {prompt_length}, expected 1 to {room} beside inputs of this length")
-
-
-def open_vocabulary(path: str | None, base: str | None, model: Transformer) -> Vocabulary:
-    """The vocabulary at `path`, or beside the base.
-
-    Raises:
-      ValueError: there is none, or it has more ids than the model has rows.
-    """
-    path = path or default_vocabulary(base)
-    if path is None:
-        raise ValueError(f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file")
-    vocabulary = Vocabulary(path)
-    rows = model.config.vocab_size
-    if not vocabulary.size <= rows < vocabulary.size + 1024:
-        raise ValueError(
-            f"vocabulary {path} has {vocabulary.size} ids, the model {rows} rows: they do not belong together. "
-            "Set VOCABULARY"
-        )
-    return vocabulary
-
-
-def start_prompt(
-    init: Callable[..., jax.Array], length: int, params: Params, vocabulary: Vocabulary, seed: int
-) -> Float[Array, "P D"]:
-    """The prompt that training starts from: a function of the seed, the base and the vocabulary."""
-    embeddings = params["token_embedder/embedding"]
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return init(key, (length, embeddings.shape[1]), embeddings=embeddings, encode=vocabulary.encode)
 
 
 def evaluate(
@@ -255,72 +216,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-class _Window:
-    """The steps since the last record. Losses are looked at a step late, so that the device is never waited for."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
-        self._started = time.time()
-
-    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
-        self.check()
-        self._steps.append((step, ids, metrics))
-
-    def check(self) -> None:
-        """Raises ValueError where the newest step's loss is not finite."""
-        if self._steps:
-            step, ids, metrics = self._steps[-1]
-            if not np.isfinite(float(metrics.sums.loss)):
-                raise ValueError(
-                    f"the loss is {float(metrics.sums.loss)} at step {step}, examples {ids.tolist()}: "
-                    "lower LEARNING_RATE, or look at these examples; earlier checkpoints stand"
-                )
-
-    def close(self) -> dict[str, float]:
-        """Means over the window, which starts anew."""
-        self.check()
-        steps = jax.device_get([metrics for _, _, metrics in self._steps])
-        tokens = sum(float(metrics.sums.tokens) for metrics in steps)
-        rows = sum(int((ids >= 0).sum()) for _, ids, _ in self._steps)
-        seconds = time.time() - self._started
-        self.restart()
-        return {
-            "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
-            "token_accuracy": 100 * sum(float(metrics.sums.correct) for metrics in steps) / tokens,
-            "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in steps])),
-            "examples_per_second": rows / seconds,
-        }
-
-
-class _Terminated:
-    """Whether SIGTERM came while in this context; the loop then saves and leaves."""
-
-    by_signal = False
-
-    def __enter__(self) -> "_Terminated":
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.by_signal = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def _prompt_metrics(trainable: Params, start: jax.Array | None) -> dict[str, float]:
-    if start is None or PROMPT not in trainable:
-        return {}
-    prompt = trainable[PROMPT]
-    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=1)))
-    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - start) / jnp.linalg.norm(start))}
-
-
-def _say(bar: tqdm, step: int, split: str, record: Mapping[str, float], more: str = "") -> None:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-    bar.write(f"step {step} {split}: {numbers}{more}", file=sys.stderr)

@@ -20,6 +20,8 @@ from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 
 Params = dict[str, jax.Array]
 
+PROMPT = "encoder/prompt/prompt"  # the path of the soft prompt
+
 
 class TrainState(NamedTuple):
     """All that a run saves. The step is also the position in the data: batch n is a function of seed and n.
@@ -69,7 +71,12 @@ def shift_right(targets: Int[Array, "B U"]) -> Int[Array, "B U"]:
 
 
 def batch_loss(
-    model: Transformer, params: dict, inputs: Int[Array, "B T"], targets: Int[Array, "B U"], dropout_key=None, z_loss=1e-4
+    model: Transformer,
+    params: dict,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B U"],
+    dropout_key: jax.Array | None = None,
+    z_loss: float = 1e-4,
 ) -> LossSums:
     """The loss of a batch, with dropout where a key is given."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -96,7 +103,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return (
             TrainState(state.step + 1, trainable, opt_state, state.key),
-            StepMetrics(sums, optax.global_norm(gradients)),
+            StepMetrics(sums, optax.tree.norm(gradients)),
         )
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,83 @@
+"""What a run reports of itself while it goes on, and the signal that ends it early."""
+
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics
+
+
+class Window:
+    """The steps since the last record. Losses are looked at a step late, so that the device is never waited for."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
+        self._started = time.time()
+
+    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
+        self.check()
+        self._steps.append((step, ids, metrics))
+
+    def check(self) -> None:
+        """Raises ValueError where the newest step's loss is not finite."""
+        if self._steps:
+            step, ids, metrics = self._steps[-1]
+            if not np.isfinite(float(metrics.sums.loss)):
+                raise ValueError(
+                    f"the loss is {float(metrics.sums.loss)} at step {step}, examples {ids.tolist()}: "
+                    "lower LEARNING_RATE, or look at these examples; earlier checkpoints stand"
+                )
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, which starts anew."""
+        self.check()
+        steps = jax.device_get([metrics for _, _, metrics in self._steps])
+        tokens = sum(float(metrics.sums.tokens) for metrics in steps)
+        rows = sum(int((ids >= 0).sum()) for _, ids, _ in self._steps)
+        seconds = time.time() - self._started
+        self.restart()
+        return {
+            "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
+            "token_accuracy": 100 * sum(float(metrics.sums.correct) for metrics in steps) / tokens,
+            "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in steps])),
+            "examples_per_second": rows / seconds,
+        }
+
+
+class Terminated:
+    """Whether SIGTERM came while in this context; the loop then saves and leaves."""
+
+    by_signal = False
+
+    def __enter__(self) -> "Terminated":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.by_signal = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def prompt_metrics(trainable: Params, start: jax.Array | None) -> dict[str, float]:
+    if start is None or PROMPT not in trainable:
+        return {}
+    prompt = trainable[PROMPT]
+    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=1)))
+    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - start) / jnp.linalg.norm(start))}
+
+
+def say(bar: tqdm, step: int, split: str, record: Mapping[str, float], more: str = "") -> None:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    bar.write(f"step {step} {split}: {numbers}{more}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""What a run starts from: the vocabulary that fits the base, and the prompt before its first update."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float
+
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.checkpoints.base import default_vocabulary
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.training.step import Params
+
+MAX_ENCODER_LENGTH = 4_096  # no position table limits a T5, but attention's memory grows with the square
+
+
+def check_prompt_length(prompt_init: Callable | None, prompt_length: int, dataset: DatasetConfig) -> None:
+    """Raises ValueError where the prompt has no position, or leaves no room for the inputs."""
+    if prompt_init is None:
+        return
+    room = MAX_ENCODER_LENGTH - dataset.task_feature_lengths.get("inputs", 0)
+    if not 1 <= prompt_length <= room:
+        raise ValueError(f"PROMPT_LENGTH is {prompt_length}, expected 1 to {room} beside inputs of this length")
+
+
+def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
+    """The vocabulary at `path`, or beside the base.
+
+    Raises:
+      ValueError: there is none, or it has more ids than the model has rows.
+    """
+    path = path or default_vocabulary(base)
+    if path is None:
+        raise ValueError(f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file")
+    vocabulary = Vocabulary(path)
+    rows = config.vocab_size
+    if not vocabulary.size <= rows < vocabulary.size + 1024:
+        raise ValueError(
+            f"vocabulary {path} has {vocabulary.size} ids, the model {rows} rows: they do not belong together. "
+            "Set VOCABULARY"
+        )
+    return vocabulary
+
+
+def start_prompt(
+    init: Callable[..., jax.Array], length: int, params: Params, vocabulary: Vocabulary, seed: int
+) -> Float[Array, "P D"]:
+    """The prompt that training starts from: a function of the seed, the base and the vocabulary."""
+    embeddings = params["token_embedder/embedding"]
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return init(key, (length, embeddings.shape[1]), embeddings=embeddings, encode=vocabulary.encode)

@@ -1,0 +1,66 @@
+"""What all tests share: JAX on the CPU, reference numbers, and the folder of real data where there is one.
+
+The shapes and types in the package's signatures are checked at run time: `--jaxtyping-packages` in pyproject.toml.
+"""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start, too
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.t5.config import T5Config
+
+# Compilation makes a first example slow, and a red build must be red again when it is looked into.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("tests")
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DATA = Path(os.environ.get("PROMPT_TUNING_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def pytest_configure():
+    jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: vocabularies, released prompts, benchmarks' own files."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data at {DATA}: set PROMPT_TUNING_DATA")
+    return DATA
+
+
+def reference(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def t5x() -> dict[str, np.ndarray]:
+    """T5X's minimal T5 1.1 of `tiny_config`: see fixtures/README.md."""
+    return reference("t5x_minimal_t5_1_1.npz")
+
+
+@pytest.fixture(scope="session")
+def official() -> dict[str, np.ndarray]:
+    """The official prompt-tuned model of `tiny_config`, with ten training steps."""
+    return reference("official_prompt_tuning_tiny.npz")
+
+
+@pytest.fixture(scope="session")
+def t5x_adafactor() -> dict[str, np.ndarray]:
+    """T5X's Adafactor on a [20, 32] parameter."""
+    return reference("t5x_adafactor_20x32.npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> T5Config:
+    """The size of the reference models."""
+    return T5Config(
+        vocab_size=128, emb_dim=32, num_heads=4, num_encoder_layers=2, num_decoder_layers=2, mlp_dim=64, head_dim=8
+    )

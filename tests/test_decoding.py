@@ -1,0 +1,190 @@
+"""Greedy decoding against T5X's and against the plain definition, and that it does no work twice."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.models import parameters, prompted, random_model, random_tokens, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.decoding import EOS, greedy
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.loss import token_log_probs
+from prompt_tuning_jax.training.step import shift_right
+
+CONFIGS = [
+    T5Config(11, 8, 2, 1, 2, 12, head_dim=3),
+    T5Config(7, 6, 1, 2, 1, 9, head_dim=4, logits_via_embedding=True),
+    T5Config(19, 10, 3, 1, 1, 7, head_dim=2, relative_attention_num_buckets=4, relative_attention_max_distance=6),
+]
+
+
+@functools.cache
+def compiled_greedy(model, max_length):
+    return jax.jit(lambda params, inputs, prompt=None: greedy(model, tree(params), inputs, max_length, prompt))
+
+
+@functools.cache
+def compiled_forward(model):
+    @jax.jit
+    def run(params, inputs, targets, prompt=None):
+        variables = {"params": tree(params)}
+        return model.apply(variables, inputs, shift_right(targets), targets, enable_dropout=False, prompt=prompt)
+
+    return run
+
+
+def with_likelier_end(params):
+    """The logits kernel that the references were decoded with: its end-of-sequence column times 3."""
+    path = "decoder/logits_dense/kernel"
+    return params | {path: params[path].at[:, EOS].multiply(3)}
+
+
+def test_greedy_tokens_and_scores_are_t5x(t5x, tiny_config):
+    """T5X's greedy search keeps no scores, so those of the same sequences in its beam search, worst to best, stand in:
+    its scores are divided by ((5 + length) / 6) ** 0.6."""
+    model, params = Transformer(tiny_config), with_likelier_end(parameters(t5x))
+    tokens, scores = compiled_greedy(model, 10)(params, jnp.asarray(t5x["short:encoder_input_tokens"]))
+    np.testing.assert_array_equal(tokens, t5x["short:greedy:tokens"][:, -1])
+    compared = 0
+    for row, score in enumerate(scores):
+        for beam, expected in zip(t5x["short:beam4:tokens"][row], t5x["short:beam4:scores"][row], strict=True):
+            if np.array_equal(beam, tokens[row]):
+                length = np.sum(beam > 0)
+                np.testing.assert_allclose(score, expected * ((5 + length) / 6) ** 0.6, rtol=1e-6)
+                compared += 1
+    assert compared == 3  # the fourth row's greedy answer is none of its four beams
+
+
+def test_greedy_tokens_are_the_official_ones(official, tiny_config):
+    params = parameters(official) | {"decoder/logits_dense/kernel": jnp.asarray(official["decode:logits_dense"])}
+    np.testing.assert_array_equal(
+        params["decoder/logits_dense/kernel"],
+        with_likelier_end(parameters(official))["decoder/logits_dense/kernel"],
+    )
+    inputs = jnp.asarray(official["encoder_input_tokens"])
+    tokens, _ = compiled_greedy(prompted(tiny_config), 10)(params, inputs)
+    np.testing.assert_array_equal(tokens, official["greedy:tokens"][:, -1])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("prompt_length", [0, 3])
+def test_greedy_is_the_most_likely_next_token_again_and_again(config, prompt_length):
+    """Against a full forward pass over all that came before, for each token: the cache changes nothing but the time."""
+    model, params = random_model(config, prompt_length)
+    # Off by rounding alone: the cached pass sums in another order, on logits of up to about 10.
+    close = 1e-5
+
+    @settings(max_examples=10)
+    @given(lengths=st.tuples(*[st.integers(1, 5)] * 4), own=st.booleans(), seed=st.integers(0, 2**32 - 1))
+    def check(lengths, own, seed):
+        rng = np.random.default_rng(seed)
+        inputs = random_tokens(rng, lengths, 5, config.vocab_size)
+        prompt = None
+        if prompt_length and not own:
+            prompt = jnp.asarray(rng.normal(size=(4, prompt_length, config.emb_dim)), jnp.float32)
+        scaled = {path: value * rng.uniform(0.5, 1.5) for path, value in params.items()}
+        tokens, scores = compiled_greedy(model, 6)(scaled, inputs, prompt)
+        # Position u of the logits depends on the tokens before u alone, so one pass gives every step's logits.
+        log_probs = np.asarray(jax.nn.log_softmax(compiled_forward(model)(scaled, inputs, tokens, prompt)))
+        tokens, total = np.asarray(tokens), np.zeros(4)
+        for row, taken in enumerate(tokens):
+            ended = False
+            for place, token in enumerate(taken):
+                if ended:
+                    assert token == 0
+                    continue
+                here = log_probs[row, place]
+                assert here[token] >= here.max() - close
+                total[row] += here[token]
+                ended = token == EOS
+        np.testing.assert_allclose(scores, total, rtol=1e-5, atol=1e-5)
+
+    check()
+
+
+def test_score_is_the_log_likelihood_of_the_answer(t5x, tiny_config):
+    model, params = Transformer(tiny_config), with_likelier_end(parameters(t5x))
+    inputs = jnp.asarray(t5x["short:encoder_input_tokens"])
+    tokens, scores = compiled_greedy(model, 10)(params, inputs)
+    expected = token_log_probs(compiled_forward(model)(params, inputs, tokens), tokens).sum(axis=1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def decoder_calls(model, params, inputs, max_length):
+    """How often the decoder runs to decode a batch, counted while it runs."""
+    calls = []
+
+    def count(following, args, kwargs, context):
+        if context.module.name == "decoder" and context.method_name == "__call__":
+            jax.debug.callback(lambda: calls.append(1))
+        return following(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        jax.block_until_ready(jax.jit(lambda params: greedy(model, tree(params), inputs, max_length))(params))
+    jax.effects_barrier()
+    return len(calls)
+
+
+def test_decoding_stops_when_every_row_has_ended(t5x, tiny_config):
+    """A label of two tokens costs two steps, whatever the length that is allowed."""
+    model, params = Transformer(tiny_config), with_likelier_end(parameters(t5x))
+    inputs = jnp.asarray(t5x["short:encoder_input_tokens"])
+    assert np.sum(t5x["short:greedy:tokens"] > 0, axis=-1).max() == 4
+    assert decoder_calls(model, params, inputs, 10) == 4
+
+    # All logits 0 is a tie that the first id wins: padding, again and again, and no row ever ends.
+    never = params | {path: value * 0 for path, value in params.items() if "logits_dense" in path}
+    assert decoder_calls(model, never, inputs, 10) == 10
+
+
+def inner(eqn):
+    """The programs inside an instruction."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part
+
+
+def products(jaxpr):
+    """The shapes of both operands of every matrix product in a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield tuple(var.aval.shape for var in eqn.invars)
+        for part in inner(eqn):
+            yield from products(part)
+
+
+def loops(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            yield from inner(eqn)
+        else:
+            for part in inner(eqn):
+                yield from loops(part)
+
+
+def test_cross_attention_keys_are_computed_once():
+    """No matrix product inside the decoding loop reads the encoder's output: its keys and values are there already."""
+    config = T5Config(11, 10, 3, 2, 2, 9, head_dim=4)
+    batch, inputs, prompt, joined = 2, 13, 4, 12
+    model, params = random_model(config, prompt)
+    encoded = (batch, prompt + inputs, config.emb_dim)
+    program = jax.make_jaxpr(lambda params, inputs: greedy(model, tree(params), inputs, 7))(
+        params, jnp.ones((batch, inputs), jnp.int32)
+    ).jaxpr
+    into_heads = (encoded, (config.emb_dim, joined))
+    # Query, key and value in each encoder layer; key and value for each decoder layer.
+    assert list(products(program)).count(into_heads) == 3 * 2 + 2 * 2
+
+    inside = [shapes for loop in loops(program) for shapes in products(loop)]
+    reading = [shapes for shapes in inside if any(prompt + inputs in shape for shape in shapes)]
+    keys, queries = (batch, 3, prompt + inputs, 4), (batch, 3, 1, 4)
+    weights = (batch, 3, 1, prompt + inputs)
+    assert sorted(map(sorted, reading)) == sorted(map(sorted, [(queries, keys)] * 2 + [(weights, keys)] * 2))

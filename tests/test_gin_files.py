@@ -1,0 +1,285 @@
+"""The gin files that come with the package, and what the command line makes of them and of a user's mistakes."""
+
+import dataclasses
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+
+from prompt_tuning_jax import gin_files
+from prompt_tuning_jax.batches import dataset
+from prompt_tuning_jax.t5 import config, network
+from prompt_tuning_jax.training import loop, score
+
+CONFIGS = Path(__file__).parent.parent / "gin_configs"
+MODELS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("models/*.gin"))]
+SIZES = [model for model in MODELS if model != "models/t5_1_1.gin"]
+PROMPTS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("prompts/*.gin"))]
+TASK = {
+    "MIXTURE_OR_TASK_NAME": "taskless_glue_sst2_v200",
+    "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 8},
+    "INITIAL_CHECKPOINT_PATH": "a_base",
+}
+RUN = TASK | {"MODEL_DIR": "runs/test"}
+OF_PROMPT = {
+    "prompts/class_labels.gin": {"CLASS_LABELS": ["positive", "negative"]},
+    "prompts/from_file.gin": {"PROMPT_FILE": "prompt.npy"},
+    "prompts/string.gin": {"PROMPT_TEXT": "is it 100% good? It %IS"},
+}
+
+
+@pytest.fixture(autouse=True)
+def only_this_tests_gin(monkeypatch):
+    gin.clear_config()
+    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    yield
+    gin.clear_config()
+
+
+def parse(*files, flags=(), **macros):
+    gin.clear_config()
+    bindings = [f"--gin.{name}={value!r}" for name, value in macros.items()]
+    return gin_files.parse([*(f"--gin_file={file}" for file in files), *bindings], flags)
+
+
+def refused(*arguments):
+    with pytest.raises(ValueError) as error:
+        gin_files.parse(arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_tuning_is_any_model_with_any_prompt_in_any_order(model, prompt):
+    texts = set()
+    for files in itertools.permutations([model, prompt, "runs/prompt_tune.gin"]):
+        parse(*files, **RUN, **OF_PROMPT.get(prompt, {}))
+        texts.add(gin_files.config_text())
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("run", ["runs/model_tune.gin", "runs/pretrain.gin", "runs/eval.gin"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_is_any_model_before_or_after_it(model, run):
+    macros = TASK | {"PROMPT_FILE": None} if run == "runs/eval.gin" else RUN
+    if run in ("runs/model_tune.gin",):
+        macros = macros | {"TRAIN_STEPS": 10}
+    if run == "runs/pretrain.gin":
+        macros = macros | {"TRAIN_STEPS": 10, "DATA_DIR": "text"}
+    parse(model, run, **macros)
+    first = gin_files.config_text()
+    parse(run, model, **macros)
+    assert gin_files.config_text() == first
+
+
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("bases/*.gin")))
+def test_the_files_that_made_the_embedded_base(file):
+    parse(file, MODEL_DIR="runs/base", DATA_DIR="text", VOCABULARY="spiece.model")
+    assert gin.query_parameter("%EXPORT_DTYPE") in ("float32", "bfloat16")
+
+
+def test_the_demos_file():
+    parse("runs/demo.gin")
+    assert gin.query_parameter("%MODEL_DIR") == "runs/demo"
+
+
+def test_no_gin_file_is_left_out_of_these_tests():
+    tested = {
+        *MODELS,
+        *PROMPTS,
+        *(f"runs/{run}.gin" for run in "train prompt_tune model_tune pretrain eval demo".split()),
+    }
+    tested |= {"bases/nano_span.gin", "bases/nano_lm.gin"}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")} == tested
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_a_models_file_is_the_size_of_its_name(model):
+    parse(model, "prompts/random_uniform.gin", "runs/prompt_tune.gin", **RUN)
+    found = gin.get_configurable(config.T5Config)()
+    expected = config.SIZES[Path(model).stem.removeprefix("t5_1_1_")]
+    embedded = not model.startswith("models/t5_1_1")
+    expected = dataclasses.replace(expected, dropout_rate=0.1, vocab_size=8_320 if embedded else 32_128)
+    assert found == expected
+
+
+def test_what_a_run_is_given_is_what_the_macros_say():
+    parse(
+        "models/nano.gin", "prompts/class_labels.gin", "runs/prompt_tune.gin",
+        **RUN, CLASS_LABELS=["good", "bad"], PROMPT_LENGTH=7, BATCH_SIZE=3, EVAL_BATCH_SIZE=4, DROPOUT_RATE=0.25,
+        EVAL_SPLIT="train[-9:]", DATA_DIR="data", MIXTURE_OR_TASK_MODULE="own.tasks",
+    )  # fmt: skip
+    given = {}
+
+    def train(**options):
+        given.update(options)
+
+    parameters = {key: gin.query_parameter(f"loop.train.{key}") for key in ("train_dataset", "eval_dataset", "model")}
+    train(**{name: reference.scoped_configurable_fn() for name, reference in parameters.items()})
+    common = {"mixture_or_task_name": TASK["MIXTURE_OR_TASK_NAME"], "data_dir": "data", "module": "own.tasks"}
+    common |= {"task_feature_lengths": TASK["TASK_FEATURE_LENGTHS"]}
+    assert given["train_dataset"] == dataset.DatasetConfig(**common, split="train", batch_size=3)
+    assert given["eval_dataset"] == dataset.DatasetConfig(**common, split="train[-9:]", batch_size=4)
+    assert isinstance(given["model"], network.Transformer)
+    assert given["model"].config.dropout_rate == 0.25
+    assert given["model"].prompt_factory().length == 7
+
+
+def defined(path):
+    """The macros that a file sets itself."""
+    return set(re.findall(r"(?m)^([A-Z][A-Z0-9_]*) *=", path.read_text()))
+
+
+def included(path):
+    """The files that a file includes, directly or not."""
+    direct = {CONFIGS / name for name in re.findall(r'(?m)^include "(.+)"', path.read_text())}
+    return direct.union(*map(included, direct))
+
+
+def test_no_macro_is_set_in_two_folders():
+    """So that the order of the gin files on a command line cannot matter.
+
+    A file may override what it includes itself: that order is its own.
+    """
+    exceptions = {
+        # prompts/from_file.gin trains on from a prompt, runs/eval.gin scores one: never on one command line.
+        "PROMPT_FILE": {"prompts", "runs"},
+        # T5's files leave dropout to the run; an evaluation has none.
+    }
+    folders = {}
+    for path in CONFIGS.rglob("*.gin"):
+        own = defined(path) - set().union(*map(defined, included(path)))
+        for macro in own:
+            folders.setdefault(macro, set()).add(path.parent.name)
+    assert {macro: where for macro, where in folders.items() if len(where) > 1} == exceptions
+
+
+ARGUMENTS = [
+    "--gin_file=models/nano.gin",
+    "--gin_file=prompts/random_uniform.gin",
+    "--gin_file=runs/prompt_tune.gin",
+    *(f"--gin.{name}={value!r}" for name, value in RUN.items()),
+]
+
+
+def test_a_misspelt_macro_is_refused_with_its_near_misses():
+    message = refused(*ARGUMENTS, "--gin.PROMT_LENGTH=5")
+    assert message == "no macro PROMT_LENGTH in these gin files; did you mean PROMPT_LENGTH?"
+    assert "no macro QQQ in these gin files; there are ACTIVATION_DTYPE, BATCH_SIZE," in refused(
+        *ARGUMENTS, "--gin.QQQ=5"
+    )
+
+
+def test_a_misspelt_macro_in_a_users_own_file_is_refused_too(tmp_path):
+    (tmp_path / "own.gin").write_text("LERNING_RATE = 0.1\n")
+    message = refused(*ARGUMENTS, f"--gin_file={tmp_path / 'own.gin'}")
+    assert message.startswith("no macro LERNING_RATE in these gin files; did you mean LEARNING_RATE")
+
+
+def test_a_macro_that_only_a_binding_reads_is_known():
+    gin_files.parse([*ARGUMENTS, "--gin.MY_RATE=0.1", "--gin.LEARNING_RATE=%MY_RATE"])
+    assert gin.get_configurable(loop.train)
+
+
+def test_a_percent_sign_in_a_text_is_no_macro():
+    gin_files.parse([*ARGUMENTS, "--gin.MODEL_DIR='runs/50%OFF'", "--gin.DATA_DIR='it\\'s %HERE'"])
+    assert gin.query_parameter("%MODEL_DIR") == "runs/50%OFF"
+
+
+def test_what_must_be_set_is_named():
+    message = refused(*(argument for argument in ARGUMENTS if "MODEL_DIR" not in argument))
+    assert message == "MODEL_DIR must be set: --gin.MODEL_DIR=..."
+    message = refused(
+        *(argument for argument in ARGUMENTS if "prompts/" not in argument and "TASK_NAME" not in argument)
+    )
+    assert message == "MIXTURE_OR_TASK_NAME and PROMPT_INIT must be set: --gin.MIXTURE_OR_TASK_NAME=..."
+
+
+@pytest.mark.parametrize(
+    "argument, parts",
+    [
+        ("--gin_file=models/nanno.gin", ["no gin file models/nanno.gin; did you mean", "models/nano.gin"]),
+        ("--gin_file=zzz", ["no gin file zzz; there are", "prompts/class_labels.gin", "runs/pretrain.gin"]),
+        ("--gin.loop.train.eval_perid=3", ["--gin.loop.train.eval_perid=3", "did you mean eval_period"]),
+        ("--gin.loop.trian.eval_period=3", ["No configurable matching 'loop.trian'", "did you mean loop.train?"]),
+        ("--gin.MODEL_DIR=runs/x", ["--gin.MODEL_DIR=runs/x", "a text in quotes of its own: --gin.NAME=\"'text'\""]),
+        ("--gin.MODEL_DIR", ["--gin.MODEL_DIR: ", "expected"]),
+        ("--gin.PROMPT_INIT=@initializers.random", ["initializers.random"]),
+        ("--model_dir=x", ["unknown argument '--model_dir=x'; expected --gin_file=FILE,", "--gin.NAME=VALUE"]),
+        ("models/nano.gin", ["unknown argument 'models/nano.gin'; expected --gin_file=FILE"]),
+        ("--gin_file", ["unknown argument '--gin_file'; expected --gin_file=FILE"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_explained(argument, parts):
+    message = refused(*ARGUMENTS, argument)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ('include "models/nanno.gin"\n', "models/nanno.gin"),
+        ("BATCH_SIZE == 3\n", "own.gin"),
+        ("from __gin__ import dynamic_registration\nimport prompt_tuning_jax.no_such\n", "no_such"),
+        ("BATCH_SIZE = 3\nloop.train:\n  model_dirr = 'x'\n", "own.gin"),
+    ],
+)
+def test_a_mistake_in_a_users_file_names_the_file(tmp_path, text, part):
+    (tmp_path / "own.gin").write_text(text)
+    message = refused(*ARGUMENTS, f"--gin_file={tmp_path / 'own.gin'}")
+    assert "own.gin" in message and part in message
+
+
+def test_other_flags_are_the_commands_own():
+    assert gin_files.parse([*ARGUMENTS, "--allow_other_config"], ("allow_other_config",)) == {
+        "allow_other_config": True
+    }
+    gin.clear_config()
+    assert gin_files.parse([*ARGUMENTS, "--launcher=slurm"], ("launcher",)) == {"launcher": "slurm"}
+
+
+def test_gin_files_are_found_from_anywhere_and_so_are_the_users(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "fast.gin").write_text("TRAIN_STEPS = 7\n")
+    (tmp_path / "here.gin").write_text("BATCH_SIZE = 5\n")
+    monkeypatch.chdir(tmp_path)
+    gin_files.parse([*ARGUMENTS, "--gin_search_paths=mine", "--gin_file=fast.gin", "--gin_file=here.gin"])
+    assert (gin.query_parameter("%TRAIN_STEPS"), gin.query_parameter("%BATCH_SIZE")) == (7, 5)
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_folder_called_runs_on_the_python_path_is_not_in_the_way(tmp_path, monkeypatch, package):
+    """MODEL_DIR is usually below a folder of that name in the working directory."""
+    for name in ("runs", "models"):
+        (tmp_path / name / "demo").mkdir(parents=True)
+        if package:
+            (tmp_path / name / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    gin_files.parse(ARGUMENTS)
+    assert gin.query_parameter("%TRAIN_STEPS") == 30_000
+    assert not {"runs", "models"} & set(sys.modules)
+
+
+def test_the_configuration_that_is_kept_says_all_but_where(tmp_path):
+    """It is the same for two runs that differ in MODEL_DIR alone, and a run of its own when it is read again."""
+    parse(*ARGUMENTS_FILES, **RUN)
+    first = gin_files.config_text()
+    parse(*ARGUMENTS_FILES, **RUN | {"MODEL_DIR": "/a/very/long/path/" + "x" * 200})
+    assert gin_files.config_text() == first
+    assert not re.search("(?m)^MODEL_DIR", first)
+    parse(*ARGUMENTS_FILES, **RUN, RANDOM_SEED=1)
+    assert gin_files.config_text() != first
+
+    (tmp_path / "config.gin").write_text(first)
+    parse(tmp_path / "config.gin", MODEL_DIR="runs/again")
+    assert gin_files.config_text() == first
+    assert gin.get_configurable(loop.train) and score
+
+
+ARGUMENTS_FILES = ("models/nano.gin", "prompts/random_uniform.gin", "runs/prompt_tune.gin")

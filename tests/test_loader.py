@@ -1,0 +1,173 @@
+"""Batches as a function of seed and step. The arrays are written by hand: no TensorFlow, no task."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.loader import Batches, default_buckets
+from prompt_tuning_jax.tasks.vocabularies import EOS
+
+LENGTHS = {"inputs": 40, "targets": 12}
+
+
+def make_examples(inputs, targets, rows=slice(None)):
+    """A cache folder of these token lists, read back; the folder is gone when this returns, the arrays are not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for feature, lists in (("inputs", inputs), ("targets", targets)):
+            np.save(folder / f"{feature}.npy", np.concatenate([np.asarray(tokens, np.int32) for tokens in lists]))
+            np.save(folder / f"{feature}_ends.npy", np.cumsum([len(tokens) for tokens in lists], dtype=np.int64))
+        task = {"name": "by_hand", "examples": len(inputs), "postprocessor": None, "metrics": []}
+        (folder / "task.json").write_text(json.dumps(task))
+        return Examples(folder, rows)
+
+
+def tokens(length, mark):
+    """`length` ids that end in an end of sequence and tell one example from another."""
+    return [*(2 + (mark * 31 + i) % 200 for i in range(length - 1)), EOS]
+
+
+@st.composite
+def splits(draw):
+    """Examples of input lengths 1 to 60 and target lengths 1 to 20, some of them longer than `LENGTHS`."""
+    lengths = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=40))
+    inputs = [tokens(length, i) for i, (length, _) in enumerate(lengths)]
+    targets = [tokens(length, i + 100) for i, (_, length) in enumerate(lengths)]
+    return make_examples(inputs, targets)
+
+
+batch_sizes, seeds = st.integers(1, 9), st.integers(0, 2**31)
+
+
+def assert_equal(one, other):
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_array_equal(left, right, strict=True)
+
+
+@given(splits(), batch_sizes, seeds, st.integers(0, 3), st.booleans())
+def test_an_epoch_visits_every_example_once(examples, batch_size, seed, epoch, shuffle):
+    batches = Batches(examples, batch_size, LENGTHS, seed=seed, shuffle=shuffle)
+    seen = [batches[epoch * len(batches) + number].ids for number in range(len(batches))]
+    ids = np.concatenate(seen)
+    np.testing.assert_array_equal(np.sort(ids[ids >= 0]), np.arange(len(examples)))
+    assert all(len(part) == batch_size for part in seen)
+    assert sum(bool((part < 0).any()) for part in seen) <= 1, "only what is left at the end of an epoch has empty rows"
+
+
+@given(splits(), batch_sizes, seeds, st.integers(0, 50))
+def test_a_row_is_its_example_cut_before_the_end_of_sequence_and_padded(examples, batch_size, seed, number):
+    batch = Batches(examples, batch_size, LENGTHS, seed=seed)[number]
+    for at, name in enumerate(LENGTHS):
+        for row, place in zip(batch[at], batch.ids, strict=True):
+            if place < 0:
+                assert not row.any()
+                continue
+            whole = getattr(examples, name)[place]
+            kept = row[: min(len(whole), LENGTHS[name])]
+            assert kept[-1] == EOS
+            np.testing.assert_array_equal(kept[:-1], whole[: len(kept) - 1])
+            assert not row[len(kept) :].any()
+
+
+@given(splits(), batch_sizes, seeds, st.integers(0, 50), st.sampled_from([None, (5, 40), (40,), (1, 2, 3, 39, 40)]))
+def test_a_batch_is_as_wide_as_the_least_bucket_that_holds_it(examples, batch_size, seed, number, buckets):
+    batches = Batches(examples, batch_size, LENGTHS, seed=seed, buckets=buckets)
+    batch = batches[number]
+    for rows, widths in ((batch.inputs, batches.buckets), (batch.targets, batches.target_buckets)):
+        longest = (rows != 0).sum(axis=1).max()
+        assert rows.shape[1] == min(width for width in widths if width >= longest)
+
+
+@given(splits(), batch_sizes, seeds)
+def test_batches_hold_examples_of_about_the_same_length(examples, batch_size, seed):
+    """A short example is put into a wide batch only to top up the one incomplete batch of its bucket."""
+    batches = Batches(examples, batch_size, LENGTHS, seed=seed)
+    mixed = 0
+    for number in range(len(batches)):
+        ids = batches[number].ids
+        lengths = np.minimum(examples.inputs.lengths[ids[ids >= 0]], LENGTHS["inputs"])
+        mixed += len(set(np.searchsorted(batches.buckets, lengths))) > 1
+    assert mixed < len(batches.buckets)
+
+
+@given(splits(), batch_sizes, seeds, st.lists(st.integers(0, 60), min_size=1, max_size=8))
+def test_a_batch_depends_on_seed_and_number_alone(examples, batch_size, seed, numbers):
+    """Whatever else was read before, and in which order: what makes a run resumable by its step."""
+    wandering = Batches(examples, batch_size, LENGTHS, seed=seed)
+    for number in numbers:
+        assert_equal(wandering[number], Batches(examples, batch_size, LENGTHS, seed=seed)[number])
+
+
+@settings(max_examples=8)
+@given(splits(), batch_sizes, seeds, st.integers(0, 30), st.integers(0, 12))
+def test_reading_may_start_anywhere(examples, batch_size, seed, start, count):
+    batches = Batches(examples, batch_size, LENGTHS, seed=seed)
+    read = list(Batches(examples, batch_size, LENGTHS, seed=seed).start_at(start, start + count))
+    assert len(read) == count
+    for offset, batch in enumerate(read):
+        assert_equal(batch, batches[start + offset])
+
+
+def test_nothing_is_left_to_read_at_the_last_step():
+    batches = Batches(make_examples([tokens(5, 0)], [tokens(2, 0)]), 2, LENGTHS)
+    assert list(batches.start_at(7, 7)) == list(batches.start_at(9, 7)) == []
+
+
+@given(splits(), batch_sizes, seeds, st.integers(0, 60))
+def test_the_examples_of_the_steps_before_are_counted(examples, batch_size, seed, step):
+    batches = Batches(examples, batch_size, LENGTHS, seed=seed)
+    assert batches.examples_before(step) == sum(int((batches[number].ids >= 0).sum()) for number in range(step))
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    examples = make_examples([tokens(9, i) for i in range(64)], [tokens(3, i) for i in range(64)])
+
+    def order(seed, epoch):
+        batches = Batches(examples, 8, LENGTHS, seed=seed)
+        return tuple(np.concatenate([batches[epoch * 8 + number].ids for number in range(8)]))
+
+    orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert tuple(range(64)) not in orders
+
+
+def test_without_shuffling_equal_lengths_keep_the_order_of_the_split():
+    examples = make_examples([tokens(9, i) for i in range(10)], [tokens(3, i) for i in range(10)])
+    batches = Batches(examples, 4, LENGTHS, shuffle=False)
+    np.testing.assert_array_equal(
+        np.stack([batches[number].ids for number in range(3)]), [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1]]
+    )
+
+
+def test_ids_count_within_a_slice():
+    """An id is a place among the examples of the slice, so that answers can be put back in order."""
+    inputs, targets = [tokens(3 + i, i) for i in range(10)], [tokens(3, i) for i in range(10)]
+    examples = make_examples(inputs, targets, slice(-4, None))
+    batch = Batches(examples, 4, LENGTHS, shuffle=False)[0]
+    np.testing.assert_array_equal(batch.ids, [0, 1, 2, 3])
+    np.testing.assert_array_equal(batch.inputs[0, :9], inputs[6])
+
+
+@given(st.integers(1, 5_000))
+def test_default_buckets_waste_less_than_half(length):
+    buckets = default_buckets(length)
+    assert buckets[-1] == length
+    assert list(buckets) == sorted(set(buckets))
+    assert all(longer <= shorter * 1.5 for shorter, longer in zip(buckets, buckets[1:], strict=False))
+
+
+def test_a_file_that_lost_its_end_is_refused(tmp_path):
+    for name in ("inputs", "targets"):
+        np.save(tmp_path / f"{name}.npy", np.arange(2_000, dtype=np.int32))
+        np.save(tmp_path / f"{name}_ends.npy", np.array([1_000, 2_000]))
+    (tmp_path / "task.json").write_text(json.dumps({"examples": 2, "postprocessor": None, "metrics": []}))
+    assert len(Examples(tmp_path, slice(None))) == 2
+    (tmp_path / "inputs.npy").write_bytes((tmp_path / "inputs.npy").read_bytes()[:1_000])
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read .*: delete the folder"):
+        Examples(tmp_path, slice(None))

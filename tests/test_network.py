@@ -1,0 +1,389 @@
+"""The network against T5X's and the official prompt-tuned model, number for number, and what must hold for any size."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from fixtures.models import OFFICIAL_PROMPT, parameters, prompted, random_model, random_tokens, shapes_of, tree
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.prompts.module import prepend_prompt
+from prompt_tuning_jax.t5.config import SIZES, T5Config
+from prompt_tuning_jax.t5.layers import relative_position_bucket
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.loss import token_log_probs
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.step import PROMPT, TrainState, batch_loss, make_train_step, split_trainable
+
+SMALL = T5Config(
+    vocab_size=23, emb_dim=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, mlp_dim=16, head_dim=5
+)
+
+
+def gradients(reference, prefix):
+    found = {name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)}
+    return {PROMPT if path == OFFICIAL_PROMPT else path: value for path, value in found.items()}
+
+
+def logits_of(model, params, reference, prefix=""):
+    inputs, decoder_inputs = reference[f"{prefix}encoder_input_tokens"], reference[f"{prefix}decoder_input_tokens"]
+    return compiled(model)(params, jnp.asarray(inputs), jnp.asarray(decoder_inputs), None)
+
+
+def encode(model, params, inputs):
+    run = jax.jit(
+        lambda params, inputs: model.apply({"params": tree(params)}, inputs, enable_dropout=False, method="encode")
+    )
+    return run(params, jnp.asarray(inputs))
+
+
+def gradients_of(model, params, inputs, targets):
+    def loss(params):
+        return batch_loss(model, tree(params), jnp.asarray(inputs), jnp.asarray(targets)).loss
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@functools.cache
+def compiled(model):
+    """`(params, inputs, decoder_inputs, prompt or None) -> logits`, compiled once a shape."""
+
+    @jax.jit
+    def run(params, inputs, decoder_inputs, prompt):
+        return model.apply(
+            {"params": tree(params)}, inputs, decoder_inputs, decoder_inputs, enable_dropout=False, prompt=prompt
+        )
+
+    return run
+
+
+def test_shapes_in_signatures_are_checked():
+    """Without the check a prompt of another width would fail deep inside, or broadcast."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="prompt"):
+        prepend_prompt(jnp.zeros((2, 3, 4)), jnp.zeros((5, 6)))
+
+
+def test_parameter_tree_is_t5x(t5x, tiny_config):
+    assert shapes_of(Transformer(tiny_config)) == {path: value.shape for path, value in parameters(t5x).items()}
+
+
+def test_parameter_tree_with_prompt_is_the_official_one(official, tiny_config):
+    assert shapes_of(prompted(tiny_config)) == {path: value.shape for path, value in parameters(official).items()}
+
+
+def test_encoder_output_is_t5x(t5x, tiny_config):
+    inputs = t5x["short:encoder_input_tokens"]
+    encoded = encode(Transformer(tiny_config), parameters(t5x), inputs)
+    np.testing.assert_allclose(encoded[inputs > 0], t5x["short:encoded"][inputs > 0], rtol=0, atol=5e-6)
+
+
+def test_logits_are_t5x(t5x, tiny_config):
+    logits = logits_of(Transformer(tiny_config), parameters(t5x), t5x, "short:")
+    real = t5x["short:decoder_target_tokens"] > 0
+    np.testing.assert_allclose(logits[real], t5x["short:logits"][real], rtol=0, atol=5e-6)
+
+
+def test_bfloat16_logits_are_t5x(t5x, tiny_config):
+    """bfloat16 keeps 8 bits: logits of 3.4 in steps of 1/64, and T5X's own lie up to 0.046 from its float32 ones. Ours
+    round elsewhere (T5X takes the softmax in bfloat16, too), so the two may be apart by both errors; but ours may be no
+    worse."""
+    config = T5Config(**{**vars(tiny_config), "dtype": "bfloat16"})
+    logits = logits_of(Transformer(config), parameters(t5x), t5x, "short:")
+    assert logits.dtype == jnp.float32
+    real = t5x["short:decoder_target_tokens"] > 0
+    ours, theirs, exact = logits[real], t5x["short:logits_bf16"][real], t5x["short:logits"][real]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.07)
+    assert np.std(ours - exact) <= np.std(theirs - exact)
+
+
+def test_loss_and_every_gradient_are_t5x(t5x, tiny_config):
+    params = parameters(t5x)
+    loss, ours = gradients_of(
+        Transformer(tiny_config), params, t5x["short:encoder_input_tokens"], t5x["short:decoder_target_tokens"]
+    )
+    np.testing.assert_allclose(loss, t5x["short:loss_sum_zloss1e-4"], rtol=1e-6)
+    theirs = gradients(t5x, "short:grad:")
+    assert theirs.keys() == params.keys()
+    for path, expected in theirs.items():
+        np.testing.assert_allclose(ours[path], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
+def test_sequence_log_likelihoods_are_t5x(t5x, tiny_config):
+    logits = logits_of(Transformer(tiny_config), parameters(t5x), t5x, "short:")
+    scores = token_log_probs(logits, jnp.asarray(t5x["short:decoder_target_tokens"])).sum(axis=1)
+    np.testing.assert_allclose(scores, t5x["short:scores_sequence_loglik"], rtol=1e-6)
+
+
+def test_prompted_model_is_the_official_one(official, tiny_config):
+    model, params = prompted(tiny_config), parameters(official)
+    inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
+
+    encoded = encode(model, params, inputs)
+    seen = np.pad(inputs > 0, ((0, 0), (5, 0)), constant_values=True)
+    np.testing.assert_allclose(encoded[seen], official["encoded"][seen], rtol=0, atol=5e-6)
+
+    logits = logits_of(model, params, official)
+    real = targets > 0
+    np.testing.assert_allclose(logits[real], official["logits"][real], rtol=0, atol=5e-6)
+    scores = token_log_probs(logits, jnp.asarray(targets)).sum(axis=1)
+    np.testing.assert_allclose(scores, official["scores"], rtol=1e-6)
+
+    loss, ours = gradients_of(model, params, inputs, targets)
+    np.testing.assert_allclose(loss, official["loss_sum"], rtol=1e-6)
+    for path, expected in gradients(official, "grad:").items():
+        np.testing.assert_allclose(ours[path], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
+def test_ten_training_steps_are_the_official_ones(official, tiny_config):
+    """T5X's trainer, from optimiser step 0 at learning rate 0.3. Adafactor divides by the size of gradients that may be
+    tiny, so differences of rounding grow to 1.3e-5, on values up to 3."""
+    optimizer = adafactor(0.3)
+    trainable, frozen = split_trainable(parameters(official), ["encoder/prompt/.*"])
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros(2, jnp.uint32))
+    step = make_train_step(prompted(tiny_config), optimizer)
+    inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
+    batch = Batch(inputs, targets, np.arange(len(inputs), dtype=np.int32))
+    for loss, prompt in zip(official["train_start0:loss"], official["train_start0:prompt"], strict=True):
+        state, metrics = step(state, frozen, batch)
+        np.testing.assert_allclose(metrics.sums.loss, loss, rtol=1e-6)
+        np.testing.assert_allclose(state.trainable[PROMPT], prompt, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "model_parameters", "prompt_parameters"),
+    [
+        ("small", 76_961_152, 51_200),
+        ("base", 247_577_856, 76_800),
+        ("large", 783_150_080, 102_400),
+        ("xl", 2_849_757_184, 204_800),
+        ("xxl", 11_135_332_352, 409_600),
+    ],
+)
+def test_official_sizes(size, model_parameters, prompt_parameters):
+    """Parameter counts of T5 1.1's checkpoints, and of a prompt of 100, without making a single array."""
+    shapes = shapes_of(prompted(SIZES[size], 100))
+    assert math.prod(shapes.pop(PROMPT)) == prompt_parameters
+    assert sum(map(math.prod, shapes.values())) == model_parameters
+
+
+@given(
+    lengths=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    prompt_length=st.sampled_from([0, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_padding_never_reaches_the_output(lengths, prompt_length, seed):
+    """Two batches that differ only under the padding mask give the same logits, bit for bit."""
+    model, params = random_model(SMALL, prompt_length)
+    rng = np.random.default_rng(seed)
+    inputs = random_tokens(rng, lengths, 6, SMALL.vocab_size)
+    decoder_inputs = random_tokens(rng, (4, 4, 4), 4, SMALL.vocab_size)
+    # What stands under the mask: the embedding of the padding token, and then what the encoder makes of it.
+    table = params["token_embedder/embedding"]
+    other = params | {"token_embedder/embedding": table.at[0].set(rng.normal(0, 100, table.shape[1]))}
+    run = encode_and_decode(model)
+    logits, encoded = run(params, params, inputs, decoder_inputs)
+    other_logits, other_encoded = run(other, params, inputs, decoder_inputs)
+    np.testing.assert_array_equal(logits, other_logits)
+    if min(lengths) < 6:
+        assert not np.array_equal(encoded, other_encoded)  # there was something to hide
+
+
+@functools.cache
+def encode_and_decode(model):
+    @jax.jit
+    def run(encoder_params, decoder_params, inputs, decoder_inputs):
+        encoded = model.apply({"params": tree(encoder_params)}, inputs, enable_dropout=False, method="encode")
+        logits = model.apply(
+            {"params": tree(decoder_params)},
+            encoded,
+            inputs,
+            decoder_inputs,
+            decoder_inputs,
+            enable_dropout=False,
+            method="decode",
+        )
+        return logits, encoded
+
+    return run
+
+
+@given(
+    lengths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    more=st.sampled_from([1, 4]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_more_padding_changes_nothing(lengths, more, seed):
+    """The same rows in a longer bucket; the sums run over more zeros, in another order."""
+    model, params = random_model(SMALL, 3)
+    rng = np.random.default_rng(seed)
+    inputs = random_tokens(rng, lengths, 5, SMALL.vocab_size)
+    decoder_inputs = random_tokens(rng, (4, 4), 4, SMALL.vocab_size)
+    run = compiled(model)
+    np.testing.assert_allclose(
+        run(params, inputs, decoder_inputs, None),
+        run(params, jnp.pad(inputs, ((0, 0), (0, more))), decoder_inputs, None),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@given(
+    lengths=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    prompt_length=st.sampled_from([1, 4]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_prompt_of_real_tokens_is_those_tokens(lengths, prompt_length, seed):
+    """A prompt equal to the embeddings of P tokens does what those tokens do in front of the input."""
+    bare, params = random_model(SMALL)
+    model = random_model(SMALL, prompt_length)[0]
+    rng = np.random.default_rng(seed)
+    inputs = random_tokens(rng, lengths, 5, SMALL.vocab_size)
+    decoder_inputs = random_tokens(rng, (4, 4), 4, SMALL.vocab_size)
+    words = random_tokens(rng, [prompt_length], prompt_length, SMALL.vocab_size)
+    prompt = params["token_embedder/embedding"][words[0]]
+    told = jnp.concatenate([jnp.broadcast_to(words, (2, prompt_length)), inputs], axis=1)
+    np.testing.assert_allclose(
+        compiled(model)(params | {PROMPT: prompt}, inputs, decoder_inputs, None),
+        compiled(bare)(params, told, decoder_inputs, None),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@given(prompt_length=st.sampled_from([1, 4]), seed=st.integers(0, 2**32 - 1))
+def test_a_prompt_a_row_is_that_rows_prompt(prompt_length, seed):
+    """A batch that mixes tasks gives each row what it gets in a batch of its own task."""
+    model, params = random_model(SMALL, 4)
+    rng = np.random.default_rng(seed)
+    inputs = random_tokens(rng, rng.integers(1, 6, 3), 5, SMALL.vocab_size)
+    decoder_inputs = random_tokens(rng, (4, 4, 4), 4, SMALL.vocab_size)
+    prompts = jnp.asarray(rng.normal(size=(3, prompt_length, SMALL.emb_dim)), jnp.float32)
+    run = compiled(model)
+    mixed = run(params, inputs, decoder_inputs, prompts)
+    for row in range(3):
+        alone = run(params, inputs, decoder_inputs, prompts[row])
+        np.testing.assert_allclose(mixed[row], alone[row], rtol=1e-6, atol=1e-6)
+    assert not np.allclose(mixed[1], run(params, inputs, decoder_inputs, prompts[0])[1], atol=1e-3)
+
+
+def test_packed_examples_are_as_alone():
+    """Two examples in one row, told apart by segment ids, as in T5X's pre-training."""
+    model, params = random_model(SMALL)
+    rng = np.random.default_rng(0)
+    first, second = random_tokens(rng, [4], 4, 23), random_tokens(rng, [3], 3, 23)
+    first_targets, second_targets = random_tokens(rng, [2], 2, 23), random_tokens(rng, [3], 3, 23)
+    packed = jax.jit(functools.partial(model.apply, enable_dropout=False))(
+        {"params": tree(params)},
+        jnp.concatenate([first, second, jnp.zeros((1, 2), jnp.int32)], axis=1),
+        jnp.concatenate([first_targets, second_targets], axis=1),
+        jnp.concatenate([first_targets, second_targets], axis=1),
+        jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]]),
+        jnp.array([[1, 1, 2, 2, 2]]),
+    )
+    for inputs, targets, place in ((first, first_targets, slice(0, 2)), (second, second_targets, slice(2, 5))):
+        alone = compiled(model)(params, inputs, targets, None)
+        np.testing.assert_allclose(packed[:, place], alone, rtol=1e-6, atol=2e-6)
+
+
+def test_packed_examples_with_a_prompt_are_refused():
+    model, params = random_model(SMALL, 3)
+    tokens = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="pack=False"):
+        model.apply({"params": tree(params)}, tokens, tokens, tokens, tokens, tokens, enable_dropout=False)
+
+
+def test_a_prompt_for_a_model_without_one_is_refused():
+    """Not ignored: the answers would be those of no prompt."""
+    model, params = random_model(SMALL)
+    tokens = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="prompt_factory"):
+        model.apply(
+            {"params": tree(params)}, tokens, tokens, tokens, enable_dropout=False, prompt=jnp.ones((2, SMALL.emb_dim))
+        )
+
+
+def test_one_dropout_mask_for_all_positions():
+    """Positions that hold the same stay the same under dropout, in every layer: the masks broadcast along the length.
+
+    All positions hold one token and see the same (no position bias, no causal attention), so only a mask that differs
+    between positions could tell them apart.
+    """
+    config = T5Config(**{**vars(SMALL), "dropout_rate": 0.3})
+    model, params = random_model(config)
+    params = {
+        path: value * 0 if "rel_embedding" in path or "decoder/layers_0/self_attention/out" in path else value
+        for path, value in params.items()
+    }
+    tokens = jnp.full((3, 6), 5)
+    rngs = {"dropout": jax.random.key(1)}
+    encoded = model.apply({"params": tree(params)}, tokens, rngs=rngs, method="encode")
+    logits = model.apply({"params": tree(params)}, tokens, tokens, tokens, rngs=rngs)
+    for output in (encoded, logits):
+        np.testing.assert_allclose(output, jnp.broadcast_to(output[:, :1], output.shape), rtol=1e-5, atol=1e-5)
+        assert not np.allclose(output[0], output[1], atol=1e-2)  # rows do not share a mask
+    assert 0 < np.mean(encoded == 0) < 0.7  # features of the output are dropped, whole columns of them
+
+
+def test_prompt_is_dropped_with_the_input():
+    """The prompt enters before the input's dropout: the same features are missing from both."""
+    config = T5Config(**{**vars(SMALL), "num_encoder_layers": 0, "dropout_rate": 0.5})
+    model, params = random_model(config, 3)
+    seen = {}
+
+    def spy(following, args, kwargs, context):
+        if context.module.name == "dropout" and "input" not in seen:
+            seen["input"] = following(*args, **kwargs)
+            return seen["input"]
+        return following(*args, **kwargs)
+
+    with nn.intercept_methods(spy):
+        model.apply({"params": tree(params)}, jnp.full((2, 4), 7), rngs={"dropout": jax.random.key(0)}, method="encode")
+    dropped = np.asarray(seen["input"]) == 0
+    assert dropped.shape == (2, 7, SMALL.emb_dim)
+    np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))
+    assert 0 < dropped.mean() < 1
+
+
+def test_logits_through_the_embedding():
+    """T5 1.0's logits: the transposed table, and the decoder's output divided by the square root of d_model."""
+    tied = Transformer(T5Config(**{**vars(SMALL), "logits_via_embedding": True}))
+    model, params = random_model(SMALL)
+    table = params["token_embedder/embedding"]
+    rng = np.random.default_rng(0)
+    inputs, decoder_inputs = random_tokens(rng, [5, 3], 5, 23), random_tokens(rng, [4, 4], 4, 23)
+    kernel = table.T / np.sqrt(SMALL.emb_dim)
+    expected = compiled(model)(params | {"decoder/logits_dense/kernel": kernel}, inputs, decoder_inputs, None)
+    without = {path: value for path, value in params.items() if path != "decoder/logits_dense/kernel"}
+    np.testing.assert_allclose(compiled(tied)(without, inputs, decoder_inputs, None), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (4, 8), (16, 64)])
+def test_relative_position_bucket(bidirectional, buckets, max_distance):
+    """Against the definition in whole numbers: with E exact buckets of N, bucket E + k begins at the distance
+    E (max_distance / E) ** (k / (N - E)), and the last one has no end."""
+
+    def bucket(key_minus_query):
+        count, first, distance = buckets, 0, -key_minus_query
+        if bidirectional:
+            count //= 2
+            first, distance = (count, -distance) if distance < 0 else (0, distance)
+        distance, exact = max(distance, 0), count // 2
+        if distance < exact:
+            return first + distance
+        far = count - exact
+        begun = [k for k in range(far) if distance**far * exact**k >= max_distance**k * exact**far]
+        return first + exact + max(begun)
+
+    relative = np.arange(-600, 601, dtype=np.int32)
+    found = relative_position_bucket(
+        relative, bidirectional=bidirectional, num_buckets=buckets, max_distance=max_distance
+    )
+    assert found.tolist() == [bucket(int(r)) for r in relative]

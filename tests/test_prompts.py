@@ -1,0 +1,289 @@
+"""How a prompt starts, and its files: whole, damaged and hostile ones."""
+
+import io
+import pickle
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prompt_tuning_jax.prompts import initializers
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt, write_prompt
+from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+KEY = jax.random.key(0)
+WIDTH = 4
+# Row i says i: what is drawn can be read back.
+TABLE = jnp.repeat(jnp.arange(6_000.0)[:, None], WIDTH, axis=1)
+PIECES = {"good": [10], "not good": [20, 10, 31], "odd": [5, 2], "": []}
+
+
+def encode(text):
+    return PIECES[text]
+
+
+def drawn(length, population=5_000, key=KEY, table=TABLE):
+    prompt = initializers.sampled_vocabulary(key, (length, WIDTH), embeddings=table, population=population)
+    assert prompt.shape == (length, WIDTH)
+    assert prompt.dtype == jnp.float32
+    return np.asarray(prompt[:, 0]).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("init", "low", "high"),
+    [(initializers.random_uniform, -0.5, 0.5), (initializers.official_random_uniform, 0.0, 0.5)],
+)
+def test_random_prompts_fill_their_range(init, low, high):
+    prompt = np.asarray(init(KEY, (100, 64), embeddings=TABLE, encode=encode))
+    assert prompt.dtype == np.float32
+    assert low <= prompt.min() < low + 0.001
+    assert high - 0.001 < prompt.max() < high
+    assert abs(prompt.mean() - (low + high) / 2) < 0.01
+
+
+def test_another_key_draws_another_prompt():
+    assert not np.array_equal(drawn(20), drawn(20, key=jax.random.key(1)))
+    np.testing.assert_array_equal(drawn(20), drawn(20))
+
+
+def test_sampled_words_are_common_distinct_and_not_special():
+    """<pad>, </s> and <unk>, ids 0 to 2, are no words."""
+    ids = drawn(1_000)
+    assert len(set(ids)) == len(ids)
+    assert ids.min() >= 3
+    assert 4_900 < ids.max() < 5_000
+    assert set(drawn(7, population=10)) == set(range(3, 10))
+
+
+def test_sampled_words_repeat_only_where_there_are_too_few():
+    assert set(drawn(200, population=10)) == set(range(3, 10))
+    assert set(drawn(200, population=5_000, table=TABLE[:10])) == set(range(3, 10))
+
+
+def test_population_of_special_tokens_alone_is_refused():
+    with pytest.raises(ValueError, match="population is 3"):
+        drawn(2, population=3)
+
+
+def test_class_labels_take_the_first_places():
+    """Position i is the mean of label i's pieces, and the rest is what sampled vocabulary alone would be."""
+    shape = (6, WIDTH)
+    prompt = initializers.class_labels(KEY, shape, embeddings=TABLE, encode=encode, labels=["not good", "good"])
+    expected = np.array(initializers.sampled_vocabulary(KEY, shape, embeddings=TABLE))
+    expected[0], expected[1] = (20 + 10 + 31) / 3, 10
+    np.testing.assert_allclose(prompt, expected, rtol=1e-7)
+    assert prompt.dtype == jnp.float32
+
+
+def test_labels_beyond_the_prompt_are_left_out_aloud(caplog):
+    prompt = initializers.class_labels(KEY, (1, WIDTH), embeddings=TABLE, encode=encode, labels=["good", "not good"])
+    np.testing.assert_array_equal(prompt, np.full((1, WIDTH), 10))
+    assert "2 class labels, but the prompt has 1 positions" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["good", "odd"], "'odd' tokenises to <unk>"), ([""], "'' tokenises to nothing"), ([], "CLASS_LABELS is empty")],
+)
+def test_labels_that_the_vocabulary_cannot_write_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message) as error:
+        initializers.class_labels(KEY, (3, WIDTH), embeddings=TABLE, encode=encode, labels=labels)
+    assert "CLASS_LABELS" in str(error.value)
+
+
+def test_class_labels_of_the_real_vocabulary(data_dir):
+    """Pieces as the official code finds them: no end of sequence among them, and "entailment" is four."""
+    vocabulary = Vocabulary(data_dir / "t5" / "spiece.model")
+    table = jnp.repeat(jnp.arange(32_128.0)[:, None], WIDTH, axis=1)
+    labels = ["positive", "False", "entailment"]
+    prompt = initializers.class_labels(KEY, (9, WIDTH), embeddings=table, encode=vocabulary.encode, labels=labels)
+    means = [1465, np.mean([10747, 7, 15]), np.mean([3, 35, 5756, 297])]
+    np.testing.assert_allclose(prompt[:3, 0], means, rtol=1e-6)
+
+
+def test_string_takes_a_place_a_piece():
+    shape = (5, WIDTH)
+    prompt = initializers.string(KEY, shape, embeddings=TABLE, encode=encode, text="not good")
+    expected = np.array(initializers.sampled_vocabulary(KEY, shape, embeddings=TABLE))
+    expected[:3] = np.array([20, 10, 31])[:, None]
+    np.testing.assert_array_equal(prompt, expected)
+    with pytest.raises(ValueError, match="PROMPT_TEXT"):
+        initializers.string(KEY, shape, embeddings=TABLE, encode=encode, text="odd")
+
+
+def test_prompts_of_a_bfloat16_base_are_float32():
+    """The prompt and its optimiser state are float32, whatever the frozen table is."""
+    table = TABLE[:200].astype(jnp.bfloat16)
+    prompt = initializers.class_labels(KEY, (3, WIDTH), embeddings=table, encode=encode, labels=["good"])
+    assert prompt.dtype == jnp.float32
+
+
+def test_file_goes_in_as_it_is(tmp_path):
+    prompt = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    write_prompt(tmp_path / "p.npy", prompt)
+    found = initializers.from_file(KEY, prompt.shape, path=str(tmp_path / "p.npy"), embeddings=TABLE, encode=encode)
+    np.testing.assert_array_equal(found, prompt)
+    for shape in ((4, WIDTH), (3, WIDTH + 1)):
+        with pytest.raises(ValueError, match=rf"is \[3, {WIDTH}\], expected \[{shape[0]}, {shape[1]}\]"):
+            initializers.from_file(KEY, shape, path=str(tmp_path / "p.npy"))
+
+
+def test_module_starts_from_its_initialiser():
+    module = SoftPrompt(3, lambda key, shape: initializers.sampled_vocabulary(key, shape, embeddings=TABLE))
+    variables = module.init(KEY, jnp.zeros((2, 5, WIDTH)))
+    prompt = variables["params"]["prompt"]
+    assert (prompt.shape, prompt.dtype) == ((3, WIDTH), jnp.float32)
+    embedded = jnp.ones((2, 5, WIDTH), jnp.bfloat16)
+    out = module.apply(variables, embedded)
+    assert out.dtype == jnp.bfloat16  # the prompt follows the activations
+    np.testing.assert_array_equal(out[:, 3:], embedded)
+    np.testing.assert_array_equal(out[1, :3], prompt.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["p.npy", OFFICIAL_NAME, "new/folders/p.npy"])
+def test_files_round_trip(tmp_path, name):
+    prompt = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    write_prompt(tmp_path / name, prompt)
+    found = read_prompt(tmp_path / name)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, prompt)
+    np.testing.assert_array_equal(np.load(tmp_path / name), prompt)  # anyone can read it
+    assert [path.name for path in (tmp_path / name).parent.iterdir()] == [(tmp_path / name).name]
+
+
+def test_folder_stands_for_the_official_file_in_it(tmp_path):
+    write_prompt(tmp_path / OFFICIAL_NAME, np.ones((2, 3), np.float32))
+    np.testing.assert_array_equal(read_prompt(tmp_path), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", ">f4"])
+def test_other_floats_are_read_as_float32(tmp_path, dtype):
+    np.save(tmp_path / "p.npy", np.array([[0.5, -2.0]], dtype))
+    found = read_prompt(tmp_path / "p.npy")
+    assert found.dtype == np.dtype("float32")
+    np.testing.assert_array_equal(found, [[0.5, -2.0]])
+
+
+@pytest.mark.parametrize(("name", "spread"), [("sst2", 51.8), ("mrpc", 32.3), ("rte", 34.5)])
+def test_released_prompts(data_dir, name, spread):
+    """The prompts published with the paper's code, for T5 1.1 base."""
+    prompt = read_prompt(data_dir / "t5" / "released_prompts" / f"{name}.npy")
+    assert (prompt.shape, prompt.dtype) == ((100, 768), np.float32)
+    assert prompt.std() == pytest.approx(spread, abs=0.05)
+
+
+def test_prompt_of_the_official_trainer(data_dir):
+    """The file without suffix that T5X leaves beside a checkpoint."""
+    folders = sorted((data_dir / "t5" / "t5x_runs" / "legacy").glob("**/numpy_checkpoints/checkpoint_*"))
+    assert folders
+    for folder in folders:
+        assert read_prompt(folder).shape == (100, 4)
+
+
+def refused(path):
+    """The one line that a user gets."""
+    with pytest.raises(ValueError, match="PROMPT_FILE") as error:
+        read_prompt(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((2, 3), np.int32), r"int32 [2, 3]"),
+        (np.zeros(3, np.float32), r"float32 [3]"),
+        (np.zeros((1, 2, 3), np.float32), r"float32 [1, 2, 3]"),
+        (np.zeros((0, 3), np.float32), r""),
+        (np.array([[1.0, np.nan]], np.float32), "NaN or infinity"),
+        (np.array([[1.0, -np.inf]], np.float32), "NaN or infinity"),
+        (np.array([[1e300]]), "NaN or infinity"),
+    ],
+)
+def test_arrays_that_are_no_prompt_are_refused(tmp_path, array, found):
+    np.save(tmp_path / "p.npy", array)
+    assert found in refused(tmp_path / "p.npy")
+
+
+def test_absent_files_are_refused(tmp_path):
+    assert "no prompt file" in refused(tmp_path / "absent.npy")
+    with pytest.raises(ValueError, match=f"no prompt file .*{OFFICIAL_NAME}"):
+        read_prompt(tmp_path)  # an empty folder
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+WHOLE = saved(np.arange(6, dtype=np.float32).reshape(2, 3))
+HEADER = len(WHOLE) - 24
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(content=st.binary(max_size=200) | st.binary(max_size=100).map(lambda tail: b"\x93NUMPY\x01\x00" + tail))
+def test_random_bytes_are_refused(tmp_path, content):
+    (tmp_path / "p.npy").write_bytes(content)
+    refused(tmp_path / "p.npy")
+
+
+def test_truncated_files_are_refused(tmp_path):
+    for length in range(len(WHOLE)):
+        (tmp_path / "p.npy").write_bytes(WHOLE[:length])
+        refused(tmp_path / "p.npy")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(place=st.integers(0, HEADER - 1), byte=st.integers(0, 255) | st.sampled_from(b"'\"()[]9,: \n#\\"))
+def test_damaged_headers_are_refused_or_harmless(tmp_path, place, byte):
+    """A changed byte in a file's header: a prompt all the same, or one line; never another error, never a crash."""
+    damaged = bytearray(WHOLE)
+    damaged[place] = byte
+    (tmp_path / "p.npy").write_bytes(damaged)
+    try:
+        prompt = read_prompt(tmp_path / "p.npy")
+    except ValueError:
+        refused(tmp_path / "p.npy")
+    else:
+        assert prompt.ndim == 2
+        assert prompt.dtype == np.float32
+
+
+def test_sizes_that_the_file_cannot_hold_are_refused(tmp_path):
+    """A header that promises 4 TB is found out before any memory is asked for."""
+    header = WHOLE.replace(b"(2, 3), }" + b" " * 12, b"(1048576, 1048576), }")
+    assert header != WHOLE
+    (tmp_path / "p.npy").write_bytes(header)
+    refused(tmp_path / "p.npy")
+
+
+class Exploit:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_reading_never_unpickles(tmp_path):
+    """A prompt from a stranger runs no code, whatever kind of file it is."""
+    harm = tmp_path / "harm"
+    objects = np.empty((1, 1), object)
+    objects[0, 0] = Exploit(harm)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("arr_0.npy", saved(objects))
+    for content in (saved(objects), pickle.dumps(Exploit(harm)), archive.getvalue()):
+        (tmp_path / "p.npy").write_bytes(content)
+        refused(tmp_path / "p.npy")
+        assert not harm.exists()

@@ -1,0 +1,138 @@
+"""One training step: what it trains, what it leaves alone, and that it does the same again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.models import random_model, random_tokens
+
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, merge, shift_right, split_trainable
+
+# Dimensions of parameters that no activation has.
+CONFIG = T5Config(29, 24, 3, 1, 1, 40, head_dim=7, dropout_rate=0.2)
+PROMPT_TUNING, MODEL_TUNING = ["encoder/prompt/.*"], [".*"]
+OPTIMIZER = adafactor(0.3)
+STILL = adafactor(0.0, weight_decay=0.0)
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    inputs, targets = random_tokens(rng, [6, 4, 1], 6, 29), random_tokens(rng, [3, 2, 1], 3, 29)
+    return Batch(np.asarray(inputs), np.asarray(targets), np.arange(3, dtype=np.int32))
+
+
+def start(patterns, step=0, optimizer=OPTIMIZER):
+    """A state of its own, and the frozen half."""
+    trainable, frozen = split_trainable(random_model(CONFIG, 5)[1], patterns)
+    trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
+    key = jax.random.key_data(jax.random.key(1))
+    return TrainState(jnp.asarray(step, jnp.int32), trainable, optimizer.init(trainable), key), frozen
+
+
+@functools.cache
+def train_step(optimizer=OPTIMIZER):
+    return make_train_step(random_model(CONFIG, 5)[0], optimizer)
+
+
+def run(patterns, steps, step):
+    state, frozen = start(patterns)
+    metrics = []
+    for number in range(steps):
+        state, found = step(state, frozen, batch(number))
+        metrics.append(jax.device_get(found))
+    return jax.device_get(state), metrics
+
+
+def test_split_and_merge():
+    params = {"a/b/c": jnp.ones(1), "a/bc": jnp.zeros(2), "d": jnp.ones(3)}
+    trainable, frozen = split_trainable(params, ["a/b/.*", "d"])
+    assert (trainable.keys(), frozen.keys()) == ({"a/b/c", "d"}, {"a/bc"})
+    merged = merge(trainable, frozen)
+    assert merged == {"a": {"b": {"c": params["a/b/c"]}, "bc": params["a/bc"]}, "d": params["d"]}
+
+
+def test_a_pattern_matches_whole_paths():
+    """`encoder/prompt` alone trains nothing: better said than trained for hours."""
+    params = {PROMPT: jnp.ones(1), "encoder/encoder_norm/scale": jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"no parameter's path matches 'encoder/promt/\.\*'; paths are like 'encoder/"):
+        split_trainable(params, ["encoder/promt/.*"])
+    with pytest.raises(ValueError, match="'prompt'"):
+        split_trainable(params, ["encoder/.*", "prompt"])
+
+
+def test_decoder_inputs_are_the_targets_one_later():
+    np.testing.assert_array_equal(shift_right(jnp.array([[4, 5, 1], [6, 1, 0]])), [[0, 4, 5], [0, 6, 1]])
+
+
+def weight_gradients(patterns):
+    """How many matrix products of the step make something of the shape of a weight matrix."""
+    state, frozen = start(patterns)
+    shapes = {value.shape for path, value in (frozen | state.trainable).items() if path.endswith("/kernel")}
+    written = {f"tensor<{a}x{b}xf32>" for shape in shapes for a, b in (shape, shape[::-1])}
+    program = train_step().lower(state, frozen, batch()).as_text()
+    results = [line.rsplit("->", 1)[1].strip() for line in program.splitlines() if "stablehlo.dot_general" in line]
+    return sum(any(result.startswith(shape) for shape in written) for result in results)
+
+
+def test_frozen_weights_cost_no_gradient():
+    """A frozen matrix is multiplied with, forward and back, but its own gradient is nowhere in the program."""
+    assert weight_gradients(PROMPT_TUNING) == 0
+    kernels = [path for path in random_model(CONFIG, 5)[1] if path.endswith("/kernel")]
+    assert weight_gradients(MODEL_TUNING) == len(kernels) == 19
+
+
+def test_prompt_tuning_moves_the_prompt_alone():
+    state, frozen = start(PROMPT_TUNING)
+    before, prompt = jax.device_get(frozen), np.array(state.trainable[PROMPT])
+    old = state
+    for number in range(3):
+        state, metrics = train_step()(state, frozen, batch(number))
+    assert state.trainable.keys() == {PROMPT}
+    assert np.abs(state.trainable[PROMPT] - prompt).min() > 0
+    assert metrics.gradient_norm > 0
+    for path, value in before.items():
+        np.testing.assert_array_equal(frozen[path], value, err_msg=path)
+    # The new state is written where the old one was; the frozen half is read again and again, and never copied.
+    assert old.trainable[PROMPT].is_deleted()
+    assert not any(value.is_deleted() for value in frozen.values())
+    # What a checkpoint holds: the prompt, its second moment, and a handful of numbers.
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) < 2 * prompt.nbytes + 100
+
+
+def test_prompt_tuning_gives_the_same_bits_again():
+    """Two runs with dropout, compiled apart, as after a restart."""
+    compiled_again = make_train_step(random_model(CONFIG, 5)[0], OPTIMIZER)
+    first, second = run(PROMPT_TUNING, 2, train_step()), run(PROMPT_TUNING, 2, compiled_again)
+    assert int(first[0].step) == 2
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_model_tuning_moves_everything_and_the_same_way_again():
+    first, second = run(MODEL_TUNING, 2, train_step()), run(MODEL_TUNING, 2, train_step())
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for path, value in random_model(CONFIG, 5)[1].items():
+        assert not np.array_equal(first[0].trainable[path], value), path
+
+
+def test_dropout_is_a_function_of_run_and_step():
+    """Another mask each step, and the same one when a run comes back to that step."""
+
+    def loss(number, key=1):
+        state, frozen = start(PROMPT_TUNING, number, STILL)
+        state = state._replace(key=jax.random.key_data(jax.random.key(key)))
+        return float(train_step(STILL)(state, frozen, batch())[1].sums.loss)
+
+    assert len({loss(0), loss(1), loss(7), loss(0, key=2)}) == 4
+    assert loss(7) == loss(7)
+
+    state, frozen = start(PROMPT_TUNING, 0, STILL)  # nothing moves, so only dropout can make a difference
+    state, _ = train_step(STILL)(state, frozen, batch())
+    _, metrics = train_step(STILL)(state, frozen, batch())
+    assert float(metrics.sums.loss) == loss(1)

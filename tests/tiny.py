@@ -1,0 +1,152 @@
+"""A base so small that a run of it takes seconds: what the tests of the command line train on."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from prompt_tuning_jax.batches.cache import TaskRequest
+from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints.base import expected_shapes
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.review_grammar import unlabelled
+from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
+
+ROOT = Path(__file__).parent.parent
+CONFIG = T5Config(
+    vocab_size=400, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, mlp_dim=32, head_dim=8
+)
+LENGTHS = {"inputs": 48, "targets": 8}  # cuts a few sentences of the demo; the rest fills two buckets
+PROMPT_LENGTH = 5
+GIN = """
+from __gin__ import dynamic_registration
+from prompt_tuning_jax.t5 import config
+
+include "models/t5_1_1.gin"
+VOCAB_SIZE = 400
+
+config.T5Config:
+  emb_dim = 16
+  mlp_dim = 32
+  num_heads = 2
+  head_dim = 8
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+"""
+
+
+class Tiny(NamedTuple):
+    """Everything a run of the tiny base needs, in one folder that all tests share."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.base / huggingface.VOCABULARY
+
+    @property
+    def gin(self) -> Path:
+        return self.folder / "tiny.gin"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a run: its caches are in the folder, and it compiles fast rather than well."""
+        return {
+            "PROMPT_TUNING_CACHE": str(self.folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    @property
+    def demo(self) -> TaskRequest:
+        return TaskRequest("demo_reviews", str(self.vocabulary), LENGTHS)
+
+    def arguments(self, *files: str, **macros) -> list[str]:
+        """Of a prompt-tuning run on the demo's task, or of the run and prompt `files`."""
+        files = files or ("prompts/random_uniform.gin", "runs/prompt_tune.gin")
+        settings = {
+            "MIXTURE_OR_TASK_NAME": "demo_reviews",
+            "TASK_FEATURE_LENGTHS": LENGTHS,
+            "INITIAL_CHECKPOINT_PATH": str(self.base),
+            "EVAL_SPLIT": "validation[:64]",
+            "BATCH_SIZE": 8,
+            "EVAL_BATCH_SIZE": 32,
+            "TRAIN_STEPS": 40,
+            "EVAL_PERIOD": 20,
+            "LOG_PERIOD": 10,
+        }
+        if "runs/prompt_tune.gin" in files:
+            settings["PROMPT_LENGTH"] = PROMPT_LENGTH
+        settings |= macros
+        return [
+            *(f"--gin_file={file}" for file in (self.gin, *files)),
+            *(f"--gin.{name}={value!r}" for name, value in settings.items()),
+        ]
+
+    def start(self, arguments: list[str], **options) -> subprocess.Popen:
+        """`python -m prompt_tuning_jax.train` in a process of its own."""
+        command = [sys.executable, "-m", "prompt_tuning_jax.train", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, **pipes)
+
+    def run(self, arguments: list[str]) -> subprocess.CompletedProcess:
+        process = self.start(arguments)
+        stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
+    """The shared folder, made by the first test, of whichever worker, that asks for it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    if not folder.exists():
+        partial = factory.mktemp("tiny_partial")
+        (partial / "spiece.model").write_bytes(train_vocabulary())
+        huggingface.write(partial / "base", CONFIG, random_params(0), partial / "spiece.model")
+        (partial / "tiny.gin").write_text(GIN)
+        try:
+            os.rename(partial, folder)
+        except OSError:  # another worker was faster
+            shutil.rmtree(partial)
+    return Tiny(folder)
+
+
+def train_vocabulary(pieces: int = 300) -> bytes:
+    """A case-folding SentencePiece model of the demo's sentences and labels."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*unlabelled(400), *["negative", "positive"] * 20]),
+        model_writer=model,
+        vocab_size=pieces,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=PAD,
+        eos_id=EOS,
+        unk_id=UNK,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def random_params(seed: int) -> dict[str, np.ndarray]:
+    """Weights of the tiny size."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(1.0 if name.endswith("scale") else 0.0, 0.3, shape).astype(np.float32)
+        for name, shape in expected_shapes(CONFIG).items()
+    }
