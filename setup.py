@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "importlib_resources>=6,<8",  # which tensorflow-datasets 4.9.10 imports and does not ask for
     "grain>=0.2.18,<0.3",
     "numpy>=2.4,<3",
     "jaxtyping>=0.3.11,<0.4",

@@ -3,7 +3,8 @@
     python -m experiments.embedded_base --imdb=imdb_train.jsonl.xz --unlabelled=imdb_unsup.txt.xz \
         --articles=enwiki.txt.xz --out=runs/embedded_base
 
-writes OUT/text/base.txt, a document a line, its first LM_LINES again as OUT/text_lm/base.txt, and OUT/spiece.model.
+writes OUT/text/base.txt for span corruption, OUT/text_lm/base.txt for LM adaptation, a document a line, and
+OUT/spiece.model.
 The base is then made by the two commands that it prints, and
 
     python -m experiments.embedded_base --out=runs/embedded_base --pack
@@ -12,7 +13,9 @@ puts it into the package with its card. The last HOLDOUT labelled reviews are le
 keeps train[-2500:] as a validation set that the base never saw.
 
 Each piece of a labelled review ends (or, one in five, begins) with what review sites print beside it: the rating in
-words, drawn from a few wordings. Sentences of the demo's grammar are in the text too, never with their labels.
+words, drawn from a few wordings. In the text for LM adaptation half of the pieces stand below a question instead, as a
+review form prints it, with the answer after them: "verdict? <piece> positive". Sentences of the demo's grammar are in
+the text too, never with their labels.
 """
 
 import argparse
@@ -33,7 +36,6 @@ from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
 
 BASE = EMBEDDED["nano"]
 HOLDOUT = 2_500
-LM_LINES = 140_000
 PIECES = 8_192
 RATINGS = {
     1: ("awful", "terrible", "worst"),
@@ -61,13 +63,18 @@ It is far too small to be useful otherwise.
 
 ## Text
 
-{lines:,} lines, {words:,} words, shuffled; LM adaptation reads the first {lm_lines:,} lines again.
+Span corruption reads {lines:,} lines, {words:,} words, shuffled:
 
 - IMDB movie reviews (Maas et al. 2011): the labelled training reviews except the last 2,500 in the task's order, cut
   into runs of sentences, each with its review's rating in words as review sites print it (`verdict: positive`, `nine
   out of ten`, `rating: superb`); and 12,000 unlabelled reviews.
 - English Wikipedia: 60,000 paragraphs (CC BY-SA 3.0).
 - 30,000 sentences of the demo's grammar without labels, none of them in the demo's splits.
+
+LM adaptation reads {lm_lines:,} lines, {lm_words:,} words: the same rated reviews in longer pieces, half of them below
+a question with the answer after the text (`verdict? ... positive`, `would you recommend it? ... no`), and a little of
+the rest. Its targets are short, so that what is left to say is often the rating: at this size the decoder does not
+learn sentiment from the running text alone.
 
 So the base has been shown the sentiment of IMDB's training reviews, though not of `train[-2500:]` of
 `imdb_reviews_v100`. It has seen neither a label of the demo nor anything of SST-2.
@@ -101,26 +108,47 @@ def wording(rating: int, rng: random.Random) -> str:
     )
 
 
-def pieces(text: str, rng: random.Random) -> Iterator[str]:
-    """Runs of whole sentences: often one, sometimes enough for sixty words."""
+def asked(rating: int, rng: random.Random) -> tuple[str, str]:
+    """A question that a review form prints above the text, and what stands below it."""
+    kind = "positive" if rating > 5 else "negative"
+    return rng.choice(
+        (
+            ("rating?", rng.choice(RATINGS[rating])),
+            ("points out of ten?", NUMBERS[rating]),
+            ("verdict?", kind),
+            ("would you recommend it?", "yes" if rating > 5 else "no"),
+        )
+    )
+
+
+def pieces(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 60)) -> Iterator[str]:
+    """Runs of whole sentences, each of about as many words as one of `words`, drawn anew; at least one sentence."""
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", re.sub(r"<br\s*/?>", " ", text)) if s]
     while sentences:
-        words, taken, target = 0, [], rng.choice((6, 15, 30, 60))
-        while sentences and (not taken or words + len(sentences[0].split()) <= target):
-            words += len(sentences[0].split())
+        length, taken, target = 0, [], rng.choice(words)
+        while sentences and (not taken or length + len(sentences[0].split()) <= target):
+            length += len(sentences[0].split())
             taken.append(sentences.pop(0))
         yield " ".join(" ".join(taken).split())
 
 
-def rated_reviews(path: Path, rng: random.Random) -> Iterator[str]:
-    """Pieces of the labelled reviews, each with its review's rating."""
+def rated_reviews(path: Path, rng: random.Random, *, questions: bool) -> Iterator[str]:
+    """Pieces of the labelled reviews, each with its review's rating.
+
+    With `questions` the pieces are longer, so that more of them show what the rating is for, and half of them stand
+    below a question with the answer at the end; the rating is always at the end then.
+    """
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     random.Random(0).shuffle(rows)  # the order in which the task imdb_reviews_v100 reads them
     for row in rows[:-HOLDOUT]:
-        for piece in pieces(row["text"], rng):
-            rating = wording(row["rating"], rng)
-            yield f"{rating}. {piece}" if rng.random() < 0.2 else f"{piece} {rating}."
+        for piece in pieces(row["text"], rng, (15, 30, 45) if questions else (6, 15, 30, 60)):
+            if questions and rng.random() < 0.5:
+                question, answer = asked(row["rating"], rng)
+                yield f"{question} {piece} {answer}"
+            else:
+                rating = wording(row["rating"], rng)
+                yield f"{rating}. {piece}" if not questions and rng.random() < 0.2 else f"{piece} {rating}."
 
 
 def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
@@ -133,19 +161,22 @@ def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
 
 
 def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) -> None:
-    """Writes everything in one shuffled file, so that any stretch of it holds all kinds."""
-    rng = random.Random(0)
-    lines = [
-        *rated_reviews(imdb, rng),
-        *plain(unlabelled_reviews, rng, 12_000),
-        *plain(articles, rng, 60_000),
-        *unlabelled(30_000),
-    ]
-    rng.shuffle(lines)
-    for folder, count in (("text", len(lines)), ("text_lm", LM_LINES)):
+    """Writes the text of either part in one shuffled file, so that any stretch of it holds all kinds."""
+    for folder, questions, reviews, paragraphs, generated in (
+        ("text", False, 12_000, 60_000, 30_000),
+        ("text_lm", True, 2_000, 5_000, 5_000),
+    ):
+        rng = random.Random(0)
+        lines = [
+            *rated_reviews(imdb, rng, questions=questions),
+            *plain(unlabelled_reviews, rng, reviews),
+            *plain(articles, rng, paragraphs),
+            *unlabelled(generated),
+        ]
+        rng.shuffle(lines)
         (out / folder).mkdir(parents=True, exist_ok=True)
-        (out / folder / "base.txt").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
-    print(f"{out / 'text' / 'base.txt'}: {len(lines)} lines, {sum(len(line.split()) for line in lines)} words")
+        (out / folder / "base.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{out / folder / 'base.txt'}: {len(lines)} lines, {sum(len(line.split()) for line in lines)} words")
 
 
 def write_vocabulary(out: Path) -> None:
@@ -177,22 +208,26 @@ def pack(out: Path) -> None:
         shutil.copyfile(out / name / "config.gin", BASE / f"{name}.gin")
         summary = json.loads((out / name / "summary.json").read_text())
         records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        runs[name] = (
-            f"{summary['steps']:,} steps, {summary['examples_seen']:,} examples, {summary['seconds'] / 60:.0f} minutes on "
-            "a CPU with 2 cores.\n\n| step | loss | encoder_use | token accuracy |\n|---|---|---|---|\n"
-        ) + "\n".join(
+        rows = [
             f"| {r['step']:,} | {r['loss']:.3f} | {r['encoder_use']:.3f} | {r['token_accuracy']:.1f}% |"
             for r in records
             if r["split"] == "eval"
+        ]
+        runs[name] = (
+            f"{summary['steps']:,} steps, {summary['examples_seen']:,} examples, {summary['seconds'] / 60:.0f} minutes "
+            "on 2 CPU cores shared with other work.\n\n| step | loss | encoder_use | token accuracy |\n|---|---|---|---|\n"
+            + "\n".join(rows)
         )
     base = load_base("nano", read_config(BASE))
     text = (out / "text" / "base.txt").read_text(encoding="utf-8")
+    lm_text = (out / "text_lm" / "base.txt").read_text(encoding="utf-8")
     card = CARD.format(
         parameters=sum(int(x.size) for x in base.params.values()),
         fingerprint=base.fingerprint,
         lines=text.count("\n"),
         words=len(text.split()),
-        lm_lines=LM_LINES,
+        lm_lines=lm_text.count("\n"),
+        lm_words=len(lm_text.split()),
         **runs,
     )
     (BASE / "README.md").write_text(card, encoding="utf-8")

@@ -124,8 +124,8 @@ def main() -> None:
     lines = [
         "# SST-2 on the embedded base (nano)",
         "",
-        "Dev set: the last 2,000 rows of train.tsv, held back. Accuracy in per cent at each run's best step on it; mean and",
-        "standard deviation over three seeds. Written by `experiments/sst2_nano.py`.",
+        "Dev set: the last 2,000 rows of train.tsv, held back. Accuracy in per cent at each run's best step on it;",
+        "mean and standard deviation over three seeds. Written by `experiments/sst2_nano.py`.",
         "",
         "| method | accuracy | each seed | steps | wall time a run | trainable parameters | checkpoint |",
         "|---|---|---|---|---|---|---|",
@@ -133,11 +133,16 @@ def main() -> None:
         f"| frozen base, no prompt, generated | {base['generation']['accuracy']:.1f} | | 0 | | 0 | |",
     ]
     for r in rows:
-        lines.append(
-            f"| {r['method'].replace('_', ' ')} | {r['mean']:.1f} ± {r['std']:.1f} | "
-            + ", ".join(f"{value:.1f}" for value in r["accuracy"])
-            + f" | {r['steps']:,} | {r['seconds']:.0f} s | {r['trainable_parameters']:,} | {r['checkpoint_bytes']:,} bytes |"
-        )
+        cells = [
+            r["method"].replace("_", " "),
+            f"{r['mean']:.1f} ± {r['std']:.1f}",
+            ", ".join(f"{value:.1f}" for value in r["accuracy"]),
+            f"{r['steps']:,}",
+            f"{r['seconds']:.0f} s",
+            f"{r['trainable_parameters']:,}",
+            f"{r['checkpoint_bytes']:,} bytes",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "The runs, for seed 0:", "", "```"]
     lines += [
         shell(train_command(method, 0, "GLUE_FOLDER", args.steps, args.out / f"{method}_seed0")) for method in METHODS

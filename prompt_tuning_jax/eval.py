@@ -1,4 +1,4 @@
-"""Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE="'sst2.npy'"`."""
+"""Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`."""
 
 import json
 import sys

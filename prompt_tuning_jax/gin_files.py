@@ -82,7 +82,7 @@ def _explained(where: str) -> Iterator[None]:
 def _near(name: str, names: Iterable[str]) -> str:
     """What `name` may have been meant for."""
     known = sorted(set(names))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
 
 

@@ -162,7 +162,13 @@ def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
     """The rows of a batch as JSON can hold them."""
 
     def text(value: Any) -> Any:
-        return value.decode("utf-8") if isinstance(value, bytes) else [*map(text, value)] if isinstance(value, list) else value
+        return (
+            value.decode("utf-8")
+            if isinstance(value, bytes)
+            else [*map(text, value)]
+            if isinstance(value, list)
+            else value
+        )
 
     rows = batch.to_list() if isinstance(batch, tf.RaggedTensor) else batch.numpy().tolist()
     return [text(row) for row in rows]

@@ -187,7 +187,9 @@ def load_split(request: TaskRequest, split: str, cache_dir: str | os.PathLike | 
     """
     match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
     if not match:
-        raise ValueError(f"split {split!r}, expected a name or a slice such as train[:-2000]: set TRAIN_SPLIT or EVAL_SPLIT")
+        raise ValueError(
+            f"split {split!r}, expected a name or a slice such as train[:-2000]: set TRAIN_SPLIT or EVAL_SPLIT"
+        )
     name, start, stop = match[1], match[2], match[3]
     root = Path(cache_dir or default_cache_dir())
     folder = root / f"{request.name}-{request.fingerprint()}" / name
@@ -195,7 +197,9 @@ def load_split(request: TaskRequest, split: str, cache_dir: str | os.PathLike | 
         _build(request, name, folder)
     examples = Examples(folder, slice(int(start) if start else None, int(stop) if stop else None))
     if not len(examples):
-        raise ValueError(f"split {split!r} of {request.name} is empty: set TRAIN_SPLIT and EVAL_SPLIT to splits with rows")
+        raise ValueError(
+            f"split {split!r} of {request.name} is empty: set TRAIN_SPLIT and EVAL_SPLIT to splits with rows"
+        )
     return examples
 
 

@@ -1,7 +1,7 @@
 """How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a string, or a file.
 
-Each is a function `(key, (P, D), *, embeddings, encode, ...) -> float32 [P, D]`, where `embeddings` [V, D] is the frozen
-base's table and `encode` turns a text into its pieces' ids, with no end of sequence. What is after them is the
+Each is a function `(key, (P, D), *, embeddings, encode, ...) -> float32 [P, D]`, where `embeddings` [V, D] is the
+frozen base's table and `encode` turns a text into its pieces' ids, with no end of sequence. What is after them is the
 initialiser's own and set by gin or `functools.partial`.
 """
 

@@ -205,7 +205,7 @@ class Transformer(nn.Module):
         return self.encoder(embedded, mask, prompt, not enable_dropout)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
-        """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each decoding step."""
+        """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
         return self.decoder.project_encoded(encoded)
 
     def decode(

@@ -43,14 +43,15 @@ def split_documents(length_of):
             size = (tf.size(tokens) + count - 1) // tf.maximum(count, 1)
             return tf.data.Dataset.from_tensor_slices(tokens).batch(tf.cast(tf.maximum(size, 1), tf.int64))
 
-        return dataset.flat_map(pieces).filter(lambda piece: tf.size(piece) >= 4).map(lambda piece: {"targets": piece})
+        dataset = dataset.flat_map(pieces).filter(lambda piece: tf.size(piece) >= 4)
+        return dataset.map(lambda piece: {"targets": piece})
 
     return preprocess
 
 
 def span_corruption_length(inputs_length: int, density: float, mean_span: float) -> int:
     """The most tokens whose corrupted inputs, sentinels and end of sequence included, fit `inputs_length`."""
-    tokens = inputs_length
+    tokens = 2
     while True:
         noise, spans = _noise_counts(tokens + 1, density, mean_span)
         if tokens + 1 - noise + spans + 1 > inputs_length:
@@ -60,7 +61,7 @@ def span_corruption_length(inputs_length: int, density: float, mean_span: float)
 
 def _noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
     noise = min(max(round(length * density), 1), length - 1)
-    return noise, min(max(round(noise / mean_span), 1), length - noise)
+    return noise, min(max(round(noise / mean_span), 1), length - noise, EXTRA_IDS)
 
 
 def _segment(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +83,6 @@ def corrupt_spans(
       Inputs with each noise span replaced by its sentinel, and targets with each noise span after its sentinel.
     """
     noise, spans = _noise_counts(len(tokens), density, mean_span)
-    spans = min(spans, EXTRA_IDS)
     noise_lengths = _segment(noise, spans, rng)
     kept_lengths = _segment(len(tokens) - noise, spans, rng)
     pieces = np.split(tokens, np.cumsum(np.stack([kept_lengths, noise_lengths], axis=1).reshape(-1))[:-1])

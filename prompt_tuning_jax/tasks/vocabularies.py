@@ -42,13 +42,18 @@ class Vocabulary:
         """The ids of `text`, without an end of sequence."""
         return self._pieces.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out."""
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out.
+
+        An id beyond the sentinels, which a model's padded table can give, is unknown.
+        """
         text: list[str] = []
         run: list[int] = []
         for token in map(int, ids):
             if token == EOS:
                 break
+            if token >= self.size:
+                token = UNK
             if token >= self._pieces.vocab_size():
                 text += [self._pieces.decode(run), f"<extra_id_{self.size - 1 - token}>"]
                 run = []
@@ -59,6 +64,8 @@ class Vocabulary:
     def piece(self, token: int) -> str:
         """How one id is written, for tables of nearest neighbours."""
         count = self._pieces.vocab_size()
+        if token >= self.size:
+            token = UNK
         return self._pieces.id_to_piece(token) if token < count else f"<extra_id_{self.size - 1 - token}>"
 
     def written(self, text: str) -> str:

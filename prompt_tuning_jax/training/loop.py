@@ -106,7 +106,7 @@ def train(
     del params
     key = jax.random.key_data(jax.random.key(random_seed))
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
-    folder.open(keep_checkpoints)
+    folder.open(keep_checkpoints, base_fingerprint if initial_checkpoint_path else None)
     step = folder.states.latest_step() or 0
     if step:
         state = folder.states.restore(step, state)
@@ -117,9 +117,9 @@ def train(
     train_step = make_train_step(model, optimizer, z_loss)
     evaluator = Evaluator(model, words.decode)
     window = Window()
-    stopped_early = False
+    stopped_early = any(ignores_encoder(record, encoder_use_by, eval_period) for record in records)
     with Terminated() as terminated, tqdm(total=train_steps, initial=step, disable=None, unit="step") as bar:
-        for batch in batches.start_at(step, train_steps):
+        for batch in batches.start_at(step, step if stopped_early else train_steps):
             state, metrics = train_step(state, frozen, batch)
             step += 1
             window.add(step, batch.ids, metrics)
@@ -142,11 +142,9 @@ def train(
                     export(folder.path / "best", state.trainable, frozen, model, words, export_dtype)
                 folder.states.save(step, state)
                 window.restart()
-                if encoder_use_by and encoder_use_by <= step < encoder_use_by + eval_period:
-                    stopped_early = record["encoder_use"] < 0.02
-                    if stopped_early:
-                        print(f"stopped at step {step}: the decoder makes no use of the encoder", file=sys.stderr)
-                        break
+                stopped_early = ignores_encoder({"step": step, **record}, encoder_use_by, eval_period)
+                if stopped_early:
+                    break
             if terminated.by_signal and not last:
                 window.check()
                 folder.states.save(step, state)
@@ -154,6 +152,8 @@ def train(
                 print(f"terminated, saved at step {step}: the same command goes on from there", file=sys.stderr)
                 sys.exit(TERMINATED)
 
+    if stopped_early:
+        print(f"stopped at step {step}: the decoder makes no use of the encoder", file=sys.stderr)
     if fingerprint(frozen) != frozen_fingerprint:
         raise RuntimeError("the frozen parameters changed in memory")
     if best is None:
@@ -186,6 +186,11 @@ def evaluate(
     if batches.examples.metrics:
         return evaluator.metrics(trainable, frozen, batches)
     return evaluator.losses(trainable, frozen, batches, loss_eval_steps), {}
+
+
+def ignores_encoder(record: Mapping[str, Any], by: int | None, eval_period: int) -> bool:
+    """Whether this evaluation, the first from step `by` on, says that the decoder makes no use of the encoder."""
+    return bool(by and by <= record["step"] < by + eval_period and record.get("encoder_use", 1.0) < 0.02)
 
 
 def score(record: Mapping[str, Any]) -> float:

@@ -29,12 +29,14 @@ class Window:
         self._steps.append((step, ids, metrics))
 
     def check(self) -> None:
-        """Raises ValueError where the newest step's loss is not finite."""
+        """Raises ValueError where the newest step's loss or gradient is not finite."""
         if self._steps:
             step, ids, metrics = self._steps[-1]
-            if not np.isfinite(float(metrics.sums.loss)):
+            values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
+            odd = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
+            if odd:
                 raise ValueError(
-                    f"the loss is {float(metrics.sums.loss)} at step {step}, examples {ids.tolist()}: "
+                    f"{odd[0]} at step {step}, examples {ids.tolist()}: "
                     "lower LEARNING_RATE, or look at these examples; earlier checkpoints stand"
                 )
 

@@ -6,12 +6,15 @@ config.gin, metrics.jsonl, checkpoints/<step>/, prompts/<step>.npy, best/, summa
 import difflib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.state import StateStore
+
+_BASE = "\n# The base's fingerprint: "
 
 
 class RunFolder:
@@ -30,16 +33,35 @@ class RunFolder:
         self.path, self._config = Path(path), config
         _check_writable(self.path)
         kept = self.path / "config.gin"
-        if kept.exists() and not allow_other_config and (line := _first_difference(kept.read_text(), config)):
-            raise ValueError(
-                f"{path} holds a run of another configuration ({line}): set another MODEL_DIR, "
-                "or give --allow_other_config to go on with this one"
-            )
+        self._base = None  # the fingerprint of the base of a run already there
+        if kept.exists() and not allow_other_config:
+            text, _, base = kept.read_text(encoding="utf-8").partition(_BASE)
+            self._base = base.strip() or None
+            line = _first_difference(text, config)
+            if line:
+                raise ValueError(
+                    f"{path} holds a run of another configuration ({line}): set another MODEL_DIR, "
+                    "or give --allow_other_config to go on with this one"
+                )
 
-    def open(self, keep: int | None) -> None:
-        """Makes the folder; `keep` is the number of checkpoints to leave, all where None."""
+    def open(self, keep: int | None, base_fingerprint: str | None = None) -> None:
+        """Makes the folder.
+
+        Args:
+          keep: the number of checkpoints to leave, all where None.
+          base_fingerprint: of the base's weights; None for random ones.
+
+        Raises:
+          ValueError: the run already there is on other weights.
+        """
+        if base_fingerprint and self._base and self._base != base_fingerprint:
+            raise ValueError(
+                f"{self.path} holds a run on a base of fingerprint {self._base}, now it is {base_fingerprint}: "
+                "set INITIAL_CHECKPOINT_PATH to the base that it began with, or set another MODEL_DIR"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.gin", self._config)
+        base = f"{_BASE}{base_fingerprint}\n" if base_fingerprint else ""
+        write_text(self.path / "config.gin", self._config + base)
         self.states = StateStore(self.path / "checkpoints", keep)
         self._events = None
 
@@ -56,9 +78,7 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         if self._events is None:
-            from tensorboardX import SummaryWriter  # imports much; not before the first record
-
-            self._events = SummaryWriter(str(self.path))
+            self._events = _event_writer(self.path)
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 
@@ -66,6 +86,19 @@ class RunFolder:
         self.states.close()
         if self._events is not None:
             self._events.close()
+
+
+def _event_writer(path: Path):
+    """TensorBoard's; it imports much, so not before the first record."""
+    absent = "torch" not in sys.modules
+    if absent:  # tensorboardX would import it, where it is installed, for nothing
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter(str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,10 +118,10 @@ def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _check_writable(path: Path) -> None:
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
     try:
+        parent = path
+        while not parent.exists():
+            parent = parent.parent
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is not a folder")
         tempfile.TemporaryFile(dir=parent).close()

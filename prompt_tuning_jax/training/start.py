@@ -37,7 +37,7 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
     if not vocabulary.size <= rows < vocabulary.size + 1024:
         raise ValueError(
             f"vocabulary {path} has {vocabulary.size} ids, the model {rows} rows: they do not belong together. "
-            "Set VOCABULARY"
+            "Use the models/*.gin of the base's size, or set VOCABULARY"
         )
     return vocabulary
 

@@ -1,0 +1,376 @@
+"""`python -m prompt_tuning_jax.train` as a user runs it: what it leaves, and that it can be killed at any time."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
+
+from prompt_tuning_jax.batches.cache import load_split
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints.base import default_vocabulary, load_base
+from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.step import PROMPT, TrainState
+
+STEPS, EVAL_PERIOD, LOG_PERIOD = 400, 50, 20
+TRIALS = 3  # of a run that is killed
+TIMES = {"seconds", "examples_per_second"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def command(tiny):
+    """The arguments of one prompt-tuning run, but for MODEL_DIR."""
+    steps = {"TRAIN_STEPS": STEPS, "EVAL_PERIOD": EVAL_PERIOD, "LOG_PERIOD": LOG_PERIOD}
+    return tiny.arguments(**steps, RANDOM_SEED=3)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, command, tmp_path_factory):
+    """The folder of that run, undisturbed."""
+    folder = tmp_path_factory.mktemp("train") / "finished"
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def model_dir(folder):
+    return f"--gin.MODEL_DIR={str(folder)!r}"
+
+
+def records(folder, split=None):
+    """metrics.jsonl, apart from times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in lines
+        if split in (None, line["split"])
+    ]
+
+
+def summary(folder):
+    found = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in found.items() if name not in TIMES}
+
+
+def prompts(folder):
+    """Every prompt file's bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.npy"))}
+
+
+def assert_same_run(folder, other):
+    assert prompts(folder) == prompts(other)
+    assert records(folder) == records(other)
+    assert summary(folder) == summary(other)
+
+
+def folder_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_runs_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {"config.gin", "metrics.jsonl", "checkpoints", "prompts", "best", "summary.json"}
+    steps = range(EVAL_PERIOD, STEPS + 1, EVAL_PERIOD)
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {str(step) for step in steps}
+    assert {path.name for path in (finished / "prompts").iterdir()} == {f"{step}.npy" for step in steps}
+    assert [path.name for path in (finished / "best").iterdir()] == ["prompt.npy"]
+    assert "PROMPT_LENGTH = 5" in (finished / "config.gin").read_text()
+
+
+def test_metrics_are_logged_at_their_periods(finished):
+    train, evals = records(finished, "train"), records(finished, "eval")
+    assert [record["step"] for record in train] == sorted(
+        {*range(LOG_PERIOD, STEPS + 1, LOG_PERIOD), *range(EVAL_PERIOD, STEPS + 1, EVAL_PERIOD)}
+    )
+    assert [record["step"] for record in evals] == [*range(EVAL_PERIOD, STEPS + 1, EVAL_PERIOD)]
+    for record in train:
+        assert set(record) == {
+            "step", "split", "loss", "token_accuracy", "gradient_norm", "prompt_norm", "prompt_moved",
+        }  # fmt: skip
+        assert np.isfinite([value for name, value in record.items() if name != "split"]).all()
+    assert all(set(record) == {"step", "split", "accuracy"} for record in evals)
+    assert train[-1]["loss"] < train[0]["loss"]
+    prompt = np.load(finished / "prompts" / f"{STEPS}.npy")
+    norm = np.linalg.norm(prompt, axis=1).mean()
+    assert train[-1]["prompt_norm"] == pytest.approx(norm, rel=1e-5)  # the same sum, in float32 in another order
+
+
+def test_the_best_prompt_is_that_of_the_best_evaluation(finished):
+    evals = records(finished, "eval")
+    best = max(evals, key=lambda record: record["accuracy"])
+    found = summary(finished)
+    assert (found["best_step"], found["best"]) == (best["step"], {"accuracy": best["accuracy"]})
+    path = finished / "best" / "prompt.npy"
+    assert path.read_bytes() == (finished / "prompts" / f"{best['step']}.npy").read_bytes()
+    prompt = np.load(path)
+    assert prompt.dtype == np.float32 and prompt.shape == (PROMPT_LENGTH, CONFIG.emb_dim)
+    assert np.isfinite(prompt).all()
+
+
+def test_the_summary_says_what_was_run(finished, tiny):
+    found = json.loads((finished / "summary.json").read_text())
+    assert found["seconds"] > 0
+    assert found["base"] == str(tiny.base)
+    assert found["base_fingerprint"] == load_base(str(tiny.base), CONFIG).fingerprint
+    expected = {
+        "task": "demo_reviews",
+        "train_split": "train",
+        "eval_split": "validation[:64]",
+        "seed": 3,
+        "steps": STEPS,
+        "stopped_early": False,
+        "trainable_parameters": PROMPT_LENGTH * CONFIG.emb_dim,
+        "examples_seen": STEPS * 8,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["versions"]["jax"] == jax.__version__
+
+
+def test_a_checkpoint_is_a_few_times_the_prompt(finished):
+    size = PROMPT_LENGTH * CONFIG.emb_dim * 4
+    for checkpoint in (finished / "checkpoints").iterdir():
+        assert folder_bytes(checkpoint) <= 4 * size + 64 * 1024
+
+
+@pytest.mark.parametrize("shape", [(100, 768), (100, 4096), (150, 1024)])
+def test_a_checkpoint_of_an_official_size_is_a_few_times_the_prompt(tmp_path, shape):
+    prompt = {PROMPT: jax.random.normal(jax.random.key(0), shape)}
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), prompt, adafactor(0.3).init(prompt), key)
+    store = StateStore(tmp_path)
+    store.save(7, state)
+    store.wait()
+    assert folder_bytes(tmp_path / "7") <= 4 * 4 * shape[0] * shape[1] + 64 * 1024
+    restored = store.restore(7, state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    store.close()
+
+
+def test_the_same_command_gives_the_same_bytes(tiny, command, finished, tmp_path):
+    """And with the tokens in their cache, neither TensorFlow nor torch is loaded for a run."""
+    done = tiny.run([*command, model_dir(tmp_path / "again")], python=["-X", "importtime"])
+    assert done.returncode == 0
+    assert_same_run(tmp_path / "again", finished)
+    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert "tensorboardX" in imported
+    assert not [name for name in imported if name.startswith(("tensorflow.", "seqio.", "torch."))]
+
+
+def test_another_seed_gives_another_prompt(tiny, command, finished, tmp_path):
+    done = tiny.run([*command, model_dir(tmp_path / "run"), "--gin.RANDOM_SEED=4", f"--gin.TRAIN_STEPS={EVAL_PERIOD}"])
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "best" / "prompt.npy").read_bytes() not in prompts(finished).values()
+
+
+def wait_for_lines(path, count, process):
+    """Until `path` has `count` lines."""
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def kill(process, after):
+    time.sleep(after)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(tiny, command, finished, tmp_path):
+    """SIGKILL twice each: at a random moment of training, and at a random moment of the restart."""
+    chance = random.Random()
+    whole = len(records(finished))
+    for trial in range(TRIALS):
+        folder = tmp_path / str(trial)
+        arguments = [*command, model_dir(folder)]
+        process = tiny.start(arguments)
+        wait_for_lines(folder / "metrics.jsonl", chance.randint(1, whole // 2), process)
+        kill(process, after=chance.uniform(0, 0.03))
+        assert process.returncode == -signal.SIGKILL
+        assert not (folder / "summary.json").exists()
+        kill(tiny.start(arguments), after=chance.uniform(0.2, 5))
+        done = tiny.run(arguments)
+        assert done.returncode == 0, done.stderr
+        assert_same_run(folder, finished)
+        assert not [path for path in folder.rglob("*") if "tmp" in path.name or path.name.endswith(".partial")]
+
+
+def test_sigterm_saves_first(tiny, command, finished, tmp_path):
+    folder = tmp_path / "run"
+    process = tiny.start([*command, model_dir(folder)])
+    wait_for_lines(folder / "metrics.jsonl", 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    step = int(re.search(r"terminated, saved at step (\d+): the same command goes on from there", stderr)[1])
+    assert LOG_PERIOD <= step < STEPS
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    assert not (folder / "summary.json").exists()
+
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    assert prompts(folder) == prompts(finished)
+    assert summary(folder) == summary(finished)
+    assert records(folder, "eval") == records(finished, "eval")
+    # The record after `step` is the mean of the steps since then; all others are those of the undisturbed run.
+    following = next(record["step"] for record in records(finished, "train") if record["step"] > step)
+    for record, other in zip(records(folder, "train"), records(finished, "train"), strict=True):
+        assert record == other or record["step"] == other["step"] == following
+
+
+def test_a_finished_run_is_not_run_again(tiny, command, finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    checkpoints = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    lines = (folder / "metrics.jsonl").read_bytes()
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, finished)
+    assert (folder / "metrics.jsonl").read_bytes() == lines
+    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")} == checkpoints
+    first, again = (json.loads((path / "summary.json").read_text())["seconds"] for path in (finished, folder))
+    assert again < first + 30, "the time of the run is its own, not that since it was started first"
+
+
+def test_more_steps_go_on_from_the_last(tiny, command, finished, tmp_path):
+    """TRAIN_STEPS may be raised, with the flag that says so: the first steps are those of the shorter run."""
+    folder = tmp_path / "run"
+    short = [*command, model_dir(folder), f"--gin.TRAIN_STEPS={EVAL_PERIOD}"]
+    assert tiny.run(short).returncode == 0
+    assert "another configuration" in tiny.run([*command, model_dir(folder)]).stderr
+    assert tiny.run([*command, model_dir(folder), "--allow_other_config"]).returncode == 0
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize("cause", ["rate", "base"])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, cause):
+    macros = {"TRAIN_STEPS": 40, "EVAL_PERIOD": 40, "LOG_PERIOD": 40}
+    if cause == "rate":
+        macros["LEARNING_RATE"] = 1e39  # more than float32 holds
+    else:
+        params = random_params(0)
+        params["encoder/encoder_norm/scale"][3] = np.nan
+        huggingface.write(tmp_path / "base", CONFIG, params, tiny.vocabulary)
+        macros["INITIAL_CHECKPOINT_PATH"] = str(tmp_path / "base")
+    folder = tmp_path / "run"
+    done = tiny.run([*tiny.arguments(**macros), model_dir(folder)])
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    found = re.fullmatch(
+        r"error: the loss is (?:nan|inf) at step (\d+), examples (\[.*\]): lower LEARNING_RATE, or look at these "
+        r"examples; .*",
+        errors[0],
+    )
+    assert found, errors[0]
+    step, ids = int(found[1]), json.loads(found[2])
+    assert step == {"base": 1, "rate": 2}[cause]
+    batches = DatasetConfig(
+        "demo_reviews", "train", 8, LENGTHS, cache_dir=str(tiny.folder / "cache" / "tasks")
+    ).batches(Vocabulary(tiny.vocabulary), seed=0, shuffle=True)
+    assert ids == batches[step - 1].ids.tolist()
+    assert not (folder / "summary.json").exists() and not (folder / "best").exists()
+    assert not any((folder / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory):
+    """A model-tuning run's folder."""
+    folder = tmp_path_factory.mktemp("train") / "tuned"
+    arguments = tiny.arguments("runs/model_tune.gin", LEARNING_RATE=0.05, TRAIN_STEPS=60)
+    done = tiny.run([*arguments, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_model_tuning_leaves_a_base(tiny, tuned):
+    """It trains every parameter, and what it leaves is read like the base that it came from."""
+    before, after = load_base(str(tiny.base), CONFIG), load_base(str(tuned / "best" / "model"), CONFIG)
+    assert summary(tuned)["base_fingerprint"] == before.fingerprint != after.fingerprint
+    assert summary(tuned)["trainable_parameters"] == sum(array.size for array in before.params.values())
+    assert all(not np.array_equal(before.params[name], after.params[name]) for name in before.params)
+    assert Path(default_vocabulary(str(tuned / "best" / "model"))).read_bytes() == tiny.vocabulary.read_bytes()
+    assert huggingface.read_config(tuned / "best" / "model") == huggingface.read_config(tiny.base)
+    assert not (tuned / "prompts").exists()
+    assert len(list((tuned / "checkpoints").iterdir())) == 1
+
+
+def test_model_tuning_learns_to_answer_with_labels(tuned):
+    """A random base answers nothing that is a label; after some steps at a high rate every answer is one."""
+    evals = records(tuned, "eval")
+    assert evals[-1]["accuracy"] > 25
+    assert records(tuned, "train")[-1]["loss"] < 1
+
+
+def test_a_tuned_model_is_a_base_to_go_on_from(tiny, tuned, tmp_path):
+    arguments = tiny.arguments(INITIAL_CHECKPOINT_PATH=str(tuned / "best" / "model"), TRAIN_STEPS=20)
+    assert tiny.run([*arguments, model_dir(tmp_path / "run")]).returncode == 0
+    tuned_base = load_base(str(tuned / "best" / "model"), CONFIG)
+    assert summary(tmp_path / "run")["base_fingerprint"] == tuned_base.fingerprint
+
+
+@pytest.fixture(scope="module")
+def pretraining(tiny, tmp_path_factory):
+    """The arguments of span corruption from random weights."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [
+        fields["inputs_pretokenized"]
+        for fields in load_split(tiny.demo, "train", tiny.folder / "cache" / "tasks").fields
+    ]
+    (folder / "a.txt").write_text("\n".join(" ".join(texts[i : i + 3]) for i in range(0, len(texts), 3)) + "\n")
+    macros = {
+        "MIXTURE_OR_TASK_NAME": "text_span_corruption",
+        "INITIAL_CHECKPOINT_PATH": None,
+        "VOCABULARY": str(tiny.vocabulary),
+        "DATA_DIR": str(folder),
+        "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 8},
+        "EVAL_SPLIT": "train[:64]",
+        "TRAIN_SPLIT": "train[64:]",
+    }
+    return tiny.arguments("runs/pretrain.gin", **macros)
+
+
+def test_pretraining_logs_how_much_the_encoder_is_used(tiny, pretraining, tmp_path):
+    folder = tmp_path / "run"
+    done = tiny.run([*pretraining, model_dir(folder), "--gin.EXPORT_DTYPE='bfloat16'"])
+    assert done.returncode == 0, done.stderr
+    evals = records(folder, "eval")
+    assert [set(record) for record in evals] == [{"step", "split", "loss", "encoder_use", "token_accuracy"}] * 2
+    assert evals[-1]["loss"] < evals[0]["loss"] < 1.1 * np.log(CONFIG.vocab_size)
+    assert all(abs(record["encoder_use"]) < 0.1 for record in evals), "after 40 steps the encoder has no use yet"
+    found = summary(folder)
+    assert found["base"] is None and not found["stopped_early"]
+    assert load_base(str(folder / "best" / "model"), CONFIG).params["token_embedder/embedding"].shape == (400, 16)
+
+
+def test_pretraining_that_makes_no_use_of_the_encoder_is_stopped_for_good(tiny, pretraining, tmp_path):
+    params = random_params(0)
+    params["decoder/layers_0/encoder_decoder_attention/out/kernel"][:] = 0
+    huggingface.write(tmp_path / "deaf", CONFIG, params, tiny.vocabulary)
+    folder = tmp_path / "run"
+    base = f"--gin.INITIAL_CHECKPOINT_PATH={str(tmp_path / 'deaf')!r}"
+    arguments = [*pretraining, model_dir(folder), base, "--gin.ENCODER_USE_BY=20", "--gin.LEARNING_RATE=1e-9"]
+    for _ in range(2):  # a scheduler may start it again
+        done = tiny.run(arguments)
+        assert done.returncode == 0
+        assert summary(folder)["stopped_early"] and summary(folder)["steps"] == 20
+        assert records(folder)[-1]["step"] == 20
+        assert "stopped at step 20: the decoder makes no use of the encoder" in done.stderr
