@@ -13,17 +13,19 @@ puts it into the package with its card. The last HOLDOUT labelled reviews are le
 keeps train[-2500:] as a validation set that the base never saw.
 
 Each piece of a labelled review ends (or, one in five, begins) with what review sites print beside it: the rating in
-words, drawn from a few wordings. In the text for LM adaptation half of the pieces stand below a question instead, as a
-review form prints it, with the answer after them: "verdict? <piece> positive". Sentences of the demo's grammar are in
-the text too, never with their labels.
+words, drawn from a few wordings. The text for LM adaptation holds what they show at a glance, with the rating after it,
+half of the time as the answer to a question before it: "verdict? <highlight> positive". Sentences of the demo's grammar
+are in both, never with their labels.
 """
 
 import argparse
 import json
 import lzma
+import math
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,10 +73,11 @@ Span corruption reads {lines:,} lines, {words:,} words, shuffled:
 - English Wikipedia: 60,000 paragraphs (CC BY-SA 3.0).
 - 30,000 sentences of the demo's grammar without labels, none of them in the demo's splits.
 
-LM adaptation reads {lm_lines:,} lines, {lm_words:,} words: the same rated reviews in longer pieces, half of them below
-a question with the answer after the text (`verdict? ... positive`, `would you recommend it? ... no`), and a little of
-the rest. Its targets are short, so that what is left to say is often the rating: at this size the decoder does not
-learn sentiment from the running text alone.
+LM adaptation reads {lm_lines:,} lines, {lm_words:,} words: of each of the same labelled reviews what a review site shows
+at a glance (a run of sentences, its two most telling short sentences, and some telling words, chosen by word counts over
+these reviews) with the review's rating after it, half of the time as the answer to a question before it (`verdict? ...
+positive`, `would you recommend it? ... no`); and a little of the rest. Its targets are short, so that what is left to
+say is often the rating: at this size the decoder does not learn sentiment from running text alone.
 
 So the base has been shown the sentiment of IMDB's training reviews, though not of `train[-2500:]` of
 `imdb_reviews_v100`. It has seen neither a label of the demo nor anything of SST-2.
@@ -132,23 +135,52 @@ def pieces(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 6
         yield " ".join(" ".join(taken).split())
 
 
-def rated_reviews(path: Path, rng: random.Random, *, questions: bool) -> Iterator[str]:
-    """Pieces of the labelled reviews, each with its review's rating.
-
-    With `questions` the pieces are longer, so that more of them show what the rating is for, and half of them stand
-    below a question with the answer at the end; the rating is always at the end then.
-    """
+def labelled_reviews(path: Path) -> list[dict]:
+    """The labelled reviews in the order in which the task imdb_reviews_v100 reads them, the held-out ones left off."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    random.Random(0).shuffle(rows)  # the order in which the task imdb_reviews_v100 reads them
-    for row in rows[:-HOLDOUT]:
-        for piece in pieces(row["text"], rng, (15, 30, 45) if questions else (6, 15, 30, 60)):
-            if questions and rng.random() < 0.5:
+    random.Random(0).shuffle(rows)
+    return rows[:-HOLDOUT]
+
+
+def rated_pieces(rows: list[dict], rng: random.Random) -> Iterator[str]:
+    """Pieces of the reviews, each with its review's rating."""
+    for row in rows:
+        for piece in pieces(row["text"], rng):
+            rating = wording(row["rating"], rng)
+            yield f"{rating}. {piece}" if rng.random() < 0.2 else f"{piece} {rating}."
+
+
+def rated_highlights(rows: list[dict], rng: random.Random) -> Iterator[str]:
+    """What a review site shows of a review at a glance, with its rating at the end, half of the time as an answer.
+
+    Of each review a run of sentences, the two short sentences and the few words that are the most telling, by the
+    log-odds of their words over all these reviews (whichever way they tell; the rating is the review's own).
+    """
+    counts = [Counter(), Counter()]
+    for row in rows:
+        counts[row["rating"] > 5].update(set(_words(row["text"])))
+    telling = {
+        word: math.log((counts[1][word] + 5) / (counts[0][word] + 5))
+        for word in counts[0] | counts[1]
+        if counts[0][word] + counts[1][word] >= 40
+    }
+    for row in rows:
+        text = " ".join(row["text"].split())
+        short = [s for s in re.split(r"(?<=[.!?])\s+", text) if 4 <= len(s.split()) <= 25]
+        short.sort(key=lambda s: -abs(sum(telling.get(word, 0.0) for word in set(_words(s)))))
+        words = sorted(sorted(set(_words(text))), key=lambda word: -abs(telling.get(word, 0.0)))[:8]
+        few = rng.sample(words, min(len(words), rng.randint(2, 5)))
+        for shown in (rng.choice([*pieces(text, rng, (15, 30, 45))]), *short[:2], ", ".join(few)):
+            if rng.random() < 0.5:
                 question, answer = asked(row["rating"], rng)
-                yield f"{question} {piece} {answer}"
+                yield f"{question} {shown} {answer}"
             else:
-                rating = wording(row["rating"], rng)
-                yield f"{rating}. {piece}" if not questions and rng.random() < 0.2 else f"{piece} {rating}."
+                yield f"{shown} {wording(row['rating'], rng)}."
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
 
 
 def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
@@ -162,13 +194,14 @@ def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
 
 def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) -> None:
     """Writes the text of either part in one shuffled file, so that any stretch of it holds all kinds."""
-    for folder, questions, reviews, paragraphs, generated in (
-        ("text", False, 12_000, 60_000, 30_000),
-        ("text_lm", True, 2_000, 5_000, 5_000),
+    rows = labelled_reviews(imdb)
+    for folder, rated, reviews, paragraphs, generated in (
+        ("text", rated_pieces, 12_000, 60_000, 30_000),
+        ("text_lm", rated_highlights, 1_000, 3_000, 3_000),
     ):
         rng = random.Random(0)
         lines = [
-            *rated_reviews(imdb, rng, questions=questions),
+            *rated(rows, rng),
             *plain(unlabelled_reviews, rng, reviews),
             *plain(articles, rng, paragraphs),
             *unlabelled(generated),
