@@ -73,11 +73,11 @@ Span corruption reads {lines:,} lines, {words:,} words, shuffled:
 - English Wikipedia: 60,000 paragraphs (CC BY-SA 3.0).
 - 30,000 sentences of the demo's grammar without labels, none of them in the demo's splits.
 
-LM adaptation reads {lm_lines:,} lines, {lm_words:,} words: of each of the same labelled reviews what a review site shows
-at a glance (a run of sentences, its two most telling short sentences, and some telling words, chosen by word counts over
-these reviews) with the review's rating after it, half of the time as the answer to a question before it (`verdict? ...
-positive`, `would you recommend it? ... no`); and a little of the rest. Its targets are short, so that what is left to
-say is often the rating: at this size the decoder does not learn sentiment from running text alone.
+LM adaptation reads {lm_lines:,} lines, {lm_words:,} words: of each of the same labelled reviews what a review site
+shows at a glance (a run of sentences, its two most telling short sentences, and some telling words, chosen by word
+counts over these reviews) with the review's rating after it, half of the time as the answer to a question before it
+(`verdict? ... positive`, `would you recommend it? ... no`); and a little of the rest. Its targets are short, so that
+what is left to say is often the rating: at this size the decoder does not learn sentiment from running text alone.
 
 So the base has been shown the sentiment of IMDB's training reviews, though not of `train[-2500:]` of
 `imdb_reviews_v100`. It has seen neither a label of the demo nor anything of SST-2.
@@ -248,8 +248,8 @@ def pack(out: Path) -> None:
         ]
         runs[name] = (
             f"{summary['steps']:,} steps, {summary['examples_seen']:,} examples, {summary['seconds'] / 60:.0f} minutes "
-            "on 2 CPU cores shared with other work.\n\n| step | loss | encoder_use | token accuracy |\n|---|---|---|---|\n"
-            + "\n".join(rows)
+            "on 2 CPU cores shared with other work.\n\n"
+            "| step | loss | encoder_use | token accuracy |\n|---|---|---|---|\n" + "\n".join(rows)
         )
     base = load_base("nano", read_config(BASE))
     text = (out / "text" / "base.txt").read_text(encoding="utf-8")

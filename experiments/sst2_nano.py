@@ -1,6 +1,6 @@
 """SST-2 on the embedded base: prompt tuning and model tuning, three seeds each, against no prompt.
 
-    python -m experiments.sst2_nano --data_dir=GLUE_FOLDER [--steps=1000] [--out=runs/sst2_nano]
+    python -m experiments.sst2_nano --data_dir=GLUE_FOLDER [--steps=400] [--out=runs/sst2_nano]
 
 The dev set is the last 2,000 rows of train.tsv, held back from training. Runs go to OUT/<method>_seed<n> and are not
 repeated where their summary is there; the table goes to experiments/results/sst2_nano.md, its numbers to .json.
@@ -106,7 +106,7 @@ def row(name: str, folders: list[Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("runs/sst2_nano"))
     args = parser.parse_args()
 

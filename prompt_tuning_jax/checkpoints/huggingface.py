@@ -132,6 +132,7 @@ def write(
         array = np.asarray(params[ours]).astype(kind)
         tensors[theirs] = np.ascontiguousarray(array.T if turned else array)
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable to its owner alone
     gated = tuple(config.mlp_activations) == ("gelu", "linear")
     text = {
         "architectures": ["T5ForConditionalGeneration"],
