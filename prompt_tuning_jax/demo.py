@@ -6,6 +6,7 @@ Everything is set by gin_configs/runs/demo.gin. Files go to MODEL_DIR, runs/demo
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def draw_learning_curve(metrics: Path, accuracies: dict[str, float], target: Pat
     evals = [(record["step"], record["accuracy"] / 100) for record in records if record["split"] == "eval"]
     figure, left = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
     left.plot(*zip(*evals, strict=True), "o-", color="tab:blue", label="with the prompt, sentences never seen")
-    last = evals[-1][0]
+    best = max(evals, key=lambda point: point[1])[0]
     left.plot(
-        [last], [accuracies["unseen_words_with_prompt_generation"]], "s", color="tab:blue", markerfacecolor="white",
+        [best], [accuracies["unseen_words_with_prompt_generation"]], "s", color="tab:blue", markerfacecolor="white",
         label="with the best prompt, sentiment words never seen",
     )  # fmt: skip
     base = accuracies["validation_without_prompt_ranking"]
@@ -124,7 +125,8 @@ def report(folder: Path, summary: dict[str, Any], accuracies: dict[str, float], 
     print(f"\nthe prompt          {prompt_file}  float32 {list(prompt.shape)}, {prompt_file.stat().st_size:,} bytes")
     print(f"the learning curve  {folder / 'learning_curve.png'}")
     print(f"every number        {folder / 'summary.json'}, {folder / 'metrics.jsonl'}")
-    print(f"the frozen base     {summary['base']}, fingerprint {summary['base_fingerprint']} before and after")
+    base_path, fingerprint = os.path.relpath(summary["base"]), summary["base_fingerprint"]
+    print(f"the frozen base     {base_path}, fingerprint {fingerprint} before and after")
 
 
 if __name__ == "__main__":

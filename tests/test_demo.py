@@ -1,0 +1,76 @@
+"""The embedded base is what its card says, and the demo and `eval` do with it what the README shows."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes, load_base
+from prompt_tuning_jax.checkpoints.huggingface import read_config
+from prompt_tuning_jax.prompts.neighbors import nearest
+from prompt_tuning_jax.t5.config import SIZES
+
+NANO = EMBEDDED["nano"]
+
+
+def test_the_embedded_base_is_the_one_on_its_card():
+    config = read_config(NANO)
+    base = load_base("nano", config)
+    assert f"`{base.fingerprint}`" in (NANO / "README.md").read_text(encoding="utf-8")
+    size = SIZES["nano"]
+    assert (config.emb_dim, config.mlp_dim, config.num_heads) == (size.emb_dim, size.mlp_dim, size.num_heads)
+    assert {name: array.shape for name, array in base.params.items()} == expected_shapes(config)
+    assert sum(path.stat().st_size for path in NANO.iterdir()) <= 12_000_000
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_leaves_the_base_alone(tmp_path):
+    """On sentences never seen the prompt is right at least 17 times in 20, and `eval` says the same of its file."""
+    folder = tmp_path / "demo"
+    arguments = [f"--gin.MODEL_DIR={str(folder)!r}", "--gin.TRAIN_STEPS=150", "--gin.EVAL_PERIOD=75"]
+    done = run("demo", *arguments)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["accuracy_with_prompt"] >= 0.85
+    assert summary["accuracy_with_prompt_unseen_words"] > 0.5
+    assert summary["accuracies"]["validation_without_prompt_generation"] < summary["accuracy_with_prompt"]
+    assert summary["base_fingerprint"] == load_base("nano", read_config(NANO)).fingerprint
+    prompt = np.load(folder / "best" / "prompt.npy")
+    assert prompt.dtype == np.float32 and prompt.shape == (20, 128)
+    assert (folder / "learning_curve.png").stat().st_size > 10_000
+    assert re.search(r"sentences never seen +0\.\d{3}", done.stdout)
+
+    found = json.loads(
+        run(
+            "eval",
+            "--gin_file=models/nano.gin",
+            "--gin_file=runs/eval.gin",
+            "--gin.MIXTURE_OR_TASK_NAME='demo_reviews'",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 8}",
+            "--gin.INITIAL_CHECKPOINT_PATH='nano'",
+            f"--gin.PROMPT_FILE={str(folder / 'best' / 'prompt.npy')!r}",
+        ).stdout
+    )
+    assert found["generation"]["accuracy"] == pytest.approx(100 * summary["accuracy_with_prompt"])
+    assert found["examples"] == 500
+
+
+def run(verb: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"prompt_tuning_jax.{verb}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_word_is_its_own_nearest_neighbour():
+    embeddings = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
+    found = nearest(3.0 * embeddings[jnp.array([7, 40])], embeddings, k=3)
+    assert found.ids[:, 0].tolist() == [7, 40]
+    np.testing.assert_allclose(found.cosines[:, 0], 1.0, rtol=1e-6)
+    unit = np.asarray(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+    cosines = unit @ unit[7]
+    cosines[:3] = -np.inf
+    assert found.ids[0].tolist() == np.argsort(-cosines)[:3].tolist()
