@@ -27,8 +27,7 @@ import numpy as np
 from jaxtyping import Int
 
 import prompt_tuning_jax
-from prompt_tuning_jax.tasks import TASK_MODULES
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 FORMAT = 1
 
@@ -220,6 +219,3 @@ def _build(request: TaskRequest, split: str, folder: Path) -> None:
         raise ValueError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise RuntimeError(f"tokenising {request.name} failed:\n{done.stderr.strip()}")
-
-
-__all__ = ["TASK_MODULES", "Examples", "TaskRequest", "default_cache_dir", "load_split", "trim"]

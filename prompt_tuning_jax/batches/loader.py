@@ -7,7 +7,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.cache import Examples, trim
+from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.tasks.vocabularies import trim
 
 
 class Batch(NamedTuple):

@@ -19,8 +19,8 @@ def check_prompt_length(prompt_init: Callable | None, prompt_length: int, datase
     if prompt_init is None:
         return
     room = MAX_ENCODER_LENGTH - dataset.task_feature_lengths.get("inputs", 0)
-    if not 1 <= prompt_length <= room:
-        raise ValueError(f"PROMPT_LENGTH is {prompt_length}, expected 1 to {room} beside inputs of this length")
+    if not isinstance(prompt_length, int) or not 1 <= prompt_length <= room:
+        raise ValueError(f"PROMPT_LENGTH is {prompt_length!r}, expected 1 to {room} beside inputs of this length")
 
 
 def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
