@@ -13,7 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prompt_tuning_jax" / "__
 # break: the next major one, or for 0.x packages the next minor one.
 JAX = ">=0.10.2,<0.11"
 TRANSFORMERS = "transformers>=5.23,<6"
-PEFT = "peft==0.21.*"
+PEFT = "peft>=0.21.2,<0.22"  # 0.21.0 calls what transformers 5.23 has renamed
 
 INSTALL_REQUIRES = [
     f"jax{JAX}",
@@ -46,8 +46,8 @@ EXTRAS_REQUIRE = {
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
     # T5X is not on PyPI, and its own requirements ask for the development heads of Flax and SeqIO. This extra brings
-    # what else it imports; then: pip install --no-deps "t5x @ git+https://github.com/google-research/t5x"
-    "t5x": ["cached-property>=2,<3", "clu>=0.0.12,<0.1", "fiddle>=0.3,<0.4"],
+    # what else it imports; the README's next line brings T5X and two more repositories, --no-deps.
+    "t5x": ["cached-property>=2,<3", "clu>=0.0.12,<0.1", "fiddle>=0.3,<0.4", "tensorboard>=2.21,<3"],
     "test": [
         "pytest>=9.2,<10",
         "pytest-timeout>=2.4,<3",

@@ -13,10 +13,10 @@ from typing import Any
 
 import gin
 import jax.numpy as jnp
+import numpy as np
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.checkpoints.base import load_base
-from prompt_tuning_jax.checkpoints.huggingface import read_config
+from prompt_tuning_jax.checkpoints.base import open_model
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
 from prompt_tuning_jax.prompts.files import read_prompt
@@ -57,7 +57,7 @@ def main() -> None:
 
 def score_splits(base: str, prompt_file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """`evaluate_prompt` of both splits, without a prompt and with it."""
-    model = Transformer(read_config(base))
+    model = Transformer(open_model(base).config)
     task, lengths = (gin.query_parameter(f"%{name}") for name in ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"))
     return {
         (split, prompted): evaluate_prompt(
@@ -113,10 +113,11 @@ def report(folder: Path, summary: dict[str, Any], accuracies: dict[str, float], 
         ]
         print(f"{name:28}" + "".join(f"{value:12.3f}" for value in row))
 
-    base = load_base(summary["base"], read_config(summary["base"]))
-    words = open_vocabulary(None, summary["base"], read_config(summary["base"]))
+    base = open_model(summary["base"])
+    words = open_vocabulary(None, summary["base"], base.config)
     prompt = read_prompt(prompt_file)
-    found = nearest(jnp.asarray(prompt[:6]), base.params["token_embedder/embedding"])
+    embeddings = np.asarray(base.arrays["token_embedder/embedding"], np.float32)
+    found = nearest(jnp.asarray(prompt[:6]), jnp.asarray(embeddings))
     print("\nnearest words of the first prompt positions (cosine)")
     for position, (ids, cosines) in enumerate(zip(found.ids, found.cosines, strict=True)):
         shown = (f"{words.piece(int(i)).replace('▁', '_')} {c:.2f}" for i, c in zip(ids, cosines, strict=True))

@@ -124,9 +124,9 @@ def prompt_of(shape, value=0.5, dtype=np.float32):
     [
         (prompt_of((PROMPT_LENGTH, 24)), "is [5, 24], expected [5, 16]: set PROMPT_LENGTH to its length, and INITIAL_"),
         (prompt_of((7, 16)), "is [7, 16], expected [5, 16]: set PROMPT_LENGTH"),
-        (prompt_of((5, 16), np.nan), "holds NaN or infinity; expected a .npy file, float32 [prompt length, d_model]"),
-        (prompt_of((5, 16), 1, np.int32), "holds int32 [5, 16]; expected a .npy file, float32"),
-        (prompt_of((80,)), "holds float32 [80]; expected a .npy file, float32"),
+        (prompt_of((5, 16), np.nan), "holds NaN or infinity; expected a prompt, float32 [prompt length, d_model]"),
+        (prompt_of((5, 16), 1, np.int32), "holds int32 [5, 16]; expected a prompt, float32"),
+        (prompt_of((80,)), "holds float32 [80]; expected a prompt, float32"),
     ],
 )  # fmt: skip
 def test_a_prompt_of_another_kind(refused, tmp_path, array, message):
@@ -147,7 +147,7 @@ def test_a_prompt_that_cannot_be_read(refused, tmp_path, damage):
     else:
         path.unlink()
     message = refused("prompts/from_file.gin", TUNE, PROMPT_FILE=str(path))
-    assert str(path) in message and "expected a .npy file, float32 [prompt length, d_model]: set PROMPT_FILE" in message
+    assert str(path) in message and "expected a prompt, float32 [prompt length, d_model]: set PROMPT_FILE" in message
 
 
 @pytest.mark.parametrize("labels", [["positive", "☃"], ["", "negative"]])

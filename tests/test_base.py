@@ -2,13 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from fixtures.models import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.checkpoints import base, huggingface
+from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.checkpoints import base, huggingface, t5x
 from prompt_tuning_jax.t5.config import T5Config
 
 CONFIG = T5Config(31, 12, 3, 1, 1, 20, head_dim=5)
@@ -43,6 +45,80 @@ def test_base_is_what_the_folder_holds(folder):
     assert {value.dtype for value in base.load_base(str(folder), CONFIG, jnp.bfloat16).params.values()} == {
         jnp.bfloat16.dtype
     }
+
+
+BFLOAT16 = {name: np.asarray(value).astype(ml_dtypes.bfloat16) for name, value in random_model(CONFIG)[1].items()}
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "float32", "bfloat16", jnp.float32, jnp.bfloat16, np.dtype("float32")])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "mixed"])
+def test_a_base_is_held_as_asked_and_has_one_fingerprint(tmp_path, stored, asked):
+    """That of the file's values, in whatever dtype they are held; "auto" is float32 on this CPU, None the file's own,
+    but for float16, which is too narrow for T5."""
+    wide = {name: np.asarray(value) for name, value in random_model(CONFIG)[1].items()}
+    values = {
+        "float32": lambda name: wide[name],
+        "bfloat16": lambda name: BFLOAT16[name],
+        "float16": lambda name: wide[name].astype(np.float16),
+        "mixed": lambda name: wide[name] if name.endswith("scale") else BFLOAT16[name],
+    }[stored]
+    params = {name: values(name) for name in wide}
+    huggingface.write(tmp_path / "model", CONFIG, params)
+    found = base.load_base(str(tmp_path / "model"), CONFIG, asked)
+    for name, value in params.items():
+        own = value.dtype if asked is None else jnp.dtype("float32" if asked == "auto" else asked)
+        own = np.dtype(np.float32) if own == np.float16 else own
+        assert found.params[name].dtype == own, name
+        np.testing.assert_array_equal(np.asarray(found.params[name]), value.astype(np.float32).astype(own))
+    assert found.fingerprint == base.fingerprint({name: jnp.asarray(value) for name, value in params.items()})
+    assert found.fingerprint == base.load_base(str(tmp_path / "model"), CONFIG).fingerprint
+
+
+@pytest.mark.parametrize("asked", ["float16", "int8", "bf16", "", 16])
+def test_another_dtype_is_refused(folder, asked):
+    refused(lambda: base.load_base(str(folder), CONFIG, asked), "BASE_DTYPE", "'auto', 'float32', 'bfloat16'")
+
+
+def test_a_base_is_the_same_in_every_layout(folder, tmp_path):
+    params = random_model(CONFIG)[1]
+    t5x.write(tmp_path / "t5x", params)
+    t5x.write_orbax(tmp_path / "orbax", params)
+    expected = base.load_base(str(folder), CONFIG)
+    for layout in ("t5x", "orbax"):
+        assert base.load_base(str(tmp_path / layout), CONFIG).fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "t5x", "orbax"])
+def test_only_a_base_of_the_right_size_is_read_and_each_array_once(tmp_path, monkeypatch, layout):
+    params = random_model(CONFIG, 3)[1]
+    path = tmp_path / "model"
+    if layout == "huggingface":
+        huggingface.write(path, CONFIG, params)
+    else:
+        (t5x.write if layout == "t5x" else t5x.write_orbax)(path, params)
+    reads = []
+    real = StoredArray.__array__
+    monkeypatch.setattr(
+        StoredArray, "__array__", lambda self, *args, **options: reads.append(self) or real(self, *args, **options)
+    )
+    refused(lambda: base.load_base(str(path), OTHER_SIZE), "num_heads 3, not 2")
+    refused(lambda: base.load_base(str(path), T5Config(**vars(CONFIG) | {"relative_attention_num_buckets": 16})), "16")
+    base.open_model(str(path))
+    assert reads == []
+    base.load_base(str(path), CONFIG)
+    assert len(reads) == len(base.expected_shapes(CONFIG))  # and not the prompt
+
+
+def test_integers_are_no_base(tmp_path):
+    params = {name: np.asarray(value) for name, value in random_model(CONFIG)[1].items()}
+    name = "encoder/encoder_norm/scale"
+    t5x.write(tmp_path / "t5x", params | {name: np.ones(12, np.int32)})
+    refused(lambda: base.load_base(str(tmp_path / "t5x"), CONFIG), name, "int32", "INITIAL_CHECKPOINT_PATH")
+
+
+def test_a_url_is_no_path():
+    assert base.resolve("gs://bucket/folder") == "gs://bucket/folder"
+    assert base.default_vocabulary("gs://bucket/folder") is None
 
 
 def test_base_may_be_named_from_anywhere(folder, monkeypatch):

@@ -6,14 +6,17 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.prompts import initializers
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt, write_prompt
+from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.prompts.peft import write_adapter
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 KEY = jax.random.key(0)
@@ -183,6 +186,56 @@ def test_prompt_of_the_official_trainer(data_dir):
     assert folders
     for folder in folders:
         assert read_prompt(folder).shape == (100, 4)
+
+
+FORMATS = {
+    "npy": write_prompt,
+    "folder": lambda path, prompt: write_prompt(path / OFFICIAL_NAME, prompt),
+    "peft": write_adapter,
+    "t5x": lambda path, prompt: t5x.write(path, {IN_T5X[0]: prompt}),
+    "official t5x": lambda path, prompt: t5x.write(path, {IN_T5X[1]: prompt}),
+    "orbax": lambda path, prompt: t5x.write_orbax(path, {IN_T5X[0]: prompt, "encoder/encoder_norm/scale": prompt[0]}),
+    "official orbax": lambda path, prompt: t5x.write_orbax(path, {IN_T5X[1]: prompt}),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_prompt_is_read_whatever_its_format(tmp_path, form):
+    prompt = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    FORMATS[form](tmp_path / "prompt", prompt)
+    found = read_prompt(tmp_path / "prompt")
+    assert found.dtype == np.float32
+    assert found.tobytes() == prompt.tobytes()
+    assert read_prompt(str(tmp_path / "prompt")).tobytes() == prompt.tobytes()
+
+
+@pytest.mark.parametrize("write", [t5x.write, t5x.write_orbax])
+def test_other_floats_in_t5x_are_read_as_float32(tmp_path, write):
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        write(tmp_path / "checkpoint", {IN_T5X[0]: np.array([[0.5, -2.0, 3.25]], dtype)})
+        found = read_prompt(tmp_path / "checkpoint")
+        assert found.dtype == np.dtype("float32")
+        np.testing.assert_array_equal(found, [[0.5, -2.0, 3.25]])
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((2, 3), np.int32), "int32"),
+        (np.zeros(3, np.float32), "float32 [3]"),
+        (np.zeros((1, 2, 3), np.float32), "float32 [1, 2, 3]"),
+        (np.array([[1.0, np.nan]], np.float32), "NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("write", [t5x.write, t5x.write_orbax])
+def test_what_is_no_prompt_in_t5x_is_refused(tmp_path, write, array, said):
+    write(tmp_path / "checkpoint", {IN_T5X[0]: array})
+    assert said in refused(tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_without_a_prompt_is_refused(tmp_path):
+    t5x.write(tmp_path / "checkpoint", {"encoder/encoder_norm/scale": np.ones(3, np.float32)})
+    assert "has no prompt among its parameters" in refused(tmp_path / "checkpoint")
 
 
 def refused(path):

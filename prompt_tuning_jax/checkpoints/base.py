@@ -1,11 +1,13 @@
 """The frozen base: found by path, checked against the size asked for, known by its fingerprint."""
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, UInt32
 
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
+from prompt_tuning_jax.arrays.t5x import INDEX, METADATA, STATE, is_t5x, open_t5x
 from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
+
+TRIM_EVERY = 32 * 2**20  # bytes read
+FLOATS = ("float32", "bfloat16", "float16")
+
+SIZES = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
+# What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
+CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
 
 Params = dict[str, jax.Array]
 
@@ -36,46 +49,126 @@ class Base(NamedTuple):
     fingerprint: str
 
 
-def resolve(path: str) -> Path:
-    """The folder of a base: the name of an embedded one, or a path.
+class StoredModel(NamedTuple):
+    """A model on disk, of which nothing is read yet.
+
+    Attributes:
+      location: its folder, or URL.
+      config: its size, read from the files.
+      arrays: by path. A T5X checkpoint may have a soft prompt among them; see `prompts.files`.
+    """
+
+    location: str
+    config: T5Config | None
+    arrays: dict[str, StoredArray]
+
+
+def resolve(path: str) -> str:
+    """The folder of a base: the name of an embedded one, a path, or a URL (`gs://`) as it is.
 
     Raises:
       ValueError: there is no such folder.
     """
+    if "://" in path:
+        return path
     folder = EMBEDDED.get(path, Path(path))
     if not folder.is_dir():
         raise ValueError(
             f"no base model at {path}; expected a folder or one of {', '.join(EMBEDDED)}: set INITIAL_CHECKPOINT_PATH"
         )
-    return folder
+    return os.path.abspath(folder)
 
 
 def default_vocabulary(path: str | None) -> str | None:
     """The SentencePiece model that lies in the base's folder, if one does."""
-    found = path and resolve(path) / huggingface.VOCABULARY
+    found = path and Path(resolve(path), huggingface.VOCABULARY)
     return str(found) if found and found.is_file() else None
 
 
-def load_base(path: str, config: T5Config, dtype=jnp.float32) -> Base:
-    """Reads a base and checks every tensor against `config`.
+def open_model(path: str) -> StoredModel:
+    """Opens a base or a tuned model of any format, by its path alone: Hugging Face's, or T5X's in either layout.
+
+    Raises:
+      ValueError: there is none, or it is not whole; the message names what is wrong.
+    """
+    location = resolve(path)
+    with _explained():
+        if Path(location, huggingface.CONFIG).is_file():
+            return StoredModel(location, huggingface.read_config(location), huggingface.open_arrays(location))
+        if is_t5x(location):
+            arrays = open_t5x(location)
+            base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
+            return StoredModel(location, t5x.infer_config(base), arrays)
+    raise ValueError(
+        f"{location} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {INDEX} or "
+        f"{STATE}{METADATA} (T5X){_nearby(location)}: set INITIAL_CHECKPOINT_PATH"
+    )
+
+
+def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
+    """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
+
+    Args:
+      dtype: of the parameters; None for the file's; "auto" for float32 on CPU and the file's on accelerators.
 
     Raises:
       ValueError: no base is there, it is not whole, or its size is another.
     """
-    folder = resolve(path)
-    if t5x.is_checkpoint(folder):
-        found = t5x.read(folder)
-    elif (folder / huggingface.CONFIG).is_file():
-        check_size(huggingface.read_config(folder), config, folder)
-        found = huggingface.read(folder)
-    else:
-        raise ValueError(
-            f"{folder} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {t5x.INDEX} (T5X). "
-            "Set INITIAL_CHECKPOINT_PATH"
-        )
-    check_shapes({name: array.shape for name, array in found.items()}, config, folder)
-    params = {name: jnp.asarray(array, dtype) for name, array in found.items()}
-    return Base(os.path.abspath(folder), params, fingerprint(params))
+    if dtype not in ("auto", None, "float32", "bfloat16", jnp.float32, jnp.bfloat16):
+        raise ValueError(f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16' or None for the file's own")
+    model = open_model(path)
+    arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
+    if model.config is not None:
+        told = Path(model.location, huggingface.CONFIG).is_file()
+        check_size(model.config, config, model.location, SIZES + CHOICES if told else SIZES)
+    check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
+    sums, params, passed = {}, {}, 0
+    # The largest first: what an array needs besides its place on the device is then never on top of all the others.
+    with _explained():
+        for name in sorted(arrays, key=lambda name: arrays[name].nbytes, reverse=True):
+            if arrays[name].dtype.name not in FLOATS:
+                raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
+            array = jnp.asarray(np.asarray(arrays[name]))
+            # Of the file's own values: a base has one fingerprint, in whatever dtype it is held.
+            sums[name] = np.asarray(_checksum(array))
+            params[name] = array.astype(_parameter_dtype(dtype, array.dtype))
+            passed += arrays[name].nbytes
+            if passed > TRIM_EVERY:
+                passed = 0
+                _trim_heap()
+    return Base(model.location, {name: params[name] for name in arrays}, _digest(params, sums))
+
+
+def _trim_heap() -> None:
+    """Gives memory that was freed back to the system: glibc keeps pieces below 32 MB, a tenth of a base in the end."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
+    if asked == "auto":
+        asked = jnp.float32 if jax.default_backend() == "cpu" else None
+    if asked is None:  # float16 is too narrow for T5
+        return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
+    return jnp.dtype(asked)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says which macro names the files that are not as they should be."""
+    try:
+        yield
+    except ArrayError as error:
+        raise ValueError(f"{error}: set INITIAL_CHECKPOINT_PATH to a whole checkpoint") from None
+
+
+def _nearby(location: str) -> str:
+    """Where the model may be that was meant."""
+    steps = [path for path in Path(location).glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
+    if steps:
+        return f"; did you mean {max(steps, key=lambda path: int(path.name.removeprefix('checkpoint_')))}?"
+    model = Path(location, "best", "model")
+    return f"; did you mean {model}?" if model.is_dir() else ""
 
 
 def random_base(config: T5Config, seed: int) -> Base:
@@ -94,9 +187,10 @@ def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def check_size(found: T5Config, expected: T5Config, where: str | os.PathLike) -> None:
+def check_size(
+    found: T5Config, expected: T5Config, where: str | os.PathLike, fields: tuple[str, ...] = SIZES + CHOICES
+) -> None:
     """Raises ValueError where the file's size is not the one configured."""
-    fields = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
     odd = [
         f"{f} {getattr(found, f)}, not {getattr(expected, f)}"
         for f in fields
@@ -106,6 +200,15 @@ def check_size(found: T5Config, expected: T5Config, where: str | os.PathLike) ->
         raise ValueError(
             f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, "
             "or set INITIAL_CHECKPOINT_PATH"
+        )
+
+
+def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
+    """Raises ValueError where the vocabulary cannot be the model's: its ids fill the table's rows but for padding."""
+    if not vocabulary.size <= config.vocab_size < vocabulary.size + 1024:
+        raise ValueError(
+            f"vocabulary {vocabulary.path} has {vocabulary.size} ids, the model {config.vocab_size} rows: they do not "
+            "belong together. Use the models/*.gin of the base's size, or set VOCABULARY"
         )
 
 
@@ -134,8 +237,11 @@ def _checksum(array: Array) -> UInt32[Array, "2"]:
 
 def fingerprint(params: Mapping[str, jax.Array]) -> str:
     """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie."""
+    return _digest(params, {name: np.asarray(_checksum(params[name])) for name in params})
+
+
+def _digest(params: Mapping[str, jax.Array], sums: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
-        sums = np.asarray(_checksum(params[name]))
-        digest.update(f"{name} {params[name].shape} {sums[0]} {sums[1]}\n".encode())
+        digest.update(f"{name} {params[name].shape} {sums[name][0]} {sums[name][1]}\n".encode())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""T5 1.1 in Hugging Face's layout: a folder with `config.json` and `model.safetensors`.
+"""T5 1.1 in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, in one file or in shards.
 
 Their matrices are [out, in], ours and T5X's [in, out]; the relative position table is [buckets, heads], ours
 [heads, buckets].
@@ -6,18 +6,34 @@ Their matrices are [out, in], ours and T5X's [in, out]; the relative position ta
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.typing import ArrayLike
 
+from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.t5.config import T5Config
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "spiece.model"
+EPSILON = 1e-6
+
+ACTIVATIONS = {
+    "relu": ("relu",),
+    "gated-gelu": ("gelu", "linear"),  # transformers takes its "gelu_new" for this name: the one of Flax
+    "gated-relu": ("relu", "linear"),
+    "gated-silu": ("silu", "linear"),
+}
+# Tensors that some files have besides: copies of the shared table, and a table that no version has ever read.
+TABLE, TABLE_COPIES = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+LOGITS = "lm_head.weight"
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+TO_SAFETENSORS = "import sys; from transformers import AutoModelForSeq2SeqLM as Model; "
+TO_SAFETENSORS += "Model.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
 
 
 def names(config: T5Config) -> dict[str, tuple[str, bool]]:
@@ -62,78 +78,117 @@ def read_config(folder: str | os.PathLike) -> T5Config:
     """The model's size from `config.json`.
 
     Raises:
-      ValueError: it is not a T5 configuration.
+      ArrayError: it is not the configuration of a T5 that this project has.
     """
     path = Path(folder, CONFIG)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        feed_forward = found.get("feed_forward_proj", "relu")
+        mt5 = found.get("model_type") == "mt5"
+        feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 else "relu")
+        if feed_forward not in ACTIVATIONS:
+            raise ValueError(f"feed_forward_proj is {feed_forward!r:.60}, expected one of {', '.join(ACTIVATIONS)}")
+        if found.get("layer_norm_epsilon", EPSILON) != EPSILON:
+            raise ValueError(f"layer_norm_epsilon is {found['layer_norm_epsilon']}, expected {EPSILON}")
+        # transformers 5 writes "tie_word_embeddings": true whatever the model, and says here which T5 it is; of mT5,
+        # which has logits of its own, it says nothing.
+        tied = not mt5 and found.get("scale_decoder_outputs", found.get("tie_word_embeddings", True))
+        if not isinstance(tied, bool):
+            raise ValueError(f"tie_word_embeddings is {tied!r:.60}, expected true or false")
+        layers = _size(found, "num_layers", at_most=1_000)
         return T5Config(
-            vocab_size=found["vocab_size"],
-            emb_dim=found["d_model"],
-            num_heads=found["num_heads"],
-            num_encoder_layers=found["num_layers"],
-            num_decoder_layers=found.get("num_decoder_layers") or found["num_layers"],
-            mlp_dim=found["d_ff"],
-            head_dim=found["d_kv"],
-            mlp_activations=("gelu", "linear") if feed_forward == "gated-gelu" else (feed_forward,),
-            # transformers 5 writes "tie_word_embeddings": true whatever the model, and says here which T5 it is.
-            logits_via_embedding=found.get("scale_decoder_outputs", found.get("tie_word_embeddings", True)),
-            relative_attention_num_buckets=found.get("relative_attention_num_buckets", 32),
-            relative_attention_max_distance=found.get("relative_attention_max_distance", 128),
+            vocab_size=_size(found, "vocab_size"),
+            emb_dim=_size(found, "d_model"),
+            num_heads=_size(found, "num_heads"),
+            num_encoder_layers=layers,
+            num_decoder_layers=_size(found, "num_decoder_layers", layers, at_most=1_000),
+            mlp_dim=_size(found, "d_ff"),
+            head_dim=_size(found, "d_kv"),
+            mlp_activations=ACTIVATIONS[feed_forward],
+            logits_via_embedding=tied,
+            relative_attention_num_buckets=_size(found, "relative_attention_num_buckets", 32),
+            relative_attention_max_distance=_size(found, "relative_attention_max_distance", 128),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the configuration of a T5 ({error!r}): set INITIAL_CHECKPOINT_PATH") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ArrayError(f"{path} is not the configuration of a T5 ({first_line(error)})") from None
 
 
-def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every parameter by its path, in the file's dtype.
+def _size(config: dict, name: str, default: int | None = None, at_most: int = 2**31) -> int:
+    size = default if config.get(name) is None else config[name]
+    if type(size) is not int or not 1 <= size <= at_most:  # True is an int, too
+        raise ValueError(f"{name} is {size!r:.60}, expected a number of 1 to {at_most}")
+    return size
+
+
+def open_arrays(folder: str | os.PathLike) -> dict[str, StoredArray]:
+    """Every parameter by its path, in the file's dtype; nothing is read yet.
 
     Raises:
-      ValueError: the file is absent, truncated, or lacks a tensor.
+      ArrayError: a file is absent, truncated, or has too few tensors or too many; each is named.
     """
-    path = Path(folder, WEIGHTS)
-    table = names(read_config(folder))
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            there = set(tensors.keys())
-            lacking = [name for name, _ in table.values() if name not in there]
-            if lacking:
-                raise ValueError(f"{path} lacks {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}")
-            found = {ours: (tensors.get_tensor(theirs), turned) for ours, (theirs, turned) in table.items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): set INITIAL_CHECKPOINT_PATH to a whole checkpoint"
-        ) from None
-    return {ours: np.ascontiguousarray(array.T) if turned else array for ours, (array, turned) in found.items()}
+    folder = Path(folder)
+    config = read_config(folder)
+    table = names(config)
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("model*.safetensors*")):
+        command = shlex.join(["python", "-c", TO_SAFETENSORS, str(folder), f"{folder}-safetensors"])
+        raise ArrayError(f"{pickled[0]} is a pickle, which can run code, and is not opened; convert it: {command}")
+    found = open_safetensors(folder)
+    if TABLE not in found and TABLE_COPIES[0] in found:
+        found[TABLE] = found[TABLE_COPIES[0]]
+    expected = {theirs for theirs, _ in table.values()}
+    odd = [f"{name} is missing" for name in sorted(expected - set(found))]
+    odd += [f"{name} is not part of the model" for name in sorted(set(found) - expected - _ignored(config))]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ArrayError(f"{folder} does not fit its {CONFIG}: {'; '.join(odd[:3])}{more}")
+    copies = {name: found[name] for name in _ignored(config) - {UNUSED} if name in found}
+    if copies:
+        found[TABLE] = _compared(found[TABLE], copies, folder)
+    return {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+
+
+def _ignored(config: T5Config) -> set[str]:
+    return {*TABLE_COPIES, UNUSED, *((LOGITS,) if config.logits_via_embedding else ())}
+
+
+def _compared(table: StoredArray, copies: Mapping[str, StoredArray], folder: Path) -> StoredArray:
+    """The shared table, whose copies are read with it: one that has other values makes another model."""
+
+    def read() -> np.ndarray:
+        array = np.asarray(table)
+        for name, copy in sorted(copies.items()):
+            if not np.array_equal(array, np.asarray(copy)):
+                raise ArrayError(f"{name} of {folder} is not {TABLE} over again, as {CONFIG} has it")
+        return array
+
+    return StoredArray(table.shape, table.dtype, read)
 
 
 def write(
     folder: str | os.PathLike,
     config: T5Config,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, ArrayLike | StoredArray],
     vocabulary: str | os.PathLike | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a folder that `transformers` and this project load, whole or not at all.
+    """Writes a folder that `transformers` and this project load, whole or not at all, a shard in memory at a time.
 
     Args:
       params: by path; a soft prompt is left out.
       vocabulary: a SentencePiece model to put beside the weights.
-      dtype: "float32" or "bfloat16".
+      dtype: "float32" or "bfloat16"; None for each array's own.
+      shard_bytes: how much goes into one file, a larger tensor apart.
+
+    Raises:
+      ValueError: Hugging Face has no name for the model's feed-forward.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    tensors = {}
-    for ours, (theirs, turned) in names(config).items():
-        array = np.asarray(params[ours]).astype(kind)
-        tensors[theirs] = np.ascontiguousarray(array.T if turned else array)
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable to its owner alone
-    gated = tuple(config.mlp_activations) == ("gelu", "linear")
+    feed_forward = {activations: name for name, activations in ACTIVATIONS.items()}.get(tuple(config.mlp_activations))
+    if feed_forward is None:
+        raise ValueError(f"Hugging Face's T5 has no feed-forward of {config.mlp_activations}, only {list(ACTIVATIONS)}")
+    table = names(config)
+    tensors = {theirs: _lazy(params[ours], dtype, turned) for ours, (theirs, turned) in table.items()}
+    kinds = {tensor.dtype.name for tensor in tensors.values()}
     text = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -144,20 +199,27 @@ def write(
         "num_heads": config.num_heads,
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
-        "feed_forward_proj": "gated-gelu" if gated else config.mlp_activations[0],
+        "feed_forward_proj": feed_forward,
         "tie_word_embeddings": config.logits_via_embedding,
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
         "relative_attention_max_distance": config.relative_attention_max_distance,
-        "layer_norm_epsilon": 1e-6,
+        "layer_norm_epsilon": EPSILON,
         "dropout_rate": 0.1,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
         "is_encoder_decoder": True,
-        "dtype": dtype,
+        "dtype": kinds.pop() if len(kinds) == 1 else "float32",
     }
-    (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    if vocabulary:
-        shutil.copyfile(vocabulary, partial / VOCABULARY)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        write_safetensors(partial, tensors, shard_bytes)
+        (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        if vocabulary:
+            shutil.copyfile(vocabulary, partial / VOCABULARY)
+
+
+def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:
+    """`value` as it will be written, brought to the host no sooner."""
+    kind = np.dtype(dtype or value.dtype)
+    stored = StoredArray(tuple(value.shape), kind, lambda: np.asarray(value).astype(kind, copy=False))
+    return stored.T if turned else stored

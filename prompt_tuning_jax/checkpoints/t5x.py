@@ -1,67 +1,72 @@
-"""Base models in T5X's checkpoints: a msgpack index, small arrays inside it, large ones as zarr v2 arrays beside it."""
+"""T5X's checkpoints: the size of the model in one, and models written as T5X restores them, in either layout."""
 
-import math
 import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import tensorstore
-from flax.serialization import msgpack_restore
-from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
 
-INDEX = "checkpoint"
+from prompt_tuning_jax.arrays import t5x
+from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.checkpoints.huggingface import VOCABULARY
+from prompt_tuning_jax.t5.config import T5Config
 
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` looks like a T5X checkpoint."""
-    return (folder / INDEX).is_file()
+Arrays = Mapping[str, ArrayLike | StoredArray]
 
 
-def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every parameter of `target` by its path, in the file's dtype; the optimiser's state is not read.
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> T5Config | None:
+    """The size of the model with parameters of these shapes; None where too much of it is missing to say.
 
-    Raises:
-      ValueError: the index or an array is missing, truncated or unreadable.
+    No file of T5X says the greatest distance of its relative positions; T5's 128 is taken.
     """
-    path = Path(folder, INDEX)
     try:
-        index = msgpack_restore(path.read_bytes())
-        target = index["optimizer"]["target"]
-        # A leaf is an array, or the specification of one that lies beside the index.
-        leaves = flatten_dict(target, is_leaf=lambda _, node: isinstance(node, dict) and "driver" in node, sep="/")
-    except Exception as error:  # msgpack raises many kinds on a broken file
-        raise ValueError(
-            f"{path} is not the index of a T5X checkpoint ({type(error).__name__}): set INITIAL_CHECKPOINT_PATH"
-        ) from None
-    return {
-        name: _read_zarr(Path(folder), name, leaf) if isinstance(leaf, dict) else np.asarray(leaf)
-        for name, leaf in leaves.items()
-    }
+        vocab_size, emb_dim = shapes["token_embedder/embedding"]
+        num_heads, buckets = shapes["encoder/relpos_bias/rel_embedding"]
+        branches = [name for name in shapes if re.fullmatch(r"encoder/layers_0/mlp/wi(_\d)?/kernel", name)]
+        return T5Config(
+            vocab_size=vocab_size,
+            emb_dim=emb_dim,
+            num_heads=num_heads,
+            num_encoder_layers=_layers("encoder", shapes),
+            num_decoder_layers=_layers("decoder", shapes),
+            mlp_dim=shapes[branches[0]][1],
+            head_dim=shapes["encoder/layers_0/attention/query/kernel"][1] // num_heads,
+            mlp_activations=("relu",) if len(branches) == 1 else ("gelu", "linear"),
+            logits_via_embedding="decoder/logits_dense/kernel" not in shapes,
+            relative_attention_num_buckets=buckets,
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return None
 
 
-def _read_zarr(folder: Path, name: str, spec: dict[str, Any]) -> np.ndarray:
-    array_path = folder / "target.{}".format(name.replace("/", "."))
-    try:
-        store = tensorstore.open(
-            {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{array_path}/"}}, open=True, read=True
-        ).result()
-        # tensorstore takes a chunk that is not there for zeros.
-        grid = [
-            math.ceil(size / chunk)
-            for size, chunk in zip(store.shape, store.chunk_layout.read_chunk.shape, strict=True)
-        ]
-        lacking = [
-            key for key in (".".join(map(str, at)) for at in np.ndindex(*grid)) if not (array_path / key).is_file()
-        ]
-        if lacking:
-            raise ValueError(f"chunk {lacking[0]} is missing")
-        if list(store.shape) != list(spec["metadata"]["shape"]):
-            raise ValueError(f"it is {list(store.shape)}, the index says {list(spec['metadata']['shape'])}")
-        return np.asarray(store.read().result())
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(
-            f"{name} of the T5X checkpoint {folder} cannot be read ({reason}): "
-            "set INITIAL_CHECKPOINT_PATH to a whole checkpoint"
-        ) from None
+def _layers(stack: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return 1 + max(int(found[1]) for name in shapes if (found := re.match(rf"{stack}/layers_(\d+)/", name)))
+
+
+def write(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.PathLike | None = None) -> None:
+    """Writes a checkpoint in T5X's own layout, whole or not at all, an array in memory at a time.
+
+    Args:
+      folder: T5X wants it to be named `checkpoint_<step>`.
+      params: by path.
+      vocabulary: a SentencePiece model to put beside it, where this project looks for it.
+    """
+    _write(t5x.write_legacy, folder, params, vocabulary)
+
+
+def write_orbax(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.PathLike | None = None) -> None:
+    """Writes a checkpoint in the layout that T5X writes through Orbax; all of it is in host memory meanwhile.
+
+    Arguments as of `write`.
+    """
+    _write(t5x.write_orbax, folder, params, vocabulary)
+
+
+def _write(write_arrays: Callable[[Path, Arrays], None], folder, params: Arrays, vocabulary) -> None:
+    with whole_folder(folder) as partial:
+        write_arrays(partial, params)
+        if vocabulary:
+            shutil.copyfile(vocabulary, partial / VOCABULARY)

@@ -1,38 +1,74 @@
-"""Prompt files: `.npy`, float32 [P, D], also under the official name `encoder.prompt.prompt.prompt` without suffix."""
+"""Prompt files: `.npy`, PEFT's adapter folder, the official file without suffix, and a prompt in a T5X checkpoint."""
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from prompt_tuning_jax.arrays.stored import ArrayError
+from prompt_tuning_jax.arrays.t5x import is_t5x, open_t5x
+from prompt_tuning_jax.prompts import peft
+
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
+# Where a prompt lies in a T5X checkpoint: under this project's module, and under the official one.
+IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
+EXPECTED = "a prompt, float32 [prompt length, d_model]: set PROMPT_FILE"
 
 
 def read_prompt(path: str | os.PathLike) -> Float[np.ndarray, "P D"]:
-    """Reads a prompt; a folder stands for the official file name inside it.
+    """Reads a prompt, whatever its format.
+
+    Args:
+      path: a `.npy` file, under any name; a folder with the official file; a PEFT adapter folder; or a T5X checkpoint,
+        by path or URL.
 
     Raises:
-      ValueError: the file is absent, truncated, not an array of two dimensions, or not of finite floats.
+      ValueError: nothing is there, or it is truncated, not an array of two dimensions, or not of finite floats.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / OFFICIAL_NAME
-    expected = "a .npy file, float32 [prompt length, d_model]: set PROMPT_FILE"
-    try:
-        prompt = np.array(np.lib.format.open_memmap(path, mode="r"))  # never unpickles, nor trusts a shape
-    except FileNotFoundError:
-        raise ValueError(f"no prompt file {path}; expected {expected}") from None
-    except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable prompt ({why}); expected {expected}") from None
-    if prompt.ndim != 2 or prompt.dtype.kind != "f" or not prompt.size:
-        raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {expected}")
+    folder = Path(path)
+    if "://" in str(path):
+        prompt = _read_t5x(path)
+    elif not folder.is_dir():
+        prompt = _read_npy(folder)
+    elif peft.is_adapter(folder):
+        prompt = peft.read_adapter(folder)
+    elif (folder / OFFICIAL_NAME).is_file():
+        prompt = _read_npy(folder / OFFICIAL_NAME)
+    elif is_t5x(folder):
+        prompt = _read_t5x(folder)
+    else:
+        held = f"{OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
+        raise ValueError(f"no prompt file in {path}, which has no {held}; expected {EXPECTED}")
+    if prompt.ndim != 2 or prompt.dtype.kind not in "fV" or not prompt.size:  # V: bfloat16 is no type of NumPy's own
+        raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {EXPECTED}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = prompt.astype(np.float32)
     if not np.isfinite(prompt).all():
-        raise ValueError(f"{path} holds NaN or infinity; expected {expected}")
+        raise ValueError(f"{path} holds NaN or infinity; expected {EXPECTED}")
     return prompt
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        return np.array(np.lib.format.open_memmap(path, mode="r"))  # never unpickles, nor trusts a shape
+    except FileNotFoundError:
+        raise ValueError(f"no prompt file {path}; expected {EXPECTED}") from None
+    except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable prompt ({why}); expected {EXPECTED}") from None
+
+
+def _read_t5x(location: str | os.PathLike) -> np.ndarray:
+    try:
+        arrays = open_t5x(location)
+        for name in IN_T5X:
+            if name in arrays:
+                return np.asarray(arrays[name])
+    except ArrayError as error:
+        raise ValueError(f"{error}; expected {EXPECTED}") from None
+    raise ValueError(f"{location} has no prompt among its parameters ({IN_T5X[0]}); expected {EXPECTED}")
 
 
 def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "P D"]) -> None:
@@ -40,6 +76,12 @@ def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "P D"]) -> N
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:  # a file object: np.save adds a suffix to a bare name
-        np.save(file, np.asarray(prompt, np.float32))
-    os.replace(partial, path)
+    # Into memory first: np.save into a file lets its last bytes fall without a word where the disk is full.
+    file = io.BytesIO()
+    np.save(file, np.asarray(prompt, np.float32))
+    try:
+        partial.write_bytes(file.getvalue())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

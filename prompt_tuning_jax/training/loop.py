@@ -50,6 +50,7 @@ def train(
     loss_eval_steps: int = 20,
     encoder_use_by: int | None = None,
     keep_checkpoints: int | None = None,
+    base_dtype: str | None = "auto",
     export_dtype: str = "float32",
     config: str = "",
     allow_other_config: bool = False,
@@ -72,6 +73,7 @@ def train(
       loss_eval_steps: batches that a task without metrics is evaluated on.
       encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
       keep_checkpoints: how many to leave; all where None.
+      base_dtype: of the base in memory; see `checkpoints.base.load_base`. What is trained is float32 whatever it is.
       export_dtype: of the model written where more than the prompt is trained.
       config: the run's configuration, kept in config.gin.
       allow_other_config: go on with a run that had another configuration.
@@ -89,7 +91,7 @@ def train(
     check_prompt_length(prompt_init, prompt_length, train_dataset)
     words = open_vocabulary(vocabulary, initial_checkpoint_path, model.config)
     path, params, base_fingerprint = (
-        load_base(initial_checkpoint_path, model.config)
+        load_base(initial_checkpoint_path, model.config, base_dtype)
         if initial_checkpoint_path
         else random_base(model.config, random_seed)
     )
@@ -207,8 +209,7 @@ def export(
     if PROMPT in trainable:
         write_prompt(folder / "prompt.npy", np.asarray(trainable[PROMPT]))
     if set(trainable) - {PROMPT}:
-        params = {name: np.asarray(value) for name, value in (frozen | trainable).items()}
-        huggingface.write(folder / "model", model.config, params, vocabulary.path, dtype)
+        huggingface.write(folder / "model", model.config, frozen | trainable, vocabulary.path, dtype)
 
 
 def versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ def evaluate_prompt(
     dataset: DatasetConfig,
     prompt_file: str | None = None,
     vocabulary: str | None = None,
+    base_dtype: str | None = "auto",
 ) -> dict[str, Any]:
     """The task's metrics, in per cent.
 
@@ -29,6 +30,7 @@ def evaluate_prompt(
       model: without a `prompt_factory`: the prompt brings its own length.
       prompt_file: a prompt of this base; None for the base as it is.
       vocabulary: None for the one beside the base.
+      base_dtype: of the base in memory; see `checkpoints.base.load_base`.
 
     Returns:
       "generation" and, for a task with labels, "ranking": metrics by name; "no_label": answers that are no label.
@@ -43,7 +45,7 @@ def evaluate_prompt(
         check_width(prompt_file, prompt.shape, model.config.emb_dim)
         prompts[PROMPT] = jnp.asarray(prompt)
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
-    base = load_base(initial_checkpoint_path, model.config)
+    base = load_base(initial_checkpoint_path, model.config, base_dtype)
     batches = dataset.batches(words)
     evaluator = Evaluator(model, words.decode)
     generation, odd = evaluator.metrics(prompts, base.params, batches)

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.checkpoints.base import default_vocabulary
+from prompt_tuning_jax.checkpoints.base import check_vocabulary, default_vocabulary
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.step import Params
@@ -27,18 +27,13 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
     """The vocabulary at `path`, or beside the base.
 
     Raises:
-      ValueError: there is none, or it has more ids than the model has rows.
+      ValueError: there is none, or it cannot belong to the model.
     """
     path = path or default_vocabulary(base)
     if path is None:
         raise ValueError(f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file")
     vocabulary = Vocabulary(path)
-    rows = config.vocab_size
-    if not vocabulary.size <= rows < vocabulary.size + 1024:
-        raise ValueError(
-            f"vocabulary {path} has {vocabulary.size} ids, the model {rows} rows: they do not belong together. "
-            "Use the models/*.gin of the base's size, or set VOCABULARY"
-        )
+    check_vocabulary(vocabulary, config)
     return vocabulary
 
 

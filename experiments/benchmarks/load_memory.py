@@ -1,0 +1,90 @@
+"""Host memory that loading a base takes, as a multiple of the checkpoint's size.
+
+    python -m experiments.benchmarks.load_memory [--size=base]
+
+writes random weights of that size (base: 0.99 GB in float32) in each format, loads each in a process of its own, and
+prints a JSON line a format. `peak` is the most that the process held while loading, less what it held before with JAX
+started, over the bytes of the checkpoint's arrays (on disk Orbax compresses them); on a CPU the loaded parameters
+themselves are part of it. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
+from prompt_tuning_jax.t5.config import SIZES
+
+FORMATS = ("huggingface", "huggingface_sharded", "t5x", "orbax")
+
+
+def write(folder: Path, kind: str, size: str) -> None:
+    """Random weights in one of `FORMATS`."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape: tuple[int, ...]) -> StoredArray:
+        return StoredArray(shape, np.dtype(np.float32), lambda: rng.standard_normal(shape, np.float32))
+
+    params = {path: draw(shape) for path, shape in expected_shapes(SIZES[size]).items()}
+    if kind.startswith("huggingface"):
+        huggingface.write(folder, SIZES[size], params, shard_bytes=10**8 if kind.endswith("sharded") else 10**12)
+    else:
+        (t5x.write if kind == "t5x" else t5x.write_orbax)(folder, params)
+
+
+def held(what: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or at most so far ("VmHWM")."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) * 1024
+
+
+def measure(folder: Path, kind: str, size: str) -> None:
+    """Loads in this process, and prints."""
+    jnp.zeros(8).block_until_ready()
+    before, start = held("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far becomes what is held now
+    params = jax.block_until_ready(load_base(str(folder), SIZES[size]).params)
+    seconds, peak = time.perf_counter() - start, held("VmHWM") - before
+    arrays = sum(array.nbytes for array in params.values())
+    record = {
+        "format": kind,
+        "array_bytes": arrays,
+        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "peak_bytes": peak,
+        "peak": round(peak / arrays, 3),
+        "before_bytes": before,
+        "seconds": round(seconds, 2),
+    }
+    print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=SIZES)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--folder", type=Path, help="for the checkpoints, which are deleted at the end")
+    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "FORMAT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        measure(Path(arguments.load[0]), arguments.load[1], arguments.size)
+        return
+    for kind in arguments.formats:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            folder = Path(scratch, kind)
+            write(folder, kind, arguments.size)
+            command = [sys.executable, "-m", "experiments.benchmarks.load_memory", f"--size={arguments.size}"]
+            subprocess.run([*command, "--load", str(folder), kind], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Arrays in safetensors files, one or many shards (Hugging Face's layout)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def open_safetensors(folder: Path, stem: str = "model") -> dict[str, StoredArray]:
+    """The arrays of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
+
+    Raises:
+      ArrayError: no such file, or one that is truncated, or not of floating-point numbers.
+    """
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return _open_file(whole)
+    try:
+        shard_of = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(shard_of.values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("shards are named as files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArrayError(f"{index} is not an index of safetensors shards ({first_line(error)})") from None
+    arrays = {}
+    for shard in shards:  # a tensor that lies in two of them is taken from the one that the index says
+        found = _open_file(folder / shard)
+        arrays |= {name: array for name, array in found.items() if shard_of.get(name, shard) == shard}
+    lacking = [name for name in shard_of if name not in arrays]
+    if lacking:
+        raise ArrayError(f"{folder / shard_of[lacking[0]]} lacks {lacking[0]}, which {index.name} says it has")
+    return arrays
+
+
+def _open_file(path: Path) -> dict[str, StoredArray]:
+    arrays = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                tensor = file.get_slice(name)
+                dtype = DTYPES.get(tensor.get_dtype())
+                if dtype is None:
+                    raise ArrayError(f"{name} of {path} is {tensor.get_dtype()}, expected {', '.join(DTYPES)}")
+                arrays[name] = StoredArray(tuple(tensor.get_shape()), dtype, _reader(path, name))
+    except ArrayError:
+        raise
+    except Exception as error:  # what safetensors and NumPy make of a damaged header is not one type
+        raise ArrayError(f"{path} cannot be read ({first_line(error)})") from None
+    return arrays
+
+
+def _reader(path: Path, name: str):
+    def read() -> np.ndarray:
+        # Opened anew for each array: a file that stays mapped would stay in memory, page by page, as it is read.
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return file.get_tensor(name)
+        except Exception as error:
+            raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
+
+    return read
+
+
+def write_safetensors(
+    folder: Path, arrays: Mapping[str, np.ndarray | StoredArray], shard_bytes: int | None = None, stem: str = "model"
+) -> None:
+    """Writes `<stem>.safetensors`, or numbered shards and their index where there is more than `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, array in arrays.items():
+        if shard_bytes and shards[-1] and used + array.nbytes > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += array.nbytes
+    files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{stem}.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: np.ascontiguousarray(arrays[name]) for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, most likely
+            raise OSError(f"{folder / file} cannot be written ({first_line(error)})") from None
+        (folder / file).chmod(0o644)  # safetensors makes it readable to its owner alone
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,40 @@
+"""An array that lies on disk, known by shape and dtype before it is read."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+class ArrayError(ValueError):
+    """An array, or the file of arrays, is missing, truncated or unreadable. The message says which; one line."""
+
+
+class StoredArray:
+    """An array on disk. `np.asarray` reads it, anew each time, and nothing is kept.
+
+    Attributes:
+      shape: of the array as it is given.
+      dtype: of the file.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self._read = shape, dtype, read
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def T(self) -> "StoredArray":
+        """The transposed array; nothing is read."""
+        return StoredArray(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self._read().T))
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self._read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough for a message of ours."""
+    return ((str(error).strip() or type(error).__name__).splitlines()[0])[:200]

@@ -1,0 +1,141 @@
+"""Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21)."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+
+import numpy as np
+from jaxtyping import Float
+
+from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.whole_folder import whole_folder
+
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+WEIGHTS, PICKLE = f"{STEM}.safetensors", f"{STEM}.bin"
+TENSOR = "prompt_embeddings"
+PROMPT_TUNING, TASK = "PROMPT_TUNING", "SEQ_2_SEQ_LM"
+EXPECTED = "a PEFT prompt tuning adapter of a T5: set PROMPT_FILE"
+
+CONVERT = "import sys, torch; from safetensors.torch import save_file; "
+CONVERT += "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
+
+
+def is_adapter(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a PEFT adapter, of any kind."""
+    return Path(folder, CONFIG).is_file()
+
+
+def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
+    """Reads a prompt that PEFT trained, or that `write_adapter` wrote.
+
+    Returns:
+      float32 [num_virtual_tokens, token_dim], whatever float the file holds. A file of twice the rows
+      (`num_transformer_submodules` 2, PEFT's default for T5) gives the first half: PEFT's own forward pass puts
+      `prompts[:, :num_virtual_tokens]` before the encoder's input and never reads the others.
+
+    Raises:
+      ValueError: the folder is no adapter, or one of another kind; its two files are damaged or disagree; its weights
+        are a pickle, which is never opened; or they hold more than the prompt, no floats, NaN or infinity.
+    """
+    folder = Path(folder)
+    rows, (length, width) = _read_shape(folder / CONFIG)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = folder / PICKLE
+        if pickled.is_file():
+            command = shlex.join(["python", "-c", CONVERT, str(pickled), str(path)])
+            raise ValueError(
+                f"{pickled} is a pickle, which can run code, and is not opened; expected {WEIGHTS} beside it. "
+                f"If you trust it, convert it where torch is: {command} (PROMPT_FILE stays as it is)"
+            )
+        raise ValueError(f"no {WEIGHTS} in {folder}; expected {EXPECTED}")
+    try:
+        arrays = open_safetensors(folder, STEM)
+        odd = _oddity(arrays, rows, width)
+        if odd:
+            raise ArrayError(f"{path} {odd}")
+        found = np.asarray(arrays[TENSOR])
+    except ArrayError as error:
+        raise ValueError(f"{error}; expected {EXPECTED}") from None
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
+        prompt = found.astype(np.float32)
+    if not np.isfinite(prompt).all():
+        raise ValueError(f"{path} holds NaN or infinity; expected {EXPECTED}")
+    return prompt[:length].copy()
+
+
+def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], base: str | None = None) -> None:
+    """Writes a folder that `PeftModel.from_pretrained` loads, whole or not at all.
+
+    Args:
+      prompt: written as float32.
+      base: the base model's path or name on Hugging Face's hub, for `AutoPeftModelForSeq2SeqLM`.
+
+    Raises:
+      ValueError: the folder is there and holds anything but an earlier prompt from here.
+    """
+    folder = Path(folder).resolve()  # a link stays a link
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
+        raise ValueError(
+            f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "
+            "PEFT adapter, or an earlier one of these two files to replace"
+        )
+    length, width = prompt.shape
+    config = {
+        "peft_type": PROMPT_TUNING,
+        "task_type": TASK,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": length,
+        "token_dim": width,
+        "num_transformer_submodules": 1,  # the encoder alone; left out, PEFT expects 2 * length rows
+        "prompt_tuning_init": "RANDOM",  # TEXT would ask for a tokenizer
+    }
+    with whole_folder(folder) as partial:
+        write_safetensors(partial, {TENSOR: np.asarray(prompt, np.float32)}, stem=STEM)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
+    """The rows that the weights must have, and the prompt's (P, D)."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no {CONFIG} in {path.parent}; expected {EXPECTED}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); expected {EXPECTED}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {shown(config)}; expected {EXPECTED}")
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if kind != PROMPT_TUNING:
+        raise ValueError(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}; expected {EXPECTED}")
+    if task not in (TASK, None):
+        raise ValueError(f"{path} is of a prompt for {shown(task)}, not {TASK!r}; expected {EXPECTED}")
+    submodules = config.get("num_transformer_submodules")
+    if submodules is None:
+        submodules = 2 if task == TASK else 1  # PEFT's own rule, in PeftModel._setup_prompt_encoder
+    numbers = {
+        "num_virtual_tokens": config.get("num_virtual_tokens"),
+        "token_dim": config.get("token_dim"),
+        "num_transformer_submodules": submodules,
+    }
+    for name, number in numbers.items():
+        if type(number) is not int or number < 1:  # True is an int, too
+            raise ValueError(f"{path} has {name} {shown(number)}, not a positive number; expected {EXPECTED}")
+    length, width, _ = numbers.values()
+    return length * submodules, (length, width)
+
+
+def _oddity(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
+    """What is wrong with the arrays of a file; None where they are a prompt of that shape."""
+    if TENSOR not in arrays:
+        return f"lacks {TENSOR} (it holds {shown(sorted(arrays))})"
+    if len(arrays) > 1:  # an embedding table that was resized or trained: the base would be another model
+        return f"holds more than {TENSOR} ({shown(sorted(arrays))})"
+    if arrays[TENSOR].shape != (rows, width):
+        return f"holds {shown(list(arrays[TENSOR].shape))}, not [{rows}, {width}] as {CONFIG} says"
+    return None
