@@ -16,7 +16,12 @@ EXTRA_IDS = 100
 class Vocabulary:
     """A `.model` file with `EXTRA_IDS` sentinels after its pieces; no TensorFlow.
 
-    `<extra_id_0>` is the last id, `size - 1`, as in T5.
+    `<extra_id_0>` is the last id, `size - 1`, as in T5. A file may have the sentinels as its last pieces already, as
+    mT5's and T5X's `cc_all.32000.100extra` have.
+
+    Attributes:
+      size: pieces and sentinels; a model's table may have more rows.
+      extra_ids: sentinels that are not in the file: `EXTRA_IDS`, or 0.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -32,11 +37,9 @@ class Vocabulary:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model: set VOCABULARY to a .model file") from None
-
-    @property
-    def size(self) -> int:
-        """Pieces and sentinels; a model's table may have more rows."""
-        return self._pieces.vocab_size() + EXTRA_IDS
+        pieces = self._pieces.vocab_size()
+        self.extra_ids = 0 if pieces and self._pieces.id_to_piece(pieces - 1).endswith("<extra_id_0>") else EXTRA_IDS
+        self.size = pieces + self.extra_ids
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end of sequence."""
@@ -54,7 +57,7 @@ class Vocabulary:
                 break
             if token >= self.size:
                 token = UNK
-            if token >= self._pieces.vocab_size():
+            if token >= self.size - EXTRA_IDS:
                 text += [self._pieces.decode(run), f"<extra_id_{self.size - 1 - token}>"]
                 run = []
             elif token != PAD:
@@ -63,10 +66,10 @@ class Vocabulary:
 
     def piece(self, token: int) -> str:
         """How one id is written, for tables of nearest neighbours."""
-        count = self._pieces.vocab_size()
         if token >= self.size:
             token = UNK
-        return self._pieces.id_to_piece(token) if token < count else f"<extra_id_{self.size - 1 - token}>"
+        sentinel = token >= self.size - EXTRA_IDS
+        return f"<extra_id_{self.size - 1 - token}>" if sentinel else self._pieces.id_to_piece(token)
 
     def written(self, text: str) -> str:
         """`text` as this vocabulary gives it back: a case-folding one writes True as true."""
@@ -78,7 +81,7 @@ def seqio_vocabulary(path: str):
     """The same vocabulary for a SeqIO task (imports TensorFlow)."""
     import seqio
 
-    return seqio.SentencePieceVocabulary(path, extra_ids=EXTRA_IDS)
+    return seqio.SentencePieceVocabulary(path, extra_ids=Vocabulary(path).extra_ids)
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
