@@ -1,0 +1,91 @@
+"""What goes in and out of T5X's checkpoints, Orbax or its own layout alike (t5x/checkpoints.py).
+
+Both are state transformations, the hook that T5X's two checkpointers share.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow as tf
+from flax.traverse_util import flatten_dict, unflatten_dict
+from t5x import checkpoints, state_utils  # pyright: ignore[reportMissingImports]
+
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, write_prompt
+from prompt_tuning_jax.t5x_host.optimizers import TRAINABLE, trained_paths
+from prompt_tuning_jax.training.step import PROMPT
+
+
+def restore_base(
+    state_dict: Mapping[str, Any],
+    target_state_dict: Mapping[str, Any],
+    *,
+    is_resuming: bool = False,
+    trainable: Sequence[str] = TRAINABLE,
+) -> Mapping[str, Any]:
+    """The base's parameters and the step from a checkpoint; prompt and optimiser state are left to be made anew.
+
+    For `utils.RestoreCheckpointConfig(fallback_to_scratch=True, state_transformation_fns=[restore_base])`. The official
+    runs make anew whatever the file lacks, under any name; here only what is trained may be lacking.
+
+    Args:
+      state_dict: what the checkpoint has: arrays, or what stands for them until they are read.
+      target_state_dict: what the run has, arrays or their shapes.
+      is_resuming: of the same run: everything is taken.
+
+    Raises:
+      ValueError: the checkpoint lacks a parameter of the base, or has one of another shape.
+    """
+    if is_resuming:
+        return state_dict
+    found = state_utils.flatten_state_dict(state_dict["target"])
+    expected = flatten_dict(target_state_dict["target"], sep="/")
+    base = {name: expected[name] for name in expected.keys() - trained_paths(expected, trainable)}
+    odd = [f"{name} is missing" for name in sorted(base) if name not in found]
+    odd += [
+        f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
+        for name, value in sorted(base.items())
+        if getattr(found.get(name), "shape", value.shape) != value.shape  # T5X checks what it has yet to read
+    ]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(f"the base does not fit the model: {'; '.join(odd[:3])}{more}: set INITIAL_CHECKPOINT_PATH")
+    kept = {f"target/{name}": found[name] for name in base} | {"state/step": state_dict["state"]["step"]}
+    return unflatten_dict(kept, sep="/")
+
+
+def save_prompt(
+    state_dict: Mapping[str, Any], parameter_infos: Mapping[str, Any], *, folder: str
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Writes the prompt beside the checkpoint that is about to be written, which it leaves as it is.
+
+    For `utils.SaveCheckpointConfig(state_transformation_fns=[...])`. The file is the official one, float32 [P, D] for
+    `prompts.files.read_prompt`: `numpy_checkpoints/checkpoint_<step>/encoder.prompt.prompt.prompt`. All of them stay,
+    however many checkpoints T5X keeps.
+
+    Args:
+      folder: MODEL_DIR, a path or a URL that TensorFlow can write.
+    """
+    if jax.process_index() == 0:
+        step = int(_local(state_dict["state"]["step"]))
+        prompt = _local(flatten_dict(state_dict["target"], sep="/")[PROMPT])
+        _write(f"{folder}/numpy_checkpoints/checkpoint_{step}/{OFFICIAL_NAME}", prompt)
+    return state_dict, parameter_infos
+
+
+def _local(value: Any) -> np.ndarray:
+    # T5X's own checkpointer reads an array from the device when it is asked to, and Orbax passes it as it is.
+    value = value.get() if isinstance(value, checkpoints.LazyArray) else value
+    return np.asarray(checkpoints.get_local_data(value))
+
+
+def _write(path: str, prompt: np.ndarray) -> None:
+    if "://" not in path:
+        return write_prompt(path, prompt)
+    with tempfile.TemporaryDirectory() as scratch:  # an upload is whole or not at all
+        write_prompt(Path(scratch, OFFICIAL_NAME), prompt)
+        tf.io.gfile.makedirs(path.rpartition("/")[0])
+        tf.io.gfile.copy(f"{scratch}/{OFFICIAL_NAME}", path, overwrite=True)

@@ -1,0 +1,50 @@
+"""The prompt before its first update: T5X gives an initialiser a key and a shape, ours want the base, too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from prompt_tuning_jax.checkpoints.base import open_model
+
+EMBEDDINGS = "token_embedder/embedding"
+
+
+def read_embeddings(path: str) -> Float[Array, "V D"]:
+    """The table of the base at `path`, INITIAL_CHECKPOINT_PATH; no other array is read.
+
+    Raises:
+      ValueError: no base is there, or it has no such table.
+    """
+    arrays = open_model(path).arrays
+    if EMBEDDINGS not in arrays:
+        raise ValueError(f"{path} has no {EMBEDDINGS}, expected a T5 checkpoint: set INITIAL_CHECKPOINT_PATH")
+    return jnp.asarray(np.asarray(arrays[EMBEDDINGS]))
+
+
+def prompt_init(
+    key: jax.Array,
+    shape: tuple[int, int],
+    *,
+    init: Callable[..., jax.Array],
+    initial_checkpoint_path: str,
+    vocabulary: Any,
+    seed: int | None,
+) -> Float[Array, "P D"]:
+    """`SoftPrompt.prompt_init` for any of `prompts.initializers`.
+
+    Args:
+      key: T5X's, used only where `seed` is None.
+      init: an initialiser with all but `embeddings` and `encode` bound.
+      initial_checkpoint_path: of the base.
+      vocabulary: the model's, SeqIO's or any with `encode`.
+      seed: RANDOM_SEED; the prompt is then the one that `prompt_tuning_jax.train` starts from with the same seed.
+    """
+    # T5X initialises inside a compiled function: computed there, the whole table would be a constant of the program.
+    with jax.ensure_compile_time_eval():
+        if seed is not None:
+            key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.start
+        return init(key, shape, embeddings=read_embeddings(initial_checkpoint_path), encode=vocabulary.encode)
