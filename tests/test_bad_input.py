@@ -315,9 +315,8 @@ def test_a_checkpoint_that_is_not_whole(tiny, short_run, tmp_path, damage):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     done = tiny.run(tiny.arguments(**macros | {"MODEL_DIR": str(tmp_path / "run")}))
     assert done.returncode == 2
-    # Orbax's other reads may still grumble of a closed event loop.
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("tokenising ", "demo_reviews "))]
+    assert len(lines) == 1, lines
     assert lines[0].startswith("error: checkpoint 20 in MODEL_DIR cannot be restored (")
     assert lines[0].endswith("): delete that step's folder, or set another MODEL_DIR")
 

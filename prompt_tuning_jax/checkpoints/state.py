@@ -1,6 +1,7 @@
 """The training state on disk, through Orbax: small, atomic, written while training goes on."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class StateStore:
           ValueError: the checkpoint is not whole, or of another structure.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        _hush_closed_loops()
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
@@ -50,3 +52,14 @@ class StateStore:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _hush_closed_loops() -> None:
+    """Orbax leaves a failed restore's other reads running; each would print that its event loop is closed."""
+    show = sys.unraisablehook  # which tensorstore's threads print through
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
