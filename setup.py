@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "tensorflow-text>=2.21,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "sentencepiece>=0.2.3,<0.3",
+    "rouge-score>=0.1.2,<0.2",
     # Base models and prompts in and out.
     "safetensors>=0.8,<0.9",
     "tensorstore>=0.1.86,<0.2",

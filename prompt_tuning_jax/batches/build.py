@@ -1,21 +1,21 @@
-"""Tokenises one split of a SeqIO task into the cache. The only part of `batches` that imports TensorFlow.
+"""Tokenises one split of a SeqIO task, or of a mixture's tasks, into the cache.
 
-Run by `cache.load_split` as `python -m prompt_tuning_jax.batches.build ORDER`, with a JSON object of `TaskRequest`'s
-fields, `split` and `folder`. Exit code 2 and one line on stderr is the user's error.
+This and `stream` are the only parts of `batches` that import TensorFlow. Run by `cache.load_tasks` as
+`python -m prompt_tuning_jax.batches.build ORDER`, the request, the split and the cache as JSON.
+Exit code 2 and one line on stderr is the user's error; what it does is said on stdout.
 """
 
+import contextlib
 import dataclasses
-import difflib
+import errno
 import functools
-import importlib
-import inspect
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +23,176 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from prompt_tuning_jax.batches.cache import TaskRequest
-from prompt_tuning_jax.tasks import TASK_MODULES, sources
+from prompt_tuning_jax.batches.cache import (
+    Held,
+    TaskRequest,
+    file_state,
+    names_path,
+    open_current,
+    split_folder,
+    with_split,
+)
+from prompt_tuning_jax.batches.child import end_with_parent, user_errors
+from prompt_tuning_jax.batches.lock import lock
+from prompt_tuning_jax.tasks import sources
+from prompt_tuning_jax.tasks.find import find, makes_lengths, with_vocabulary
 from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # NumPy's own error of a short write has no number
+
+
+def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) -> None:
+    """Writes `split` of every task of the request that has it and is not in the cache as it should be.
+
+    Where another process builds a split, this one waits and takes what it has made.
+    """
+    held = held_tasks(request)
+    for task in with_split(request, held, split, to_train):
+        folder = split_folder(request, task, split, root)
+        with _writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _lock(folder, f"{task}, {split}"):
+                if open_current(folder) is None:
+                    print(f"tokenising {task}, {split} (once; kept in {folder})", flush=True)
+                    build_split(dataclasses.replace(request, name=task), split, folder)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # where nothing came of it
+    path = names_path(request, root)
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({task: one._asdict() for task, one in held.items()})
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, what: str) -> Iterator[None]:
+    def waiting(owner: str) -> None:
+        print(f"waiting for {owner}, which tokenises {what}", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        with _writing(folder.parent):
+            stack.enter_context(lock(folder.with_name(f".{folder.name}.lock"), waiting))
+        yield
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk says into what the user can do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _NO_ROOM:
+            raise ValueError(
+                f"no room for the cache {folder} ({reason}): free some, or set CACHE_DIR to a disk that has it"
+            ) from None
+        raise ValueError(
+            f"cannot write to {folder} ({reason}): set CACHE_DIR to a folder that can be written"
+        ) from None
 
 
 def build_split(request: TaskRequest, split: str, folder: Path) -> None:
-    """Writes `folder`, whole or not at all. A folder that another process finished meanwhile stands."""
+    """Writes `folder`, one split of one task, whole or not at all."""
     task = find_task(request)
-    if split not in task.splits:
-        raise ValueError(
-            f"{request.name} has no split {split!r}, only {', '.join(task.splits)}: set TRAIN_SPLIT or EVAL_SPLIT"
-        )
+    with_split(request, {task.name: Held(1.0, tuple(task.splits))}, split, False)
     sources.set_data_dir(request.data_dir)
-    # Tokens are kept uncut, so that what TASK_FEATURE_LENGTHS cuts can be counted; only a preprocessor that
-    # makes examples of a given length is told the lengths.
-    lengths = dict(request.feature_lengths) if _makes_lengths(task) else None
-    examples = task.get_dataset(lengths, split, shuffle=False, seed=0, trim_output_features=False)
+    with _files_read(request) as read:
+        # Tokens are kept uncut, so that what TASK_FEATURE_LENGTHS cuts can be counted; only a preprocessor that
+        # makes examples of a given length is told the lengths.
+        lengths = dict(request.feature_lengths) if makes_lengths(task) else None
+        with _writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            with source_errors():
+                examples = task.get_dataset(lengths, split, shuffle=False, seed=0, trim_output_features=False)
+                _write(examples, task, partial, read)
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
+
+@contextlib.contextmanager
+def source_errors() -> Iterator[None]:
+    """Takes a source's own error out of the middle of TensorFlow's report."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder.parent} ({error.strerror}): set CACHE_DIR to a folder that can be written"
-        ) from None
-    try:
-        _write(examples, task, partial)
-        _move(partial, folder)
+        yield
     except tf.errors.OpError as error:
-        raised = re.search(r"ValueError: (.*)", str(error))  # by a source, in the middle of TensorFlow's own report
+        raised = re.search(r"ValueError: (.*)", str(error))
         if not raised:
             raise
         raise ValueError(raised[1]) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _move(partial: Path, folder: Path) -> None:
-    """Puts a whole split in its place; one that another process finished meanwhile stands, a broken one does not."""
-    if folder.exists() and not (folder / "task.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Puts a whole split in its place; one that another process finished meanwhile stands, any other does not."""
+    with _writing(folder.parent):
+        if folder.exists() and open_current(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if open_current(folder) is None:
+                raise
+
+
+_opened: set[str] | None = None
+
+
+def _note(event: str, arguments: tuple) -> None:
+    if _opened is not None and event in ("open", "os.scandir", "os.listdir") and isinstance(arguments[0], str | Path):
+        _opened.add(str(arguments[0]))
+
+
+sys.addaudithook(_note)
+
+
+@contextlib.contextmanager
+def _files_read(request: TaskRequest) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Gives what of the user's data was opened or searched in this context, each with its `file_state`.
+
+    Python tells of every file that is opened: so a cache depends on what a task reads, and on nothing else under
+    DATA_DIR, whatever its source is.
+    """
+    global _opened
+    folders = [os.path.realpath(request.data_dir)] if request.data_dir else []
+    files = request.files.paths(request.data_dir) if request.files else {}
+    own = {os.path.realpath(path) for path in files.values()}
+
+    def read() -> dict[str, Any]:
+        paths = {os.path.realpath(path) for path in _opened or ()}
+        theirs = {path for path in paths if path in own or any(Path(path).is_relative_to(top) for top in folders)}
+        return {path: file_state(path) for path in sorted(theirs)}
+
+    _opened = set()
     try:
-        os.rename(partial, folder)
-    except OSError:
-        if not (folder / "task.json").exists():
-            raise
+        yield read
+    finally:
+        _opened = None
+
+
+def held_tasks(request: TaskRequest) -> dict[str, Held]:
+    """The tasks of the request's name, with their rates and splits; a task holds itself.
+
+    Raises:
+      ValueError: no such task or mixture, or a rate or split that cannot be told.
+    """
+    if request.files is not None:
+        task = find_task(request)
+        return {task.name: Held(1.0, tuple(task.splits))}
+    provider = find(request.name, request.modules)
+    sources.set_data_dir(request.data_dir)
+    try:
+        if isinstance(provider, seqio.Mixture):
+            return {one.name: Held(provider.get_rate(one), tuple(one.splits)) for one in provider.tasks}
+        return {provider.name: Held(1.0, tuple(provider.splits))}
+    except Exception as error:  # a rate or the splits may be asked of TFDS, which raises what its own libraries do
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the rates and splits of {request.name} cannot be told ({reason}): set DATA_DIR") from error
 
 
 def find_task(request: TaskRequest) -> seqio.Task:
@@ -77,35 +201,12 @@ def find_task(request: TaskRequest) -> seqio.Task:
     Raises:
       ValueError: no such task, with near misses; or no such module.
     """
-    for module in (*TASK_MODULES, *request.modules):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not module.startswith(error.name or " "):
-                raise
-            raise ValueError(f"no module {module}: set MIXTURE_OR_TASK_MODULE to one that Python finds") from None
-    names = sorted(seqio.TaskRegistry.names())
-    if request.name not in names:
-        near = difflib.get_close_matches(request.name, names, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names)}."
-        raise ValueError(f"no task {request.name!r}; {hint} Set MIXTURE_OR_TASK_NAME")
-    task = seqio.TaskRegistry.get(request.name)
-    vocabulary = seqio_vocabulary(request.vocabulary)
-    return seqio.Task(
-        task.name,
-        source=task.source,
-        preprocessors=task.preprocessors,
-        output_features={
-            name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()
-        },
-        postprocess_fn=task.postprocessor,
-        metric_fns=task.metric_fns,
-    )
-
-
-def _makes_lengths(task: seqio.Task) -> bool:
-    own = (step for step in task.preprocessors if not getattr(step, "__module__", "").startswith("seqio."))
-    return any("sequence_length" in inspect.signature(step).parameters for step in own)
+    if request.files is not None:
+        return request.files.task(request.name, seqio_vocabulary(request.vocabulary), request.data_dir)
+    task = find(request.name, request.modules)
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(f"{task.name} is a mixture of tasks: set MIXTURE_OR_TASK_NAME to one of them")
+    return with_vocabulary(task, request.vocabulary)
 
 
 def describe(function: Callable) -> dict[str, Any]:
@@ -125,37 +226,35 @@ def describe(function: Callable) -> dict[str, Any]:
     return {"function": f"{function.__module__}:{function.__qualname__}", "options": options}
 
 
-def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path) -> None:
+def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Callable[[], dict[str, Any]]) -> None:
     """Writes the files that `cache` lists. Batches cross into Python a thousand at a time: one by one is slow."""
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in ("inputs", "targets")}
     lengths: dict[str, list[np.ndarray]] = {name: [] for name in tokens}
     fields_path = folder / "fields.jsonl"
-    with open(fields_path, "w", encoding="utf-8") as fields:
-        for batch in examples.ragged_batch(1024):
-            for name in tokens:
-                tokens[name].append(batch[name].flat_values.numpy().astype(np.int32))
-                lengths[name].append(batch[name].row_lengths().numpy())
-            columns = {name: _plain(value) for name, value in batch.items() if name not in tokens}
-            for values in zip(*columns.values(), strict=True):
-                fields.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
-    if not fields_path.stat().st_size:
-        fields_path.unlink()
-    count = sum(map(len, lengths["inputs"]))
-    for name in tokens:
-        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, np.int32), *tokens[name]]))
-        np.save(folder / f"{name}_ends.npy", np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths[name]])))
-    postprocessor = task.postprocessor
-    (folder / "task.json").write_text(
-        json.dumps(
-            {
-                "name": task.name,
-                "examples": count,
-                "postprocessor": describe(postprocessor) if postprocessor else None,
-                "metrics": [describe(metric) for metric in task.metric_fns],
-            },
-            indent=1,
-        )
-    )
+    with _writing(folder.parent):
+        with open(fields_path, "w", encoding="utf-8") as fields:
+            for batch in examples.ragged_batch(1024):
+                for name in tokens:
+                    tokens[name].append(batch[name].flat_values.numpy().astype(np.int32))
+                    lengths[name].append(batch[name].row_lengths().numpy())
+                columns = {name: _plain(value) for name, value in batch.items() if name not in tokens}
+                for values in zip(*columns.values(), strict=True):
+                    fields.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+        if not fields_path.stat().st_size:
+            fields_path.unlink()
+        for name in tokens:
+            np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, np.int32), *tokens[name]]))
+            np.save(folder / f"{name}_ends.npy", np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths[name]])))
+        postprocessor = task.postprocessor
+        description = {
+            "name": task.name,
+            "examples": sum(map(len, lengths["inputs"])),
+            "postprocessor": describe(postprocessor) if postprocessor else None,
+            "metrics": [describe(metric) for metric in task.metric_fns],
+            "sizes": {path.name: path.stat().st_size for path in folder.iterdir()},
+            "read": read(),
+        }
+        (folder / "task.json").write_text(json.dumps(description, indent=1))
 
 
 def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
@@ -175,13 +274,13 @@ def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
 
 
 def main() -> None:
+    end_with_parent()
     order = json.loads(sys.argv[1])
-    split, folder = order.pop("split"), Path(order.pop("folder"))
     try:
-        build_split(TaskRequest(**order | {"modules": tuple(order["modules"])}), split, folder)
+        request = TaskRequest.from_order(order["request"])
+        build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
     except ValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        user_errors(error)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,37 @@
 """SeqIO tasks: sources, text formats, vocabularies, and how an answer is read and scored.
 
 Only the modules that register tasks import TensorFlow; vocabularies, postprocessors and metrics do not, so that a run
-fed from a cache never loads it.
+fed from a cache never loads it. A run imports the module of its task alone: `module_for`.
 """
 
-# Modules that register tasks when imported; MIXTURE_OR_TASK_MODULE adds a user's own.
-TASK_MODULES = (
-    "prompt_tuning_jax.tasks.glue",
-    "prompt_tuning_jax.tasks.imdb",
-    "prompt_tuning_jax.tasks.demo",
-    "prompt_tuning_jax.tasks.text",
-)
+import re
+
+# How the names begin that a module registers, the first that fits; before it stand mt5_ or byt5_, taskless_ or
+# task_index_. MIXTURE_OR_TASK_MODULE adds a user's own.
+_MODULES = {
+    r"(super_)?glue_\w+_v\d+_(perceptron|generation|rank_classification)": "perceptron",
+    r"pr:|c4_v220_random_positive_negative": "recycling",
+    r"spot_": "spot",
+    r"sentinel_": "sentinel",
+    r"glue_(mrpc_from_qqp|qqp_from_mrpc)_": "glue_transfer",
+    r"glue_": "glue",
+    r"super_glue_|dpr_": "super_glue",
+    r"squad_|mrqa_": "qa",
+    r"xsum_|cnn_dailymail_": "summarization",
+    r"c4_": "c4",
+    r"imdb_reviews": "imdb",
+    r"demo_": "demo",
+    r"text_": "text",
+}
+
+# Modules that register tasks when imported.
+TASK_MODULES = tuple(f"{__name__}.{module}" for module in dict.fromkeys(_MODULES.values()))
+
+
+def module_for(name: str) -> str | None:
+    """The module that registers the task or mixture `name`, by how the name begins; None for none of this project's."""
+    stem = re.sub(r"^(mt5_|byt5_)?(taskless_|task_index_)?", "", name)
+    for start, module in _MODULES.items():
+        if re.match(start, stem):
+            return f"{__name__}.{module}"
+    return None

@@ -6,7 +6,7 @@ import seqio
 import tensorflow as tf
 
 from prompt_tuning_jax.tasks import metrics, postprocessors, preprocessors
-from prompt_tuning_jax.tasks.features import FEATURES
+from prompt_tuning_jax.tasks.register import FEATURES
 from prompt_tuning_jax.tasks.review_grammar import LABELS, SPLIT_SIZES, sentences
 
 

@@ -8,7 +8,7 @@ import seqio
 import tensorflow as tf
 
 from prompt_tuning_jax.tasks import metrics, postprocessors, sources
-from prompt_tuning_jax.tasks.features import FEATURES
+from prompt_tuning_jax.tasks.register import FEATURES
 
 LABELS = ("negative", "positive")
 
@@ -31,6 +31,7 @@ seqio.TaskRegistry.add(
         "imdb_reviews/plain_text:1.0.0",
         {"train": "imdb_train.jsonl", "test": "imdb_test.jsonl"},
         _read,
+        benchmark="imdb",
     ),
     preprocessors=[
         _to_text,

@@ -6,8 +6,9 @@ A task's name is the same whichever it is: `set_data_dir` decides when the rows 
 import gzip
 import json
 import lzma
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,37 @@ def set_data_dir(path: str | None) -> None:
     _data_dir = path
 
 
+def data_dir() -> str | None:
+    """The folder that `set_data_dir` was last given."""
+    return _data_dir
+
+
 class FilesOrTfds(seqio.DataSource):
     """A TFDS data set, or files with the same rows.
 
     Attributes:
       tfds_name: for example "glue/sst2:2.0.0"; None where there is no such data set.
-      files: for each split, its file under DATA_DIR, where it may also lie compressed, with .gz or .xz after its name.
-      read: yields the rows of an open file, given its path for error messages.
+      files: for each split, its file under DATA_DIR, where it may also lie compressed, with .gz or .xz after its name;
+        None where only TFDS has the split.
+      read: yields the rows of a file, given its path.
+      read_test: the same for splits whose name begins with "test", which the benchmarks give without labels; None for
+        `read`.
+      benchmark: the folder of the files' root: DATA_DIR is that root, or the folder that holds it.
     """
 
     def __init__(
-        self, tfds_name: str | None, files: Mapping[str, str], read: Callable[[Path], Iterable[Row]], **kwargs: Any
+        self,
+        tfds_name: str | None,
+        files: Mapping[str, str | None],
+        read: Callable[[Path], Iterable[Row]] | None = None,
+        *,
+        read_test: Callable[[Path], Iterable[Row]] | None = None,
+        benchmark: str | None = None,
+        **kwargs: Any,
     ):
         self._name, self._tfds = tfds_name, seqio.TfdsDataSource(tfds_name) if tfds_name else None
-        self._files, self._read = dict(files), read
+        self._files, self._read, self._read_test = dict(files), read, read_test or read
+        self._benchmark = benchmark
         super().__init__(splits=tuple(files), **kwargs)
 
     @property
@@ -48,28 +66,47 @@ class FilesOrTfds(seqio.DataSource):
         return False
 
     def list_shards(self, split: str) -> list[str]:
-        return [self._files[split]]
+        return [self._files[split] or split]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, *, num_epochs=1):
-        if _data_dir is None:
-            if self._tfds is None:
-                raise ValueError(f"these rows are not in TFDS: set DATA_DIR to the folder with {self._files[split]}")
-            try:
-                return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
-            except Exception as error:  # it raises what its own libraries do
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                raise ValueError(
-                    f"TFDS cannot give {self._name} ({reason}): set DATA_DIR to the folder with {self._files[split]}"
-                ) from error
-        rows = list(self._read(find_file(_data_dir, self._files[split])))
+        file = self._files[split]
+        read = self._read_test if split.startswith("test") else self._read
+        if _data_dir is None or file is None or read is None:
+            return self._from_tfds(split, shuffle, seed, shard_info, num_epochs)
+        rows = list(read(find_file(_data_dir, file, self._benchmark)))
         if not rows:
-            raise ValueError(f"{self._files[split]} under DATA_DIR {_data_dir} has no rows")
-        dataset = tf.data.Dataset.from_tensor_slices({name: [row[name] for row in rows] for name in rows[0]})
+            raise ValueError(f"{file} under DATA_DIR {_data_dir} has no rows")
+        dataset = tf.data.Dataset.from_tensor_slices(columns_of(rows))
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)
         if shuffle:
             dataset = dataset.shuffle(len(rows), seed=seed)
         return dataset.repeat(num_epochs)
+
+    def _from_tfds(self, split: str, shuffle: bool, seed: int | None, shard_info, num_epochs: int | None):
+        file = self._files[split]
+        instead = f"set DATA_DIR to the folder with {file}" if file else "prepare it with TFDS, its only source"
+        if self._tfds is None:
+            raise ValueError(f"these rows are not in TFDS: {instead}")
+        try:
+            return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
+        except Exception as error:  # it raises what its own libraries do
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ValueError(f"TFDS cannot give {self._name} ({reason}): {instead}") from error
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """One tensor a field of the rows, for `tf.data`: lists become ragged, a dict of fields stays one."""
+
+    def column(values: list) -> Any:
+        if isinstance(values[0], dict):
+            return columns_of(values)
+        if isinstance(values[0], list):
+            empty = not any(values)  # whose dtype TensorFlow cannot see
+            return tf.ragged.constant(values, dtype=tf.string if empty else None, ragged_rank=1)
+        return tf.constant(values)
+
+    return {name: column([row[name] for row in rows]) for name in rows[0]}
 
 
 class TextFiles(seqio.DataSource):
@@ -112,12 +149,13 @@ class TextFiles(seqio.DataSource):
         return dataset.repeat(num_epochs)
 
 
-def find_file(folder: str, name: str) -> Path:
-    """`folder/name`, or the same compressed."""
-    for suffix in ("", ".gz", ".xz"):
-        path = Path(folder, name + suffix)
-        if path.is_file():
-            return path
+def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
+    """`folder/name` or `folder/benchmark/name`, or the same compressed."""
+    for root in (folder, Path(folder, benchmark or "")):
+        for suffix in ("", ".gz", ".xz"):
+            path = Path(root, name + suffix)
+            if path.is_file():
+                return path
     raise ValueError(f"no {name} under DATA_DIR {folder}: set DATA_DIR to the folder that holds it")
 
 
@@ -133,41 +171,79 @@ def read_lines(path: Path) -> Iterator[str]:
         with opener(path, "rb") as lines:
             for line in lines:
                 number += 1
-                yield line.decode("utf-8")
+                text = line.decode("utf-8")
+                yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); {MEND}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}, after line {number}: cannot be read ({error}); {MEND}") from None
 
 
-def read_tsv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> Iterator[Row]:
-    """Rows of a GLUE file: tab-separated with a header, quotes not special; `columns` checks and turns each cell."""
+def read_tsv(
+    path: Path,
+    columns: Mapping[str, Callable[[str], Any]],
+    *,
+    titles: Mapping[str, str] | None = None,
+    header: Sequence[str] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    skip_short: bool = False,
+) -> Iterator[Row]:
+    """Rows of a GLUE file: tab-separated, quotes not special.
+
+    Args:
+      columns: checks and turns each cell of the rows' fields.
+      titles: a field's title in the file, where it is another.
+      header: the columns' titles, where the file has no header line.
+      constants: fields that every row has, such as the label -1 of a test file.
+      skip_short: leave out rows with too few columns, as TFDS does; GLUE's QQP has some.
+    """
     rows = (line.rstrip("\r\n").split("\t") for line in read_lines(path))
-    header = next(rows, [])
-    if not set(columns) <= set(header):
-        raise ValueError(f"{path}, line 1: no header with the columns {', '.join(columns)}; {MEND}")
-    places = {name: header.index(name) for name in columns}
+    first = 1 if header else 2
+    header = list(header or next(rows, []))
+    wanted = {name: (titles or {}).get(name, name) for name in columns}
+    if not set(wanted.values()) <= set(header):
+        raise ValueError(f"{path}, line 1: no header with the columns {', '.join(wanted.values())}; {MEND}")
+    places = {name: header.index(title) for name, title in wanted.items()}
     for index, cells in enumerate(rows):
+        if skip_short and len(cells) < len(header):
+            continue
         try:
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} columns, expected {len(header)}")
             row = {name: columns[name](cells[place]) for name, place in places.items()}
         except ValueError as error:
-            raise ValueError(f"{path}, line {index + 2}: {error}; {MEND}") from None
-        yield row | {"idx": index}
+            raise ValueError(f"{path}, line {index + first}: {error}; {MEND}") from None
+        yield row | dict(constants or {}) | {"idx": index}
 
 
-def read_jsonl(path: Path, columns: Mapping[str, Callable[[Any], Any]]) -> Iterator[Row]:
-    """Rows of a JSON-lines file; `columns` checks and turns each field."""
+def read_jsonl(
+    path: Path,
+    columns: Mapping[str, Callable[[Any], Any]],
+    *,
+    constants: Mapping[str, Any] | None = None,
+    flatten: Callable[[Row], Iterable[Row]] | None = None,
+) -> Iterator[Row]:
+    """Rows of a JSON-lines file.
+
+    Args:
+      columns: checks and turns each field.
+      constants: fields that every row has, such as the label -1 of a test file.
+      flatten: makes rows of a line's nested object.
+    """
     for index, line in enumerate(read_lines(path)):
         try:
             found = json.loads(line)
-            row = {name: check(found[name]) for name, check in columns.items()} | {"idx": found.get("idx", index)}
+            parts = flatten(found) if flatten else (found,)
+            rows = [
+                {name: check(part[name]) for name, check in columns.items()} | {"idx": part.get("idx", index)}
+                for part in parts
+            ]
         except KeyError as error:
             raise ValueError(f"{path}, line {index + 1}: no field {error}; expected {', '.join(columns)}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}, line {index + 1}: {error}; {MEND}") from None
-        yield row
+        for row in rows:
+            yield row | dict(constants or {})
 
 
 def text(value: Any) -> str:
@@ -184,5 +260,58 @@ def label(count: int) -> Callable[[Any], int]:
         if str(value) not in map(str, range(count)):
             raise ValueError(f"label {value!r}, expected 0 .. {count - 1}")
         return int(value)
+
+    return check
+
+
+def any_text(value: Any) -> str:
+    """A cell that may be empty: the benchmark itself has rows where it is."""
+    if not isinstance(value, str):
+        raise ValueError(f"no text: {value!r}")
+    return value
+
+
+def texts(value: Any) -> list[str]:
+    """A list of one text or more."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"no list of texts: {value!r}")
+    return [text(item) for item in value]
+
+
+def integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r}, expected a whole number")
+    return value
+
+
+def label_name(names: Sequence[str]) -> Callable[[Any], int]:
+    """A cell that must hold the name of a class."""
+
+    def check(value: Any) -> int:
+        if value not in names:
+            raise ValueError(f"label {value!r}, expected {', '.join(names)}")
+        return names.index(value)
+
+    return check
+
+
+def truth(value: Any) -> int:
+    """A label that is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"label {value!r}, expected true or false")
+    return int(value)
+
+
+def score(low: float, high: float) -> Callable[[Any], float]:
+    """A cell that must hold a number, `low` to `high`."""
+
+    def check(value: Any) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise ValueError(f"score {value!r}, expected {low:g} .. {high:g}")
+        return number
 
     return check

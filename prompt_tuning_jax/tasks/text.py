@@ -1,36 +1,43 @@
 """Pre-training on a folder of plain text: span corruption, and prefix LM for LM adaptation (section 2.2)."""
 
 import functools
+from collections.abc import Mapping
 
 import seqio
 
 from prompt_tuning_jax.tasks import preprocessors, sources
-from prompt_tuning_jax.tasks.features import FEATURES
+from prompt_tuning_jax.tasks.register import FEATURES
 
 DENSITY, MEAN_SPAN = 0.15, 3.0
 
+as_targets = functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"})
 
-def _add(name: str, document_length, noise) -> None:
-    """`document_length` gives the tokens of a document's piece from the feature lengths."""
+
+def corrupted_length(lengths: Mapping[str, int]) -> int:
+    """The tokens of a piece whose corrupted inputs fill TASK_FEATURE_LENGTHS."""
+    return preprocessors.span_corruption_length(lengths["inputs"], DENSITY, MEAN_SPAN)
+
+
+def both_lengths(lengths: Mapping[str, int]) -> int:
+    """The tokens of a piece as long as inputs and targets together, an end of sequence each set aside."""
+    return lengths["inputs"] + lengths["targets"] - 2
+
+
+for _name, _length, _noise in (
+    ("text_span_corruption", corrupted_length, preprocessors.span_corruption(DENSITY, MEAN_SPAN)),
+    ("text_prefix_lm", both_lengths, preprocessors.prefix_lm()),
+):
     seqio.TaskRegistry.add(
-        name,
+        _name,
         source=sources.TextFiles(),
+        # Without SeqIO's own cache: a place for it would change the seeds, and the embedded base's examples.
         preprocessors=[
-            functools.partial(seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"}),
+            as_targets,
             seqio.preprocessors.tokenize,
-            preprocessors.split_documents(document_length),
-            noise,
+            preprocessors.split_documents(_length),
+            _noise,
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=FEATURES,
         metric_fns=[],
     )
-
-
-_add(
-    "text_span_corruption",
-    lambda lengths: preprocessors.span_corruption_length(lengths["inputs"], DENSITY, MEAN_SPAN),
-    preprocessors.span_corruption(DENSITY, MEAN_SPAN),
-)
-# A piece is as long as inputs and targets together, an end of sequence each set aside.
-_add("text_prefix_lm", lambda lengths: lengths["inputs"] + lengths["targets"] - 2, preprocessors.prefix_lm())

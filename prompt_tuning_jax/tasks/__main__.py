@@ -1,0 +1,315 @@
+"""Lists tasks, or shows what one makes of its rows.
+
+python -m prompt_tuning_jax.tasks [TEXT]        tasks and mixtures with TEXT in their names, by module
+python -m prompt_tuning_jax.tasks show NAME     rows before and after each preprocessor, lengths and labels
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import inspect
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+# Before TensorFlow is imported, which is not before a command is understood.
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+
+EMBEDDED = Path(__file__).parent.parent / "bases" / "nano" / "spiece.model"
+MOST = 100_000  # rows that are counted
+WIDTH = 160  # characters of a text that are shown
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see python -m prompt_tuning_jax.tasks --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["show"]:
+            lines = show(_show_parser().parse_args(arguments[1:]))
+        else:
+            parser = _Parser(
+                prog="python -m prompt_tuning_jax.tasks",
+                description=__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            parser.add_argument("text", nargs="?", default="", help="a part of their names")
+            parser.add_argument("--module", help="a module of your own that registers tasks")
+            options = parser.parse_args(arguments)
+            lines = listing(options.text, options.module)
+        for line in lines:
+            print(line, flush=True)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m prompt_tuning_jax.tasks show", description="Shows what a task makes of its rows.")
+    parser.add_argument("name")
+    parser.add_argument("--vocabulary", default=str(EMBEDDED), help="a SentencePiece model; the embedded base's")
+    parser.add_argument("--data_dir", help="the benchmark's own files; TFDS without it")
+    parser.add_argument("--split", help="the task's first without it")
+    parser.add_argument("--inputs_length", type=int, default=512)
+    parser.add_argument("--targets_length", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--module", help="a module of your own that registers tasks")
+    return parser
+
+
+def listing(text: str, module: str | None) -> Iterator[str]:
+    """The tasks and mixtures with `text` in their names, those that differ only in how a name begins or ends on a line.
+
+    Raises:
+      ValueError: there are none, or the module is not there.
+    """
+    with _quiet():
+        from prompt_tuning_jax.tasks import TASK_MODULES, find, module_for
+
+        for one in (*TASK_MODULES, *([module] if module else [])):
+            find.import_module(one)
+    groups: dict[str, dict[tuple[str, str], list[tuple[str, str, str]]]] = {}
+    for name in sorted(find.names()):
+        parts = re.fullmatch(r"(mt5_|byt5_|)(taskless_|task_index_|)(.+?)(_examples|)", name)
+        if parts and text in name:
+            model, wording, stem, suffix = parts.groups()
+            group = groups.setdefault(module_for(name) or module or "", {})
+            group.setdefault((stem, _facts(name)), []).append((model, wording, suffix))
+    if not groups:
+        raise ValueError(f"no task has {text!r} in its name; python -m prompt_tuning_jax.tasks lists all")
+    for number, (one, tasks) in enumerate(sorted(groups.items())):
+        yield f"{chr(10) if number else ''}{one}"
+        for (stem, facts), variants in tasks.items():
+            models, wordings, suffixes = (list(dict.fromkeys(parts)) for parts in zip(*variants, strict=True))
+            if len(variants) == len(models) * len(wordings) * len(suffixes):
+                yield f"  {_choice(models)}{_choice(wordings)}{stem}{_choice(suffixes)}"
+            else:
+                yield from (f"  {model}{wording}{stem}{suffix}" for model, wording, suffix in variants)
+            yield f"      {facts}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TensorFlow's libraries write to stderr when they are loaded; what Python raises is seen."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _choice(parts: Sequence[str]) -> str:
+    if len(parts) == 1:
+        return parts[0]
+    there = "|".join(part for part in parts if part)
+    return f"[{there}]" if "" in parts else f"({there})"
+
+
+def _facts(name: str) -> str:
+    """A task's metrics, splits and labels, or a mixture's tasks and rates, in a line."""
+    import seqio
+
+    provider = seqio.get_mixture_or_task(name)
+    if isinstance(provider, seqio.Mixture):
+        stems = [re.sub(r"^(mt5_|byt5_)?(taskless_|task_index_)?|_examples$", "", task) for task, _ in _rates(provider)]
+        rates = [rate for _, rate in _rates(provider)]
+        return "mixture of " + ", ".join(f"{stem} {rate:g}" for stem, rate in zip(stems, rates, strict=True))
+    parts = [
+        "metrics " + (", ".join(_function_name(metric) for metric in provider.metric_fns) or "none"),
+        "splits " + ", ".join(provider.splits),
+    ]
+    labels = _labels(provider)
+    return "; ".join([*parts, f"labels {', '.join(labels)}"] if labels else parts)
+
+
+def _rates(mixture: Any) -> list[tuple[str, float]]:
+    return [(task.name, float(mixture.get_rate(task))) for task in mixture.tasks]
+
+
+def _labels(task: Any) -> tuple[str, ...] | None:
+    from prompt_tuning_jax.tasks import postprocessors
+
+    return postprocessors.answers(task.postprocessor) if task.postprocessor else None
+
+
+def _function_name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def show(options: argparse.Namespace) -> Iterator[str]:
+    """Rows before and after each preprocessor, token counts, and how the targets are distributed.
+
+    Raises:
+      ValueError: no such task, split, vocabulary or data.
+    """
+    from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+    words = Vocabulary(options.vocabulary)
+    lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
+    if min(lengths.values()) < 1 or options.rows < 0:
+        raise ValueError("--inputs_length and --targets_length must be at least 1, and --rows at least 0")
+    with _quiet():
+        import seqio
+
+        from prompt_tuning_jax.tasks import find, sources
+    sources.set_data_dir(options.data_dir)
+    provider = find.find(options.name, [options.module] if options.module else [])
+    if isinstance(provider, seqio.Mixture):
+        yield f"{provider.name}, a mixture; show one of its tasks:"
+        yield from (f"  {name}  rate {rate:g}" for name, rate in _rates(provider))
+        return
+    task = find.with_vocabulary(provider, options.vocabulary)
+    split = options.split or next(iter(task.splits))
+    if split not in task.splits:
+        raise ValueError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}: set --split")
+    yield f"{task.name}, {split}; {_facts(task.name)}"
+    yield f"module {find.module_for(task.name) or options.module}, vocabulary {options.vocabulary}"
+    with _source_errors():
+        for number, (step, rows) in enumerate(_stages(task, split, lengths, options.rows)):
+            yield f"{chr(10) if step is None else ''}{'source' if step is None else f'{number}. {step}'}"
+            for row in rows:
+                yield "\n".join(f"  {name}: {_shown(value, words)}" for name, value in row.items()) + "\n"
+        yield from _statistics(task, split, lengths, words)
+
+
+@contextlib.contextmanager
+def _source_errors() -> Iterator[None]:
+    """Takes a source's own error out of the middle of TensorFlow's report."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raised = re.search(r"ValueError: (.*)", str(error))
+        if not raised:
+            raise
+        raise ValueError(raised[1]) from None
+
+
+def _stages(
+    task: Any, split: str, lengths: dict[str, int], count: int
+) -> Iterator[tuple[str | None, list[dict[str, Any]]]]:
+    """The first rows of the source, and after each preprocessor in turn, with its name."""
+    import seqio
+
+    dataset = task.source.get_dataset(split, shuffle=False)
+    yield None, _first(dataset, count)
+    for step in task.preprocessors:
+        if isinstance(step, seqio.CacheDatasetPlaceholder):
+            continue
+        given = {"sequence_length": lengths, "output_features": task.output_features}
+        wanted = inspect.signature(step).parameters
+        with seqio.map_seed_manager(0):
+            dataset = step(dataset, **{name: value for name, value in given.items() if name in wanted})
+        yield _step_name(step), _first(dataset, count)
+
+
+def _step_name(step: Any) -> str:
+    """A preprocessor's name; of one that a function made, also that function's."""
+    while isinstance(step, functools.partial):
+        step = step.func
+    name = getattr(step, "__qualname__", type(step).__name__)
+    return name.replace(".<locals>.", ": ")
+
+
+def _first(dataset: Any, count: int) -> list[dict[str, Any]]:
+    return [*itertools.islice(dataset.as_numpy_iterator(), count)]
+
+
+def _shown(value: Any, words: Any) -> str:
+    """A field in a line: text as it is, tokens as pieces too."""
+    import tensorflow as tf
+
+    if isinstance(value, tf.RaggedTensor | tf.compat.v1.ragged.RaggedTensorValue):
+        value = value.to_list()
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "i":
+        pieces = " ".join(words.piece(token) for token in value[:40].tolist())
+        return f"{len(value)} ids {_cut(value.tolist())}\n    {_cut(pieces)}"
+    return _cut(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= WIDTH else f"{text[:WIDTH]}... ({len(text)} characters)"
+
+
+def _statistics(task: Any, split: str, lengths: dict[str, int], words: Any) -> Iterator[str]:
+    from prompt_tuning_jax.tasks import find
+
+    dataset = task.get_dataset(
+        lengths if find.makes_lengths(task) else None, split, shuffle=False, seed=0, trim_output_features=False
+    )
+    tokens: dict[str, list[np.ndarray]] = {name: [] for name in lengths}
+    targets: collections.Counter[str] = collections.Counter()
+    for batch in dataset.take(MOST).ragged_batch(1024):
+        for name in lengths:
+            tokens[name].append(batch[name].row_lengths().numpy())
+        if "targets_pretokenized" in batch and batch["targets_pretokenized"].shape.rank == 1:
+            targets.update(text.decode("utf-8", "replace") for text in batch["targets_pretokenized"].numpy())
+    if not tokens["inputs"]:
+        raise ValueError(f"{split} of {task.name} has no examples: set --split")
+    sizes = {name: np.concatenate(parts) for name, parts in tokens.items()}
+    count = len(sizes["inputs"])
+    yield f"{count:,} examples{' counted, there may be more' if count == MOST else ''}"
+    yield f"\n{'tokens':10}{'mean':>8}{'50%':>8}{'90%':>8}{'99%':>8}{'most':>8}   cut at"
+    for name, length in lengths.items():
+        found = sizes[name]
+        percentiles = "".join(f"{value:8.0f}" for value in np.percentile(found, (50, 90, 99, 100)))
+        over = int((found > length).sum())
+        yield f"{name:10}{found.mean():8.1f}{percentiles}   {length}: {over:,} ({100 * over / count:.2f}%)"
+    yield from _distribution(targets, _labels(task), words)
+
+
+def _distribution(targets: collections.Counter[str], labels: Iterable[str] | None, words: Any) -> Iterator[str]:
+    """How often each label is the target, or the commonest targets where there are none."""
+    total = targets.total()
+    if not total:
+        return
+    if labels is None:
+        yield f"\n{len(targets):,} different targets, the commonest:"
+        rows = targets.most_common(5)
+    else:
+        yield "\nlabels"
+        others = [(text, count) for text, count in targets.most_common() if text not in set(labels)]
+        rows = [*((label, targets[label]) for label in labels), *others[:5]]
+    for text, count in rows:
+        written = words.written(text)
+        differs = "" if written == text else f"; in this vocabulary {_cut(written)}"
+        yield f"  {_cut(text)}  {count:,} ({100 * count / total:.1f}%){differs}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Finds registered tasks and mixtures by name, importing the module of the name alone, and gives them a vocabulary."""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+
+import seqio
+
+from prompt_tuning_jax.tasks import TASK_MODULES, module_for
+from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
+
+
+def find(name: str, modules: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:
+    """The registered task or mixture.
+
+    Args:
+      modules: of the user's own, imported beside the module of the name.
+
+    Raises:
+      ValueError: no such task, with near misses; or no such module.
+    """
+    for module in filter(None, (module_for(name), *modules)):
+        import_module(module)
+    if name not in names():
+        raise ValueError(f"no task {name!r}; {_near_misses(name)} Set MIXTURE_OR_TASK_NAME")
+    return seqio.get_mixture_or_task(name)
+
+
+def names() -> set[str]:
+    """Of the tasks and mixtures registered so far."""
+    return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+
+def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
+    """The task with the SentencePiece model at `path` in place of its own vocabulary."""
+    vocabulary = seqio_vocabulary(path)
+    return seqio.Task(
+        task.name,
+        source=task.source,
+        preprocessors=task.preprocessors,
+        output_features={
+            name: dataclasses.replace(feature, vocabulary=vocabulary)
+            for name, feature in task.output_features.items()
+            if not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
+        }
+        | {
+            name: feature
+            for name, feature in task.output_features.items()
+            if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)  # of numbers that are no text
+        },
+        postprocess_fn=task.postprocessor,
+        metric_fns=task.metric_fns,
+    )
+
+
+def makes_lengths(task: seqio.Task) -> bool:
+    """Whether a preprocessor makes examples of the given lengths; SeqIO's own ones only cut to them."""
+    own = (step for step in task.preprocessors if not getattr(step, "__module__", "").startswith("seqio."))
+    return any("sequence_length" in inspect.signature(step).parameters for step in own)
+
+
+def import_module(module: str) -> None:
+    """Registers a module's tasks.
+
+    Raises:
+      ValueError: there is no such module.
+    """
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or " "):
+            raise
+        raise ValueError(f"no module {module}: set MIXTURE_OR_TASK_MODULE to one that Python finds") from None
+
+
+def _near_misses(name: str) -> str:
+    """Which tasks and mixtures of this project, and of modules that are imported, have nearly that name."""
+    for module in TASK_MODULES:
+        import_module(module)
+    near = difflib.get_close_matches(name, sorted(names()), n=6)
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # the commonest slip, letters swapped, first
+    if near:
+        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    return f"there are {len(names())}, and python -m prompt_tuning_jax.tasks lists them."
