@@ -3,21 +3,28 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import LENGTHS, ROOT, make_tiny, train_vocabulary
 
-from prompt_tuning_jax.batches.build import build_split, find_task
-from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split
+from prompt_tuning_jax.batches import cache as cache_module
+from prompt_tuning_jax.batches.build import build_missing, build_split, find_task
+from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split, names_path, open_current, split_folder
+from prompt_tuning_jax.batches.child import Child
+from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
 from prompt_tuning_jax.tasks import review_grammar, sources
+from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import trim
 
 TEXT_LENGTHS = {"inputs": 24, "targets": 12}
@@ -145,33 +152,130 @@ def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
     assert len(Examples(folder, slice(None))) > 100
 
 
-def test_a_builder_that_was_killed_leaves_nothing_that_is_read(tiny, tmp_path):
-    request = TaskRequest("glue_sst2_v200", str(tiny.vocabulary), LENGTHS, str(sst2_folder(tmp_path / "data", 6_000)))
-    root = tmp_path / "cache" / f"glue_sst2_v200-{request.fingerprint()}"
-    order = json.dumps(dataclasses.asdict(request) | {"split": "train", "folder": str(root / "train")})
-    builder = subprocess.Popen(
-        [sys.executable, "-m", "prompt_tuning_jax.batches.build", order],
-        env=os.environ | tiny.environment,
-        stderr=subprocess.DEVNULL,
+def start_builder(tiny, request, split, cache, before="", **options):
+    """What `load_split` starts, after the statements `before`, in a process whose stdin must be kept open."""
+    order = json.dumps(request.order(split=split, cache_dir=str(cache), to_train=True))
+    program = (
+        f"import sys; sys.argv[1:] = [{order!r}]; {before}\nfrom prompt_tuning_jax.batches import build; build.main()"
     )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([sys.executable, "-c", program], env=os.environ | tiny.environment, **pipes)
+
+
+def finish(builder):
+    """Its exit code, stdout and stderr; its stdin stays open until it ends."""
+    builder.wait(timeout=120)
+    stdout, stderr = builder.communicate()
+    return builder.returncode, stdout, stderr
+
+
+def sst2(tiny, folder, count):
+    return TaskRequest("glue_sst2_v200", str(tiny.vocabulary), LENGTHS, str(sst2_folder(folder, count)))
+
+
+def files_of(cache):
+    return sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+
+
+def test_a_builder_that_was_killed_leaves_nothing_that_is_read(tiny, tmp_path):
+    request, cache = sst2(tiny, tmp_path / "data", 6_000), tmp_path / "cache"
+    root = split_folder(request, request.name, "train", cache).parent
+    builder = start_builder(tiny, request, "train", cache)
     while not list(root.glob(".train-*/fields.jsonl")):
         assert builder.poll() is None, "the builder ended before it could be killed"
         time.sleep(0.001)
     builder.send_signal(signal.SIGKILL)
-    builder.wait()
+    builder.communicate()
     assert not (root / "train").exists()
+    assert (root / ".train.lock").exists()
 
-    # What a copy that was cut short leaves is no cache either.
+    # What a copy that was cut short leaves is no cache either; nor is a dead builder waited for.
     shutil.copytree(next(root.glob(".train-*")), root / "train")
-    assert not (root / "train" / "task.json").exists()
-    assert len(load_split(request, "train", tmp_path / "cache")) == 6_000
+    started = time.monotonic()
+    assert len(load_split(request, "train", cache)) == 6_000
+    assert time.monotonic() - started < DEAD_AFTER
+    assert not (root / ".train.lock").exists()
+
+
+def test_a_builder_ends_with_the_process_that_started_it(tiny, tmp_path):
+    """However that ends: its end of a pipe is then closed."""
+    builder = start_builder(tiny, sst2(tiny, tmp_path / "data", 10), "train", tmp_path / "cache", "import time")
+    builder.stdin.close()
+    assert builder.wait(timeout=60) == 1
+    builder.stdin = None
+    builder.communicate()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_of_two_processes_one_builds_and_one_waits(tiny, tmp_path):
+    request, cache = sst2(tiny, tmp_path / "data", 3_000), tmp_path / "cache"
+    done = [finish(builder) for builder in [start_builder(tiny, request, "train", cache) for _ in range(2)]]
+    assert [code for code, _, _ in done] == [0, 0], done
+    said = "".join(stdout for _, stdout, _ in done)
+    assert said.count("tokenising glue_sst2_v200, train") == 1
+    assert len(load_split(request, "train", cache)) == 3_000
+    assert not [name for name in files_of(cache) if "/." in name]
+
+
+def test_who_waits_says_for_whom(tiny, tmp_path):
+    request, cache = sst2(tiny, tmp_path / "data", 10), tmp_path / "cache"
+    folder = split_folder(request, request.name, "train", cache)
+    folder.parent.mkdir(parents=True)
+    with lock(folder.with_name(".train.lock")):
+        builder = start_builder(tiny, request, "train", cache)
+        line = builder.stdout.readline()
+        assert line == (
+            f"waiting for process {os.getpid()} on {socket.gethostname()}, which tokenises glue_sst2_v200, train\n"
+        )
+        assert not folder.exists()
+    assert finish(builder)[0] == 0
+    assert folder.exists()
+
+
+def limited(size):
+    return f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+
+
+# 3,000 rows: the fields are over 400,000 bytes, the tokens over 60,000, the ends 24,000.
+@pytest.mark.parametrize(
+    "before, reason",
+    [
+        pytest.param(limited(100_000), "File too large", id="fields"),
+        pytest.param(
+            "import builtins, errno, numpy\n"
+            "def save(path, array):\n"
+            "    path.write_bytes(b'half')\n"
+            "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+            "numpy.save = save",
+            "No space left on device",
+            id="arrays",
+        ),
+        pytest.param(
+            "import numpy\n"
+            "def save(path, array):\n"
+            "    with open(path, 'wb') as file: array.tofile(file); file.truncate(9)\n"
+            "    with open('/dev/full', 'wb', buffering=0) as file: array.tofile(file)\n"
+            "numpy.save = save",
+            r".* requested and 0 written",
+            id="arrays, by NumPy's own error",
+        ),
+    ],
+)
+def test_a_disk_that_fills_is_cleaned_up_and_said(tiny, tmp_path, before, reason):
+    request, cache = sst2(tiny, tmp_path / "data", 3_000), tmp_path / "cache"
+    code, _, stderr = finish(start_builder(tiny, request, "train", cache, before))
+    folder = split_folder(request, request.name, "train", cache).parent
+    message = rf"no room for the cache {folder} \({reason}\): free some, or set CACHE_DIR to a disk that has it"
+    assert code == 2 and re.fullmatch(message, stderr.strip().splitlines()[-1]), stderr
+    assert files_of(cache) == [] and not folder.exists()
 
 
 def test_what_decides_the_tokens_decides_the_cache(tiny, tmp_path):
-    data = sst2_folder(tmp_path / "data", 3)
-    request = TaskRequest("glue_sst2_v200", str(tiny.vocabulary), LENGTHS, str(data))
+    (tmp_path / "data").mkdir()
+    request = TaskRequest("glue_sst2_v200", str(tiny.vocabulary), LENGTHS, str(tmp_path / "data"))
     first = request.fingerprint()
     assert dataclasses.replace(request).fingerprint() == first
+    assert dataclasses.replace(request, data_dir=f"{tmp_path}/./data/").fingerprint() == first
 
     other = tmp_path / "other.model"
     other.write_bytes(train_vocabulary(pieces=250))
@@ -184,15 +288,148 @@ def test_what_decides_the_tokens_decides_the_cache(tiny, tmp_path):
         dataclasses.replace(request, feature_lengths={"inputs": 47, "targets": 8}),
         dataclasses.replace(request, modules=("a_module",)),
         dataclasses.replace(request, data_dir=None),
+        dataclasses.replace(request, files=TaskFiles({"train": "a.tsv"})),
+        dataclasses.replace(request, files=TaskFiles({"train": "a.tsv"}, labels=["a"])),
     ]
-    fingerprints = {first, *(each.fingerprint() for each in changed)}
-    assert len(fingerprints) == 1 + len(changed)
+    assert len({first, *(each.fingerprint() for each in changed)}) == 1 + len(changed)
 
-    tsv = data / "SST-2" / "train.tsv"
+
+def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path):
+    """And of no other: a change of one of them is seen, whatever else lies under DATA_DIR is not looked at."""
+    request, cache = sst2(tiny, tmp_path / "data", 3), tmp_path / "cache"
+    folder = split_folder(request, request.name, "train", cache)
+
+    def made():
+        load_split(request, "train", cache)
+        return folder.stat().st_ino
+
+    first = made()
+    (tmp_path / "data" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\na \t1\n")
+    locked = tmp_path / "data" / "other"
+    locked.mkdir()
+    (locked / "big").write_text("not of this task")
+    assert made() == first
+    read = json.loads((folder / "task.json").read_text())["read"]
+    assert list(read) == [str(tmp_path / "data" / "SST-2" / "train.tsv")]
+
+    tsv = tmp_path / "data" / "SST-2" / "train.tsv"
     tsv.write_text(tsv.read_text().replace("dull 2", "good 2"))  # of the same size
-    second = request.fingerprint()
-    (data / "SST-2" / "dev.tsv").write_text(tsv.read_text())
-    assert len({*fingerprints, second, request.fingerprint()}) == 3 + len(changed)
+    assert [fields["inputs_pretokenized"][-7:] for fields in load_split(request, "train", cache).fields] == [
+        "dull 0 ", "dull 1 ", "good 2 ",
+    ]  # fmt: skip
+    assert folder.stat().st_ino != first
+
+
+def test_a_file_more_in_a_folder_of_text_is_seen(text, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(text.data_dir, folder)
+    request = dataclasses.replace(text, data_dir=str(folder))
+    build_split(request, "train", tmp_path / "cache" / "train")
+    assert open_current(tmp_path / "cache" / "train")
+    shutil.copy(folder / "a.txt", folder / "b.txt")
+    assert open_current(tmp_path / "cache" / "train") is None
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("train/task.json", b"{"),
+        ("train/task.json", b"[]"),
+        ("train/task.json", None),
+        ("train/inputs.npy", b"half"),
+        ("train/targets_ends.npy", None),
+        ("train/fields.jsonl", b"{}\n"),
+        ("names", b""),
+        ("names", b"[1]"),
+        ("names", b'{"glue_sst2_v200": {}}'),
+        ("names", None),
+    ],
+)
+def test_a_cache_that_is_not_whole_is_made_again(tiny, tmp_path, monkeypatch, name, damage):
+    request, cache = sst2(tiny, tmp_path / "data", 3), tmp_path / "cache"
+    build_missing(request, "train", cache, True)
+    whole = {path: (cache / path).read_bytes() for path in files_of(cache)}
+    path = names_path(request, cache)
+    if name != "names":
+        path = split_folder(request, request.name, "train", cache).parent / name
+    path.unlink() if damage is None else path.write_bytes(damage)
+
+    started = []
+
+    def start(module, order, what):  # in this process: the one of its own is tested above
+        started.append(module)
+        build_missing(TaskRequest.from_order(order["request"]), order["split"], cache, order["to_train"])
+        return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setattr(cache_module, "Child", start)
+    assert load_split(request, "train", cache).score(["negative", "positive", "negative"]) == {"accuracy": 100.0}
+    assert started == ["prompt_tuning_jax.batches.build"]
+    assert {path: (cache / path).read_bytes() for path in files_of(cache)} == whole
+    load_split(request, "train", cache)
+    assert len(started) == 1
+
+
+def test_a_builder_that_fails_says_why(tiny, tmp_path):
+    """A user's error is one line; a kill is named; anything else comes with its traceback."""
+    with pytest.raises(ValueError, match=r"^no task 'demo_review'; did you mean 'demo_reviews'"):
+        load_split(dataclasses.replace(tiny.demo, name="demo_review"), "train", tmp_path)
+    order = tiny.demo.order(split="train", cache_dir=str(tmp_path), to_train=True)
+    child = Child("prompt_tuning_jax.batches.build", order, "tokenising demo")
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=rf"^tokenising demo: process {child.pid} was killed by SIGKILL: start"):
+        child.finish()
+    with pytest.raises(RuntimeError, match=r"(?s)^tokenising demo failed:.*Traceback.*KeyError: 'split'"):
+        Child("prompt_tuning_jax.batches.build", tiny.demo.order(), "tokenising demo").finish()
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    held, most, failed = [], [], []
+
+    def work(index):
+        try:
+            for _ in range(20):
+                with lock(tmp_path / "lock"):
+                    held.append(index)
+                    most.append(len(held))
+                    held.remove(index)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and set(most) == {1} and len(most) == 80
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("contents", ["", "[]", '{"pid": 1, "host": "another"}'])
+def test_a_lock_that_is_not_touched_is_taken(tmp_path, contents):
+    """Of another host, whose processes cannot be asked for, or written by half; one that is touched is waited for."""
+    (tmp_path / "lock").write_text(contents)
+    released = threading.Event()
+
+    def live():
+        for _ in range(10):
+            time.sleep(0.1)
+            os.utime(tmp_path / "lock")
+        released.set()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    waited = []
+    with lock(tmp_path / "lock", waited.append, dead_after=0.5):
+        assert released.is_set()
+    thread.join()
+    assert waited == ["process 1 on another" if "pid" in contents else "another process"]
+
+
+def test_an_owner_touches_its_lock(tmp_path):
+    with lock(tmp_path / "lock", dead_after=0.3):
+        first = (tmp_path / "lock").stat().st_mtime_ns
+        time.sleep(0.5)
+        assert (tmp_path / "lock").stat().st_mtime_ns > first
 
 
 def test_a_changed_task_is_tokenised_again(tiny, tmp_path):
@@ -229,7 +466,10 @@ def test_a_changed_task_is_tokenised_again(tiny, tmp_path):
             {"name": "taskless_glue_sts2_v200"},
             "no task 'taskless_glue_sts2_v200'; did you mean 'taskless_glue_sst2_v200'",
         ),
-        ({"name": "zzz"}, "no task 'zzz'; there are demo_reviews, .*text_span_corruption.*Set MIXTURE_OR_TASK_NAME"),
+        (
+            {"name": "zzz"},
+            r"no task 'zzz'; there are \d+, and python -m prompt_tuning_jax.tasks lists them. Set MIXTURE_OR_TASK_NAME",
+        ),
         ({"modules": ("own_tasks",)}, "no module own_tasks: set MIXTURE_OR_TASK_MODULE to one that Python finds"),
         ({"modules": ("prompt_tuning_jax.taks",)}, "no module prompt_tuning_jax.taks: set MIXTURE_OR_TASK_MODULE"),
     ],
@@ -250,7 +490,7 @@ def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch):
     """Its postprocessor and metric score the cache, options and all."""
     (tmp_path / "own_reviews.py").write_text(
         "import functools, seqio, tensorflow as tf\n"
-        "from prompt_tuning_jax.tasks.features import FEATURES\n"
+        "from prompt_tuning_jax.tasks.register import FEATURES\n"
         "def count(targets, predictions, *, weight):\n"
         "    return {'matches': weight * float(sum(t == p for t, p in zip(targets, predictions)))}\n"
         "def shout(text, example=None, is_target=False, *, mark):\n"

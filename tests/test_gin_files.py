@@ -91,7 +91,7 @@ def test_no_gin_file_is_left_out_of_these_tests():
         *PROMPTS,
         *(f"runs/{run}.gin" for run in "train prompt_tune model_tune pretrain eval demo".split()),
     }
-    tested |= {"bases/nano_span.gin", "bases/nano_lm.gin"}
+    tested |= {"bases/nano_span.gin", "bases/nano_lm.gin", "tasks/files.gin"}
     tested |= {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("t5x/*.gin")}  # test_t5x_host.py
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")} == tested
 

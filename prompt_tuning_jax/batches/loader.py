@@ -1,14 +1,19 @@
 """Batches as a function of seed and step: shuffled, bucketed by length, resumable at any step by its number alone."""
 
+import abc
+import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.cache import Examples, Part, TaskRequest
+from prompt_tuning_jax.batches.child import Child
+from prompt_tuning_jax.batches.mixing import Mixing
 from prompt_tuning_jax.tasks.vocabularies import trim
+
+MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
 
 
 class Batch(NamedTuple):
@@ -16,7 +21,8 @@ class Batch(NamedTuple):
 
     Attributes:
       inputs, targets: 0 is padding.
-      ids: the place of each row's example in its split.
+      ids: the place of each row's example in its split; in a mixture, in its tasks' splits one after another; in a
+        stream, in the stream.
     """
 
     inputs: Int[np.ndarray, "B T"]
@@ -30,87 +36,273 @@ def default_buckets(length: int, shortest: int = 16) -> tuple[int, ...]:
     return (*(step for step in steps if step < length), length)
 
 
-class Batches:
-    """All batches of a split, by number; an endless sequence where `shuffle`, one pass otherwise.
+class Planned(abc.ABC):
+    """An endless sequence of batches by number, planned a window of batches at a time.
 
-    Each epoch visits every example once. A bucket's last, incomplete batch is topped up from the next longer bucket's
-    examples; what is left at the end of an epoch is a batch with empty rows.
+    A window's examples are sorted by bucket and cut into batches, which are then shuffled: a batch holds examples of
+    about the same length. A bucket's last, incomplete batch is topped up from the next longer bucket's examples.
+
+    Of several processes each has its own rows of the same global batches, which do not depend on their number.
 
     Attributes:
+      batch_size: of the global batch.
       lengths: TASK_FEATURE_LENGTHS; longer rows are cut, their end of sequence kept.
       buckets: input lengths to pad to, ascending; the last is lengths["inputs"]. A batch's targets are padded to the
         least of `target_buckets` that holds its longest.
+      window: batches in a window.
     """
+
+    window: int
 
     def __init__(
         self,
-        examples: Examples,
         batch_size: int,
         lengths: Mapping[str, int],
         *,
         seed: int = 0,
         shuffle: bool = True,
         buckets: Sequence[int] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
     ):
-        self.examples, self.batch_size, self.lengths = examples, batch_size, dict(lengths)
+        """Raises ValueError where the processes cannot share a batch equally."""
+        if batch_size % process_count:
+            raise ValueError(
+                f"BATCH_SIZE is {batch_size}, which {process_count} processes cannot share equally: "
+                f"set it to a multiple of {process_count}"
+            )
+        self.batch_size, self.lengths = batch_size, dict(lengths)
         self.buckets = tuple(buckets or default_buckets(lengths["inputs"]))
         self.target_buckets = default_buckets(lengths["targets"], shortest=8)
         self._seed, self._shuffle = seed, shuffle
-        rows = np.minimum(examples.inputs.lengths[examples.rows], lengths["inputs"])
-        self._bucket_of = np.searchsorted(self.buckets, rows)
-        self._epoch, self._plan = -1, []
+        share = batch_size // process_count
+        self._own = slice(process_index * share, (process_index + 1) * share)
+        self._planned, self._plan = -1, []
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return -(-len(self.examples) // self.batch_size)
+    @abc.abstractmethod
+    def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """The ids of a window's examples, at most `window` batches of them, in the order of the seed."""
 
-    def _planned(self, epoch: int) -> list[Int[np.ndarray, " n"]]:
-        if epoch == self._epoch:
-            return self._plan
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self.examples)) if self._shuffle else np.arange(len(self.examples))
-        # Stable: within a bucket the order stays random (or the split's).
-        order = order[np.argsort(self._bucket_of[order], kind="stable")]
-        plan = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        if self._shuffle:
-            plan = [plan[i] for i in rng.permutation(len(plan))]
-        self._epoch, self._plan = epoch, plan
-        return plan
+    @abc.abstractmethod
+    def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
+
+    @abc.abstractmethod
+    def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
+
+    @abc.abstractmethod
+    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        """The uncut tokens of the example of id `at`, which is in the window drawn last."""
+
+    @abc.abstractmethod
+    def examples_before(self, step: int) -> int:
+        """Examples in batches 0 to `step - 1`, of all processes."""
+
+    def _bucket_of(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.searchsorted(self.buckets, np.minimum(self._input_lengths(ids), self.lengths["inputs"]))
+
+    def _batches_of(self, window: int) -> list[Int[np.ndarray, " n"]]:
+        """The ids of each batch of a window."""
+        if window != self._planned:
+            rng = np.random.default_rng([self._seed, window])
+            order = self._draw(window, rng)
+            # Stable: within a bucket the order stays random (or the split's).
+            order = order[np.argsort(self._bucket_of(order), kind="stable")]
+            plan = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+            if self._shuffle:
+                plan = [plan[i] for i in rng.permutation(len(plan))]
+            self._planned, self._plan = window, plan
+        return self._plan
 
     def __getitem__(self, number: int) -> Batch:
-        epoch, place = divmod(number, len(self))
-        members = self._planned(epoch)[place]
-        rows = self.examples.rows[members]
-        width = self.buckets[self._bucket_of[members].max()]
-        inputs = np.zeros((self.batch_size, width), np.int32)
-        longest = min(self.examples.targets.lengths[rows].max(), self.lengths["targets"])
+        window, place = divmod(number, self.window)
+        members = self._batches_of(window)[place]
+        width = self.buckets[self._bucket_of(members).max()]
+        longest = min(int(self._target_lengths(members).max()), self.lengths["targets"])
         target_width = self.target_buckets[np.searchsorted(self.target_buckets, longest)]
-        targets = np.zeros((self.batch_size, target_width), np.int32)
         ids = np.full(self.batch_size, -1, np.int32)
         ids[: len(members)] = members
-        for at, row in enumerate(rows):
-            tokens = trim(self.examples.inputs[row], self.lengths["inputs"])
-            inputs[at, : len(tokens)] = tokens
-            tokens = trim(self.examples.targets[row], self.lengths["targets"])
-            targets[at, : len(tokens)] = tokens
+        ids = ids[self._own]
+        inputs = np.zeros((len(ids), width), np.int32)
+        targets = np.zeros((len(ids), target_width), np.int32)
+        for at, member in enumerate(ids[ids >= 0].tolist()):
+            for row, name, tokens in zip((inputs, targets), ("inputs", "targets"), self._tokens(member), strict=True):
+                tokens = trim(tokens, self.lengths[name])
+                row[at, : len(tokens)] = tokens
         return Batch(inputs, targets, ids)
-
-    def examples_before(self, step: int) -> int:
-        """Examples in batches 0 to `step - 1`."""
-        epochs, place = divmod(step, len(self))
-        return epochs * len(self.examples) + sum(map(len, self._planned(epochs)[:place]))
 
     def start_at(self, step: int, stop: int) -> Iterator[Batch]:
         """Batches `step` to `stop - 1`, read ahead by a thread."""
-        source = _Window(self, step, stop)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)  # one: epochs are planned in order
+        import grain  # it imports JAX, which reading a batch by its number can do without
+
+        source = _Stretch(self, step, stop)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)  # one: windows are planned in order
         return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-class _Window:
+class Batches(Planned):
+    """The batches of one split: each epoch visits every example once, a window is an epoch.
+
+    What is left at the end of an epoch is a batch with empty rows.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, lengths: Mapping[str, int], **options: Any):
+        """`options` as of `Planned`; without `shuffle` an epoch has the order of the split."""
+        super().__init__(batch_size, lengths, **options)
+        self.examples, self.window = examples, -(-len(examples) // batch_size)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return self.window
+
+    def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        return rng.permutation(len(self.examples)) if self._shuffle else np.arange(len(self.examples))
+
+    def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self.examples.inputs.lengths[self.examples.rows[ids]]
+
+    def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self.examples.targets.lengths[self.examples.rows[ids]]
+
+    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        row = self.examples.rows[at]
+        return self.examples.inputs[row], self.examples.targets[row]
+
+    def examples_before(self, step: int) -> int:
+        epochs, place = divmod(step, self.window)
+        return epochs * len(self.examples) + sum(map(len, self._batches_of(epochs)[:place]))
+
+
+class MixedBatches(Planned):
+    """The batches of several tasks, drawn by rate.
+
+    A batch mixes the tasks whose examples are of about its length. Each task is drawn epoch by epoch, every epoch of it
+    visiting its every example once; up to the end of any window each task is within one example of its share.
+
+    Attributes:
+      parts: the tasks, of rates above 0.
+      starts: the id of each task's first example.
+    """
+
+    window = MIXTURE_WINDOW
+
+    def __init__(self, parts: Mapping[str, Part], batch_size: int, lengths: Mapping[str, int], **options: Any):
+        """`options` as of `Planned`."""
+        super().__init__(batch_size, lengths, **options)
+        self.parts = dict(parts)
+        self._examples = [part.examples for part in self.parts.values()]
+        self._mixing = Mixing([part.rate for part in self.parts.values()], self._seed)
+        sizes = [len(examples) for examples in self._examples]
+        self.starts = dict(zip(self.parts, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        self._starts = np.array([*self.starts.values()])
+        self._lengths = [
+            np.concatenate([getattr(part, name).lengths[part.rows] for part in self._examples])
+            for name in ("inputs", "targets")
+        ]
+        self._epochs: dict[int, tuple[int, Int[np.ndarray, " n"]]] = {}
+
+    def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        size = self.window * self.batch_size
+        before, after = (self._mixing.counts(number) for number in (window * size, (window + 1) * size))
+        drawn = [
+            start + np.concatenate([*self._visits(task, int(first), int(last))])
+            for task, (start, first, last) in enumerate(zip(self._starts, before, after, strict=True))
+        ]
+        return rng.permutation(np.concatenate(drawn))
+
+    def _visits(self, task: int, first: int, last: int) -> Iterator[Int[np.ndarray, " n"]]:
+        """The places of the examples that a task's visits `first` to `last - 1` go to."""
+        size = len(self._examples[task])
+        yield np.zeros(0, np.int64)
+        for epoch in range(first // size, -(-last // size)):
+            if self._epochs.get(task, (-1,))[0] != epoch:
+                order = np.random.default_rng([self._seed, task, epoch]).permutation(size)
+                self._epochs[task] = epoch, order
+            yield self._epochs[task][1][max(first - epoch * size, 0) : last - epoch * size]
+
+    def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self._lengths[0][ids]
+
+    def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self._lengths[1][ids]
+
+    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        task = int(np.searchsorted(self._starts, at, side="right")) - 1
+        examples = self._examples[task]
+        row = examples.rows[at - self._starts[task]]
+        return examples.inputs[row], examples.targets[row]
+
+    def examples_before(self, step: int) -> int:
+        return step * self.batch_size
+
+
+class StreamedBatches(Planned):
+    """Batches of a corpus too large to cache: a process tokenises it as it is read, and waits where it is ahead.
+
+    It starts with the first batch that is asked for, and ends with this object or with this process, however that goes.
+    A batch is a function of seed and number here too, but to begin at batch n the process must read and tokenise what
+    comes before: resuming costs about as long as tokenising that far took. Each of several processes tokenises all of
+    it and takes its rows.
+    """
+
+    window = STREAM_WINDOW
+
+    def __init__(self, request: TaskRequest, split: str, batch_size: int, lengths: Mapping[str, int], **options: Any):
+        """`options` as of `Planned`."""
+        super().__init__(batch_size, lengths, **options)
+        self._request, self._split = request, split
+        self._child: Child | None = None
+        self._next = -1  # the window that the child is about to give
+        self._first, self._examples = 0, []
+
+    def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        size = self.window * self.batch_size
+        child = self._child
+        if child is None or window != self._next:
+            if child is not None:
+                child.close()
+            child = self._child = self._start(window * size)
+        self._examples = [self._read(child) for _ in range(size)]
+        self._first, self._next = window * size, window + 1
+        return self._first + rng.permutation(size)
+
+    def _start(self, example: int) -> Child:
+        """A process that writes the stream from `example` on."""
+        order = self._request.order(split=self._split, seed=self._seed, start=example)
+        what = f"tokenising {self._request.name}, {self._split}"
+        return Child("prompt_tuning_jax.batches.stream", order, what, pipe=True)
+
+    def _read(self, child: Child) -> list[Int[np.ndarray, " length"]]:
+        """Inputs and targets of the stream's next example: both lengths, then both, little-endian int32."""
+        header = child.stdout.read(8)
+        lengths = struct.unpack("<II", header) if len(header) == 8 else (0, 0)
+        data = child.stdout.read(4 * sum(lengths))
+        if len(header) < 8 or len(data) < 4 * sum(lengths):
+            child.finish()  # it ended, and says why
+            raise ChildProcessError(f"tokenising {self._request.name} ended before its time")
+        tokens = np.frombuffer(data, "<i4").astype(np.int32)
+        return np.split(tokens, [lengths[0]])
+
+    def _of(self, part: int, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.array([len(self._examples[at - self._first][part]) for at in ids])
+
+    def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self._of(0, ids)
+
+    def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self._of(1, ids)
+
+    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        inputs, targets = self._examples[at - self._first]
+        return inputs, targets
+
+    def examples_before(self, step: int) -> int:
+        return step * self.batch_size
+
+
+class _Stretch:
     """Batches `start` to `stop - 1` as a random-access source of Grain's."""
 
-    def __init__(self, batches: Batches, start: int, stop: int):
+    def __init__(self, batches: Planned, start: int, stop: int):
         self._batches, self._start, self._stop = batches, start, stop
 
     def __len__(self) -> int:

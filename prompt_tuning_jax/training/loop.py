@@ -20,8 +20,9 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, random_base
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.training.evaluation import Evaluator
+from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.progress import Terminated, Window, prompt_metrics, say
 from prompt_tuning_jax.training.run_folder import RunFolder, write_text
 from prompt_tuning_jax.training.start import check_prompt_length, open_vocabulary, start_prompt
@@ -100,7 +101,8 @@ def train(
     trained, frozen = split_trainable(params, trainable)
     frozen_fingerprint = fingerprint(frozen)
     batches = train_dataset.batches(words, seed=random_seed, shuffle=True)
-    eval_batches = eval_dataset.batches(words)
+    eval_batches = eval_dataset.eval_batches(words)
+    check_labels(eval_batches, words)
 
     # A copy of its own: the step gives its state's memory up.
     trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
@@ -117,7 +119,7 @@ def train(
     best = max((record for record in records if record["split"] == "eval"), key=score, default=None)
 
     train_step = make_train_step(model, optimizer, z_loss)
-    evaluator = Evaluator(model, words.decode)
+    evaluator = Evaluator(model, words)
     window = Window()
     stopped_early = any(ignores_encoder(record, encoder_use_by, eval_period) for record in records)
     with Terminated() as terminated, tqdm(total=train_steps, initial=step, disable=None, unit="step") as bar:
@@ -182,12 +184,23 @@ def train(
 
 
 def evaluate(
-    evaluator: Evaluator, trainable: Params, frozen: Params, batches: Batches, loss_eval_steps: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """The task's metrics and the answers that are no label; the loss for a task without metrics."""
-    if batches.examples.metrics:
-        return evaluator.metrics(trainable, frozen, batches)
-    return evaluator.losses(trainable, frozen, batches, loss_eval_steps), {}
+    evaluator: Evaluator, trainable: Params, frozen: Params, tasks: Mapping[str, Batches], loss_eval_steps: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Each task's metrics and the answers that are no label; the loss for a task without metrics.
+
+    Of several tasks the metrics are called "task/metric", and the answers stand under their task.
+    """
+    record, odd = {}, {}
+    for name, batches in tasks.items():
+        if batches.examples.metrics:
+            metrics, answers = evaluator.metrics(trainable, frozen, batches)
+        else:
+            metrics, answers = evaluator.losses(trainable, frozen, batches, loss_eval_steps), {}
+        if len(tasks) == 1:
+            return metrics, answers
+        record |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+        odd |= {name: answers} if answers else {}
+    return record, odd
 
 
 def ignores_encoder(record: Mapping[str, Any], by: int | None, eval_period: int) -> bool:
@@ -196,10 +209,19 @@ def ignores_encoder(record: Mapping[str, Any], by: int | None, eval_period: int)
 
 
 def score(record: Mapping[str, Any]) -> float:
-    """What the best step has most of: the mean of the task's metrics, or minus the loss."""
-    if "loss" in record:
-        return -record["loss"]
-    return float(np.mean([value for name, value in record.items() if name not in ("step", "split", "seconds")]))
+    """What the best step has most of: the mean over tasks of the mean of each one's metrics.
+
+    Of tasks that have none, minus the mean of their losses.
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in record.items():
+        if name not in ("step", "split", "seconds"):
+            task, _, metric = name.rpartition("/")
+            tasks.setdefault(task, {})[metric] = value
+    scores = {task: task_score(metrics) for task, metrics in tasks.items() if "loss" not in metrics}
+    if (mean := suite_score(scores)) is not None:
+        return mean
+    return -float(np.mean([metrics["loss"] for metrics in tasks.values()]))
 
 
 def export(
