@@ -1,4 +1,7 @@
-"""Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`."""
+"""Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`.
+
+With `--submission=DIR` it writes what the GLUE and SuperGLUE servers take, for EVAL_SPLIT "test", and scores nothing.
+"""
 
 import json
 import sys
@@ -13,8 +16,11 @@ from prompt_tuning_jax.training import score
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
-        parse(sys.argv[1:])
-        print(json.dumps(gin.get_configurable(score.evaluate_prompt)(), indent=1))
+        flags = parse(sys.argv[1:], flags=("submission",))
+        if flags.get("submission") is True:
+            raise ValueError("--submission has no folder: expected --submission=DIR")
+        result = gin.get_configurable(score.evaluate_prompt)(submission=flags.get("submission"))
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,135 @@
 """What a model makes of a split: decoded answers, label scores, and the loss with and without the right inputs."""
 
-from collections.abc import Callable, Sequence
+import collections
+import inspect
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks import metrics, postprocessors
+from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 from prompt_tuning_jax.training.loss import token_log_probs
 from prompt_tuning_jax.training.step import Params, batch_loss, merge, shift_right
+
+
+class Judged(NamedTuple):
+    """The rows of a split as its metrics compare them, in order.
+
+    Attributes:
+      texts: what was answered; log-likelihoods for a task whose metrics take scores.
+      answers, targets: what the task's postprocessor made of the answers and of the targets.
+    """
+
+    texts: Sequence[str] | Sequence[float]
+    answers: list[Any]
+    targets: list[Any]
+
+    def metrics(self, examples: Examples) -> dict[str, float]:
+        """The task's metrics by name."""
+        return {
+            name: value for metric in examples.metrics for name, value in metric(self.targets, self.answers).items()
+        }
+
+    def no_label(self) -> collections.Counter[str]:
+        """How often each answer that is no label (number, referent) was given."""
+        pairs = zip(self.texts, self.answers, strict=True)
+        return collections.Counter(
+            text for text, answer in pairs if isinstance(text, str) and postprocessors.is_no_label(answer)
+        )
+
+    def samples(self, examples: Examples, count: int) -> dict[str, list[dict[str, str]]]:
+        """Up to `count` examples each of "right" and "wrong" answers, drawn by chance, the same each time.
+
+        Each has its "inputs", "targets" and "prediction". There are none of a task whose metrics take scores.
+        """
+        rows = [*zip(self.texts, self.answers, self.targets, examples.fields, strict=True)]
+        random.Random(0).shuffle(rows)
+        found: dict[str, list[dict[str, str]]] = {"right": [], "wrong": []}
+        for text, answer, target, fields in rows:
+            place = found["right" if is_right(target, answer) else "wrong"]
+            if len(place) < count and isinstance(text, str):
+                given = {name: str(fields.get(f"{name}_pretokenized")) for name in ("inputs", "targets")}
+                place.append(given | {"prediction": text})
+        return found
+
+
+def judge(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Judged:
+    """What the task's postprocessor makes of the answers to the rows of a split."""
+    answers, targets = [], []
+    by_score = takes_scores(examples)
+    for row, text, fields in zip(examples.rows, texts, examples.fields, strict=True):
+        if by_score:  # T5's rank classification may divide by the length of the target
+            fields = fields | {"targets": examples.targets[row]}
+        answers.append(examples.postprocess(text, example=fields, is_target=False))
+        targets.append(examples.postprocess(fields["targets_pretokenized"], example=fields, is_target=True))
+    return Judged(texts, answers, targets)
+
+
+def is_right(target: Any, answer: Any) -> bool:
+    """Whether an answer is what was asked for; to a question, any of its answers as SQuAD compares them."""
+    if isinstance(target, dict):
+        target, answer = target["value"], answer["value"]
+    if isinstance(target, list):
+        return metrics.normalized(answer) in map(metrics.normalized, target)
+    return target == answer and not postprocessors.is_no_label(answer)
+
+
+def takes_scores(examples: Examples) -> bool:
+    """Whether the task's metrics compare log-likelihoods of the targets: their second argument is called `scores`."""
+    return any([*inspect.signature(metric).parameters][1:2] == ["scores"] for metric in examples.metrics)
+
+
+def label_tokens(label: str, vocabulary: Vocabulary) -> list[int]:
+    """The ids of an answer as a model gives it, without an end of sequence: sentinels are one id each."""
+    tokens: list[int] = []
+    for part in re.split(r"(<extra_id_\d+>)", label):
+        sentinel = re.fullmatch(r"<extra_id_(\d+)>", part)
+        tokens += [vocabulary.size - 1 - int(sentinel[1])] if sentinel else vocabulary.encode(part.strip())
+    return tokens
+
+
+def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
+    """Raises ValueError where a task has two labels that the vocabulary cannot tell apart."""
+    for name, batches in tasks.items():
+        try:
+            written_labels(postprocessors.answers(batches.examples.postprocess) or (), vocabulary)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
+    """Each label by how the vocabulary writes it: one that folds case can never answer "True", only "true".
+
+    Raises:
+      ValueError: two labels are written alike.
+    """
+    written: dict[str, str] = {}
+    for label in labels:
+        text = vocabulary.decode(label_tokens(label, vocabulary))
+        if text in written:
+            raise ValueError(
+                f"the labels {written[text]!r} and {label!r} are both {text!r} in the vocabulary {vocabulary.path}: "
+                "set INITIAL_CHECKPOINT_PATH or VOCABULARY to one that tells them apart"
+            )
+        written[text] = label
+    return written
 
 
 class Evaluator:
     """Evaluates one model; compiled once a shape, for any parameters."""
 
-    def __init__(self, model: Transformer, decode: Callable[[Sequence[int]], str]):
-        """`decode` turns token ids into text."""
-        self._decode = decode
+    def __init__(self, model: Transformer, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
 
         @jax.jit
         def losses(trainable: Params, frozen: Params, inputs, targets):
@@ -37,45 +147,59 @@ class Evaluator:
         self._label_scores = jax.jit(
             lambda trainable, frozen, inputs, labels: label_scores(model, merge(trainable, frozen), inputs, labels)
         )
+        self._target_scores = jax.jit(
+            lambda trainable, frozen, inputs, targets: target_scores(model, merge(trainable, frozen), inputs, targets)
+        )
 
     def answers(self, trainable: Params, frozen: Params, batches: Batches) -> list[str]:
-        """The greedy answer to each row of the split, in order."""
-        texts = [""] * len(batches.examples)
-        for number in range(len(batches)):
-            batch = batches[number]
-            tokens = np.asarray(self._tokens(trainable, frozen, batch.inputs, batches.lengths["targets"]))
-            for at, row in zip(batch.ids, tokens, strict=True):
-                if at >= 0:
-                    texts[at] = self._decode(row)
-        return texts
+        """The greedy answer to each row of the split, in order; one that is a label, as the task writes it."""
+        written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._vocabulary)
 
-    def metrics(self, trainable: Params, frozen: Params, batches: Batches) -> tuple[dict[str, float], dict[str, int]]:
-        """The task's metrics of the greedy answers, and the commonest answers that are no label."""
-        texts = self.answers(trainable, frozen, batches)
-        labels = batches.examples.labels
-        odd: dict[str, int] = {}
-        if labels:
-            for text in texts:
-                if text not in labels:
-                    odd[text] = odd.get(text, 0) + 1
-        return batches.examples.score(texts), dict(sorted(odd.items(), key=lambda item: -item[1])[:5])
+        def answer(batch) -> list[str]:
+            rows = np.asarray(self._tokens(trainable, frozen, batch.inputs, batches.lengths["targets"]))
+            texts = map(self._vocabulary.decode, rows)
+            return [written.get(text, text) for text in texts]
 
-    def rank_metrics(
-        self, trainable: Params, frozen: Params, batches: Batches, labels: Sequence[str], encode: Callable
-    ) -> dict[str, float]:
-        """The task's metrics where the answer is the label of the highest score."""
-        rows = [[*encode(label), 1] for label in labels]
+        return _by_row(batches, answer)
+
+    def ranked(self, trainable: Params, frozen: Params, batches: Batches) -> list[str] | None:
+        """The best-scored label for each row of the split, in order; None where the answers are no closed set."""
+        labels = postprocessors.answers(batches.examples.postprocess)
+        if labels is None:
+            return None
+        written_labels(labels, self._vocabulary)
+        rows = [[*label_tokens(label, self._vocabulary), EOS] for label in labels]
         table = np.zeros((len(rows), max(map(len, rows))), np.int32)
         for row, ids in zip(table, rows, strict=True):
             row[: len(ids)] = ids
-        texts = [""] * len(batches.examples)
-        for number in range(len(batches)):
-            batch = batches[number]
-            best = np.asarray(self._label_scores(trainable, frozen, batch.inputs, table)).argmax(axis=1)
-            for at, label in zip(batch.ids, best, strict=True):
-                if at >= 0:
-                    texts[at] = labels[label]
-        return batches.examples.score(texts)
+
+        def best(batch) -> list[str]:
+            scores = np.asarray(self._label_scores(trainable, frozen, batch.inputs, table))
+            return [labels[place] for place in scores.argmax(axis=1)]
+
+        return _by_row(batches, best)
+
+    def likelihoods(self, trainable: Params, frozen: Params, batches: Batches) -> list[float]:
+        """The log-probability of each row's own targets, end of sequence included, in nats."""
+        return _by_row(
+            batches, lambda batch: self._target_scores(trainable, frozen, batch.inputs, batch.targets).tolist()
+        )
+
+    def judged(self, trainable: Params, frozen: Params, batches: Batches) -> Judged:
+        """The answers to the split, generated, or scored where the task's metrics take scores."""
+        examples = batches.examples
+        predict = self.likelihoods if takes_scores(examples) else self.answers
+        return judge(examples, predict(trainable, frozen, batches))
+
+    def metrics(self, trainable: Params, frozen: Params, batches: Batches) -> tuple[dict[str, float], dict[str, int]]:
+        """The task's metrics of the greedy answers, and the commonest answers that are no label."""
+        found = self.judged(trainable, frozen, batches)
+        return found.metrics(batches.examples), dict(found.no_label().most_common(5))
+
+    def rank_metrics(self, trainable: Params, frozen: Params, batches: Batches) -> dict[str, float] | None:
+        """The task's metrics where the answer is the label of the highest score; None where it has no labels."""
+        texts = self.ranked(trainable, frozen, batches)
+        return None if texts is None else judge(batches.examples, texts).metrics(batches.examples)
 
     def losses(self, trainable: Params, frozen: Params, batches: Batches, limit: int) -> dict[str, float]:
         """Nats a target token over the first `limit` batches: the loss, and `encoder_use`, by how much it grows when
@@ -109,3 +233,22 @@ def label_scores(
         return jnp.sum(token_log_probs(logits, targets), axis=1)
 
     return jax.lax.map(score, labels).T
+
+
+def target_scores(
+    model: Transformer, params: dict, inputs: Int[Array, "B T"], targets: Int[Array, "B U"]
+) -> Float[Array, " B"]:
+    """The log-probability of each row's targets."""
+    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False)
+    return jnp.sum(token_log_probs(logits, targets), axis=1)
+
+
+def _by_row(batches: Batches, predict: Callable[[Any], list]) -> list:
+    """What `predict` gives for each batch, in the order of the split's rows."""
+    found: list[Any] = [None] * len(batches.examples)
+    for number in range(len(batches)):
+        batch = batches[number]
+        for at, value in zip(batch.ids, predict(batch), strict=True):
+            if at >= 0:
+                found[at] = value
+    return found

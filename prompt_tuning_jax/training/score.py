@@ -1,18 +1,25 @@
 """Scoring a finished prompt on a split: by generation, and by ranking the labels where they are a closed set."""
 
 import functools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.checkpoints.base import load_base
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.training.evaluation import Evaluator
+from prompt_tuning_jax.tasks.metrics import suite_score, task_score
+from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
+from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels
 from prompt_tuning_jax.training.start import open_vocabulary
 from prompt_tuning_jax.training.step import PROMPT
+from prompt_tuning_jax.training.submission import start_submission, write_file
 
 
 def evaluate_prompt(
@@ -23,17 +30,22 @@ def evaluate_prompt(
     prompt_file: str | None = None,
     vocabulary: str | None = None,
     base_dtype: str | None = "auto",
+    samples: int = 0,
+    submission: str | None = None,
 ) -> dict[str, Any]:
-    """The task's metrics, in per cent.
+    """The metrics of a task, or of each task of a mixture, in per cent; or a submission in their place.
 
     Args:
       model: without a `prompt_factory`: the prompt brings its own length.
       prompt_file: a prompt of this base; None for the base as it is.
       vocabulary: None for the one beside the base.
       base_dtype: of the base in memory; see `checkpoints.base.load_base`.
+      samples: how many right and how many wrong answers of each task to show on stderr.
+      submission: a folder for the files that a benchmark's server scores; nothing is scored here.
 
     Returns:
-      "generation" and, for a task with labels, "ranking": metrics by name; "no_label": answers that are no label.
+      Of one task, what `task_result` gives. Of several, "tasks": that by name; "score", the mean of their scores, and
+      "ranking_score", where all of them can be ranked. Of a submission, "submission": what `submission.write` gives.
 
     Raises:
       ValueError: something does not fit; the message says what to set.
@@ -45,23 +57,91 @@ def evaluate_prompt(
         check_width(prompt_file, prompt.shape, model.config.emb_dim)
         prompts[PROMPT] = jnp.asarray(prompt)
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
+    tasks = dataset.eval_batches(words)
+    check_labels(tasks, words)
+    if submission is None:
+        check_labelled(tasks, dataset.split)
+    else:
+        files = start_submission(submission, tasks, dataset.split)
     base = load_base(initial_checkpoint_path, model.config, base_dtype)
-    batches = dataset.batches(words)
-    evaluator = Evaluator(model, words.decode)
-    generation, odd = evaluator.metrics(prompts, base.params, batches)
+    evaluator = Evaluator(model, words)
     result: dict[str, Any] = {
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
-        "examples": len(batches.examples),
+        "examples": sum(len(batches.examples) for batches in tasks.values()),
         "base_fingerprint": base.fingerprint,
         "prompt": prompt_file,
-        "generation": generation,
-        "no_label": odd,
     }
-    labels = batches.examples.labels
-    if labels:
-        result["ranking"] = evaluator.rank_metrics(prompts, base.params, batches, labels, words.encode)
-    return result
+    if submission is not None:
+        predicted = {name: evaluator.judged(prompts, base.params, tasks[name]) for name in files}
+        written = [
+            write_file(Path(submission), file, name, tasks[name].examples, predicted[name])
+            for name, file in files.items()
+        ]
+        return result | {"submission": written}
+    results = {}
+    for name, batches in tasks.items():
+        found = evaluator.judged(prompts, base.params, batches)
+        ranking = evaluator.rank_metrics(prompts, base.params, batches)
+        results[name] = task_result(batches, found, ranking)
+        if samples:
+            show_samples(name, found.samples(batches.examples, samples))
+    if len(results) == 1:
+        return result | results.popitem()[1]
+    return result | {"tasks": results} | suite_result(results)
+
+
+def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | None) -> dict[str, Any]:
+    """What is said of one task.
+
+    Args:
+      ranking: its metrics by ranking the labels, where it has labels.
+
+    Returns:
+      "examples"; "generation" and, for a task with labels, "ranking": metrics by name; "score" and "ranking_score", the
+      means of these; "no_label_count", how many answers are no label, and "no_label", the commonest of them.
+    """
+    generation, odd = found.metrics(batches.examples), found.no_label()
+    result: dict[str, Any] = {
+        "examples": len(batches.examples),
+        "generation": generation,
+        "no_label": dict(odd.most_common(5)),
+        "no_label_count": odd.total(),
+    }
+    if ranking is not None:
+        result["ranking"] = dict(ranking)
+    scores = {"score": task_score(generation), "ranking_score": task_score(ranking or {})}
+    return result | {name: value for name, value in scores.items() if value is not None}
+
+
+def suite_result(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The means of the tasks' scores; by ranking only where all tasks with a score have one by ranking."""
+    scored = {name: result for name, result in results.items() if "score" in result}
+    means = {
+        name: suite_score({task: result.get(name) for task, result in scored.items()})
+        for name in ("score", "ranking_score")
+        if all(name in result for result in scored.values())
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def check_labelled(tasks: Mapping[str, Batches], split: str) -> None:
+    """Raises ValueError where no row of a task has a label, as in the benchmarks' test splits."""
+    for name, batches in tasks.items():
+        fields = batches.examples.fields
+        if all(row.get("targets_pretokenized") == UNLABELLED or row.get("label") == -1 for row in fields):
+            raise ValueError(
+                f"{split} of {name} has no labels to score: set EVAL_SPLIT to a split that has, or write what a "
+                "benchmark's server takes with --submission=DIR"
+            )
+
+
+def show_samples(task: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    """Says on stderr what was asked, answered and right."""
+    for kind, rows in samples.items():
+        for row in rows:
+            line = " ".join(f"{name} {row[name]!r}" for name in ("prediction", "targets", "inputs"))
+            print(f"{task}, {kind}: {line}", file=sys.stderr)
 
 
 def check_width(path: str, shape: tuple[int, ...], d_model: int) -> None:

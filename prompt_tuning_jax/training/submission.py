@@ -1,0 +1,177 @@
+"""The files that the GLUE and SuperGLUE servers score: one a test set, in the words of the server.
+
+GLUE (gluebenchmark.com): SST-2.tsv and so on, tab-separated, "index" and "prediction". SuperGLUE
+(super.gluebenchmark.com): BoolQ.jsonl and so on, a JSON object a line, "idx" and "label". Both take a zip of them.
+"""
+
+import collections
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.tasks import postprocessors
+from prompt_tuning_jax.training.evaluation import Judged
+from prompt_tuning_jax.training.run_folder import write_text
+
+
+class ServerFile(NamedTuple):
+    """What a server takes of one test set.
+
+    Attributes:
+      name: of the file; .tsv for GLUE, .jsonl for SuperGLUE.
+      rows: examples of the test set: answers of MultiRC, queries of ReCoRD.
+      written: from what the task's postprocessor makes of an answer, and its labels, to the server's word.
+      number: the field that numbers the examples.
+    """
+
+    name: str
+    rows: int
+    written: Callable[[Any, Sequence[str]], Any]
+    number: str = "idx"
+
+
+def _place(value: int, labels: Sequence[str]) -> int:
+    return value
+
+
+def _word(value: int, labels: Sequence[str]) -> str:
+    return labels[value]
+
+
+def _lower(value: int, labels: Sequence[str]) -> str:
+    return labels[value].lower()
+
+
+def _referent(value: int, labels: Sequence[str]) -> str:
+    return ("False", "True")[value]  # WSC has capitals where BoolQ and WiC have none
+
+
+def _similarity(value: float | int, labels: Sequence[str]) -> str:
+    return f"{min(max(value, 0.0), 5.0):.3f}"
+
+
+def _text(value: str, labels: Sequence[str]) -> str:
+    return value
+
+
+FILES = {
+    "glue_cola": ServerFile("CoLA.tsv", 1_063, _place),
+    "glue_sst2": ServerFile("SST-2.tsv", 1_821, _place),
+    "glue_mrpc": ServerFile("MRPC.tsv", 1_725, _place),
+    "glue_qqp": ServerFile("QQP.tsv", 390_965, _place),
+    "glue_stsb": ServerFile("STS-B.tsv", 1_379, _similarity),
+    "glue_mnli_matched": ServerFile("MNLI-m.tsv", 9_796, _word),
+    "glue_mnli_mismatched": ServerFile("MNLI-mm.tsv", 9_847, _word),
+    "glue_qnli": ServerFile("QNLI.tsv", 5_463, _word),
+    "glue_rte": ServerFile("RTE.tsv", 3_000, _word),
+    "glue_wnli": ServerFile("WNLI.tsv", 146, _place),
+    "glue_ax": ServerFile("AX.tsv", 1_104, _word),
+    "super_glue_boolq": ServerFile("BoolQ.jsonl", 3_245, _lower),
+    "super_glue_cb": ServerFile("CB.jsonl", 250, _word),
+    "super_glue_copa": ServerFile("COPA.jsonl", 500, _place),
+    "super_glue_multirc": ServerFile("MultiRC.jsonl", 9_693, _place, "idx/answer"),
+    "super_glue_record": ServerFile("ReCoRD.jsonl", 10_000, _text, "idx/query"),
+    "super_glue_rte": ServerFile("RTE.jsonl", 3_000, _word),
+    "super_glue_wic": ServerFile("WiC.jsonl", 1_400, _lower),
+    "super_glue_wsc": ServerFile("WSC.jsonl", 146, _referent),
+    "super_glue_axb": ServerFile("AX-b.jsonl", 1_104, _word),
+    "super_glue_axg": ServerFile("AX-g.jsonl", 356, _word),
+}
+
+
+def server_file(task: str, split: str) -> ServerFile | None:
+    """The file for a task, in whatever wording and version, or None where no server takes one."""
+    match = re.fullmatch(r"(?:mt5_|byt5_)?(?:taskless_|task_index_)?((?:super_)?glue_\w+?)_v\d+(?:_\w+)?", task)
+    name = match[1] if match else ""
+    if name == "glue_mnli":  # the split says which
+        name += "_" + split.removeprefix("test_")
+    return FILES.get(name)
+
+
+def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> dict[str, ServerFile]:
+    """Makes `folder`, and says which file each task is for. Those that no server takes are left out, on stderr.
+
+    Raises:
+      ValueError: no server takes any of them, two make the same file, their examples have no numbers, or the folder
+        cannot be written.
+    """
+    files = {task: file for task in tasks if (file := server_file(task, split))}
+    others = ", ".join(task for task in tasks if task not in files)
+    if not files:
+        raise ValueError(
+            f"no server takes {split} of {others}: set MIXTURE_OR_TASK_NAME to tasks of GLUE or SuperGLUE, such as "
+            "super_glue_boolq_v102, and EVAL_SPLIT to their test split"
+        )
+    for name, count in collections.Counter(file.name for file in files.values()).items():
+        if count > 1:
+            raise ValueError(f"{count} tasks would write {name}: set MIXTURE_OR_TASK_NAME to tasks of one wording")
+    for task, file in files.items():
+        if file.number not in tasks[task].examples.fields[0]:
+            raise ValueError(f"{task} keeps no {file.number} of its examples, by which {file.name} has them numbered")
+    if others:
+        print(f"no server takes {others}: left out", file=sys.stderr)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): set --submission to a folder") from None
+    return files
+
+
+def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, found: Judged) -> dict[str, Any]:
+    """Writes one file. An answer that is no label becomes the commonest label of the answers, or the first of all.
+
+    Returns:
+      "file", "task", "rows", and "no_label", how many answers were none.
+    """
+    values = [value["value"] if isinstance(value, Mapping) else value for value in found.answers]
+    valid = [value for value in values if not postprocessors.is_no_label(value)]
+    # Of equally common ones, the first that came.
+    fallback = collections.Counter(valid).most_common(1)[0][0] if valid else 0
+    labels = postprocessors.answers(examples.postprocess) or ()
+    said = [file.written(fallback if postprocessors.is_no_label(value) else value, labels) for value in values]
+    odd = len(values) - len(valid)
+    if odd:
+        commonest = ", ".join(f"{text!r} {count} times" for text, count in found.no_label().most_common(3))
+        print(
+            f"{file.name}: {odd} of {len(values)} answers are no label ({commonest}), written as "
+            f"{file.written(fallback, labels)}",
+            file=sys.stderr,
+        )
+    if file.name == "MultiRC.jsonl":
+        lines, count = _nested(examples.fields, said)
+    else:
+        rows = sorted({fields[file.number]: word for fields, word in zip(examples.fields, said, strict=True)}.items())
+        count = len(rows)
+        if file.name.endswith(".tsv"):
+            lines = ["index\tprediction", *(f"{number}\t{word}" for number, word in rows)]
+        else:
+            lines = [json.dumps({"idx": number, "label": word}) for number, word in rows]
+    if count != file.rows:
+        print(f"{file.name}: {count} rows, but the server expects the {file.rows} of its test set", file=sys.stderr)
+    write_text(folder / file.name, "".join(f"{line}\n" for line in lines))
+    return {"file": str(folder / file.name), "task": task, "rows": count, "no_label": odd}
+
+
+def _nested(fields: Sequence[Mapping[str, Any]], labels: Sequence[int]) -> tuple[list[str], int]:
+    """MultiRC's lines, a passage each with its questions and their answers, and how many answers there are."""
+    numbers = [tuple(row[f"idx/{name}"] for name in ("paragraph", "question", "answer")) for row in fields]
+    passages: dict[int, dict[int, list[dict[str, int]]]] = {}
+    for (passage, question, answer), label in sorted(dict(zip(numbers, labels, strict=True)).items()):
+        passages.setdefault(passage, {}).setdefault(question, []).append({"idx": answer, "label": label})
+    lines = [
+        json.dumps(
+            {
+                "idx": passage,
+                "passage": {
+                    "questions": [{"idx": number, "answers": answers} for number, answers in questions.items()]
+                },
+            }
+        )
+        for passage, questions in passages.items()
+    ]
+    return lines, len(set(numbers))
