@@ -11,7 +11,6 @@ import errno
 import functools
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -108,24 +107,12 @@ def build_split(request: TaskRequest, split: str, folder: Path) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            with source_errors():
+            with sources.source_errors():
                 examples = task.get_dataset(lengths, split, shuffle=False, seed=0, trim_output_features=False)
                 _write(examples, task, partial, read)
             _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def source_errors() -> Iterator[None]:
-    """Takes a source's own error out of the middle of TensorFlow's report."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raised = re.search(r"ValueError: (.*)", str(error))
-        if not raised:
-            raise
-        raise ValueError(raised[1]) from None
 
 
 def _move(partial: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.build import find_task, held_tasks, source_errors
+from prompt_tuning_jax.batches.build import find_task, held_tasks
 from prompt_tuning_jax.batches.cache import TaskRequest, with_split
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
 from prompt_tuning_jax.batches.mixing import Mixing
@@ -47,7 +47,7 @@ def _examples(request: TaskRequest, split: str, seed: int, skip: int) -> Iterato
     task = find_task(request)
     sources.set_data_dir(request.data_dir)
     lengths = dict(request.feature_lengths) if makes_lengths(task) else None
-    with source_errors():
+    with sources.source_errors():
         examples = task.get_dataset(
             lengths, split, shuffle=True, seed=seed, num_epochs=None, trim_output_features=False
         )

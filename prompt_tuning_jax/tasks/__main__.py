@@ -185,26 +185,12 @@ def show(options: argparse.Namespace) -> Iterator[str]:
         raise ValueError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}: set --split")
     yield f"{task.name}, {split}; {_facts(task.name)}"
     yield f"module {find.module_for(task.name) or options.module}, vocabulary {options.vocabulary}"
-    with _source_errors():
+    with sources.source_errors():
         for number, (step, rows) in enumerate(_stages(task, split, lengths, options.rows)):
             yield f"{chr(10) if step is None else ''}{'source' if step is None else f'{number}. {step}'}"
             for row in rows:
                 yield "\n".join(f"  {name}: {_shown(value, words)}" for name, value in row.items()) + "\n"
         yield from _statistics(task, split, lengths, words)
-
-
-@contextlib.contextmanager
-def _source_errors() -> Iterator[None]:
-    """Takes a source's own error out of the middle of TensorFlow's report."""
-    import tensorflow as tf
-
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raised = re.search(r"ValueError: (.*)", str(error))
-        if not raised:
-            raise
-        raise ValueError(raised[1]) from None
 
 
 def _stages(

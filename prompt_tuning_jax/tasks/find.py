@@ -35,21 +35,18 @@ def names() -> set[str]:
 
 def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
     """The task with the SentencePiece model at `path` in place of its own vocabulary."""
-    vocabulary = seqio_vocabulary(path)
+    features = {
+        # Numbers that are no text pass through as they are.
+        name: feature
+        if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
+        else dataclasses.replace(feature, vocabulary=seqio_vocabulary(path))
+        for name, feature in task.output_features.items()
+    }
     return seqio.Task(
         task.name,
         source=task.source,
         preprocessors=task.preprocessors,
-        output_features={
-            name: dataclasses.replace(feature, vocabulary=vocabulary)
-            for name, feature in task.output_features.items()
-            if not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
-        }
-        | {
-            name: feature
-            for name, feature in task.output_features.items()
-            if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)  # of numbers that are no text
-        },
+        output_features=features,
         postprocess_fn=task.postprocessor,
         metric_fns=task.metric_fns,
     )

@@ -7,9 +7,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tasks.vocabularies import EXTRA_IDS
-
-UNLABELLED = "<unk>"  # T5's target of an example without a label
 
 
 def label_text(benchmark: str, labels: Sequence[str], columns: Sequence[str] | None = None):

@@ -3,10 +3,12 @@
 A task's name is the same whichever it is: `set_data_dir` decides when the rows are read.
 """
 
+import contextlib
 import gzip
 import json
 import lzma
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,18 @@ def set_data_dir(path: str | None) -> None:
 def data_dir() -> str | None:
     """The folder that `set_data_dir` was last given."""
     return _data_dir
+
+
+@contextlib.contextmanager
+def source_errors() -> Iterator[None]:
+    """Takes a source's own error out of the middle of TensorFlow's report."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raised = re.search(r"ValueError: (.*)", str(error))
+        if not raised:
+            raise
+        raise ValueError(raised[1]) from None
 
 
 class FilesOrTfds(seqio.DataSource):
