@@ -1,9 +1,11 @@
 """The cache of tokenised splits: what is in it, what scores it, when it is made again, and that reading it is light."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
-import re
+import resource
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from prompt_tuning_jax.batches.build import build_missing, build_split, find_tas
 from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split, names_path, open_current, split_folder
 from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
+from prompt_tuning_jax.batches.stream import stream
 from prompt_tuning_jax.tasks import review_grammar, sources
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import trim
@@ -192,8 +196,10 @@ def test_a_builder_that_was_killed_leaves_nothing_that_is_read(tiny, tmp_path):
     # What a copy that was cut short leaves is no cache either; nor is a dead builder waited for.
     shutil.copytree(next(root.glob(".train-*")), root / "train")
     started = time.monotonic()
-    assert len(load_split(request, "train", cache)) == 6_000
+    assert open_current(root / "train") is None
+    build_missing(request, "train", cache, True)
     assert time.monotonic() - started < DEAD_AFTER
+    assert len(load_split(request, "train", cache)) == 6_000
     assert not (root / ".train.lock").exists()
 
 
@@ -217,56 +223,68 @@ def test_of_two_processes_one_builds_and_one_waits(tiny, tmp_path):
     assert not [name for name in files_of(cache) if "/." in name]
 
 
-def test_who_waits_says_for_whom(tiny, tmp_path):
+def test_who_waits_says_for_whom(tiny, tmp_path, capsys):
     request, cache = sst2(tiny, tmp_path / "data", 10), tmp_path / "cache"
     folder = split_folder(request, request.name, "train", cache)
     folder.parent.mkdir(parents=True)
+    builder = threading.Thread(target=build_missing, args=(request, "train", cache, True))
+    line, deadline = "", time.monotonic() + 60
     with lock(folder.with_name(".train.lock")):
-        builder = start_builder(tiny, request, "train", cache)
-        line = builder.stdout.readline()
+        builder.start()
+        while not line.endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.01)
+            line += capsys.readouterr().out
         assert line == (
             f"waiting for process {os.getpid()} on {socket.gethostname()}, which tokenises glue_sst2_v200, train\n"
         )
         assert not folder.exists()
-    assert finish(builder)[0] == 0
+    builder.join()
     assert folder.exists()
 
 
+@contextlib.contextmanager
 def limited(size):
-    return f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    """No file of this process may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def half(path, array):
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def short(path, array):
+    with open(path, "wb") as file:
+        array.tofile(file)
+        file.truncate(9)
+    with open("/dev/full", "wb", buffering=0) as file:
+        array.tofile(file)
+
+
+def saved_by(save):
+    return lambda: mock.patch.object(np, "save", save)
 
 
 # 3,000 rows: the fields are over 400,000 bytes, the tokens over 60,000, the ends 24,000.
 @pytest.mark.parametrize(
-    "before, reason",
+    "full, reason",
     [
-        pytest.param(limited(100_000), "File too large", id="fields"),
-        pytest.param(
-            "import builtins, errno, numpy\n"
-            "def save(path, array):\n"
-            "    path.write_bytes(b'half')\n"
-            "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
-            "numpy.save = save",
-            "No space left on device",
-            id="arrays",
-        ),
-        pytest.param(
-            "import numpy\n"
-            "def save(path, array):\n"
-            "    with open(path, 'wb') as file: array.tofile(file); file.truncate(9)\n"
-            "    with open('/dev/full', 'wb', buffering=0) as file: array.tofile(file)\n"
-            "numpy.save = save",
-            r".* requested and 0 written",
-            id="arrays, by NumPy's own error",
-        ),
+        pytest.param(lambda: limited(100_000), "File too large", id="fields"),
+        pytest.param(saved_by(half), "No space left on device", id="arrays"),
+        pytest.param(saved_by(short), r".* requested and 0 written", id="arrays, by NumPy's own error"),
     ],
 )
-def test_a_disk_that_fills_is_cleaned_up_and_said(tiny, tmp_path, before, reason):
+def test_a_disk_that_fills_is_cleaned_up_and_said(tiny, tmp_path, full, reason):
     request, cache = sst2(tiny, tmp_path / "data", 3_000), tmp_path / "cache"
-    code, _, stderr = finish(start_builder(tiny, request, "train", cache, before))
     folder = split_folder(request, request.name, "train", cache).parent
-    message = rf"no room for the cache {folder} \({reason}\): free some, or set CACHE_DIR to a disk that has it"
-    assert code == 2 and re.fullmatch(message, stderr.strip().splitlines()[-1]), stderr
+    message = rf"^no room for the cache {folder} \({reason}\): free some, or set CACHE_DIR to a disk that has it$"
+    with full(), pytest.raises(ValueError, match=message):
+        build_missing(request, "train", cache, True)
     assert files_of(cache) == [] and not folder.exists()
 
 
@@ -294,7 +312,22 @@ def test_what_decides_the_tokens_decides_the_cache(tiny, tmp_path):
     assert len({first, *(each.fingerprint() for each in changed)}) == 1 + len(changed)
 
 
-def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path):
+@pytest.fixture
+def built_here(monkeypatch):
+    """Lets `load_split` tokenise in this process; gives the growing list of what it would have started."""
+    started = []
+
+    def start(module, order, what):
+        started.append(module)
+        request = TaskRequest.from_order(order["request"])
+        build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
+        return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setattr(cache_module, "Child", start)
+    return started
+
+
+def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path, built_here):
     """And of no other: a change of one of them is seen, whatever else lies under DATA_DIR is not looked at."""
     request, cache = sst2(tiny, tmp_path / "data", 3), tmp_path / "cache"
     folder = split_folder(request, request.name, "train", cache)
@@ -330,6 +363,15 @@ def test_a_file_more_in_a_folder_of_text_is_seen(text, tmp_path):
     assert open_current(tmp_path / "cache" / "train") is None
 
 
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory):
+    """Three rows of SST-2, and beside their folder the cache of them."""
+    folder = tmp_path_factory.mktemp("small")
+    request = sst2(tiny, folder / "data", 3)
+    build_missing(request, "train", folder / "cache", True)
+    return request
+
+
 @pytest.mark.parametrize(
     "name, damage",
     [
@@ -345,31 +387,23 @@ def test_a_file_more_in_a_folder_of_text_is_seen(text, tmp_path):
         ("names", None),
     ],
 )
-def test_a_cache_that_is_not_whole_is_made_again(tiny, tmp_path, monkeypatch, name, damage):
-    request, cache = sst2(tiny, tmp_path / "data", 3), tmp_path / "cache"
-    build_missing(request, "train", cache, True)
+def test_a_cache_that_is_not_whole_is_made_again(small, tmp_path, built_here, name, damage):
+    request, cache = small, tmp_path / "cache"
+    shutil.copytree(Path(request.data_dir).parent / "cache", cache)
     whole = {path: (cache / path).read_bytes() for path in files_of(cache)}
     path = names_path(request, cache)
     if name != "names":
         path = split_folder(request, request.name, "train", cache).parent / name
     path.unlink() if damage is None else path.write_bytes(damage)
 
-    started = []
-
-    def start(module, order, what):  # in this process: the one of its own is tested above
-        started.append(module)
-        build_missing(TaskRequest.from_order(order["request"]), order["split"], cache, order["to_train"])
-        return SimpleNamespace(finish=lambda: None)
-
-    monkeypatch.setattr(cache_module, "Child", start)
     assert load_split(request, "train", cache).score(["negative", "positive", "negative"]) == {"accuracy": 100.0}
-    assert started == ["prompt_tuning_jax.batches.build"]
+    assert built_here == ["prompt_tuning_jax.batches.build"]
     assert {path: (cache / path).read_bytes() for path in files_of(cache)} == whole
     load_split(request, "train", cache)
-    assert len(started) == 1
+    assert len(built_here) == 1
 
 
-def test_a_builder_that_fails_says_why(tiny, tmp_path):
+def test_a_builder_that_fails_says_why(tiny, tmp_path, monkeypatch):
     """A user's error is one line; a kill is named; anything else comes with its traceback."""
     with pytest.raises(ValueError, match=r"^no task 'demo_review'; did you mean 'demo_reviews'"):
         load_split(dataclasses.replace(tiny.demo, name="demo_review"), "train", tmp_path)
@@ -378,8 +412,10 @@ def test_a_builder_that_fails_says_why(tiny, tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=rf"^tokenising demo: process {child.pid} was killed by SIGKILL: start"):
         child.finish()
+    (tmp_path / "fails.py").write_text("import json, sys\njson.loads(sys.argv[1])['split']\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"(?s)^tokenising demo failed:.*Traceback.*KeyError: 'split'"):
-        Child("prompt_tuning_jax.batches.build", tiny.demo.order(), "tokenising demo").finish()
+        Child("fails", tiny.demo.order(), "tokenising demo").finish()
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):
@@ -477,6 +513,21 @@ def test_a_changed_task_is_tokenised_again(tiny, tmp_path):
 def test_a_task_that_is_not_there_is_named_with_its_near_misses(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         find_task(dataclasses.replace(tiny.demo, **change))
+
+
+@pytest.mark.parametrize("name", ["perceptron_train", "perceptron"])
+def test_examples_that_are_no_lists_of_ids_are_refused(tiny, tmp_path, name):
+    """A task, and a mixture of such; whether they would be kept or read as they come."""
+    request = dataclasses.replace(sst2(tiny, tmp_path / "data", 10), name=f"glue_sst2_v200_{name}")
+    message = (
+        "^the inputs of glue_sst2_v200_perceptron_(train|test) are int32 of rank 2, expected token ids .integers of "
+        "rank 1.: set MIXTURE_OR_TASK_NAME to another task$"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_missing(request, "train", tmp_path / "cache", True)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=message):
+        next(stream(request, "train", 0, 0))
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tiny, tmp_path):

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from task_rows import dataset, examples, plain, register, texts
 from tiny import make_tiny
 
-from prompt_tuning_jax.batches.build import describe
+from prompt_tuning_jax.batches.build import build_missing, describe
+from prompt_tuning_jax.batches.cache import TaskRequest, load_tasks
 from prompt_tuning_jax.tasks import perceptron, postprocessors
 from prompt_tuning_jax.tasks.derived import Splits, parts_of
 from prompt_tuning_jax.tasks.ranking import Choice, choice, rank_classification
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 from prompt_tuning_jax.tasks.wrapped_postprocessors import after_sentinel, of_choices
+from prompt_tuning_jax.training.evaluation import judge, takes_scores
 
 register("spot", "recycling", "sentinel")
 
@@ -319,6 +321,66 @@ def test_a_choice_is_known_by_its_numbers(tmp_path, tiny):
     assert set(perfect.values()) == {100.0}
     wrong = metric(targets, [-float(target.is_correct) for target in targets])
     assert wrong["accuracy"] == wrong["auc-roc"] == 0.0
+
+
+def cached(folder, tiny, name, split="validation"):
+    """A split as a run reads it, from a cache."""
+    request = TaskRequest(name, str(tiny.vocabulary), {"inputs": 32, "targets": 8}, str(folder))
+    build_missing(request, split, folder / "cache", False)
+    return load_tasks(request, split, folder / "cache")[name].examples
+
+
+@pytest.mark.parametrize(
+    "name, normed",
+    [
+        ("glue_sst2_v200_rank_classification_test", False),
+        ("pr:glue_qqp_v200_not_duplicate_duplicate_verbalizers_rc", False),
+        ("pr:glue_qqp_v200_not_duplicate_duplicate_verbalizers_rc_normed", True),
+    ],
+)
+def test_a_cached_ranking_is_its_definition(tmp_path, tiny, name, normed):
+    """Every choice is a row to score; the score is over the tokens of the choice where the task says so."""
+    count = 12
+    if "sst2" in name:
+        sst2(tmp_path, count)
+    else:
+        (tmp_path / "QQP").mkdir()
+        lines = [f"{n}\t1\t2\tfilm {n}?\tplot {n}?\t{n % 2}" for n in range(count)]
+        header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+        (tmp_path / "QQP" / "dev.tsv").write_text("\n".join([header, *lines]) + "\n")
+    found = cached(tmp_path, tiny, name)
+    assert takes_scores(found) and len(found) == 2 * count
+    lengths = found.targets.lengths.reshape(count, 2)
+    assert (lengths[:, 0] != lengths[:, 1]).all() or not normed
+    scores = -np.random.default_rng(0).uniform(1, 9, (count, 2))
+    judged = judge(found, scores.reshape(-1).tolist())
+    assert [target.is_correct for target in judged.targets] == [
+        place == n % 2 for n in range(count) for place in (0, 1)
+    ]
+    each = scores / lengths if normed else scores
+    wanted, best = np.arange(count) % 2, each.argmax(axis=1)
+    assert (scores.argmax(axis=1) != best).any() or not normed
+    expected = {
+        "accuracy": (wanted == best).mean(),
+        "f1": sklearn.metrics.f1_score(wanted, best),
+        "auc-roc": sklearn.metrics.roc_auc_score(wanted, each[:, 1] - each[:, 0]),
+        "auc-pr": sklearn.metrics.average_precision_score(wanted, each[:, 1] - each[:, 0]),
+    }
+    assert judged.metrics(found) == pytest.approx({name: 100 * value for name, value in expected.items()})
+
+
+def test_a_cached_generation_is_the_tasks_own(tmp_path, tiny):
+    """The same rows and texts as the plain task's, answered and ranked as those."""
+    found, plainly = (
+        cached(sst2(tmp_path), tiny, "glue_sst2_v200_generation_test"),
+        cached(tmp_path, tiny, "taskless_glue_sst2_v200"),
+    )
+    assert not takes_scores(found) and found.labels == plainly.labels == ("negative", "positive")
+    assert found.fields == plainly.fields
+    for part, other in ((found.inputs, plainly.inputs), (found.targets, plainly.targets)):
+        assert all(np.array_equal(part[n], other[n]) for n in range(12))
+    answers = ["negative", "positive", "what"] * 4
+    assert judge(found, answers).metrics(found) == {"accuracy": pytest.approx(100 / 3)}
 
 
 # All labels at once.

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny import LENGTHS, make_tiny
 
-from prompt_tuning_jax.batches.build import build_split
+from prompt_tuning_jax.batches.build import build_missing, build_split
 from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split
 from prompt_tuning_jax.tasks import metrics
 from prompt_tuning_jax.tasks.user_files import TaskFiles
@@ -170,11 +170,12 @@ def test_metrics_that_are_offered_are_there():
 
 def test_a_changed_file_is_read_again(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", tiny.environment["PYTHONPATH"])
-    path = write(tmp_path / "rows.tsv")
+    path, cache = write(tmp_path / "rows.tsv"), tmp_path / "cache"
     request = TaskRequest("mine", str(tiny.vocabulary), LENGTHS, files=files(path))
-    assert len(load_split(request, "train", tmp_path / "cache")) == 4
+    build_missing(request, "train", cache, True)
+    assert len(load_split(request, "train", cache)) == 4
     write(path, ROWS[:3])
-    assert len(load_split(request, "train", tmp_path / "cache")) == 3
+    assert len(load_split(request, "train", cache)) == 3
 
 
 def test_a_run_on_files_named_in_gin(tiny, tmp_path):

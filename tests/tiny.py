@@ -18,7 +18,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
+from prompt_tuning_jax.tasks.vocabularies import BESIDE, EOS, PAD, UNK
 
 ROOT = Path(__file__).parent.parent
 CONFIG = T5Config(
@@ -54,7 +54,7 @@ class Tiny(NamedTuple):
 
     @property
     def vocabulary(self) -> Path:
-        return self.base / huggingface.VOCABULARY
+        return self.base / BESIDE
 
     @property
     def gin(self) -> Path:

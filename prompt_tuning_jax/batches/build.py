@@ -99,7 +99,7 @@ def build_split(request: TaskRequest, split: str, folder: Path) -> None:
     task = find_task(request)
     with_split(request, {task.name: Held(1.0, tuple(task.splits))}, split, False)
     sources.set_data_dir(request.data_dir)
-    with _files_read(request) as read:
+    with _files_read(request, folder.parent) as read:
         # Tokens are kept uncut, so that what TASK_FEATURE_LENGTHS cuts can be counted; only a preprocessor that
         # makes examples of a given length is told the lengths.
         lengths = dict(request.feature_lengths) if makes_lengths(task) else None
@@ -139,11 +139,11 @@ sys.addaudithook(_note)
 
 
 @contextlib.contextmanager
-def _files_read(request: TaskRequest) -> Iterator[Callable[[], dict[str, Any]]]:
+def _files_read(request: TaskRequest, cache: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     """Gives what of the user's data was opened or searched in this context, each with its `file_state`.
 
     Python tells of every file that is opened: so a cache depends on what a task reads, and on nothing else under
-    DATA_DIR, whatever its source is.
+    DATA_DIR, whatever its source is. What is written into `cache` is none of it, also where that is under DATA_DIR.
     """
     global _opened
     folders = [os.path.realpath(request.data_dir)] if request.data_dir else []
@@ -152,6 +152,7 @@ def _files_read(request: TaskRequest) -> Iterator[Callable[[], dict[str, Any]]]:
 
     def read() -> dict[str, Any]:
         paths = {os.path.realpath(path) for path in _opened or ()}
+        paths = {path for path in paths if not Path(path).is_relative_to(os.path.realpath(cache))}
         theirs = {path for path in paths if path in own or any(Path(path).is_relative_to(top) for top in folders)}
         return {path: file_state(path) for path in sorted(theirs)}
 
@@ -166,12 +167,14 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
     """The tasks of the request's name, with their rates and splits; a task holds itself.
 
     Raises:
-      ValueError: no such task or mixture, or a rate or split that cannot be told.
+      ValueError: no such task or mixture, one whose examples cannot be kept, or a rate or split that cannot be told.
     """
     if request.files is not None:
         task = find_task(request)
         return {task.name: Held(1.0, tuple(task.splits))}
     provider = find(request.name, request.modules)
+    for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
+        _check_features(task)
     sources.set_data_dir(request.data_dir)
     try:
         if isinstance(provider, seqio.Mixture):
@@ -180,6 +183,18 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
     except Exception as error:  # a rate or the splits may be asked of TFDS, which raises what its own libraries do
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the rates and splits of {request.name} cannot be told ({reason}): set DATA_DIR") from error
+
+
+def _check_features(task: seqio.Task) -> None:
+    """Raises ValueError where the inputs or the targets of an example are no plain list of ids."""
+    for name in ("inputs", "targets"):
+        feature = task.output_features.get(name)
+        if feature is None or feature.rank != 1 or not feature.dtype.is_integer:
+            found = f"{feature.dtype.name} of rank {feature.rank}" if feature else "absent"
+            raise ValueError(
+                f"the {name} of {task.name} are {found}, expected token ids (integers of rank 1): set "
+                "MIXTURE_OR_TASK_NAME to another task"
+            )
 
 
 def find_task(request: TaskRequest) -> seqio.Task:

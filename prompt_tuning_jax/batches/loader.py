@@ -2,7 +2,7 @@
 
 import abc
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,6 +153,16 @@ class Batches(Planned):
     def __len__(self) -> int:
         """Batches an epoch."""
         return self.window
+
+    def in_order(self, predict: Callable[[Batch], Sequence[Any]]) -> list[Any]:
+        """What `predict` gives for each row of each batch of an epoch, in the order of the split's rows."""
+        found: list[Any] = [None] * len(self.examples)
+        for number in range(len(self)):
+            batch = self[number]
+            for at, value in zip(batch.ids, predict(batch), strict=True):
+                if at >= 0:
+                    found[at] = value
+        return found
 
     def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
         return rng.permutation(len(self.examples)) if self._shuffle else np.arange(len(self.examples))

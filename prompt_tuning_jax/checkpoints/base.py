@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
 
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 
@@ -80,9 +80,8 @@ def resolve(path: str) -> str:
 
 
 def default_vocabulary(path: str | None) -> str | None:
-    """The SentencePiece model that lies in the base's folder, if one does."""
-    found = path and Path(resolve(path), huggingface.VOCABULARY)
-    return str(found) if found and found.is_file() else None
+    """The vocabulary that lies in the base's folder, or that its files name: see `vocabulary_in`."""
+    return vocabulary_in(resolve(path)) if path else None
 
 
 def open_model(path: str) -> StoredModel:
@@ -210,6 +209,23 @@ def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
             f"vocabulary {vocabulary.path} has {vocabulary.size} ids, the model {config.vocab_size} rows: they do not "
             "belong together. Use the models/*.gin of the base's size, or set VOCABULARY"
         )
+
+
+def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
+    """The vocabulary at `path`, or beside the base.
+
+    Raises:
+      ValueError: there is none, or it cannot belong to the model.
+    """
+    path = path or default_vocabulary(base)
+    if path is None:
+        raise ValueError(
+            f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file, or to {BYTES!r} "
+            "for ByT5"
+        )
+    vocabulary = Vocabulary(path)
+    check_vocabulary(vocabulary, config)
+    return vocabulary
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: str | os.PathLike) -> None:

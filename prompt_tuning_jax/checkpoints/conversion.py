@@ -16,7 +16,7 @@ from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, check_shapes, check_vocabulary, default_vocabulary, open_model
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
 
 MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft", "t5x")
 
@@ -31,7 +31,7 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
         T5X writes through Orbax); for a prompt, "npy", "peft" (an adapter folder) or "t5x" (a folder with the
         official implementation's file).
       base: the base that a prompt was trained on: its width is checked, and a PEFT adapter names it.
-      vocabulary: a SentencePiece model to put beside a model; None for the one beside `source`.
+      vocabulary: a SentencePiece model, or 'bytes', to put beside a model; None for the one beside `source`.
 
     Returns:
       What was written, in one line.
@@ -124,7 +124,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     parameters = sum(math.prod(array.shape) for array in arrays.values())
     notes = [f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}"]
     if not vocabulary:
-        notes.append(f"no {huggingface.VOCABULARY} lies beside {source}; --vocabulary=FILE puts one there")
+        notes.append(f"no {BESIDE} lies beside {source}; --vocabulary=FILE puts one there")
     if to == "huggingface" and not Path(source, huggingface.CONFIG).is_file():
         distance = model.config.relative_attention_max_distance
         notes.append(f"relative_attention_max_distance, which no T5X checkpoint says, was taken for T5's {distance}")

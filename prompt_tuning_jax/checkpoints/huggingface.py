@@ -7,7 +7,6 @@ Their matrices are [out, in], ours and T5X's [in, out]; the relative position ta
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safeten
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 
-CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "spiece.model"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EPSILON = 1e-6
 
 ACTIVATIONS = {
@@ -176,7 +176,7 @@ def write(
 
     Args:
       params: by path; a soft prompt is left out.
-      vocabulary: a SentencePiece model to put beside the weights.
+      vocabulary: to put beside the weights, as `write_vocabulary` takes it.
       dtype: "float32" or "bfloat16"; None for each array's own.
       shard_bytes: how much goes into one file, a larger tensor apart.
 
@@ -215,7 +215,7 @@ def write(
         write_safetensors(partial, tensors, shard_bytes)
         (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         if vocabulary:
-            shutil.copyfile(vocabulary, partial / VOCABULARY)
+            write_vocabulary(vocabulary, partial)
 
 
 def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from jax.typing import ArrayLike
 from prompt_tuning_jax.arrays import t5x
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
-from prompt_tuning_jax.checkpoints.huggingface import VOCABULARY
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 
 Arrays = Mapping[str, ArrayLike | StoredArray]
 
@@ -52,7 +51,7 @@ def write(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.PathLi
     Args:
       folder: T5X wants it to be named `checkpoint_<step>`.
       params: by path.
-      vocabulary: a SentencePiece model to put beside it, where this project looks for it.
+      vocabulary: to put beside it, as `write_vocabulary` takes it.
     """
     _write(t5x.write_legacy, folder, params, vocabulary)
 
@@ -69,4 +68,4 @@ def _write(write_arrays: Callable[[Path, Arrays], None], folder, params: Arrays,
     with whole_folder(folder) as partial:
         write_arrays(partial, params)
         if vocabulary:
-            shutil.copyfile(vocabulary, partial / VOCABULARY)
+            write_vocabulary(vocabulary, partial)

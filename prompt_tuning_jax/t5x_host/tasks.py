@@ -8,10 +8,11 @@ import seqio
 from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.tasks import sources
+from prompt_tuning_jax.tasks.vocabularies import BYTES
 
 
 def with_vocabulary(
-    mixture_or_task_name: str, vocabulary: seqio.SentencePieceVocabulary, module: str | None = None,
+    mixture_or_task_name: str, vocabulary: seqio.Vocabulary, module: str | None = None,
     data_dir: str | None = None,
 ) -> str:  # fmt: skip
     """The name for `DatasetConfig.mixture_or_task_name`, whose task from now on uses `vocabulary`.
@@ -30,7 +31,8 @@ def with_vocabulary(
     if module:
         importlib.import_module(module)
     if mixture_or_task_name not in seqio.MixtureRegistry.names():
-        path, modules = vocabulary.sentencepiece_model_file, (module,) if module else ()
+        path = getattr(vocabulary, "sentencepiece_model_file", BYTES)
+        modules = (module,) if module else ()
         task = find_task(TaskRequest(mixture_or_task_name, path, {}, modules=modules))
         features = {
             name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()

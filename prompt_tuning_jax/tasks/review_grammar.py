@@ -185,14 +185,12 @@ def _new_text(rng: Random, words: Words, taken: Collection[str]) -> str:
 def _draw(rng: Random, words: Words) -> str:
     """Fills a random template with `words` and neutral material, no word twice in a place."""
     left = {place: list(options) for place, options in (words | NEUTRAL).items()}
-
-    def fill(match: re.Match[str]) -> str:
-        options = left[match[1]]
-        options.remove(option := _pick(rng, options))
-        return option
-
-    text = re.sub(r"\{(\w+)\}", fill, _pick(rng, TEMPLATES))
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    parts = re.split(r"\{(\w+)\}", _pick(rng, TEMPLATES))
+    for at in range(1, len(parts), 2):
+        options = left[parts[at]]
+        options.remove(word := _pick(rng, options))
+        parts[at] = word
+    return re.sub(r"\ba (?=[aeiou])", "an ", "".join(parts))
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:
