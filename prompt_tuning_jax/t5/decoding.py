@@ -1,15 +1,51 @@
-"""Greedy decoding: the encoder once, its keys and values once, then one token a step until every row has ended."""
+"""From inputs to answers, one token a step until every row has ended: greedily, with beams, or drawn at random.
 
-from typing import Any
+All three encode once, project the encoder's output to keys and values once, and extend a cache.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from prompt_tuning_jax.t5.network import Transformer
 
 EOS = 1
+COLDEST = 1e-4  # T5X's: a temperature below it is 0
+
+Prompt = Float[Array, "P D"] | Float[Array, "B P D"] | None
+PromptMask = Bool[Array, "B P"] | None
+Cache = Any
+Step = Callable[[Int[Array, " B"], Cache], tuple[Float[Array, "B V"], Cache]]
+
+
+def encode_once(
+    model: Transformer, params: Any, inputs: Int[Array, "B T"], prompt: Prompt = None, prompt_mask: PromptMask = None
+) -> Callable[..., Any]:
+    """The decoder of these inputs, `Transformer.decode` with all but its tokens given.
+
+    Args:
+      params: of the model, without the "params" level.
+      inputs: tokens, 0 is padding.
+      prompt, prompt_mask: see `Transformer.encode`.
+
+    Returns:
+      `decode(tokens [B, Q], cache={}, **options)`.
+    """
+    variables = {"params": params}
+    encoded = model.apply(
+        variables, inputs, enable_dropout=False, prompt=prompt, prompt_mask=prompt_mask, method="encode"
+    )
+    keys = model.apply(variables, encoded, method="project_encoded")
+
+    def decode(tokens: Int[Array, "B Q"], cache: Cache = None, **options) -> Any:
+        options |= {"enable_dropout": False, "prompt_mask": prompt_mask, "method": "decode"}
+        return model.apply(variables | (cache or {}), keys, inputs, tokens, tokens, **options)
+
+    return decode
 
 
 def greedy(
@@ -17,54 +53,204 @@ def greedy(
     params: Any,
     inputs: Int[Array, "B T"],
     max_length: int,
-    prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+    prompt: Prompt = None,
+    prompt_mask: PromptMask = None,
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
     """The most likely next token, again and again.
 
     Args:
-      params: of the model, without the "params" level.
-      inputs: tokens, 0 is padding.
+      model, params, inputs, prompt, prompt_mask: see `encode_once`.
       max_length: U, the number of tokens a row gets, end of sequence included.
-      prompt: see `Transformer.encode`.
 
     Returns:
       Tokens int32, 0 after a row's end of sequence (id 1), and the sum of the log-probabilities of each row's tokens.
     """
-    batch = inputs.shape[0]
-    variables = {"params": params}
-    encoded = model.apply(variables, inputs, enable_dropout=False, prompt=prompt, method="encode")
-    keys = model.apply(variables, encoded, method="project_encoded")
+    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), inputs.shape[0], max_length)
+    return _one_by_one(step, cache, (inputs.shape[0], max_length), lambda log_probs, _: jnp.argmax(log_probs, axis=-1))
 
-    def logits_of(token: Int[Array, "B Q"], cache: Any) -> tuple[Any, Any]:
-        return model.apply(
-            variables | cache,
-            keys,
-            inputs,
-            token,
-            token,
-            enable_dropout=False,
-            decode=True,
-            max_decode_length=max_length,
-            mutable=["cache"],
-            method="decode",
-        )
 
-    start = jnp.zeros((batch, max_length), jnp.int32)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: logits_of(start, {})[1]))
+def sample(
+    model: Transformer,
+    params: Any,
+    inputs: Int[Array, "B T"],
+    max_length: int,
+    seeds: Integer[Array, " B"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    prompt: Prompt = None,
+    prompt_mask: PromptMask = None,
+) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
+    """Tokens drawn at random, each row by its own settings. All settings are traced: no value compiles anew.
 
-    def step(carry):
+    Args:
+      model, params, inputs, max_length, prompt, prompt_mask: see `greedy`.
+      seeds: a row's draws depend on its own seed alone, not on the batch, nor on the row's place in it.
+      temperature: divides the logits; 0 is greedy.
+      top_k: draw from the `top_k` likeliest tokens; 0 for all.
+      top_p: of those, from the fewest whose probabilities, at that temperature, add up to `top_p`; 1, or 0 as in T5X,
+        for all. A token as likely as the last one kept is kept too.
+
+    Returns:
+      As `greedy`; the log-probabilities are the model's own, at temperature 1 with nothing left out.
+    """
+    keys = jax.vmap(jax.random.key)(seeds.astype(jnp.uint32))
+    cold = temperature < COLDEST
+
+    def choose(log_probs: Float[Array, "B V"], index: Int[Array, ""]) -> Int[Array, " B"]:
+        def draw(key: Array) -> Float[Array, " V"]:
+            return jax.random.gumbel(jax.random.fold_in(key, index), log_probs.shape[1:])
+
+        heated = log_probs / jnp.where(cold, 1.0, temperature)[:, None]
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        noisy = jnp.where(likeliest(heated, top_k, top_p), heated + jax.vmap(draw)(keys), -jnp.inf)
+        return jnp.argmax(jnp.where(cold[:, None], log_probs, noisy), axis=-1)
+
+    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), inputs.shape[0], max_length)
+    return _one_by_one(step, cache, (inputs.shape[0], max_length), choose)
+
+
+class Beams(NamedTuple):
+    """The state of a beam search, K beams a row, the best first. A score of -inf marks an empty place."""
+
+    index: Int[Array, ""]
+    token: Int[Array, "B K"]
+    live: Int[Array, "B K U"]
+    live_scores: Float[Array, "B K"]
+    ended: Int[Array, "B K U"]
+    ended_scores: Float[Array, "B K"]
+    cache: Cache
+
+
+def beam_search(
+    model: Transformer,
+    params: Any,
+    inputs: Int[Array, "B T"],
+    max_length: int,
+    prompt: Prompt = None,
+    prompt_mask: PromptMask = None,
+    *,
+    beams: int = 4,
+    brevity: float = 0.6,
+) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
+    """T5X's beam search (its decoding.py).
+
+    Args:
+      model, params, inputs, max_length, prompt, prompt_mask: see `greedy`.
+      beams: K, how many beginnings go on in each step, and how many answers a row gets.
+      brevity: an answer's score is its log-probability over ((5 + length) / 6) ** brevity; at least 0.
+
+    Returns:
+      Tokens int32, 0 after an end of sequence, and scores, the best first. A row that ended fewer than K answers has
+      padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their log-probabilities.
+    """
+    batch, shape = inputs.shape[0], (inputs.shape[0], beams, max_length)
+    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), batch, max_length)
+    # Mapped over the beams, which are so many more queries of one row's keys: nothing of the encoder's is repeated.
+    axes = jax.tree.map(lambda x: 1 if x.ndim else None, cache)
+    step = jax.vmap(step, in_axes=(1, axes), out_axes=(1, axes))
+
+    def penalty(length: Int[Array, ""] | int) -> Float[Array, ""]:
+        return ((5.0 + jnp.float32(length)) / 6.0) ** brevity
+
+    def extend(state: Beams) -> Beams:
+        log_probs, cache = step(state.token, state.cache)
+        totals = (state.live_scores[:, :, None] + log_probs).reshape(batch, -1)
+        # Twice as many as go on: even if one from each beam is an end, K are none.
+        scores, places = lax.top_k(totals, 2 * beams)
+        parent, token = places // log_probs.shape[-1], (places % log_probs.shape[-1]).astype(jnp.int32)
+        tokens = _pick(state.live, parent).at[:, :, state.index].set(token)
+
+        new = jnp.where(token == EOS, scores / penalty(state.index + 1), -jnp.inf)
+        ended_scores, best = lax.top_k(jnp.concatenate([state.ended_scores, new], axis=1), beams)
+        ended = _pick(jnp.concatenate([state.ended, tokens], axis=1), best)
+
+        live_scores, best = lax.top_k(jnp.where(token == EOS, -jnp.inf, scores), beams)
+        parent = _pick(parent, best)
+        cache = jax.tree.map(lambda x: _pick(x, parent) if x.ndim else x, cache)
+        return Beams(state.index + 1, _pick(token, best), _pick(tokens, best), live_scores, ended, ended_scores, cache)
+
+    def unfinished(state: Beams) -> Bool[Array, ""]:
+        # T5X's bound, a token longer than any answer: no beginning can still pass a row's worst answer.
+        hope = state.live_scores[:, 0] / penalty(max_length + 1)
+        return (state.index < max_length) & ~jnp.all(state.ended_scores[:, -1] > hope)
+
+    nothing, empty = jnp.full((batch, beams), -jnp.inf), jnp.zeros(shape, jnp.int32)
+    cache = jax.tree.map(lambda x: jnp.repeat(x[:, None], beams, axis=1) if x.ndim else x, cache)
+    # All beams begin alike, so only the first counts.
+    first = Beams(jnp.int32(0), empty[..., 0], empty, nothing.at[:, 0].set(0.0), empty, nothing, cache)
+    last = lax.while_loop(unfinished, extend, first)
+    answered = last.ended_scores[:, :1] > -jnp.inf
+    scores = jnp.where(answered, last.ended_scores, last.live_scores)
+    return jnp.where(answered[..., None], last.ended, last.live), scores
+
+
+def likeliest(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:
+    """The tokens that `sample` draws from."""
+    wanted = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
+    among = _fewest(logits, jnp.ones_like(logits), wanted)
+    shares = jax.nn.softmax(jnp.where(among, logits, -jnp.inf))
+    return among & _fewest(logits, shares, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
+
+
+def _fewest(
+    logits: Float[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, " B"]
+) -> Bool[Array, "B V"]:
+    """The fewest of the largest logits, equal ones together, whose weights add up to `wanted`; else all of them.
+
+    The bar is found bit by bit, from the highest down: 32 sums, where a sort of a vocabulary takes longer.
+    """
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits < sign, bits | sign, ~bits)  # as unsigned numbers these are ordered as the logits are
+
+    def add_bit(place: Int[Array, ""], bar: Integer[Array, " B"]) -> Integer[Array, " B"]:
+        higher = bar | (sign >> place.astype(jnp.uint32))
+        enough = jnp.sum(weights * (order >= higher[:, None]), axis=1) >= wanted
+        return jnp.where(enough, higher, bar)
+
+    lowest = jnp.zeros(logits.shape[0], jnp.uint32)
+    bar = lax.cond(jnp.any(wanted < jnp.inf), lambda: lax.fori_loop(0, 32, add_bit, lowest), lambda: lowest)
+    return order >= bar[:, None]
+
+
+def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Step, Cache]:
+    """One step, from the token before and a cache to the log-probabilities of the next token, and an empty cache."""
+
+    def extend(tokens: Int[Array, "B Q"], cache: Cache) -> tuple[Float[Array, "B Q V"], Cache]:
+        return decode(tokens, cache, decode=True, max_decode_length=max_length, mutable=["cache"])
+
+    def step(token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        logits, cache = extend(token[:, None], cache)
+        return jax.nn.log_softmax(logits[:, 0]), cache
+
+    whole = jnp.zeros((batch, max_length), jnp.int32)
+    return step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: extend(whole, {})[1]))
+
+
+def _one_by_one(
+    step: Step, cache: Cache, shape: tuple[int, int], choose: Callable[[Array, Array], Array]
+) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
+    """The tokens, of `shape` [B, U], that `choose(log_probs [B, V], index)` chooses, and their log-probabilities."""
+
+    def extend(carry):
         index, token, tokens, score, ended, cache = carry
-        logits, cache = logits_of(token[:, None], cache)
-        log_probs = jax.nn.log_softmax(logits[:, 0])
-        token = jnp.where(ended, 0, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
+        log_probs, cache = step(token, cache)
+        token = jnp.where(ended, 0, choose(log_probs, index).astype(jnp.int32))
         score = score + jnp.where(ended, 0.0, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0])
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
         return index + 1, token, tokens, score, ended | (token == EOS), cache
 
     def unfinished(carry):
         index, _, _, _, ended, _ = carry
-        return (index < max_length) & ~jnp.all(ended)
+        return (index < shape[1]) & ~jnp.all(ended)
 
-    first = (0, jnp.zeros(batch, jnp.int32), start, jnp.zeros(batch), jnp.zeros(batch, bool), empty)
-    _, _, tokens, score, _, _ = lax.while_loop(unfinished, step, first)
+    none, empty = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape, jnp.int32)
+    first = (jnp.int32(0), none, empty, jnp.zeros(shape[0]), none > 0, cache)
+    _, _, tokens, score, _, _ = lax.while_loop(unfinished, extend, first)
     return tokens, score
+
+
+def _pick(x: Array, beams: Int[Array, "B N"]) -> Array:
+    """Of `x` [B, M, ...] the `beams` of each row."""
+    return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -100,12 +100,13 @@ class Encoder(nn.Module):
         embedded: Float[Array, "B T D"],
         mask: Bool[Array, "B 1 #T T"],
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt_mask: Bool[Array, "B P"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
         x = embedded
         if self.prompt_factory is not None:
             x = self.prompt(embedded, prompt)
-            mask = extend_over_prompt(mask, x.shape[1] - embedded.shape[1])
+            mask = extend_over_prompt(mask, x.shape[1] - embedded.shape[1], prompt_mask)
         x = self.dropout(x, deterministic=deterministic)
         bias = self.relpos_bias(x.shape[1], x.shape[1])
         for layer in self.layers:
@@ -186,6 +187,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         *,
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt_mask: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's output over prompt and inputs, [B, P+T, D].
 
@@ -193,6 +195,8 @@ class Transformer(nn.Module):
           encoder_input_tokens: 0 is padding, and never attended to.
           encoder_segment_ids: of packed examples; only without a prompt.
           prompt: used in place of the model's own, one for all rows or one a row.
+          prompt_mask: false where a prompt position is padding, which belongs in front of a shorter prompt: T5's
+            positions are relative, so the row is then what it would be with the shorter prompt alone.
         """
         if prompt is not None and self.prompt_factory is None:
             raise ValueError("a prompt was given to a model without one: set Transformer.prompt_factory")
@@ -202,7 +206,7 @@ class Transformer(nn.Module):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        return self.encoder(embedded, mask, prompt, not enable_dropout)
+        return self.encoder(embedded, mask, prompt, prompt_mask, not enable_dropout)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
@@ -220,6 +224,8 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
         max_decode_length: int | None = None,
+        *,
+        prompt_mask: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B Q V"]:
         """Logits, float32, of the token after each decoder input.
 
@@ -228,6 +234,7 @@ class Transformer(nn.Module):
           encoder_input_tokens: what was encoded, for its padding mask; the prompt's length is the difference.
           decode: one position a call, reading and writing the "cache" collection; see `decoding.greedy`.
           max_decode_length: length of the cache.
+          prompt_mask: what `encode` was given.
         """
         del decoder_positions  # T5 has relative positions alone
         keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
@@ -236,7 +243,8 @@ class Transformer(nn.Module):
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             mask = _same_segment(decoder_segment_ids, decoder_segment_ids)
             encoded_mask = encoded_mask & _same_segment(decoder_segment_ids, encoder_segment_ids)
-        encoded_mask = extend_over_prompt(encoded_mask, keys[0].key.shape[2] - encoder_input_tokens.shape[1])
+        prompt_length = keys[0].key.shape[2] - encoder_input_tokens.shape[1]
+        encoded_mask = extend_over_prompt(encoded_mask, prompt_length, prompt_mask)
 
         embedded = self.token_embedder(decoder_input_tokens)
         x = self.decoder(embedded, keys, mask, encoded_mask, not enable_dropout, decode, max_decode_length)
@@ -257,10 +265,13 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt_mask: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B U V"]:
         """Teacher-forced logits, float32."""
         del encoder_positions
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt)
+        encoded = self.encode(
+            encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt, prompt_mask=prompt_mask
+        )
         return self.decode(
             encoded,
             encoder_input_tokens,
@@ -271,12 +282,18 @@ class Transformer(nn.Module):
             decoder_positions,
             enable_dropout,
             decode,
+            prompt_mask=prompt_mask,
         )
 
 
-def extend_over_prompt(mask: Bool[Array, "B 1 Q T"], prompt_length: int) -> Bool[Array, "B 1 Q {prompt_length}+T"]:
-    """The mask with `prompt_length` always visible positions in front."""
-    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
+def extend_over_prompt(
+    mask: Bool[Array, "B 1 Q T"], prompt_length: int, prompt_mask: Bool[Array, "B {prompt_length}"] | None = None
+) -> Bool[Array, "B 1 Q {prompt_length}+T"]:
+    """The mask with `prompt_length` positions in front: visible, or where `prompt_mask` is true."""
+    if prompt_mask is None:
+        return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
+    shape = (*mask.shape[:3], prompt_length)
+    return jnp.concatenate([jnp.broadcast_to(prompt_mask[:, None, None, :], shape), mask], axis=3)
 
 
 def _same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:

@@ -1,0 +1,45 @@
+"""How likely a model finds given answers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from prompt_tuning_jax.t5.decoding import encode_once
+from prompt_tuning_jax.t5.network import Transformer
+
+
+def choice_scores(
+    model: Transformer,
+    params: Any,
+    inputs: Int[Array, "B T"],
+    choices: Int[Array, "#B C L"],
+    prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+    prompt_mask: Bool[Array, "B P"] | None = None,
+    count: Int[Array, ""] | None = None,
+) -> Float[Array, "B C"]:
+    """The log-likelihood of each choice after each input: one pass of the encoder, then choice by choice.
+
+    Args:
+      model, params, inputs, prompt, prompt_mask: see `decoding.encode_once`.
+      choices: tokens, end of sequence included, 0 after it; the same for all rows, or each row's own.
+      count: how many are scored, C where it is None. Traced: programs for 3 and for 4 choices can be the same one.
+
+    Returns:
+      Nats, float32; -inf for the choices from `count` on, and for those without a token.
+    """
+    decode = encode_once(model, params, inputs, prompt, prompt_mask)
+    targets = jnp.broadcast_to(choices, (inputs.shape[0], *choices.shape[1:]))
+
+    def score(place: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        wanted = lax.dynamic_index_in_dim(targets, place, axis=1, keepdims=False)
+        before = jnp.pad(wanted, ((0, 0), (1, 0)))[:, :-1]
+        logits = decode(before)
+        picked = jnp.take_along_axis(logits, wanted[:, :, None], axis=2)[:, :, 0]
+        total = jnp.sum(picked - jax.nn.logsumexp(logits, axis=2), axis=1, where=wanted > 0)
+        return scores.at[:, place].set(jnp.where(jnp.any(wanted > 0, axis=1), total, -jnp.inf))
+
+    nothing = jnp.full(targets.shape[:2], -jnp.inf)
+    return lax.fori_loop(0, targets.shape[1] if count is None else count, score, nothing)
