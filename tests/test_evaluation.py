@@ -10,6 +10,7 @@ from tiny import CONFIG, LENGTHS, make_tiny, random_params
 
 from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.inference.labels import written_labels
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
@@ -19,9 +20,7 @@ from prompt_tuning_jax.training.evaluation import (
     check_labels,
     is_right,
     judge,
-    label_tokens,
     takes_scores,
-    written_labels,
 )
 from prompt_tuning_jax.training.step import merge, shift_right
 
@@ -180,10 +179,9 @@ def test_an_answer_is_the_label_as_the_vocabulary_writes_it(evaluator, params, s
 
 
 def test_a_sentinel_in_a_label_is_one_token(words):
-    tokens = label_tokens("<extra_id_0> positive", words)
+    tokens = words.encode("<extra_id_0> positive")
     assert tokens == [words.size - 1, *words.encode("positive")]
     assert words.decode([*tokens, EOS]) == "<extra_id_0> positive"
-    assert label_tokens("positive", words) == words.encode("positive")
 
 
 def test_likelihoods_are_those_of_each_rows_targets(evaluator, params, split, words):

@@ -90,7 +90,7 @@ def test_a_runs_folder(finished):
     assert names - events == {"config.gin", "metrics.jsonl", "checkpoints", "prompts", "best", "summary.json"}
     steps = range(EVAL_PERIOD, STEPS + 1, EVAL_PERIOD)
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {str(step) for step in steps}
-    assert {path.name for path in (finished / "prompts").iterdir()} == {f"{step}.npy" for step in steps}
+    assert {path.name for path in (finished / "prompts").iterdir()} == {f"{step}.npy" for step in (0, *steps)}
     assert [path.name for path in (finished / "best").iterdir()] == ["prompt.npy"]
     assert "PROMPT_LENGTH = 5" in (finished / "config.gin").read_text()
 

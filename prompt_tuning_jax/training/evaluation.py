@@ -3,8 +3,7 @@
 import collections
 import inspect
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import choice_scores
 from prompt_tuning_jax.tasks import metrics, postprocessors
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.loss import token_log_probs
 from prompt_tuning_jax.training.step import Params, batch_loss, merge, shift_right
 
@@ -89,15 +90,6 @@ def takes_scores(examples: Examples) -> bool:
     return any([*inspect.signature(metric).parameters][1:2] == ["scores"] for metric in examples.metrics)
 
 
-def label_tokens(label: str, vocabulary: Vocabulary) -> list[int]:
-    """The ids of an answer as a model gives it, without an end of sequence: sentinels are one id each."""
-    tokens: list[int] = []
-    for part in re.split(r"(<extra_id_\d+>)", label):
-        sentinel = re.fullmatch(r"<extra_id_(\d+)>", part)
-        tokens += [vocabulary.size - 1 - int(sentinel[1])] if sentinel else vocabulary.encode(part.strip())
-    return tokens
-
-
 def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
     """Raises ValueError where a task has two labels that the vocabulary cannot tell apart."""
     for name, batches in tasks.items():
@@ -105,24 +97,6 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
             written_labels(postprocessors.answers(batches.examples.postprocess) or (), vocabulary)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-
-
-def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
-    """Each label by how the vocabulary writes it: one that folds case can never answer "True", only "true".
-
-    Raises:
-      ValueError: two labels are written alike.
-    """
-    written: dict[str, str] = {}
-    for label in labels:
-        text = vocabulary.decode(label_tokens(label, vocabulary))
-        if text in written:
-            raise ValueError(
-                f"the labels {written[text]!r} and {label!r} are both {text!r} in the vocabulary {vocabulary.path}: "
-                "set INITIAL_CHECKPOINT_PATH or VOCABULARY to one that tells them apart"
-            )
-        written[text] = label
-    return written
 
 
 class Evaluator:
@@ -145,7 +119,7 @@ class Evaluator:
         self._losses = losses
         self._tokens = jax.jit(tokens, static_argnums=3)
         self._label_scores = jax.jit(
-            lambda trainable, frozen, inputs, labels: label_scores(model, merge(trainable, frozen), inputs, labels)
+            lambda trainable, frozen, inputs, labels: choice_scores(model, merge(trainable, frozen), inputs, labels)
         )
         self._target_scores = jax.jit(
             lambda trainable, frozen, inputs, targets: target_scores(model, merge(trainable, frozen), inputs, targets)
@@ -160,29 +134,25 @@ class Evaluator:
             texts = map(self._vocabulary.decode, rows)
             return [written.get(text, text) for text in texts]
 
-        return _by_row(batches, answer)
+        return batches.in_order(answer)
 
     def ranked(self, trainable: Params, frozen: Params, batches: Batches) -> list[str] | None:
         """The best-scored label for each row of the split, in order; None where the answers are no closed set."""
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
             return None
-        written_labels(labels, self._vocabulary)
-        rows = [[*label_tokens(label, self._vocabulary), EOS] for label in labels]
-        table = np.zeros((len(rows), max(map(len, rows))), np.int32)
-        for row, ids in zip(table, rows, strict=True):
-            row[: len(ids)] = ids
+        table = label_table(labels, self._vocabulary)[None]
 
         def best(batch) -> list[str]:
             scores = np.asarray(self._label_scores(trainable, frozen, batch.inputs, table))
             return [labels[place] for place in scores.argmax(axis=1)]
 
-        return _by_row(batches, best)
+        return batches.in_order(best)
 
     def likelihoods(self, trainable: Params, frozen: Params, batches: Batches) -> list[float]:
         """The log-probability of each row's own targets, end of sequence included, in nats."""
-        return _by_row(
-            batches, lambda batch: self._target_scores(trainable, frozen, batch.inputs, batch.targets).tolist()
+        return batches.in_order(
+            lambda batch: self._target_scores(trainable, frozen, batch.inputs, batch.targets).tolist()
         )
 
     def judged(self, trainable: Params, frozen: Params, batches: Batches) -> Judged:
@@ -217,38 +187,9 @@ class Evaluator:
         }
 
 
-def label_scores(
-    model: Transformer, params: dict, inputs: Int[Array, "B T"], labels: Int[Array, "C L"]
-) -> Float[Array, "B C"]:
-    """The log-probability of each label's tokens, end of sequence included, for each input; one pass of the encoder."""
-    variables = {"params": params}
-    encoded = model.apply(variables, inputs, enable_dropout=False, method="encode")
-    keys = model.apply(variables, encoded, method="project_encoded")
-
-    def score(label: Int[Array, " L"]) -> Float[Array, " B"]:
-        targets = jnp.broadcast_to(label, (inputs.shape[0], label.shape[0]))
-        logits = model.apply(
-            variables, keys, inputs, shift_right(targets), targets, enable_dropout=False, method="decode"
-        )
-        return jnp.sum(token_log_probs(logits, targets), axis=1)
-
-    return jax.lax.map(score, labels).T
-
-
 def target_scores(
     model: Transformer, params: dict, inputs: Int[Array, "B T"], targets: Int[Array, "B U"]
 ) -> Float[Array, " B"]:
     """The log-probability of each row's targets."""
     logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False)
     return jnp.sum(token_log_probs(logits, targets), axis=1)
-
-
-def _by_row(batches: Batches, predict: Callable[[Any], list]) -> list:
-    """What `predict` gives for each batch, in the order of the split's rows."""
-    found: list[Any] = [None] * len(batches.examples)
-    for number in range(len(batches)):
-        batch = batches[number]
-        for at, value in zip(batch.ids, predict(batch), strict=True):
-            if at >= 0:
-                found[at] = value
-    return found

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, random_base
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
@@ -25,7 +25,7 @@ from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.progress import Terminated, Window, prompt_metrics, say
 from prompt_tuning_jax.training.run_folder import RunFolder, write_text
-from prompt_tuning_jax.training.start import check_prompt_length, open_vocabulary, start_prompt
+from prompt_tuning_jax.training.start import check_prompt_length, start_prompt
 from prompt_tuning_jax.training.step import PROMPT, Params, TrainState, make_train_step, split_trainable
 
 TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
@@ -67,7 +67,7 @@ def train(
       eval_period: updates between two evaluations, each of which is also a checkpoint.
       prompt_init: see `prompts.initializers`.
       prompt_length: P.
-      vocabulary: a SentencePiece model; None for the one beside the base.
+      vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base.
       random_seed: of the prompt, the order of the data and dropout.
       z_loss: see `loss.cross_entropy`.
       log_period: updates between two records of the training loss.
@@ -115,6 +115,8 @@ def train(
     if step:
         state = folder.states.restore(step, state)
     records = folder.rewind(step)
+    if start is not None and not step:
+        write_prompt(folder.path / "prompts" / "0.npy", np.asarray(start))
     clock -= max((record["seconds"] for record in records), default=0.0)
     best = max((record for record in records if record["split"] == "eval"), key=score, default=None)
 

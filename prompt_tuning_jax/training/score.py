@@ -1,23 +1,27 @@
 """Scoring a finished prompt on a split: by generation, and by ranking the labels where they are a closed set."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
-from prompt_tuning_jax.checkpoints.base import load_base
+from prompt_tuning_jax.checkpoints.base import load_base, open_vocabulary
+from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels
-from prompt_tuning_jax.training.start import open_vocabulary
+from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, judge, takes_scores
 from prompt_tuning_jax.training.step import PROMPT
 from prompt_tuning_jax.training.submission import start_submission, write_file
 
@@ -28,6 +32,7 @@ def evaluate_prompt(
     initial_checkpoint_path: str,
     dataset: DatasetConfig,
     prompt_file: str | None = None,
+    prompt_files: Sequence[str] | None = None,
     vocabulary: str | None = None,
     base_dtype: str | None = "auto",
     samples: int = 0,
@@ -38,6 +43,7 @@ def evaluate_prompt(
     Args:
       model: without a `prompt_factory`: the prompt brings its own length.
       prompt_file: a prompt of this base; None for the base as it is.
+      prompt_files: several, which are scored each and as an ensemble (section 6).
       vocabulary: None for the one beside the base.
       base_dtype: of the base in memory; see `checkpoints.base.load_base`.
       samples: how many right and how many wrong answers of each task to show on stderr.
@@ -46,15 +52,20 @@ def evaluate_prompt(
     Returns:
       Of one task, what `task_result` gives. Of several, "tasks": that by name; "score", the mean of their scores, and
       "ranking_score", where all of them can be ranked. Of a submission, "submission": what `submission.write` gives.
+      Of several prompts, `ensemble_result` in place of `task_result`.
 
     Raises:
       ValueError: something does not fit; the message says what to set.
     """
+    check_prompt_files(prompt_file, prompt_files, submission)
     words = open_vocabulary(vocabulary, initial_checkpoint_path, model.config)
-    prompts = {}
-    if prompt_file is not None:
-        prompt = read_prompt(prompt_file)
-        check_width(prompt_file, prompt.shape, model.config.emb_dim)
+    prompts, several = {}, {}
+    if prompt_files:
+        several = {path: read_fitting(path, model) for path in prompt_files}
+        # An example is as many rows as there are prompts.
+        dataset = dataclasses.replace(dataset, batch_size=max(dataset.batch_size // len(several), 1))
+    elif prompt_file is not None:
+        prompt = read_fitting(prompt_file, model)
         prompts[PROMPT] = jnp.asarray(prompt)
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
     tasks = dataset.eval_batches(words)
@@ -72,6 +83,11 @@ def evaluate_prompt(
         "base_fingerprint": base.fingerprint,
         "prompt": prompt_file,
     }
+    if several:
+        ensemble = Ensemble(model, words, [*several.values()])
+        found = {name: ensemble_result(ensemble, [*several], base.params, one) for name, one in tasks.items()}
+        del result["prompt"]
+        return result | (found.popitem()[1] if len(found) == 1 else {"tasks": found})
     if submission is not None:
         predicted = {name: evaluator.judged(prompts, base.params, tasks[name]) for name in files}
         written = [
@@ -114,6 +130,39 @@ def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | 
     return result | {name: value for name, value in scores.items() if value is not None}
 
 
+def ensemble_result(
+    ensemble: Ensemble, names: Sequence[str], params: Mapping[str, jax.Array], batches: Batches
+) -> dict[str, Any]:
+    """What is said of one task and several prompts: table 3 of the paper.
+
+    Returns:
+      "examples"; "generation" and, for a task with labels, "ranking", each with "average", the mean of each metric over
+      the prompts; "best", the metrics of the prompt of the highest score, and its name; "ensemble", those of the vote;
+      and "prompts", the metrics of each by name.
+    """
+    if takes_scores(batches.examples):
+        raise ValueError(
+            "a task whose metrics take scores has no answers to vote on: set MIXTURE_OR_TASK_NAME to the task without "
+            "rank_classification, whose labels are ranked as well"
+        )
+    ballots = {"generation": ensemble.generated(params, batches), "ranking": ensemble.ranked(params, batches)}
+    return {"examples": len(batches.examples)} | {
+        how: ballot_result(batches, found, names) for how, found in ballots.items() if found is not None
+    }
+
+
+def ballot_result(batches: Batches, found: Ballots, names: Sequence[str]) -> dict[str, Any]:
+    """The columns of table 3, of one way to answer."""
+    each = [judge(batches.examples, texts).metrics(batches.examples) for texts in found.texts]
+    best = max(range(len(names)), key=lambda at: task_score(each[at]) or 0.0)
+    return {
+        "average": {metric: float(np.mean([values[metric] for values in each])) for metric in each[0]},
+        "best": each[best] | {"prompt": names[best]},
+        "ensemble": judge(batches.examples, found.elected()).metrics(batches.examples),
+        "prompts": dict(zip(names, each, strict=True)),
+    }
+
+
 def suite_result(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The means of the tasks' scores; by ranking only where all tasks with a score have one by ranking."""
     scored = {name: result for name, result in results.items() if "score" in result}
@@ -142,6 +191,27 @@ def show_samples(task: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) 
         for row in rows:
             line = " ".join(f"{name} {row[name]!r}" for name in ("prediction", "targets", "inputs"))
             print(f"{task}, {kind}: {line}", file=sys.stderr)
+
+
+def check_prompt_files(prompt_file: str | None, prompt_files: Sequence[str] | None, submission: str | None) -> None:
+    """Raises ValueError where it is not said what to score, or said twice."""
+    if isinstance(prompt_files, str):
+        raise ValueError(f"PROMPT_FILES is {prompt_files!r}, expected a list of files: set PROMPT_FILE for one")
+    if prompt_files and prompt_file:
+        raise ValueError("PROMPT_FILE and PROMPT_FILES are both set: set one of them")
+    if prompt_files is not None and len(set(prompt_files)) < 2:
+        raise ValueError(f"PROMPT_FILES names {len(set(prompt_files))} prompts, expected two or more to ensemble")
+    if prompt_files and submission is not None:
+        raise ValueError("--submission writes the answers of one prompt: set PROMPT_FILE, not PROMPT_FILES")
+    if prompt_file == "" and not prompt_files:
+        raise ValueError("PROMPT_FILE must be set: a prompt, or None for the base alone; or PROMPT_FILES, an ensemble")
+
+
+def read_fitting(path: str, model: Transformer) -> Float[np.ndarray, "P D"]:
+    """The prompt in a file, of the model's width."""
+    prompt = read_prompt(path)
+    check_width(path, prompt.shape, model.config.emb_dim)
+    return prompt
 
 
 def check_width(path: str, shape: tuple[int, ...], d_model: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run starts from: the vocabulary that fits the base, and the prompt before its first update."""
+"""What a run starts from: the prompt before its first update."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,6 @@ import jax
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.checkpoints.base import check_vocabulary, default_vocabulary
-from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.step import Params
 
@@ -21,20 +19,6 @@ def check_prompt_length(prompt_init: Callable | None, prompt_length: int, datase
     room = MAX_ENCODER_LENGTH - dataset.task_feature_lengths.get("inputs", 0)
     if not isinstance(prompt_length, int) or not 1 <= prompt_length <= room:
         raise ValueError(f"PROMPT_LENGTH is {prompt_length!r}, expected 1 to {room} beside inputs of this length")
-
-
-def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
-    """The vocabulary at `path`, or beside the base.
-
-    Raises:
-      ValueError: there is none, or it cannot belong to the model.
-    """
-    path = path or default_vocabulary(base)
-    if path is None:
-        raise ValueError(f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file")
-    vocabulary = Vocabulary(path)
-    check_vocabulary(vocabulary, config)
-    return vocabulary
 
 
 def start_prompt(

@@ -1,0 +1,230 @@
+"""Answers rows of many tasks with one base: `python -m prompt_tuning_jax.infer --prompts=DIR < rows.jsonl`.
+
+A row is {"prompt": NAME, "inputs": TEXT}; "labels": [...] ranks these, "prompt": null asks the base alone. Each row
+comes back, in order, with its "prediction" and "score"; one that cannot be answered has an "error". With --text each
+line is the inputs of --prompt. With --interactive one types them: ":prompt NAME" switches, ":prompts" lists, ":quit"
+leaves.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from prompt_tuning_jax.compilation import keep_compiled_programs
+from prompt_tuning_jax.flags import Parser, add_model_flags, flag_errors, load_predictor, say_broken
+from prompt_tuning_jax.inference.predictor import WINDOW, Predictor
+from prompt_tuning_jax.inference.requests import METHODS, Decoding
+
+WAIT = 0.02  # seconds that a window waits for more lines once it has one
+SAY_EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      ValueError: it is not one of this command's.
+    """
+    parser = Parser("prompt_tuning_jax.infer", __doc__)
+    add_model_flags(parser)
+    parser.add_argument("--prompt", help="for rows that name none")
+    parser.add_argument("--decode", default="greedy", help=f"{', '.join(METHODS)}; a row's own goes first")
+    parser.add_argument("--temperature", type=float, default=1.0, help='for "sample"; 0 is greedy')
+    parser.add_argument("--top_k", type=int, default=0, help='for "sample": tokens that may be drawn; 0 for all')
+    parser.add_argument("--top_p", type=float, default=1.0, help='for "sample": the share of probability; 1 for all')
+    parser.add_argument("--seed", type=int, default=0, help='for "sample": of the first row; the next has one more')
+    parser.add_argument("--labels", help="rank these, with commas between, for rows that bring none")
+    parser.add_argument("--text", action="store_true", help="lines are inputs, not JSON")
+    parser.add_argument("--interactive", action="store_true", help="answer typed lines")
+    parser.add_argument("--input", type=Path, help="a file of rows, in place of stdin")
+    parser.add_argument("--output", type=Path, help="a new file of answers, in place of stdout")
+    parser.add_argument("--resume", action="store_true", help="go on with an --output that was broken off")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    keep_compiled_programs()
+    with flag_errors({"decode is": "--decode is"}):
+        run(parse(sys.argv[1:]))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads, answers, writes."""
+    if arguments.resume and not arguments.output:
+        raise ValueError("--resume goes on with an --output, and none is given")
+    if arguments.output and arguments.output.exists() and not arguments.resume:
+        raise ValueError(f"{arguments.output} is there already: set --output to a new file, or give --resume to go on")
+    with contextlib.ExitStack() as files:
+        lines = sys.stdin.buffer
+        if arguments.input:
+            if not arguments.input.is_file():
+                raise ValueError(f"no file {arguments.input}: set --input to a file of rows")
+            lines = files.enter_context(open(arguments.input, "rb"))
+        labels = tuple(arguments.labels.split(",")) if arguments.labels is not None else None
+        sampling = (arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+        decoding = Decoding(arguments.decode, arguments.beams, *sampling, labels)
+        predictor, folder = load_predictor(arguments, decoding, arguments.prompt)
+        say_broken(folder.broken if folder else {})
+        if arguments.interactive:
+            return converse(predictor, arguments.prompt)
+        rows = read_rows(lines, arguments.text)
+        target: BinaryIO = sys.stdout.buffer
+        if arguments.output:
+            done = whole_lines(arguments.output) if arguments.resume and arguments.output.exists() else []
+            skip(rows, done, arguments.output)
+            target = files.enter_context(open(arguments.output, "ab"))
+        answer_all(predictor, rows, target)
+
+
+def read_rows(lines: Iterable[bytes], text: bool) -> Iterator[tuple[int, Any]]:
+    """Each line's number, from 0, and its row; a ValueError for a line that is none. Blank lines are no rows."""
+    for number, line in enumerate(lines):
+        try:
+            line = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, ValueError(f"line {number + 1} is not UTF-8 (byte {error.start}), expected a row")
+            continue
+        if not line.strip():
+            continue
+        if text:
+            yield number, {"inputs": line}
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = str(error) or type(error).__name__
+            yield (
+                number,
+                ValueError(f"line {number + 1} is not JSON ({why}), expected a row; lines of text need --text"),
+            )
+
+
+def windows(rows: Iterable[tuple[int, Any]], size: int) -> Iterator[list[tuple[int, Any]]]:
+    """The rows in lists: up to `size` of them, but as few as there are where the next ones are not there yet.
+
+    So whoever writes a row and waits gets its answer.
+    """
+    waiting: queue.Queue = queue.Queue(2 * size)
+    end = object()
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(end)
+        except Exception as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    ended = False
+    while not ended:
+        window = [waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(window) < size and window[-1] is not end and not isinstance(window[-1], Exception):
+                window.append(waiting.get(timeout=WAIT))
+        last = window[-1]
+        ended = last is end or isinstance(last, Exception)
+        if ended:
+            window.pop()
+        if window:
+            yield window
+        if isinstance(last, Exception):
+            raise last
+
+
+def answer_all(predictor: Predictor, rows: Iterable[tuple[int, Any]], target: BinaryIO) -> None:
+    """Writes the answers in order, and says on stderr how far it is."""
+    answered = failed = 0
+    started = said = time.monotonic()
+    with tqdm(disable=None, unit="row") as bar:
+        for window in windows(rows, predictor.batch_size * WINDOW):
+            answers = predictor.answer_rows(window)
+            target.write(b"".join(map(line_of, answers)))
+            target.flush()
+            answered += len(answers)
+            failed += sum("error" in answer for answer in answers)
+            bar.update(len(answers))
+            if bar.disable and time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                print(f"{answered:,} rows, {answered / (said - started):,.1f} a second", file=sys.stderr)
+    if failed:
+        print(f"{failed:,} of {answered:,} rows have an error in place of an answer", file=sys.stderr)
+
+
+def line_of(answer: dict[str, Any]) -> bytes:
+    """An answer as a line of JSON; half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
+    return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The answers in a file; a last line that was broken off is cut from it."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    try:
+        return [json.loads(line) for line in data[:whole].splitlines()]
+    except ValueError:
+        raise ValueError(f"{path} holds no answers: set --output to a new file") from None
+
+
+def skip(rows: Iterator[tuple[int, Any]], done: list[dict[str, Any]], path: Path) -> None:
+    """Passes over the rows that are answered already.
+
+    Raises:
+      ValueError: the answers are to other rows.
+    """
+    for answer in done:
+        _, row = next(rows, (None, None))
+        if row is None or (isinstance(row, dict) and any(answer.get(name) != row[name] for name in row)):
+            raise ValueError(f"{path} holds the answers to other rows: set --output to a new file")
+    if done:
+        print(f"{len(done):,} rows are answered already", file=sys.stderr)
+
+
+def converse(predictor: Predictor, prompt: str | None) -> None:
+    """Answers what is typed, with the prompt that was named last."""
+    names = [*predictor.bank]
+    prompt = prompt or (names[0] if len(names) == 1 else None)
+    print(":prompt NAME switches, :prompts lists, :quit leaves; the prompt is", prompt or "none, the base alone")
+    while True:
+        try:
+            line = input(f"{prompt or 'base'}> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, name = line.partition(" ")
+        if command in (":quit", ":q"):
+            return
+        if command == ":prompts":
+            print("  ".join(f"{name} [{length}]" for name, length in predictor.bank.lengths.items()) or "none")
+        elif command == ":prompt":
+            try:
+                predictor.bank.row(name.strip() or None)
+                prompt = name.strip() or None
+            except ValueError as error:
+                print(f"error: {error}")
+        elif line:
+            answer = predictor.answer_rows([(0, {"prompt": prompt, "inputs": line})])[0]
+            print(f"error: {answer['error']}" if "error" in answer else shown(answer))
+
+
+def shown(answer: dict[str, Any]) -> str:
+    """An answer as one reads it."""
+    if "probabilities" in answer:
+        return "  ".join(f"{label} {share:.3f}" for label, share in answer["probabilities"].items())
+    return f"{answer['prediction']}   ({answer['score']:.2f}{', inputs cut' if answer.get('cut') else ''})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Answers from one frozen base and any number of prompts."""

@@ -1,0 +1,152 @@
+"""A folder of prompts, as a bank is filled from it and kept up with it.
+
+Each entry is one prompt, named after it:
+
+    sst2.npy, and beside it, where one wants the base checked, sst2.json: the summary.json of its run
+    rte/            the folder of a run (best/prompt.npy, summary.json), a PEFT adapter, or the official file's folder
+
+A single prompt, by its own path, is a folder of one.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from prompt_tuning_jax.inference.bank import PromptBank
+from prompt_tuning_jax.prompts import peft
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt
+
+RUN_PROMPT, RUN_SUMMARY = Path("best", "prompt.npy"), "summary.json"
+
+
+class Entry(NamedTuple):
+    """A prompt on disk.
+
+    Attributes:
+      prompt: for `read_prompt`.
+      summary: a JSON object with "base_fingerprint"; it need not be there.
+      state: changes when the files do.
+    """
+
+    prompt: Path
+    summary: Path
+    state: tuple
+
+
+class Changes(NamedTuple):
+    """What a look at the folder has changed in the bank, by name; of broken ones the message, as long as they are."""
+
+    added: list[str]
+    removed: list[str]
+    broken: dict[str, str]
+
+
+class PromptFolder:
+    """Fills a bank, and says what has changed since.
+
+    Attributes:
+      broken: the messages of the prompts that cannot be had, by name, as of the last `sync`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Looks at nothing yet.
+
+        Raises:
+          ValueError: there is nothing at `path`.
+        """
+        self.path = Path(path)
+        if not self.path.exists():
+            raise ValueError(f"no folder of prompts at {path}: set --prompts to a folder of them, or to one prompt")
+        self._seen: dict[str, tuple] = {}
+        self.broken: dict[str, str] = {}
+
+    @property
+    def single(self) -> str | None:
+        """The prompt's name where `path` is one prompt and not a folder of them."""
+        return _name(self.path) if _entry(self.path) else None
+
+    def entries(self) -> dict[str, Entry]:
+        """The prompts in the folder, by name, in order."""
+        try:
+            paths = [self.path] if self.single else sorted(self.path.iterdir())
+        except OSError as error:
+            raise ValueError(f"cannot read the folder of prompts {self.path} ({error.strerror})") from None
+        found = {_name(path): _entry(path) for path in paths if not path.name.startswith(".")}
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    def sync(self, bank: PromptBank) -> Changes:
+        """Brings the bank up to the folder. A prompt that is broken, or becomes so, changes nothing in the bank."""
+        entries = self.entries()
+        removed = [name for name in self._seen if name not in entries]
+        for name in removed:
+            del self._seen[name]
+            self.broken.pop(name, None)
+            if name in bank:
+                bank.remove(name)
+        added = []
+        for name, entry in entries.items():
+            if self._seen.get(name) == entry.state:
+                continue
+            self._seen[name] = entry.state
+            try:
+                bank.add(name, *read_entry(entry))
+            except (ValueError, OSError) as error:
+                self.broken[name] = str(error)
+            else:
+                self.broken.pop(name, None)
+                added.append(name)
+        return Changes(added, removed, dict(self.broken))
+
+
+def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "P D"], str | None]:
+    """The prompt, and the fingerprint of the base it was trained on where that is known.
+
+    Raises:
+      ValueError: the prompt cannot be read, or the summary beside it.
+    """
+    fingerprint = None
+    if entry.summary.is_file():
+        try:
+            fingerprint = json.loads(entry.summary.read_text(encoding="utf-8")).get("base_fingerprint")
+        except (ValueError, AttributeError):
+            raise ValueError(f"{entry.summary} is no JSON object; expected the summary.json of a run") from None
+    return read_prompt(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _entry(path: Path) -> Entry | None:
+    """The prompt at `path`, if that is what it is."""
+    if path.is_dir():
+        summary = path / RUN_SUMMARY
+        if (path / RUN_PROMPT).is_file():
+            return Entry(path / RUN_PROMPT, summary, _state([path / RUN_PROMPT, summary]))
+        if peft.is_adapter(path):
+            return Entry(path, summary, _state([path / peft.CONFIG, path / peft.WEIGHTS, summary]))
+        if (path / OFFICIAL_NAME).is_file():
+            return Entry(path, summary, _state([path / OFFICIAL_NAME, summary]))
+        return None
+    if path.suffix == ".npy":
+        summary = path.with_suffix(".json")
+        if path.match(str(Path("*", RUN_PROMPT))) and (path.parents[1] / RUN_SUMMARY).is_file():
+            summary = path.parents[1] / RUN_SUMMARY
+        return Entry(path, summary, _state([path, summary]))
+    return None
+
+
+def _state(paths: Sequence[Path]) -> tuple:
+    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for path in paths if (stat := _stat(path)))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None

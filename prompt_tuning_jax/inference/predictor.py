@@ -1,0 +1,290 @@
+"""One frozen model that answers rows of many tasks at once: each row of a batch has its own prompt (figure 2)."""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Float
+
+from prompt_tuning_jax.batches.loader import default_buckets
+from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
+from prompt_tuning_jax.inference.bank import PromptBank, Prompts
+from prompt_tuning_jax.inference.folder import PromptFolder
+from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
+from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import choice_scores
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+WINDOW = 32  # batches whose rows are sorted by length together
+
+
+class Predictor:
+    """Answers rows `{"prompt": name, "inputs": text}`, those of all prompts in the same batches.
+
+    A row gets `"prediction"`, and `"score"`, its log-probability (of beam search divided by the brevity penalty).
+    With `"labels"` they are ranked: `"prediction"` is the best, `"scores"` and `"probabilities"` are of all. `"cut"` is
+    there, and true, where the inputs were longer than `input_length`. See `requests.Reader` for all fields.
+
+        predictor = Predictor.load("nano", "prompts")
+        for answer in predictor.predict([{"prompt": "sst2", "inputs": "sentence: a joy"}]):
+            print(answer["prediction"])
+
+    Attributes:
+      bank: the prompts, which may change between calls.
+      fingerprint: of the base.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Mapping[str, jax.Array],
+        vocabulary: Vocabulary,
+        bank: PromptBank,
+        *,
+        input_length: int = 512,
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
+        decoding: Decoding | None = None,
+        prompt: str | None = None,
+        fingerprint: str | None = None,
+    ):
+        """Compiles nothing yet: each shape is compiled where it is first met.
+
+        Args:
+          params: of the model, by path.
+          input_length: tokens of inputs; longer ones are cut, their end of sequence kept.
+          max_new_tokens: of an answer, end of sequence included.
+          batch_size: rows of the largest batch.
+          decoding: for rows that do not say.
+          prompt: the name for rows that have no "prompt".
+        """
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if input_length < 2:
+            raise ValueError(f"input_length is {input_length}, expected at least 2: one token and the end of sequence")
+        decoding = decoding or Decoding()
+        self.bank, self.fingerprint, self.batch_size = bank, fingerprint, batch_size
+        self._params, self._vocabulary = unflatten_dict(dict(params), sep="/"), vocabulary
+        self._buckets = default_buckets(input_length)
+        self._reader = Reader(vocabulary, input_length, decoding, prompt)
+        if prompt is not None:
+            bank.row(prompt)
+        model = model.clone(
+            prompt_factory=functools.partial(SoftPrompt, length=1)
+        )  # of no length: each row brings its own
+        self._programs = {
+            "greedy": jax.jit(functools.partial(greedy, model, max_length=max_new_tokens)),
+            "sample": jax.jit(functools.partial(sample, model, max_length=max_new_tokens)),
+            "beam": jax.jit(functools.partial(beam_search, model, max_length=max_new_tokens, beams=decoding.beams)),
+            RANK: jax.jit(functools.partial(choice_scores, model)),
+        }
+
+    @classmethod
+    def load(
+        cls,
+        base: str = "nano",
+        prompts: str | os.PathLike | Mapping[str, Float[np.ndarray, "P D"]] | PromptFolder | None = None,
+        *,
+        vocabulary: str | None = None,
+        dtype: Any = "auto",
+        prompt: str | None = None,
+        **options: Any,
+    ) -> "Predictor":
+        """A predictor of files.
+
+        Args:
+          base: of any format, by its path; see `checkpoints.base.open_model`.
+          prompts: a folder of prompts, or one prompt, which is then the default of rows that name none (`folder`);
+            or arrays by name; or None for the base alone.
+          vocabulary: None for the one beside the base.
+          dtype: of the base in memory; see `checkpoints.base.load_base`.
+          options: of the constructor.
+
+        Raises:
+          ValueError: something is not there, or does not fit; of a folder's prompts one that does.
+        """
+        found = open_model(base).config
+        if found is None:
+            raise ValueError(f"{base} does not say its model's size: parameters are missing. Set --base to another")
+        config = dataclasses.replace(found, dtype="auto")
+        words = open_vocabulary(vocabulary, base, config)
+        folder = prompts if isinstance(prompts, PromptFolder) else None
+        if isinstance(prompts, (str, os.PathLike)):
+            folder = PromptFolder(prompts)
+        given = prompts if isinstance(prompts, Mapping) else {}
+        held = load_base(base, config, dtype)
+        count = len(folder.entries()) if folder else len(given)
+        bank = PromptBank(config.emb_dim, held.fingerprint, capacity=max(count, 1))
+        for name, values in given.items():
+            bank.add(name, np.asarray(values, np.float32))
+        if folder is not None:
+            changes = folder.sync(bank)
+            if folder.single and changes.broken:
+                raise ValueError(changes.broken[folder.single])
+            prompt = prompt or folder.single
+        return cls(
+            Transformer(config), held.params, words, bank, prompt=prompt, fingerprint=held.fingerprint, **options
+        )
+
+    def request(self, row: Any, number: int = 0) -> Request:
+        """A row, checked and tokenised: see `requests.Reader.request`."""
+        request = self._reader.request(row, number)
+        self.bank.row(request.prompt)
+        return request
+
+    def predict(self, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The rows with their answers, in order, as they come. A row that cannot be answered has an "error" instead."""
+        numbered = enumerate(rows)
+        while window := [*itertools.islice(numbered, self.batch_size * WINDOW)]:
+            yield from self.answer_rows(window)
+
+    def answer_rows(self, rows: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
+        """The rows, each with its number, and what was found: an answer or an error."""
+        found: list[Request | ValueError] = []
+        for number, row in rows:
+            try:
+                found.append(row if isinstance(row, ValueError) else self.request(row, number))
+            except ValueError as error:
+                found.append(error)
+        answers = iter(self.answer([request for request in found if isinstance(request, Request)]))
+        return [
+            (dict(row) if isinstance(row, Mapping) else {})
+            | (next(answers) if isinstance(request, Request) else {"error": str(request)})
+            for (_, row), request in zip(rows, found, strict=True)
+        ]
+
+    def answer(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The answer to each request: "prediction" and more, or "error"."""
+        answers: list[dict[str, Any]] = [{} for _ in requests]
+        here = []
+        for at, request in enumerate(requests):
+            try:
+                self.bank.row(request.prompt)
+                here.append(at)
+            except ValueError as error:  # it was there when the row was read
+                answers[at]["error"] = str(error)
+        running = None
+        for batch in self._batches(requests, here):
+            started = self._start([requests[at] for at in batch.places], batch)
+            if running:  # the device computes the next batch while the last one's answers are written
+                self._finish(*running, requests, answers)
+            running = (batch, started)
+        if running:
+            self._finish(*running, requests, answers)
+        return answers
+
+    def _batches(self, requests: Sequence[Request], places: Sequence[int]) -> Iterator["Planned"]:
+        """Rows of one method and of about the same length, the longest first.
+
+        Rows of other lengths share a batch as long as that at most doubles the positions of none.
+        """
+        prompt = self.bank.prompts.values.shape[1]
+        order = sorted(places, key=lambda at: (requests[at].method, -len(requests[at].inputs), at))
+        for method, group in itertools.groupby(order, key=lambda at: requests[at].method):
+            rest = [*group]
+            while rest:
+                length = self.bucket(requests[rest[0]])
+                taken = [
+                    at for at in rest[: self.batch_size] if prompt + length <= 2 * (prompt + self.bucket(requests[at]))
+                ]
+                yield Planned(method, length, taken)
+                rest = rest[len(taken) :]
+
+    def bucket(self, request: Request) -> int:
+        """The length that its inputs are padded to where no longer ones share the batch."""
+        return next(length for length in self._buckets if length >= len(request.inputs))
+
+    def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
+        """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
+        size = min(_power_of_two(len(requests)), self.batch_size)
+        inputs, rows = np.zeros((size, batch.length), np.int32), np.zeros(size, np.int32)
+        for place, request in enumerate(requests):
+            inputs[place, : len(request.inputs)] = request.inputs
+            rows[place] = self.bank.row(request.prompt)
+        more: dict[str, Any] = {}
+        if batch.method == "sample":
+            more = _sampling_arrays(requests, size)
+        elif batch.method == RANK:
+            more = _choices(requests, size)
+        prompt, mask = _take(self.bank.prompts, rows)
+        return self._programs[batch.method](self._params, inputs, prompt=prompt, prompt_mask=mask, **more)
+
+    def _finish(self, batch: "Planned", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
+        found = jax.device_get(started)
+        for place, at in enumerate(batch.places):
+            request = requests[at]
+            if batch.method == RANK:
+                answers[at] = _ranked(request.labels, found[place])
+            else:
+                tokens, score = found[0][place], found[1][place]
+                if batch.method == "beam":
+                    tokens, score = tokens[0], score[0]
+                answers[at] = {"prediction": self._vocabulary.decode(tokens), "score": float(score)}
+                if not np.isfinite(score):
+                    answers[at] = {"error": f"the answer's score is {score}: the prompt or the base is broken"}
+            if request.cut:
+                answers[at]["cut"] = True
+
+
+class Planned(NamedTuple):
+    """A batch to be: its method, its inputs' length, and the places of its requests."""
+
+    method: str
+    length: int
+    places: list[int]
+
+
+# A program of its own: a bank that grows compiles this one anew, and not the model's.
+_take = jax.jit(Prompts.take)
+
+
+def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.ndarray]:
+    """The arguments of `sample`, of `size` rows."""
+
+    def column(values: Iterable[Any], dtype: Any) -> np.ndarray:
+        return np.resize(np.array([*values], dtype), size)
+
+    return {
+        "seeds": column((request.seed for request in requests), np.uint32),
+        "temperature": column((request.temperature for request in requests), np.float32),
+        "top_k": column((request.top_k for request in requests), np.int32),
+        "top_p": column((request.top_p for request in requests), np.float32),
+    }
+
+
+def _choices(requests: Sequence[Request], size: int) -> dict[str, Any]:
+    """The arguments of `choice_scores`, of `size` rows, in few shapes: as many labels and tokens as a power of two."""
+    tables = [request.choices for request in requests if request.choices is not None]
+    count, length = (max(table.shape[axis] for table in tables) for axis in (0, 1))
+    choices = np.zeros((size, max(_power_of_two(count), 16), max(_power_of_two(length), 4)), np.int32)
+    for row, table in zip(choices, tables, strict=False):
+        row[: table.shape[0], : table.shape[1]] = table
+    return {"choices": choices, "count": np.int32(count)}
+
+
+def _ranked(labels: Sequence[str], scores: Float[np.ndarray, " C"]) -> dict[str, Any]:
+    scores = scores[: len(labels)].astype(np.float64)
+    if not np.isfinite(scores).all():
+        return {"error": f"the labels' scores are {scores.tolist()}: the prompt or the base is broken"}
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    best = int(scores.argmax())
+    return {
+        "prediction": labels[best],
+        "score": float(scores[best]),
+        "scores": dict(zip(labels, scores.tolist(), strict=True)),
+        "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
+    }
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

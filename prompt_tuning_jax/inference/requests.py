@@ -1,0 +1,196 @@
+"""From a user's row to what a program needs, and what of a row is not as it should be."""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from prompt_tuning_jax.inference.labels import label_table
+from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary, trim
+
+METHODS = ("greedy", "beam", "sample")
+RANK = "rank"
+SAMPLING = ("temperature", "top_k", "top_p", "seed")  # fields that only `sample` reads
+MAX_LABELS, MAX_LABEL_TOKENS = 256, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How an answer is found, where a row does not say so itself.
+
+    Attributes:
+      decode: "greedy"; "beam", with T5X's brevity penalty; or "sample".
+      beams: for "beam".
+      temperature: for "sample"; 0 is greedy.
+      top_k: the tokens that may be drawn, the likeliest; 0 for all.
+      top_p: the share of probability that may be drawn, the likeliest tokens; 1 for all (nucleus sampling).
+      seed: of the first row; the next row's is one more.
+      labels: rank these and generate nothing.
+    """
+
+    decode: str = "greedy"
+    beams: int = 4
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    labels: tuple[str, ...] | None = None
+
+
+class Request(NamedTuple):
+    """A row, checked and tokenised.
+
+    Attributes:
+      prompt: its name; None for the base alone.
+      inputs: token ids, end of sequence included.
+      cut: whether `inputs` was longer than allowed.
+      method: one of `METHODS`, or `RANK`.
+      labels: to rank.
+      choices: their token ids, int32 [C, L], end of sequence included, 0 pads.
+    """
+
+    prompt: str | None
+    inputs: Int[np.ndarray, " T"]
+    cut: bool
+    method: str
+    labels: tuple[str, ...]
+    choices: Int[np.ndarray, "C L"] | None
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class Reader:
+    """Makes requests of rows, for one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, input_length: int, decoding: Decoding, prompt: str | None = None):
+        """Checks the defaults as rows are checked.
+
+        Args:
+          input_length: tokens of inputs, end of sequence included; longer ones are cut.
+          decoding: for rows that do not say.
+          prompt: the name for rows that have no "prompt".
+        """
+        self._vocabulary, self._input_length, self._prompt = vocabulary, input_length, prompt
+        self._choices = functools.lru_cache(maxsize=1024)(lambda labels: _choices(labels, vocabulary))
+        self._decoding = decoding
+        if not _is_int(decoding.beams) or not 1 <= decoding.beams <= 64:
+            raise ValueError(f"beams is {shown(decoding.beams)}, expected 1 to 64")
+        sound = {"inputs": "a", "prompt": None}
+        self.request(sound | {"decode": "sample"} | {name: getattr(decoding, name) for name in SAMPLING})
+        self.request(sound | {"decode": decoding.decode})
+        if decoding.labels is not None:
+            self.request(sound | {"labels": decoding.labels})
+
+    def request(self, row: Any, number: int = 0) -> Request:
+        """The request of a row.
+
+        Args:
+          row: {"prompt": name, or null for the base alone; "inputs": text}; further, where wanted, "labels", to rank
+            them, or "decode" and, for "sample", "temperature", "top_k", "top_p" and "seed". Other fields are nobody's
+            business.
+          number: of the row, which the default seed depends on.
+
+        Raises:
+          ValueError: it is none; the message says which field is wrong.
+        """
+        if not isinstance(row, Mapping):
+            raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
+        prompt = row.get("prompt", self._prompt)
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"prompt is {shown(prompt)}, expected the name of a prompt, or null for the base alone")
+        if prompt is None and "prompt" not in row:
+            raise ValueError('the row has no "prompt": name one, or null for the base alone')
+        inputs, cut = self._inputs(row)
+        sampled = [name for name in SAMPLING if name in row]
+        labels = self._labels(row)
+        if labels is not None:
+            _nothing_of(["decode", *sampled], row, "a row with labels, which are ranked")
+            return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
+        method = row.get("decode", self._decoding.decode)
+        if method not in METHODS:
+            raise ValueError(f"decode is {shown(method)}, expected {' or '.join(METHODS)}")
+        if method != "sample":
+            _nothing_of(sampled, row, f'decode "{method}"')
+        values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
+        if "seed" not in row:
+            values["seed"] = (values["seed"] + number) % 2**32
+        return Request(prompt, inputs, cut, method, (), None, *_sampling(values))
+
+    def _inputs(self, row: Mapping[str, Any]) -> tuple[Int[np.ndarray, " T"], bool]:
+        text = row.get("inputs")
+        if not isinstance(text, str):
+            near = difflib.get_close_matches("inputs", [*map(str, row)], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and text is None else ""
+            raise ValueError(f"inputs is {shown(text)}, expected a text{hint}")
+        if not text.strip():
+            raise ValueError("inputs is empty, expected a text")
+        ids = np.array([*self._vocabulary.encode(_sound(text, "inputs")), EOS], np.int32)
+        return trim(ids, self._input_length), len(ids) > self._input_length
+
+    def _labels(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
+        if "labels" not in row:
+            return None if "decode" in row else self._decoding.labels
+        labels = row["labels"]
+        if not isinstance(labels, Sequence) or isinstance(labels, str) or not all(isinstance(x, str) for x in labels):
+            raise ValueError(f"labels is {shown(labels)}, expected a list of texts")
+        if not 1 <= len(labels) <= MAX_LABELS:
+            raise ValueError(f"there are {len(labels)} labels, expected 1 to {MAX_LABELS}")
+        return tuple(_sound(label, "labels") for label in labels)
+
+
+def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
+    """The table of labels that are neither empty, nor too long, nor the same tokens."""
+    for label in labels:
+        tokens = len(vocabulary.encode(label))
+        if not 1 <= tokens < MAX_LABEL_TOKENS:
+            raise ValueError(f"label {shown(label)} has {tokens} tokens, expected 1 to {MAX_LABEL_TOKENS - 1}")
+    table = label_table(labels, vocabulary)
+    first: dict[bytes, int] = {}
+    for place, ids in enumerate(table):
+        if (same := first.setdefault(ids.tobytes(), place)) != place:
+            alike = f"{shown(labels[same])} and {shown(labels[place])}"
+            raise ValueError(f"the labels {alike} are the same tokens: expected others")
+    return table
+
+
+def _sampling(values: Mapping[str, Any]) -> tuple[float, int, float, int]:
+    temperature, top_k, top_p, seed = (values[name] for name in SAMPLING)
+    if not _is_number(temperature) or not 0 <= temperature <= 100:
+        raise ValueError(f"temperature is {shown(temperature)}, expected 0 to 100")
+    if not _is_int(top_k) or not 0 <= top_k < 2**31:
+        raise ValueError(f"top_k is {shown(top_k)}, expected a number of tokens, or 0 for all")
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {shown(top_p)}, expected above 0, to 1 for all")
+    if not _is_int(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {shown(seed)}, expected 0 to {2**32 - 1}")
+    return float(temperature), top_k, float(top_p), seed
+
+
+def _nothing_of(fields: Sequence[str], row: Mapping[str, Any], of: str) -> None:
+    odd = [name for name in fields if name in row]
+    if odd:
+        raise ValueError(f"{' and '.join(odd)} means nothing to {of}: leave it out, or set decode to sample")
+
+
+def _sound(text: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field} has half a surrogate pair (\\ud800 to \\udfff), expected whole characters") from None
+    return text
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))  # an int may be too large for isfinite

@@ -1,0 +1,190 @@
+"""`infer` as one types it: lines in, lines out, whatever the lines are."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import CONFIG, make_tiny
+
+from prompt_tuning_jax import infer
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.prompts.files import write_prompt
+
+ROWS = [
+    {"prompt": "long", "inputs": "a movie", "id": 7},
+    {"prompt": "short", "inputs": "the cast is warm", "labels": ["negative", "positive"]},
+    {"prompt": None, "inputs": "Ünïcode \u2028 text"},
+    {"prompt": "short", "inputs": "a movie", "decode": "beam"},
+]
+SMALL = ["--input_length=24", "--max_new_tokens=4", "--batch_size=4", "--beams=2"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, length in (("short", 2), ("long", 5)):
+        write_prompt(folder / f"{name}.npy", np.random.default_rng(length).normal(size=(length, CONFIG.emb_dim)))
+    (folder / "broken.npy").write_bytes(b"half")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, prompts):
+    return [f"--base={tiny.base}", f"--prompts={prompts}", *SMALL]
+
+
+@pytest.fixture
+def run(flags, monkeypatch, capfdbinary):
+    """The command in this process: stdin in, stdout and stderr back."""
+
+    def go(stdin, *more, only=None):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "argv", ["infer", *(flags if only is None else only), *more])
+        monkeypatch.setattr(infer, "keep_compiled_programs", lambda: None)
+        code = 0
+        try:
+            infer.main()
+        except SystemExit as exit:
+            code = exit.code
+        sys.stdout.flush()
+        out, err = capfdbinary.readouterr()
+        return code, out.decode(), err.decode()
+
+    return go
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_rows_come_back_in_order_with_what_the_predictor_says(run, tiny, prompts):
+    code, out, err = run(jsonl(ROWS))
+    answers = [json.loads(line) for line in out.split("\n")[:-1]]
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=24, max_new_tokens=4, batch_size=4)
+    expected = [*predictor.predict(ROWS[:3])]
+    assert code == 0 and answers[:3] == expected and answers[0]["id"] == 7
+    assert answers[3].keys() == {"prompt", "inputs", "decode", "prediction", "score"}
+    assert "prompt broken is left out: " in err and "Ünïcode" in out
+
+
+def test_a_line_that_is_no_row_has_an_error_and_the_rest_go_on(run):
+    lines = [
+        jsonl(ROWS[:1]),
+        b"{not json}\n",
+        b'{"prompt": "long", "inputs": "\xff\xfe"}\n',
+        b"\n",
+        b'{"prompt": "lon", "inputs": "a"}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"prompt": "long", "inputs": "\\ud800", "id": "\\udfff"}\n',
+        jsonl(ROWS[:1]).rstrip(b"\n"),
+    ]
+    code, out, err = run(b"".join(lines))
+    first, no_json, no_utf8, near, deep, surrogate, last = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert code == 0 and first == last and "error" not in first
+    assert "line 2 is not JSON (Expecting property name" in no_json["error"]
+    assert no_utf8["error"] == "line 3 is not UTF-8 (byte 30), expected a row"
+    assert "did you mean long?" in near["error"]
+    assert "line 6 is not JSON" in deep["error"]
+    assert "half a surrogate pair" in surrogate["error"] and surrogate["id"] == "\udfff"
+    assert "5 of 7 rows have an error" in err
+
+
+def test_lines_of_text_are_inputs_of_the_prompt_named(run):
+    _, out, _ = run(b"a movie\n\nthe cast is warm\n", "--text", "--prompt=long")
+    _, rows, _ = run(jsonl([{"prompt": "long", "inputs": text} for text in ("a movie", "the cast is warm")]))
+    for text, row in zip(out.splitlines(), rows.splitlines(), strict=True):
+        assert json.loads(row) == {"prompt": "long"} | json.loads(text)
+    _, out, _ = run(b"a movie\n", "--text", "--prompt=long", "--labels=negative,positive")
+    assert [*json.loads(out)["scores"]] == ["negative", "positive"]
+
+
+def test_an_output_that_was_broken_off_goes_on(run, tmp_path):
+    rows = [{"prompt": "long", "inputs": f"a movie of {'very ' * n}warm acting"} for n in range(7)]
+    target = tmp_path / "answers.jsonl"
+    assert run(jsonl(rows), f"--output={target}")[0] == 0
+    whole = target.read_bytes()
+    code, _, err = run(jsonl(rows), f"--output={target}")
+    assert code == 2 and "is there already: set --output to a new file, or give --resume" in err
+    assert target.read_bytes() == whole
+
+    lines = whole.splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    code, out, err = run(jsonl(rows), f"--output={target}", "--resume")
+    assert code == 0 and not out and "3 rows are answered already" in err
+    assert [json.loads(line)["prediction"] for line in target.read_bytes().splitlines()] == [
+        json.loads(line)["prediction"] for line in lines
+    ]
+    code, _, err = run(jsonl(rows[::-1]), f"--output={target}", "--resume")
+    assert code == 2 and "holds the answers to other rows" in err
+
+
+def test_typed_lines_are_answered_and_prompts_switched(flags, tiny, prompts, monkeypatch, capsys):
+    typed = iter(["a movie", ":prompts", ":prompt shor", ":prompt short", "a movie", ":prompt", "a movie", "", ":quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(typed))
+    infer.run(infer.parse([*flags, "--interactive", "--prompt=long"]))
+    lines = capsys.readouterr().out.splitlines()
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=24, max_new_tokens=4)
+    expected = [
+        f"{answer['prediction']}   ({answer['score']:.2f})"
+        for answer in predictor.predict([{"prompt": name, "inputs": "a movie"} for name in ("long", "short", None)])
+    ]
+    assert lines[1:] == [
+        expected[0], "long [5]  short [2]", "error: no prompt 'shor'; did you mean short?", *expected[1:]
+    ]  # fmt: skip
+
+
+def test_whoever_waits_for_an_answer_gets_it(flags, tiny):
+    """One row in, its answer out, while stdin stays open; then a reader that leaves, which is no error."""
+    command = [sys.executable, "-m", "prompt_tuning_jax.infer", *flags]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | tiny.environment,
+        cwd=tiny.folder,
+    )
+    for row in ROWS[:2]:
+        process.stdin.write(jsonl([row]))
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["inputs"] == row["inputs"]
+    process.stdout.close()
+    process.stdin.write(jsonl(ROWS[:1] * 200))
+    process.stdin.close()
+    assert process.wait(timeout=120) == 0
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bse=x"], "unrecognized arguments: --bse=x"),
+        (["--base=nowhere"], "no base model at nowhere; expected a folder or one of nano: set --base"),
+        (["--prompts=nowhere"], "no folder of prompts at nowhere: set --prompts"),
+        (["--prompt=none"], "no prompt 'none'"),
+        (["--decode=best"], "decode is 'best', expected greedy or beam or sample"),
+        (["--temperature=-1"], "temperature is -1.0, expected 0 to 100"),
+        (["--labels=a,a"], "the labels 'a' and 'a' are the same tokens"),
+        (["--input=nowhere.jsonl"], "no file nowhere.jsonl: set --input"),
+        (["--resume"], "--resume goes on with an --output, and none is given"),
+        (["--batch_size=0"], "batch_size is 0, expected at least 1"),
+        (["--dtype=float8"], "--dtype is 'float8'"),
+        (["--vocabulary=nowhere"], "set --vocabulary"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, flags, arguments, message):
+    code, out, err = run(b"", *arguments)
+    assert code == 2 and not out
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in err

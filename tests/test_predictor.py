@@ -1,0 +1,325 @@
+"""Rows of many prompts in one batch, against each row decoded alone with its own prompt."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.models import prompted, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIG, make_tiny, random_params
+
+from prompt_tuning_jax.inference.bank import PromptBank
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.t5.config import SIZES
+from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks.review_grammar import unlabelled
+from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.training.loss import token_log_probs
+from prompt_tuning_jax.training.step import shift_right
+
+LENGTHS = {"one": 2, "three": 5, "three too": 5}
+INPUTS, ANSWER, WIDTH = 24, 6, CONFIG.emb_dim
+TEXTS = [*unlabelled(12), "a", "a movie"]
+LABELS = ["negative", "positive", "a b c"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def words(tiny):
+    return Vocabulary(tiny.vocabulary)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {name: jnp.asarray(value) for name, value in random_params(1).items()}
+
+
+@pytest.fixture(scope="module")
+def predictor(words, params):
+    bank = PromptBank(WIDTH, capacity=7, length=5)
+    options = {"input_length": INPUTS, "max_new_tokens": ANSWER, "batch_size": 2, "decoding": Decoding(beams=3)}
+    return Predictor(Transformer(CONFIG), params, words, bank, **options)
+
+
+def refill(bank, rng, scale=1.0):
+    """New prompts under the same names."""
+    prompts = {name: rng.normal(0, scale, (length, WIDTH)).astype(np.float32) for name, length in LENGTHS.items()}
+    for name, prompt in prompts.items():
+        bank.add(name, prompt)
+    return prompts
+
+
+@functools.cache
+def alone(decoder, length, **options):
+    """A decoder of one row and one prompt, which the model owns as it does in training."""
+    model = prompted(CONFIG, length) if length else Transformer(CONFIG)
+    return jax.jit(lambda params, inputs, **more: decoder(model, tree(params), inputs, ANSWER, **options, **more))
+
+
+@functools.cache
+def forward_alone(length):
+    model = prompted(CONFIG, length) if length else Transformer(CONFIG)
+    return jax.jit(
+        lambda params, inputs, targets: model.apply(
+            {"params": tree(params)}, inputs, shift_right(targets), targets, enable_dropout=False
+        )
+    )
+
+
+def answer_alone(row, words, params, prompts):
+    """The tokens' text and the score of one row, by the model with that row's prompt as its own parameter."""
+    prompt = prompts.get(row["prompt"], np.zeros((0, WIDTH), np.float32))
+    length = len(prompt)
+    if length:
+        params = params | {"encoder/prompt/prompt": jnp.asarray(prompt)}
+    ids = [*words.encode(row["inputs"]), EOS]
+    inputs = np.zeros((1, INPUTS), np.int32)
+    inputs[0, : len(ids)] = ids
+    if "labels" in row:
+        scores = []
+        for label in row["labels"]:
+            targets = np.zeros((1, 12), np.int32)
+            tokens = [*words.encode(label), EOS]
+            targets[0, : len(tokens)] = tokens
+            logits = forward_alone(length)(params, inputs, targets)
+            scores.append(float(token_log_probs(logits, jnp.asarray(targets)).sum()))
+        return row["labels"][int(np.argmax(scores))], np.array(scores)
+    if row.get("decode") == "beam":
+        tokens, scores = alone(beam_search, length, beams=3)(params, inputs)
+        return words.decode(np.asarray(tokens[0, 0])), float(scores[0, 0])
+    if row.get("decode") == "sample":
+        tokens, scores = alone(sample, length)(
+            params,
+            inputs,
+            seeds=np.array([row["seed"]], np.uint32),
+            temperature=np.array([row["temperature"]], np.float32),
+            top_k=np.array([row["top_k"]], np.int32),
+            top_p=np.array([1.0], np.float32),
+        )
+    else:
+        tokens, scores = alone(greedy, length)(params, inputs)
+    return words.decode(np.asarray(tokens[0])), float(scores[0])
+
+
+WAYS = st.one_of(
+    st.just({}),
+    st.just({"decode": "beam"}),
+    st.builds(
+        lambda seed, temperature, top_k: {"decode": "sample", "seed": seed, "temperature": temperature, "top_k": top_k},
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([0.0, 0.7, 1.5]),
+        st.sampled_from([0, 5]),
+    ),
+    st.integers(1, 3).map(lambda count: {"labels": LABELS[:count]}),
+)
+ROWS = st.lists(
+    st.builds(
+        lambda prompt, inputs, way: {"prompt": prompt, "inputs": inputs} | way,
+        st.sampled_from([None, *LENGTHS]),
+        st.sampled_from(TEXTS),
+        WAYS,
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=12)
+@given(rows=ROWS, seed=st.integers(0, 2**32 - 1))
+def test_each_row_is_answered_as_if_its_prompt_were_alone(predictor, words, params, rows, seed):
+    """Prompts of several lengths, the base alone, four ways to answer, in batches of any order and padding."""
+    rows = [row for row in rows if len(words.encode(row["inputs"])) < INPUTS]
+    prompts = refill(predictor.bank, np.random.default_rng(seed))
+    answers = [*predictor.predict(rows)]
+    assert len(answers) == len(rows)
+    for row, answer in zip(rows, answers, strict=True):
+        assert {name: answer[name] for name in row} == row
+        text, score = answer_alone(row, words, params, prompts)
+        assert answer["prediction"] == text
+        if "labels" in row:
+            np.testing.assert_allclose([*answer["scores"].values()], score, rtol=1e-5, atol=1e-5)
+            shares = np.exp(score) / np.exp(score).sum()
+            np.testing.assert_allclose([*answer["probabilities"].values()], shares, rtol=1e-4, atol=1e-7)
+        else:
+            np.testing.assert_allclose(answer["score"], score, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def compiled():
+    """How many programs were compiled so far."""
+    events = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(events)
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_new_prompts_compile_nothing_until_the_capacity_doubles(words, params, compiled):
+    bank = PromptBank(WIDTH, capacity=7, length=7)
+    own = Predictor(Transformer(CONFIG), params, words, bank, max_new_tokens=2, input_length=16)
+    rng = np.random.default_rng(0)
+
+    def compiles(name, length):
+        """To answer with a new prompt."""
+        bank.add(name, rng.normal(size=(length, WIDTH)).astype(np.float32))
+        before = compiled()
+        assert "prediction" in next(own.predict([{"prompt": name, "inputs": "a movie"}]))
+        return compiled() - before
+
+    assert compiles("0", 7) > 0
+    assert [compiles(str(number), number) for number in range(1, 7)] == [0] * 6
+    assert compiles("7", 7) == 1
+    assert compiles("3", 5) == 0
+    bank.remove("4")
+    assert compiles("new", 2) == compiles("8", 1) == 0
+
+
+def test_a_thousand_prompts_fit_and_the_next_is_answered_at_once(tiny):
+    """P=100 at the width of T5 1.1 small: the array is 1,024 rows of 205 kB; the time is that of one row written."""
+    bank = PromptBank(512, capacity=1000, length=100)
+    rng = np.random.default_rng(0)
+    prompt = rng.normal(size=(100, 512)).astype(np.float32)
+    for number in range(1000):
+        bank.add(str(number), prompt)
+    assert bank.prompts.values.nbytes == 1024 * 100 * 512 * 4 < 250e6
+    times = []
+    for number in range(5):
+        started = time.monotonic()
+        bank.add(f"new {number}", prompt)
+        jax.block_until_ready(bank.prompts)
+        times.append(time.monotonic() - started)
+    assert sorted(times)[2] < 0.1
+    assert SIZES["small"].emb_dim == 512
+
+
+def test_long_inputs_are_cut_and_flagged(predictor, words):
+    refill(predictor.bank, np.random.default_rng(0))
+    long = " ".join(TEXTS[:4])
+    ids = words.encode(long)
+    assert len(ids) >= INPUTS
+    answers = [*predictor.predict([{"prompt": "one", "inputs": text} for text in (long, "a movie")])]
+    assert answers[0]["cut"] is True and "cut" not in answers[1]
+    # What was cut is not seen: the row is that of its first tokens.
+    request = predictor.request({"prompt": "one", "inputs": long})
+    assert request.inputs.tolist() == [*ids[: INPUTS - 1], EOS]
+
+
+def test_seeds_default_to_one_a_row_from_the_first(words, params):
+    bank = PromptBank(WIDTH)
+    own = Predictor(
+        Transformer(CONFIG),
+        params,
+        words,
+        bank,
+        input_length=16,
+        max_new_tokens=4,
+        decoding=Decoding("sample", seed=2**32 - 2, temperature=1.3),
+    )
+    row = {"prompt": None, "inputs": "a movie"}
+    drawn = [answer["prediction"] for answer in own.predict([row] * 4)]
+    named = [answer["prediction"] for answer in own.predict([row | {"seed": s} for s in (2**32 - 2, 2**32 - 1, 0, 1)])]
+    assert drawn == named
+    assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "thre", "inputs": "a"}, "no prompt 'thre'; did you mean three"),
+        ({"prompt": "zzzzzz", "inputs": "a"}, "no prompt 'zzzzzz'; there are one, three, three too"),
+        ({"prompt": 3, "inputs": "a"}, "prompt is 3, expected the name of a prompt, or null"),
+        ({"inputs": "a"}, 'the row has no "prompt": name one, or null'),
+        ({"prompt": None, "inputs": ""}, "inputs is empty"),
+        ({"prompt": None, "inputs": " \n\t"}, "inputs is empty"),
+        ({"prompt": None, "inputs": ["a"]}, "inputs is ['a'], expected a text"),
+        ({"prompt": None, "input": "a"}, "inputs is None, expected a text; did you mean 'input'?"),
+        ({"prompt": None, "inputs": "\ud800"}, "half a surrogate pair"),
+        ([1], "found [1], expected an object"),
+        ({"prompt": None, "inputs": "a", "labels": "positive"}, "labels is 'positive', expected a list of texts"),
+        ({"prompt": None, "inputs": "a", "labels": []}, "there are 0 labels, expected 1 to 256"),
+        ({"prompt": None, "inputs": "a", "labels": ["a", ""]}, "label '' has 0 tokens"),
+        ({"prompt": None, "inputs": "a", "labels": ["a", "a"]}, "the labels 'a' and 'a' are the same tokens"),
+        ({"prompt": None, "inputs": "a", "labels": ["Movie", "movie"]}, "the labels 'Movie' and 'movie' are the same"),
+        ({"prompt": None, "inputs": "a", "labels": ["a", "b"], "decode": "beam"}, "decode means nothing to a row with"),
+        ({"prompt": None, "inputs": "a", "decode": "best"}, "decode is 'best', expected greedy or beam or sample"),
+        ({"prompt": None, "inputs": "a", "seed": 3}, 'seed means nothing to decode "greedy"'),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "seed": -1}, "seed is -1, expected 0 to 4294967295"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "seed": True}, "seed is True"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "temperature": float("nan")}, "temperature is nan"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "top_p": 0}, "top_p is 0, expected above 0"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "top_k": 1.5}, "top_k is 1.5"),
+    ],
+)
+def test_a_row_that_is_none_has_an_error_and_the_others_their_answers(predictor, row, message):
+    refill(predictor.bank, np.random.default_rng(0))
+    sound = {"prompt": "one", "inputs": "a movie"}
+    before, broken, after = predictor.predict([sound, row, sound])
+    assert message in broken["error"] and "prediction" not in broken
+    assert "\n" not in broken["error"]
+    assert before == after and "error" not in before
+
+
+def test_a_prompt_of_nan_is_an_error_of_its_own_rows(predictor):
+    refill(predictor.bank, np.random.default_rng(0))
+    predictor.bank.add("wild", np.full((2, WIDTH), np.nan, np.float32))
+    rows = [{"prompt": "wild", "inputs": "a"}, {"prompt": "one", "inputs": "a"}]
+    rows += [row | {"labels": LABELS} for row in rows]
+    wild, sound, wild_ranked, sound_ranked = predictor.predict(rows)
+    for answer in (wild, wild_ranked):
+        assert "the prompt or the base is broken" in answer["error"]
+    assert np.isfinite([sound["score"], sound_ranked["score"]]).all()
+    predictor.bank.remove("wild")
+
+
+def test_a_prompt_removed_between_reading_and_answering_is_an_error(predictor):
+    refill(predictor.bank, np.random.default_rng(0))
+    predictor.bank.add("brief", np.zeros((2, WIDTH), np.float32))
+    requests = [predictor.request({"prompt": name, "inputs": "a"}) for name in ("brief", "one")]
+    predictor.bank.remove("brief")
+    gone, sound = predictor.answer(requests)
+    assert "no prompt 'brief'" in gone["error"] and "prediction" in sound
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"input_length": 1}, "input_length is 1"),
+        ({"prompt": "none such"}, "no prompt 'none such'; there are none"),
+        ({"decoding": Decoding("best")}, "decode is 'best'"),
+        ({"decoding": Decoding(beams=0)}, "beams is 0, expected 1 to 64"),
+        ({"decoding": Decoding(temperature=-1.0)}, "temperature is -1.0"),
+        ({"decoding": Decoding(labels=("a", "a"))}, "the labels 'a' and 'a' are the same tokens"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(words, params, options, message):
+    with pytest.raises(ValueError) as error:
+        Predictor(Transformer(CONFIG), params, words, PromptBank(WIDTH), **options)
+    assert message in str(error.value)
+
+
+def test_loaded_from_files_it_answers_as_from_arrays(tiny, tmp_path, words):
+    prompt = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", prompt)
+    options = {"input_length": 16, "max_new_tokens": 4}
+    rows = [{"prompt": "mine", "inputs": "a movie"}]
+    from_folder = [*Predictor.load(str(tiny.base), tmp_path, **options).predict(rows)]
+    from_arrays = [*Predictor.load(str(tiny.base), {"mine": prompt}, **options).predict(rows)]
+    one = Predictor.load(str(tiny.base), tmp_path / "mine.npy", **options)
+    assert from_folder == from_arrays == [*one.predict(rows)]
+    assert next(one.predict([{"inputs": "a movie"}]))["prediction"] == from_folder[0]["prediction"]
