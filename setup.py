@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "tensorflow-text>=2.21,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "sentencepiece>=0.2.3,<0.3",
+    "protobuf>=6,<8",  # in which sentencepiece's models are written
     "rouge-score>=0.1.2,<0.2",
     # Base models and prompts in and out.
     "safetensors>=0.8,<0.9",
@@ -41,8 +42,11 @@ INSTALL_REQUIRES = [
     "tqdm>=4.70,<5",
 ]
 
+SERVE = ["prometheus-client>=0.26,<0.27", "starlette>=1.10,<2", "uvicorn>=0.54,<0.55"]
+
 EXTRAS_REQUIRE = {
     "hf": [TRANSFORMERS, PEFT, "torch>=2.13,<3"],
+    "serve": SERVE,
     "slurm": ["submitit>=1.5.4,<2"],
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
@@ -60,6 +64,7 @@ EXTRAS_REQUIRE = {
         "torch==2.13.0",
         TRANSFORMERS,
         PEFT,
+        *SERVE,
     ],
     # Exact, so that the same tree always lints the same; `nodejs` brings pyright's Node.js from PyPI.
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414", "import-linter==2.16"],

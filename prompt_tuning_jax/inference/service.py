@@ -1,0 +1,281 @@
+"""The service: HTTP in front of a predictor, as an ASGI application.
+
+    POST /v1/predict    {"rows": [...]}; the answers, in order, as `infer` writes them
+    GET  /v1/prompts    what there is, and what is broken
+    GET  /healthz       200 while the model answers
+    GET  /metrics       for Prometheus
+
+A row that cannot be answered has its "error" in a 200. The other answers are {"error": one line}: 400 for what is no
+request, 408 for a body that does not come, 413 for one that is too large, 429 where too many rows wait, 503 while the
+base loads, where the model fails, and where the answer takes longer than `Limits.timeout`.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from prompt_tuning_jax.inference.batcher import Batcher, Job, ModelError, ModelThread, Overloaded
+from prompt_tuning_jax.inference.folder import Changes, PromptFolder
+from prompt_tuning_jax.inference.http import Body, ClientGone, Refusal, disconnected, explain, part, rows_of
+from prompt_tuning_jax.inference.metrics import Metrics
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import Request
+
+PREDICT, PROMPTS, HEALTHZ, METRICS = PATHS = ("/v1/predict", "/v1/prompts", "/healthz", "/metrics")
+BODIES = 16  # times `max_bytes`: what all requests together may hold
+LOADING = "the base is still being loaded"
+WINDOW = 4  # batches handed to the model at once
+
+
+class Limits(NamedTuple):
+    """What a request may ask for.
+
+    Attributes:
+      max_rows: of a request.
+      max_bytes: of a request's body; all requests in progress may have `BODIES` times as many.
+      max_queue: rows of all requests that wait for the model.
+      timeout: seconds, from a request's headers to its answer.
+    """
+
+    max_rows: int = 1024
+    max_bytes: int = 4 * 2**20
+    max_queue: int = 8192
+    timeout: float = 30.0
+
+
+class Service:
+    """Owns the predictor, the thread it works on and the queue in front of it.
+
+    Attributes:
+      app: the ASGI application; it answers /healthz from the beginning, and rows once `start` has ended.
+      model: the thread of the predictor.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Predictor, PromptFolder | None]],
+        base: str,
+        limits: Limits | None = None,
+        *,
+        wait: float = 0.003,
+        poll: float = 1.0,
+    ):
+        """Loads nothing yet.
+
+        Args:
+          load: the predictor, and the folder whose prompts it has; called by `start`, on the model's thread.
+          base: its path, to tell.
+          wait: seconds that a batch waits for more rows while the model has nothing to do.
+          poll: seconds between looks at the folder.
+        """
+        self.model = ModelThread()
+        self._load, self._base, self._limits, self._wait, self._poll = load, base, limits or Limits(), wait, poll
+        self._reader = ThreadPoolExecutor(1, "reader")  # JSON and tokens: a large request must not hold the loop up
+        self._predictor: Predictor | None = None
+        self._batcher: Batcher | None = None
+        self._tasks: list[asyncio.Task] = []
+        self._prompts: dict[str, Any] = {}
+        self._held = 0  # bytes of bodies in progress
+        self._metrics = Metrics(PATHS, lambda: self._batcher.waiting if self._batcher else 0)
+        starlette = Starlette(
+            routes=[
+                Route(PREDICT, _Endpoint(self), methods=["POST"]),
+                Route(PROMPTS, self.prompts),
+                Route(HEALTHZ, self.healthz),
+                Route(METRICS, self.metrics),
+            ],
+            exception_handlers={HTTPException: explain},
+        )
+        starlette.router.redirect_slashes = False
+        self.app = self._metrics.around(starlette)
+
+    async def start(self) -> None:
+        """Loads, and begins to answer.
+
+        Raises:
+          ValueError: as `load` does.
+        """
+        predictor, folder = await self.model.run(self._load)
+        if folder is not None:
+            await self.model.run(self._refresh, predictor, folder)
+            self._tasks.append(asyncio.create_task(self._keep_up(predictor, folder)))
+        self._batcher = Batcher(
+            predictor.answer,
+            self.model,
+            batch_size=predictor.batch_size,
+            window=WINDOW * predictor.batch_size,
+            wait=self._wait,
+            max_queue=self._limits.max_queue,
+            observe=self._metrics.windows.observe,
+        )
+        self._tasks.append(asyncio.create_task(self._batcher.run()))
+        self._predictor = predictor
+
+    async def stop(self) -> None:
+        """Ends what `start` began; what the model is computing goes on."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.model.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    async def predict(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/predict."""
+        body = Body(self._limits.max_bytes, self._hold)
+        try:
+            response = await self._respond(scope, receive, body)
+        except ClientGone:
+            return
+        finally:
+            self._held -= body.size
+        await (response(scope, receive, send) if body.whole else part(response, receive, send))
+
+    async def _respond(self, scope: Scope, receive: Receive, body: Body) -> Response:
+        late = f"within {self._limits.timeout:g} seconds"
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                return Response(await self._answer(scope, receive, body), media_type="application/json")
+        except Refusal as refusal:
+            return refusal.response
+        except Overloaded as error:
+            return Refusal(429, str(error), error.seconds).response
+        except ModelError as error:
+            return Refusal(503, str(error), 1).response
+        except TimeoutError:
+            if body.whole:
+                return Refusal(503, f"there was no answer {late}", self._seconds()).response
+            return Refusal(408, f"the body was not there {late}").response
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            return Refusal(503, "the service is shutting down", 1).response
+
+    async def _answer(self, scope: Scope, receive: Receive, body: Body) -> bytes:
+        if self._batcher is None:
+            raise Refusal(503, LOADING, 1)
+        data = await body.read(scope, receive)
+        loop = asyncio.get_running_loop()
+        rows, found = await loop.run_in_executor(self._reader, self._read, data)
+        job = self._batcher.submit([request for request in found if isinstance(request, Request)])
+        try:
+            answers = await self._answers(job, receive)
+        finally:
+            self._metrics.rows.labels("dropped").inc(self._batcher.cancel(job))
+        return await loop.run_in_executor(self._reader, self._write, rows, found, answers)
+
+    async def _answers(self, job: Job, receive: Receive) -> list[dict[str, Any]]:
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait([job.answers, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not job.answers.done():
+                raise ClientGone
+            return job.answers.result()
+        finally:
+            gone.cancel()
+
+    def _read(self, data: bytes) -> tuple[list[Any], list[Request | str]]:
+        """The rows of a body, and of each its request or what is wrong with it."""
+        assert self._predictor is not None
+        rows, found = rows_of(data, self._limits.max_rows), []
+        for number, row in enumerate(rows):
+            try:
+                found.append(self._predictor.request(row, number))
+            except ValueError as error:
+                found.append(str(error))
+        return rows, found
+
+    def _write(self, rows: list[Any], found: list[Request | str], answers: list[dict[str, Any]]) -> bytes:
+        """The answer's body; a row keeps its fields."""
+        rest = iter(answers)
+        whole = [
+            (row if isinstance(row, dict) else {}) | ({"error": was} if isinstance(was, str) else next(rest))
+            for row, was in zip(rows, found, strict=True)
+        ]
+        errors = sum("error" in answer for answer in whole)
+        self._metrics.rows.labels("error").inc(errors)
+        self._metrics.rows.labels("answered").inc(len(whole) - errors)
+        try:
+            return json.dumps({"rows": whole}, ensure_ascii=False).encode(errors="backslashreplace")
+        except RecursionError:
+            raise Refusal(400, "a row is nested too deep to be written back") from None
+
+    def _hold(self, size: int) -> None:
+        """Counts bytes of a body as held.
+
+        Raises:
+          Refusal: those of all requests are too many.
+        """
+        self._held += size
+        if self._held > BODIES * self._limits.max_bytes:
+            raise Refusal(429, "too many large requests are in progress: try again later", self._seconds())
+
+    def _seconds(self) -> int:
+        return self._batcher.seconds() if self._batcher else 1
+
+    def _refresh(self, predictor: Predictor, folder: PromptFolder) -> Changes:
+        """Brings the bank up to the folder; on the model's thread."""
+        changes = folder.sync(predictor.bank)
+        self._prompts = {"prompts": predictor.bank.lengths, "broken": changes.broken}
+        return changes
+
+    async def _keep_up(self, predictor: Predictor, folder: PromptFolder) -> None:
+        """Looks at the folder again and again, and tells what has changed. Whatever is wrong there, the bank serves."""
+        seen: Any = None
+        while True:
+            await asyncio.sleep(self._poll)
+            before = self._prompts
+            try:
+                entries = await asyncio.get_running_loop().run_in_executor(self._reader, folder.entries)
+                if entries == seen and "folder" not in before:
+                    continue
+                changes = await self.model.run(self._refresh, predictor, folder)
+                seen = entries
+                for what, names in (("added", changes.added), ("removed", changes.removed)):
+                    if names:
+                        print(f"prompts {what}: {', '.join(names)}", file=sys.stderr)
+                for name, message in changes.broken.items():
+                    if before["broken"].get(name) != message:
+                        print(f"prompt {name} is left out: {message}", file=sys.stderr)
+            except Exception as error:
+                self._prompts = before | {"folder": " ".join(f"{error or type(error).__name__}".split())}
+                if self._prompts != before:
+                    print(f"prompts: {self._prompts['folder']}", file=sys.stderr)
+
+    async def prompts(self, request: HTTPRequest) -> Response:
+        """GET /v1/prompts: lengths by name, messages of the broken ones by name, and "folder" where that is broken."""
+        if self._predictor is None:
+            return Refusal(503, LOADING, 1).response
+        nothing = {"prompts": {}, "broken": {}}
+        return JSONResponse(
+            {"base": self._base, "fingerprint": self._predictor.fingerprint} | (self._prompts or nothing)
+        )
+
+    async def healthz(self, request: HTTPRequest) -> Response:
+        """GET /healthz: the model is stuck where one window takes longer than any request may."""
+        if self._predictor is None:
+            return JSONResponse({"status": "loading"}, 503)
+        stuck = self.model.busy() > self._limits.timeout
+        return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
+
+    async def metrics(self, request: HTTPRequest) -> Response:
+        """GET /metrics."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Endpoint:
+    """An endpoint that reads and writes by itself: Starlette gives a function a request whose body it reads."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._service.predict(scope, receive, send)

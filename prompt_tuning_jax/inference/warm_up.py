@@ -1,0 +1,44 @@
+"""Compiles, before the first row comes, the programs that rows like given ones need."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import RANK, Request
+
+
+def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
+    """Answers batches of each size for each method and length of the rows, and for each length of labels.
+
+    Args:
+      rows: as those to come; which prompts they name does not matter.
+
+    Returns:
+      The number of batches.
+
+    Raises:
+      ValueError: a row is none.
+    """
+    kinds: dict[tuple[str, int], Request] = {}
+    labels: dict[int, Request] = {}
+    for number, row in enumerate(rows):
+        try:
+            request = predictor.request({**row, "prompt": None} if isinstance(row, Mapping) else row)
+        except ValueError as error:
+            raise ValueError(f"row {number + 1} to warm up with: {error}") from None
+        kinds.setdefault((request.method, predictor.bucket(request)), request)
+        if request.choices is not None:
+            labels.setdefault(max(request.choices.shape[1] - 1, 0).bit_length(), request)
+    batches = 0
+    for (method, _), request in kinds.items():
+        for other in labels.values() if method == RANK else (request,):
+            asked = request._replace(labels=other.labels, choices=other.choices)
+            for size in sizes(predictor.batch_size):
+                predictor.answer([asked] * size)
+                batches += 1
+    return batches
+
+
+def sizes(batch_size: int) -> list[int]:
+    """The batch sizes that programs are compiled for: powers of two, and the largest itself."""
+    return [*(1 << n for n in range((batch_size - 1).bit_length())), batch_size]

@@ -1,0 +1,523 @@
+"""The service over real sockets: the answers are the predictor's, and nobody can break it for the others."""
+
+import asyncio
+import contextlib
+import copy
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from tiny import CONFIG, ROOT, make_tiny
+
+from prompt_tuning_jax.inference.batcher import Batcher, ModelThread
+from prompt_tuning_jax.inference.folder import PromptFolder
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import Request
+from prompt_tuning_jax.inference.service import Limits, Service
+from prompt_tuning_jax.inference.warm_up import sizes, warm_up
+from prompt_tuning_jax.serve import listen, make_server, serve
+
+GREEDY = {"prompt": "p0", "inputs": "the plot was a treasure"}
+RANKED = {"prompt": "p1", "inputs": "the plot was a stinker", "labels": ["negative", "positive"]}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+def write_prompt(folder, name, length=3, seed=0, width=CONFIG.emb_dim):
+    np.save(folder / f"{name}.npy", np.random.default_rng(seed).normal(0, 0.5, (length, width)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    for number in range(3):
+        write_prompt(folder, f"p{number}", length=1 + 2 * number, seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny, prompts):
+    return Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+
+
+class Served(NamedTuple):
+    """A service in a thread."""
+
+    port: int
+    service: Service
+
+    def ask(
+        self, body=None, path="/v1/predict", method="POST", headers=None
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def predict(self, rows) -> tuple[int, dict]:
+        status, _, body = self.ask(json.dumps({"rows": rows}))
+        return status, json.loads(body)
+
+    def get(self, path) -> tuple[int, dict]:
+        status, _, body = self.ask(path=path, method="GET")
+        return status, json.loads(body)
+
+    def metric(self, name) -> float:
+        lines = self.ask(path="/metrics", method="GET")[2].decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    def send(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(data)
+        return connection
+
+
+@contextlib.contextmanager
+def serving(predictor, folder=None, wait=0.001, **limits) -> Iterator[Served]:
+    service = Service(lambda: (predictor, folder), "tiny", Limits(**limits), wait=wait, poll=0.05)
+    server, listening = make_server(service.app), listen("127.0.0.1", 0)
+    served = Served(listening.getsockname()[1], service)
+    thread = threading.Thread(target=lambda: asyncio.run(serve(service, server, listening)))
+    thread.start()
+    try:
+        until(lambda: served.get("/healthz")[0] == 200)
+        yield served
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def until(true, seconds=30) -> None:
+    """Waits for something to become true."""
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+class Gate:
+    """Lets a predictor compute only while it is open, and remembers what was computed."""
+
+    def __init__(self, predictor):
+        self.predictor = copy.copy(predictor)
+        self.predictor.answer = self
+        self.open, self.windows, self._answer = threading.Event(), [], predictor.answer
+
+    def __call__(self, requests):
+        self.windows.append([request.seed for request in requests])  # the default seed: which row of its request
+        assert self.open.wait(60)
+        return self._answer(requests)
+
+
+@pytest.fixture(scope="module")
+def served(predictor):
+    with serving(predictor, max_rows=100, max_bytes=100_000, timeout=120) as served:
+        yield served
+
+
+def head(length, *lines) -> bytes:
+    return "\r\n".join(["POST /v1/predict HTTP/1.1", "host: x", f"content-length: {length}", *lines, "", ""]).encode()
+
+
+def same(found, expected) -> bool:
+    """Scores may differ by rounding: a sum over 4 tokens of float32 in batches of other sizes."""
+    if isinstance(expected, float):
+        return found == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in expected)
+    return found == expected
+
+
+def test_answers_are_the_predictors(served, predictor):
+    """Sixteen clients at once, whose rows share batches; the seeds are those of the places in each request."""
+    kinds = [
+        GREEDY,
+        RANKED,
+        GREEDY | {"prompt": None},
+        GREEDY | {"decode": "sample", "temperature": 2.0},
+        GREEDY | {"inputs": "a joy " * 40},
+        GREEDY | {"prompt": "p00"},
+        GREEDY | {"inputs": " "},
+        GREEDY | {"inputs": "half \ud83d of it"},
+        GREEDY | {"note": "\udc80 kept"},
+        "no row",
+    ]
+    asked = [[kinds[(first + n) % len(kinds)] for n in range(1 + first)] for first in range(16)]
+    expected = [predictor.answer_rows([*enumerate(rows)]) for rows in asked]
+    with ThreadPoolExecutor(16) as clients:
+        found = [*clients.map(served.predict, asked)]
+    assert [status for status, _ in found] == [200] * 16
+    assert all(same(answer["rows"], rows) for (_, answer), rows in zip(found, expected, strict=True))
+    answers = dict(zip(map(str, kinds), predictor.answer_rows([*enumerate(kinds)]), strict=True))
+    assert answers[str(kinds[4])]["cut"] is True
+    assert "did you mean p0" in answers[str(kinds[5])]["error"]
+    assert len({row["prediction"] for rows in expected for row in rows if row.get("decode") == "sample"}) > 3
+
+
+BAD = {
+    "not JSON": (b'{"rows": [', 400, "is not JSON"),
+    "nothing": (b"", 400, "is not JSON"),
+    "not UTF-8": (b'{"rows": ["\xff"]}', 400, "is not UTF-8 (byte 11)"),
+    "UTF-16": ('{"rows": []}'.encode("utf-16"), 400, "is not UTF-8"),
+    "NaN": (b'{"rows": [NaN]}', 400, "NaN is not a finite number"),
+    "infinite": (b'{"rows": [1e999]}', 400, "1e999 is not a finite number"),
+    "digits": (b"9" * 5000, 400, "is not JSON"),
+    "nested": (b"[" * 50_000, 400, "is not JSON"),
+    "no object": (b"[1, 2]", 400, 'found [1, 2], expected {"rows": [...]}'),
+    "no rows": (b'{"row": []}', 400, "expected"),
+    "rows are none": (b'{"rows": {"a": 1}}', 400, "expected"),
+    "many rows": (json.dumps({"rows": [0] * 10_000}).encode(), 413, "there are 10,000 rows, the limit is 100"),
+    "many bytes": (b" " * 100_001, 413, "over the limit of 100,000 bytes"),
+}
+
+
+@pytest.mark.parametrize(("body", "expected", "message"), BAD.values(), ids=BAD)
+def test_what_is_no_request_is_said_in_one_line(served, body, expected, message):
+    status, _, answer = served.ask(body)
+    error = json.loads(answer)["error"]
+    assert status == expected and message in error and "\n" not in error and len(error) < 300
+
+
+def test_rows_are_answered_as_deep_as_json_reads_them(served):
+    """Whatever depth Python's reader takes, its writer may not: an answer, or one line."""
+    for depth in (100, 400, 900, 980, 990, 1000):
+        status, _, _ = served.ask('{"rows": [' + "[" * depth + "]" * depth + "]}")
+        assert status in (200, 400)
+        status, answer = served.predict([GREEDY | {"note": "?"}])
+        assert status == 200 and "prediction" in answer["rows"][0]
+
+
+FIELDS = ["prompt", "inputs", "labels", "decode", "temperature", "top_k", "top_p", "seed"]
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -1, 2**32, 2**64])
+    | st.floats()
+    | st.text(st.characters(), max_size=20)
+    | st.sampled_from(["p0", "greedy", "sample", "beam", "a", "\ud800", "\x00"])
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+near_rows = st.builds(
+    lambda row, more: row | more,
+    st.sampled_from([{}, GREEDY, RANKED, GREEDY | {"decode": "sample"}]),
+    st.dictionaries(st.sampled_from(FIELDS), values, max_size=2),
+)
+bodies = (
+    st.lists(near_rows | values, max_size=5).map(lambda rows: json.dumps({"rows": rows}).encode())
+    | values.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=200)
+)
+PATHS = ["/v1/predict", "/v1/prompts", "/healthz", "/metrics", "/", "/v1/predict/", "//", "/%ff", "/v1/predict?a=%00"]
+names = st.sampled_from(
+    ["accept", "content-type", "content-encoding", "expect", "upgrade", "cookie", "range", "host", "te"]
+)
+headers = st.lists(
+    st.tuples(names, st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)), max_size=4
+)
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(
+    method=st.sampled_from(["POST"] * 6 + ["GET", "HEAD", "PUT", "OPTIONS", "BREW"]),
+    path=st.sampled_from(["/v1/predict"] * 9 + PATHS) | st.text(st.characters(min_codepoint=33, max_codepoint=126)),
+    more=headers,
+    body=bodies,
+)
+def test_no_request_is_answered_with_a_500(served, method, path, more, body):
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        f"content-length: {len(body)}",
+        "connection: close",
+        *(": ".join(x) for x in more),
+    ]
+    with served.send("\r\n".join([*lines, "", ""]).encode() + body) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert status in (200, 400, 404, 405)
+    if status == 200 and method == "POST":
+        asked, rows = json.loads(body)["rows"], json.loads(answer)["rows"]
+        assert len(rows) == len(asked) and all("prediction" in row or "error" in row for row in rows)
+    if b"application/json" in head and status != 200 and method != "HEAD":
+        assert "\n" not in json.loads(answer)["error"]
+
+
+def test_a_large_body_is_refused_without_being_read(served):
+    """Announced, before its first byte; in chunks, as soon as it is over the limit; the client gets to read why."""
+    with served.send(head(10**12)) as connection:
+        assert b" 413 " in connection.recv(1000)
+    chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    with served.send(chunked) as connection:
+        for _ in range(100):  # what comes after the refusal is read and forgotten
+            connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+        assert b" 413 " in connection.recv(1000)
+    assert served.service._held == 0
+
+
+def test_too_many_rows_are_turned_away_and_told_when_to_come_back(predictor):
+    gate = Gate(predictor)
+    gate.open.set()
+    with serving(gate.predictor, max_rows=20, max_queue=20) as served, ThreadPoolExecutor(8) as clients:
+        assert served.predict([GREEDY] * 4)[0] == 200  # from which it knows its rate
+        gate.open.clear()
+        first = clients.submit(served.predict, [GREEDY])
+        until(lambda: len(gate.windows) == 2)
+        second = clients.submit(served.predict, [GREEDY] * 15)
+        until(lambda: served.metric("prompt_tuning_queue_rows") == 15)
+        status, headers, body = served.ask(json.dumps({"rows": [GREEDY] * 6}))
+        assert status == 429 and int(headers["retry-after"]) >= 1
+        assert "15 rows wait already" in json.loads(body)["error"]
+        third = clients.submit(served.predict, [GREEDY] * 5)  # these fit
+        until(lambda: served.metric("prompt_tuning_queue_rows") == 20)
+        gate.open.set()
+        assert [task.result()[0] for task in (first, second, third)] == [200, 200, 200]
+
+
+def test_bodies_in_progress_are_bounded_together(predictor):
+    gate = Gate(predictor)
+    large = json.dumps({"rows": [GREEDY | {"note": "x" * 9_900}]})
+    with serving(gate.predictor, max_bytes=10_100) as served, ThreadPoolExecutor(20) as clients:
+        asked = [clients.submit(served.ask, large) for _ in range(20)]
+        until(lambda: sum(task.done() for task in asked) == 4)  # 16 are held
+        gate.open.set()
+        assert sorted(task.result()[0] for task in asked) == [200] * 16 + [429] * 4
+        assert served.ask(large)[0] == 200
+
+
+def test_rows_of_a_client_that_went_away_are_not_computed(predictor):
+    gate = Gate(predictor)
+    with serving(gate.predictor) as served, ThreadPoolExecutor(1) as clients:
+        first = clients.submit(served.predict, [GREEDY])
+        until(lambda: len(gate.windows) == 1)
+        body = json.dumps({"rows": [GREEDY] * 7}).encode()
+        with served.send(head(len(body)) + body):
+            until(lambda: served.metric("prompt_tuning_queue_rows") == 7)
+        until(lambda: served.metric("prompt_tuning_queue_rows") == 0)
+        with served.send(head(len(body)) + body[:20]):  # and one that goes in the middle of its body
+            until(lambda: served.service._held > 20)
+        gate.open.set()
+        assert first.result()[0] == 200
+        assert served.predict([GREEDY] * 2)[0] == 200
+        assert gate.windows == [[0], [0, 1]]
+        assert served.metric('prompt_tuning_rows_total{outcome="dropped"}') == 7
+        assert served.metric('prompt_tuning_requests_total{path="/v1/predict",status="499"}') == 2
+        assert served.service._held == 0
+
+
+def test_what_takes_too_long_is_given_up(predictor):
+    """503 without an answer, 408 without a body; the health check fails while the model is stuck, and then no more."""
+    gate = Gate(predictor)
+    with serving(gate.predictor, timeout=0.5) as served:
+        started = time.monotonic()
+        status, headers, body = served.ask(json.dumps({"rows": [GREEDY]}))
+        assert status == 503 and "no answer within 0.5 seconds" in json.loads(body)["error"] and headers["retry-after"]
+        assert time.monotonic() - started < 5
+        until(lambda: served.get("/healthz") == (503, {"status": "stuck"}))
+        gate.open.set()
+        until(lambda: served.get("/healthz") == (200, {"status": "ok"}))
+        with served.send(head(100) + b'{"rows"') as connection:
+            for _ in range(100):  # a byte now and then is no body
+                time.sleep(0.02)
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(b" " if _ < 40 else b"")
+            answer = connection.recv(1000)
+        assert b" 408 " in answer and b"the body was not there within 0.5 seconds" in answer
+
+
+def test_a_model_that_fails_fails_one_window(predictor):
+    broken = copy.copy(predictor)
+
+    def answer(requests):
+        if len(requests) > 2:
+            raise MemoryError("out of\nmemory")
+        return predictor.answer(requests)
+
+    broken.answer = answer
+    with serving(broken) as served:
+        status, found = served.predict([GREEDY] * 3)
+        assert status == 503 and found["error"] == "the model failed (MemoryError: out of memory)"
+        assert served.predict([GREEDY])[0] == 200
+        assert served.metric("prompt_tuning_queue_rows") == 0
+
+
+def test_the_folder_is_followed(tiny, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    write_prompt(folder, "a")
+    write_prompt(folder, "other_base", width=7)
+    predictor = Predictor.load(str(tiny.base), folder, input_length=16, max_new_tokens=4, batch_size=2)
+
+    def answer(name, width=CONFIG.emb_dim):
+        return served.predict([GREEDY | {"prompt": name}])[1]["rows"][0].get("score")
+
+    with serving(predictor, PromptFolder(folder)) as served:
+
+        def named():
+            return served.get("/v1/prompts")[1]
+
+        found = named()
+        assert (
+            found["prompts"] == {"a": 3} and found["base"] == "tiny" and found["fingerprint"] == predictor.fingerprint
+        )
+        assert "was trained on another model size" in found["broken"]["other_base"]
+        first = answer("a")
+        write_prompt(folder, "b", length=6, seed=5)
+        until(lambda: named()["prompts"] == {"a": 3, "b": 6})
+        other = answer("b")
+        assert first != other and same(answer("a"), first)
+        write_prompt(folder, "b", seed=0)  # replaced by what a is
+        until(lambda: named()["prompts"] == {"a": 3, "b": 3})
+        assert same(answer("b"), first)
+        (folder / "b.npy").write_bytes(b"broken")
+        until(lambda: "b" in named()["broken"])
+        assert same(answer("b"), first) and same(answer("a"), first)  # the old one goes on
+        (folder / "a.npy").unlink()
+        until(lambda: named()["prompts"] == {"b": 3})
+        assert answer("a") is None
+        shutil.rmtree(folder)
+        until(lambda: "cannot read the folder of prompts" in named().get("folder", ""))
+        assert same(answer("b"), first)
+        folder.mkdir()
+        write_prompt(folder, "c", seed=0)
+        until(lambda: named()["prompts"] == {"c": 3} and "folder" not in named())
+        assert same(answer("c"), first)
+
+
+def test_callers_share_windows_and_take_turns():
+    """A large request delays a small one by a window at most, and rows that wait share the next window."""
+    windows = []
+
+    def answer(requests):
+        windows.append([(request.prompt, request.seed) for request in requests])
+        time.sleep(0.01)
+        return [{"prediction": request.seed} for request in requests]
+
+    def request(name, number):
+        return Request(name, np.array([1], np.int32), False, "greedy", (), None, 1.0, 0, 1.0, number)
+
+    async def ask(batcher, name, count):
+        job = batcher.submit([request(name, number) for number in range(count)])
+        return [found["prediction"] for found in await job.answers]
+
+    async def run():
+        model = ModelThread()
+        batcher = Batcher(answer, model, batch_size=16, window=16, wait=0.5, max_queue=1000)
+        running = asyncio.create_task(batcher.run())
+        large = asyncio.create_task(ask(batcher, "large", 100))
+        small = [asyncio.create_task(ask(batcher, name, 2)) for name in "abc"]
+        assert await asyncio.gather(*small) == [[0, 1]] * 3
+        assert len(windows) == 1 and not large.done()
+        assert windows[0] == [*(("large", n) for n in range(8)), *((name, n) for name in "abc" for n in range(2)),
+                              ("large", 8), ("large", 9)]  # fmt: skip
+        assert await large == [*range(100)]
+        assert [len(window) for window in windows] == [16] * 6 + [10]
+        windows.clear()
+        await asyncio.gather(*(ask(batcher, name, 1) for name in "abc"))
+        assert windows == [[("a", 0), ("b", 0), ("c", 0)]]
+        started = time.monotonic()
+        await ask(batcher, "a", 16)  # a whole batch waits for nothing
+        assert time.monotonic() - started < 0.4
+        running.cancel()
+        model.close()
+
+    asyncio.run(run())
+
+
+def test_after_warming_up_nothing_is_compiled(tiny, prompts):
+    """For any mix of the rows in any number, and for as many more prompts as one likes."""
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+    rows = [GREEDY, RANKED, RANKED | {"labels": ["a", "b", "negative plot of the film"]}]
+    assert (sizes(1), sizes(2), sizes(3), sizes(32)) == ([1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32])
+    assert warm_up(predictor, rows) == 2 * (1 + 2)
+
+    def compiled():
+        return {name: program._cache_size() for name, program in predictor._programs.items()}
+
+    before = compiled()
+    assert before == {"greedy": 2, "rank": 4, "sample": 0, "beam": 0}
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        predictor.bank.add(f"new{number}", rng.normal(size=(5, CONFIG.emb_dim)).astype(np.float32))
+    for count in (1, 2, 3, 7):
+        answers = predictor.answer_rows([(n, rows[(n + count) % 3] | {"prompt": f"new{n}"}) for n in range(count)])
+        assert all("prediction" in answer for answer in answers)
+    assert compiled() == before
+
+
+def start(tiny, *flags, python=("-m", "prompt_tuning_jax.serve")) -> subprocess.Popen:
+    command = [sys.executable, *python, f"--base={tiny.base}", "--input_length=16", "--max_new_tokens=4", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | tiny.environment, cwd=tiny.folder, **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_the_requests_in_progress(tiny, prompts, number):
+    with start(tiny, f"--prompts={prompts}", "--port=0", "--wait_ms=1500") as process:
+        line = process.stdout.readline()
+        assert line.startswith("serving at http://127.0.0.1:")
+        served = Served(int(line.rpartition(":")[2]), None)
+        with ThreadPoolExecutor(1) as clients:
+            asked = clients.submit(served.predict, [GREEDY])
+            until(lambda: served.metric("prompt_tuning_queue_rows") == 1)
+            process.send_signal(number)
+            status, found = asked.result()
+        assert status == 200 and "prediction" in found["rows"][0]
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == 0 and stdout == "" and stderr == ""
+        with pytest.raises(ConnectionRefusedError):
+            served.predict([GREEDY])
+
+
+def test_what_it_cannot_start_with_is_one_line(tiny, prompts):
+    taken = listen("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    absent = "import sys; sys.modules['starlette'] = None; from prompt_tuning_jax.serve import main; main()"
+    cases = [
+        (start(tiny, f"--prompts={prompts}", f"--port={port}"), f"port {port} (Address already in use"),
+        (start(tiny, "--prompts=nowhere"), "no folder of prompts at nowhere: set --prompts"),
+        (start(tiny, python=("-c", absent)), "pip install 'prompt_tuning_jax[serve]'"),
+        (start(tiny, "--port=0", "--base=nowhere"), "set --base"),
+        (start(tiny, "--max_rows=9000"), "more than --max_queue, 8192"),
+    ]
+    with taken:
+        for process, message in cases:
+            stdout, stderr = process.communicate(timeout=120)
+            assert process.returncode == 2, stderr
+            assert stdout == "" and message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_under_load_every_answer_is_infers(tiny):
+    """The benchmark itself, smaller: `infer` first, then clients that compare, then more than the queue holds."""
+    flags = [f"--base={tiny.base}", "--clients=20", "--seconds=3", "--rows=80", "--batch_size=2"]
+    command = [sys.executable, "-m", "experiments.benchmarks.serving", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | tiny.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == 0, found["wrong_answers"]
+    assert found["statuses"].keys() == {"200"} and found["rows"] > 200
+    assert found["overload"]["statuses"]["429"] > 5 and found["overload"]["retry_after"] >= 1
+    assert found["overload"]["then"] == 200
