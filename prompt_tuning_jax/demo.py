@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import gin
-import jax.numpy as jnp
-import numpy as np
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import open_model
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
+from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
-from prompt_tuning_jax.prompts.neighbors import nearest
+from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training import loop
 from prompt_tuning_jax.training.run_folder import write_text
 from prompt_tuning_jax.training.score import evaluate_prompt
-from prompt_tuning_jax.training.start import open_vocabulary
 
 SPLITS = {"validation": "sentences never seen", "unseen_words": "sentiment words never seen"}
 
@@ -113,15 +111,11 @@ def report(folder: Path, summary: dict[str, Any], accuracies: dict[str, float], 
         ]
         print(f"{name:28}" + "".join(f"{value:12.3f}" for value in row))
 
-    base = open_model(summary["base"])
-    words = open_vocabulary(None, summary["base"], base.config)
     prompt = read_prompt(prompt_file)
-    embeddings = np.asarray(base.arrays["token_embedder/embedding"], np.float32)
-    found = nearest(jnp.asarray(prompt[:6]), jnp.asarray(embeddings))
     print("\nnearest words of the first prompt positions (cosine)")
-    for position, (ids, cosines) in enumerate(zip(found.ids, found.cosines, strict=True)):
-        shown = (f"{words.piece(int(i)).replace('▁', '_')} {c:.2f}" for i, c in zip(ids, cosines, strict=True))
-        print(f"{position:4}  " + "  ".join(shown))
+    words = open_lexicon(open_table(summary["base"]))
+    for position, named in enumerate(name_neighbors(nearest(prompt[:6], words), words)):
+        print(neighbor_line(position, named))
 
     print(f"\nthe prompt          {prompt_file}  float32 {list(prompt.shape)}, {prompt_file.stat().st_size:,} bytes")
     print(f"the learning curve  {folder / 'learning_curve.png'}")

@@ -5,13 +5,11 @@ import re
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes, load_base
 from prompt_tuning_jax.checkpoints.huggingface import read_config
-from prompt_tuning_jax.prompts.neighbors import nearest
 from prompt_tuning_jax.t5.config import SIZES
 
 NANO = EMBEDDED["nano"]
@@ -63,14 +61,3 @@ def run(verb: str, *arguments: str) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def test_a_word_is_its_own_nearest_neighbour():
-    embeddings = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
-    found = nearest(3.0 * embeddings[jnp.array([7, 40])], embeddings, k=3)
-    assert found.ids[:, 0].tolist() == [7, 40]
-    np.testing.assert_allclose(found.cosines[:, 0], 1.0, rtol=1e-6)
-    unit = np.asarray(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
-    cosines = unit @ unit[7]
-    cosines[:3] = -np.inf
-    assert found.ids[0].tolist() == np.argsort(-cosines)[:3].tolist()

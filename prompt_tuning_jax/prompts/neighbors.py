@@ -1,22 +1,241 @@
-"""Which words a prompt's positions lie near (section 7): cosine nearest neighbours in the frozen vocabulary."""
+"""What a prompt's positions lie near (section 7): words of the frozen vocabulary, class labels, one another.
 
-from typing import NamedTuple
+Everything is measured by cosine. The paper names no measures beyond "nearest neighbours"; those here are:
+  chance: how near the nearest word is to a random direction. A position no nearer than that lies near no word.
+  tightness: the mean cosine over the pairs of one position's k nearest words; by chance, that of a random direction's.
+  overlap: the share of their k nearest words that two positions have in common.
+  cluster: positions connected by overlaps of at least a half.
+"""
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, UNKNOWN, Encode
+
+Prompt = Float[np.ndarray, "P D"]
+
+BLOCK = 4_096  # rows in float32 at a time: XXL's whole table would be another 526 MB
+
+
+class Lexicon(NamedTuple):
+    """Vectors that have a name: the words of a vocabulary, and after them the class labels that are no word of it.
+
+    Attributes:
+      words: rows of the base's table, in its dtype and not copied.
+      others: the vectors of the labels that take several pieces: the mean of these, as at initialisation.
+      names: of all of them, in this order.
+      labels: each label's place in that order; a label of one piece is a word.
+    """
+
+    words: Float[np.ndarray, "W D"]
+    others: Float[np.ndarray, "n D"]
+    names: list[str]
+    labels: dict[str, int]
+
+    def vectors(self, places: Sequence[int] | Int[np.ndarray, " m"]) -> Float[np.ndarray, "m D"]:
+        """The vectors at `places`, float32."""
+        words = len(self.words)
+        rows = [self.words[place] if place < words else self.others[place - words] for place in places]
+        return np.array(rows, np.float32).reshape(-1, self.words.shape[1])
 
 
 class Neighbors(NamedTuple):
-    """For each prompt position its nearest ids, the nearest first, and their cosines."""
+    """For each prompt position the places in a lexicon of its nearest vectors, the nearest first, and their cosines."""
 
-    ids: Int[Array, "P k"]
-    cosines: Float[Array, "P k"]
+    places: Int[np.ndarray, "P k"]
+    cosines: Float[np.ndarray, "P k"]
 
 
-def nearest(prompt: Float[Array, "P D"], embeddings: Float[Array, "V D"], k: int = 5) -> Neighbors:
-    """The `k` rows of `embeddings` with the largest cosine to each position; ids 0 to 2 are no words, and left out."""
-    unit = [x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (prompt, embeddings)]
-    cosines = (unit[0] @ unit[1].T).at[:, :3].set(-jnp.inf)
-    values, ids = jax.lax.top_k(cosines, k)
-    return Neighbors(ids, values)
+def make_lexicon(
+    embeddings: Float[np.ndarray, "V D"],
+    words: int,
+    piece: Callable[[int], str],
+    encode: Encode | None = None,
+    labels: Sequence[str] = (),
+) -> Lexicon:
+    """The words of a vocabulary and `labels`.
+
+    Args:
+      embeddings: the frozen base's table. It may have rows that no id has.
+      words: ids 3 to `words` - 1 are words: <pad>, </s> and <unk> are before them, sentinels after.
+      piece: how an id is written.
+      encode: turns a label into its pieces' ids.
+
+    Raises:
+      ValueError: a label is empty or has a piece that the vocabulary does not know.
+    """
+    names = [piece(token) for token in range(SPECIAL_TOKENS, words)]
+    others, places = [], {}
+    for label in labels:
+        ids = list(encode(label)) if encode else []
+        if not ids or UNKNOWN in ids:
+            found = "<unk>" if ids else "nothing"
+            raise ValueError(f"{label!r} tokenises to {found}: set CLASS_LABELS to words that the vocabulary can write")
+        if len(ids) == 1 and SPECIAL_TOKENS <= ids[0] < words:
+            places[label] = ids[0] - SPECIAL_TOKENS
+        elif label not in places:
+            places[label] = len(names)
+            names.append(label)
+            others.append(embeddings[ids].astype(np.float32).mean(axis=0))
+    others = np.array(others, np.float32).reshape(-1, embeddings.shape[1])
+    return Lexicon(embeddings[SPECIAL_TOKENS:words], others, names, places)
+
+
+def describe(
+    prompts: Mapping[str, Prompt], befores: Mapping[str, Prompt], lexicon: Lexicon, top: int
+) -> dict[str, Any]:
+    """All measures of some prompts, ready for JSON.
+
+    Args:
+      prompts: of one width; lengths may differ.
+      befores: the same prompts at an earlier time, of the same shapes, for those names that have one.
+      top: how many neighbours of a position are looked at, k.
+    """
+    drawn = random_directions(lexicon.words.shape[1])
+    chance = nearest(drawn, lexicon, top)
+    by_chance = chance.cosines[:, 0]
+    report: dict[str, Any] = {
+        "words": len(lexicon.words),
+        "top": top,
+        "chance": {
+            "directions": len(drawn),
+            "mean": float(by_chance.mean()),
+            "largest": float(by_chance.max()),
+            "tightness": float(np.mean(tightness(chance, lexicon))) if top > 1 else None,
+        },
+        "prompts": {},
+    }
+    for name, prompt in prompts.items():
+        described = _describe(prompt, befores.get(name), lexicon, top)
+        firsts = [position["neighbors"][0]["cosine"] for position in described["positions"]]
+        described["nearer_than_chance"] = sum(first > float(by_chance.max()) for first in firsts)
+        report["prompts"][name] = described
+    if len(prompts) > 1:
+        for measure in (mean_vector_similarity, best_match_similarity):
+            report[measure.__name__] = [[measure(a, b) for b in prompts.values()] for a in prompts.values()]
+    return report
+
+
+def _describe(prompt: Prompt, before: Prompt | None, lexicon: Lexicon, top: int) -> dict[str, Any]:
+    stages = {"now": nearest(prompt, lexicon, top)}
+    if before is not None:
+        stages = {"before": nearest(before, lexicon, top)} | stages
+    now = stages["now"]
+    positions: list[dict[str, Any]] = [{"neighbors": named} for named in name_neighbors(now, lexicon)]
+    if top > 1:
+        for position, tight in zip(positions, tightness(now, lexicon), strict=True):
+            position["tightness"] = tight
+    if before is not None:
+        to_before = np.diagonal(cosines(prompt, before))
+        for i, named in enumerate(name_neighbors(stages["before"], lexicon)):
+            kept = len(np.intersect1d(now.places[i], stages["before"].places[i]))
+            positions[i] |= {"before": named, "kept": kept, "cosine_to_before": float(to_before[i])}
+    return {
+        "length": len(prompt),
+        "positions": positions,
+        "distinct": len(np.unique(now.places)),
+        "shared": [{"word": lexicon.names[place], "positions": on} for place, on in shared(now.places).items()],
+        "clusters": clusters(overlaps(now.places)),
+        "labels": {
+            label: {
+                stage: np.flatnonzero((found.places == place).any(axis=1)).tolist() for stage, found in stages.items()
+            }
+            for label, place in lexicon.labels.items()
+        },
+    }
+
+
+def name_neighbors(found: Neighbors, lexicon: Lexicon) -> list[list[dict[str, Any]]]:
+    """Each position's neighbours; one that is a class label says which."""
+    labels = {place: {"label": label} for label, place in lexicon.labels.items()}
+    return [
+        [
+            {"word": lexicon.names[place], "cosine": cosine} | labels.get(place, {})
+            for place, cosine in zip(places, cosines, strict=True)
+        ]
+        for places, cosines in zip(found.places.tolist(), found.cosines.tolist(), strict=True)
+    ]
+
+
+def cosines(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n m"]:
+    """The cosine of each row of `a` to each of `b`; 0 where one of them is zero."""
+    unit = np.concatenate(list(_unit_blocks(a)))
+    return np.concatenate([unit @ block.T for block in _unit_blocks(b)], axis=1)
+
+
+def nearest(prompt: Prompt, lexicon: Lexicon, k: int = 5) -> Neighbors:
+    """The `k` vectors of `lexicon` with the largest cosine to each position; of equal ones the first."""
+    parts = [part for part in (lexicon.words, lexicon.others) if len(part)]
+    to_all = np.concatenate([cosines(prompt, part) for part in parts], axis=1)
+    places = np.array([_largest(row, k) for row in to_all])
+    return Neighbors(places, np.take_along_axis(to_all, places, axis=1))
+
+
+def random_directions(d_model: int, number: int = 100) -> Float[np.ndarray, "n D"]:
+    """Drawn evenly over the sphere, the same ones each time."""
+    return np.random.default_rng(0).normal(size=(number, d_model)).astype(np.float32)
+
+
+def tightness(found: Neighbors, lexicon: Lexicon) -> list[float]:
+    """Of each position the mean cosine over the pairs of its neighbours, which must be two or more."""
+    k = found.places.shape[1]
+    tight = []
+    for places in found.places:
+        unit = np.concatenate(list(_unit_blocks(lexicon.vectors(places)))).astype(np.float64)
+        # Of k unit vectors the squared length of the sum is that of each, and each pair's cosine twice.
+        tight.append(float(np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
+    return tight
+
+
+def overlaps(places: Int[np.ndarray, "P k"]) -> Float[np.ndarray, "P P"]:
+    """The share of their `k` neighbours that two positions have in common."""
+    distinct, column = np.unique(places, return_inverse=True)
+    has = np.zeros((len(places), len(distinct)), np.float32)
+    np.put_along_axis(has, column.reshape(places.shape), 1.0, axis=1)
+    return has @ has.T / places.shape[1]
+
+
+def clusters(overlap: Float[np.ndarray, "P P"], least: float = 0.5) -> list[list[int]]:
+    """The groups of two positions and more that overlaps of at least `least` connect."""
+    linked = (overlap >= least) | np.eye(len(overlap), dtype=bool)
+    group = np.arange(len(overlap))
+    # Each takes the lowest number among those it is linked to, until no number changes.
+    while ((lowest := np.where(linked, group, len(group)).min(axis=1)) != group).any():
+        group = lowest
+    members = [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
+    return [positions for positions in members if len(positions) > 1]
+
+
+def shared(places: Int[np.ndarray, "P k"]) -> dict[int, list[int]]:
+    """The positions of each vector that is a neighbour of several, those of most positions first."""
+    positions = {int(place): np.flatnonzero((places == place).any(axis=1)).tolist() for place in np.unique(places)}
+    several = {place: where for place, where in positions.items() if len(where) > 1}
+    return dict(sorted(several.items(), key=lambda item: -len(item[1])))
+
+
+def mean_vector_similarity(a: Prompt, b: Float[np.ndarray, "Q D"]) -> float:
+    """The cosine of two prompts' mean vectors."""
+    return float(cosines(a.mean(axis=0, keepdims=True), b.mean(axis=0, keepdims=True))[0, 0])
+
+
+def best_match_similarity(a: Prompt, b: Float[np.ndarray, "Q D"]) -> float:
+    """The mean cosine of a position to the one most like it in the other prompt, over `a` and over `b`, halved."""
+    found = cosines(a, b)
+    return float(found.max(axis=1).mean() + found.max(axis=0).mean()) / 2
+
+
+def _unit_blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(vectors), BLOCK):
+        block = vectors[start : start + BLOCK].astype(np.float32)
+        block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+        yield block
+
+
+def _largest(row: np.ndarray, k: int) -> np.ndarray:
+    """Where the `k` largest values stand, in falling order; of equal ones the first."""
+    least = np.partition(row, -k)[-k]
+    candidates = np.flatnonzero(row >= least)
+    return candidates[np.argsort(-row[candidates], kind="stable")][:k]

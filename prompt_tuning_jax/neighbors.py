@@ -1,0 +1,283 @@
+"""Reads prompts (section 7): the words that each position lies near, where class labels stand, how alike prompts are.
+
+python -m prompt_tuning_jax.neighbors PROMPT [PROMPT ...] [--labels=negative,positive] [--before=FILE]
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.arrays.stored import ArrayError
+from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
+from prompt_tuning_jax.flags import Parser, flag_errors
+from prompt_tuning_jax.prompts.files import read_prompt
+from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
+from prompt_tuning_jax.training.score import check_width
+
+SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
+MOST_SHARED = 5
+TABLE = "token_embedder/embedding"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      ValueError: it is not one of this command's.
+    """
+    parser = Parser("prompt_tuning_jax.neighbors", __doc__)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's MODEL_DIR")
+    parser.add_argument("--base", help="what they were trained on; the runs' own where left out, or 'nano'")
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="a SentencePiece model or 'bytes', where none lies beside the base"
+    )
+    parser.add_argument(
+        "--labels",
+        type=lambda text: [label.strip() for label in text.split(",")],
+        default=[],
+        help="class labels to look for, with commas between; of several pieces, their mean, as class_labels.gin starts",
+    )
+    parser.add_argument(
+        "--before", metavar="FILE", help="PROMPT before training; a run's prompts/0.npy, if it is there"
+    )
+    parser.add_argument("--top", type=int, default=5, help="how many neighbours of a position are looked at")
+    parser.add_argument("--json", action="store_true", help="one JSON object with every number")
+    parser.add_argument("--picture", metavar="FILE.png", help="cosines between positions, or between prompts")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    with flag_errors({"PROMPT_FILE": "PROMPT"}):
+        read(parse(sys.argv[1:]))
+
+
+def read(arguments: argparse.Namespace) -> None:
+    """Reads and checks everything, then says it."""
+    prompts, befores = {}, {}
+    if arguments.before and len(arguments.prompts) > 1:
+        raise ValueError(f"--before is given for {len(arguments.prompts)} prompts: set it with one PROMPT")
+    base = arguments.base or base_of(arguments.prompts)
+    model = open_table(base)
+    for name in arguments.prompts:
+        file = prompt_file(name)
+        prompts[name] = read_prompt(file)
+        check_width(str(file), prompts[name].shape, model.arrays[TABLE].shape[1])
+        first = prompt_file(arguments.before) if arguments.before else Path(name, "prompts", "0.npy")
+        if arguments.before or first.is_file():
+            befores[name] = read_prompt(first)
+            if befores[name].shape != prompts[name].shape:
+                shapes = f"{list(befores[name].shape)}, {file} {list(prompts[name].shape)}"
+                raise ValueError(f"{first} is {shapes}: set --before to the same prompt before it was trained")
+    lexicon = open_lexicon(model, arguments.vocabulary, arguments.labels)
+    most = len(lexicon.names)
+    if not 1 <= arguments.top <= most:
+        raise ValueError(f"--top is {arguments.top}, and there are {most} words and labels: set --top to 1 to {most}")
+    report = {"base": base} | describe(prompts, befores, lexicon, arguments.top)
+    if arguments.picture:
+        draw(Path(arguments.picture), report, prompts, befores, lexicon)
+    print(json.dumps(report) if arguments.json else "\n".join(lines(report)), flush=True)
+
+
+def prompt_file(name: str) -> Path | str:
+    """The best prompt of a run's folder; anything else as it is."""
+    best = Path(name, "best", "prompt.npy")
+    return best if best.is_file() else name
+
+
+def base_of(names: Sequence[str]) -> str:
+    """The base that the finished runs among `names` are on; the embedded one where there is no such run.
+
+    Raises:
+      ValueError: they have several.
+    """
+    summaries = [path for name in names if prompt_file(name) != name and (path := Path(name, "summary.json")).is_file()]
+    bases = sorted({str(json.loads(path.read_text(encoding="utf-8"))["base"]) for path in summaries})
+    if len(bases) > 1:
+        raise ValueError(f"the runs are on different bases ({', '.join(bases)}): set --base, or compare runs on one")
+    return bases[0] if bases else "nano"
+
+
+def open_table(base: str) -> StoredModel:
+    """Opens `base`, which must have an embedding table.
+
+    Raises:
+      ValueError: there is no base, or it is not whole.
+    """
+    model = open_model(base)
+    if model.config is None or TABLE not in model.arrays:
+        raise ValueError(f"{base} lacks {TABLE} or other arrays: set INITIAL_CHECKPOINT_PATH to a whole checkpoint")
+    return model
+
+
+def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequence[str] = ()) -> Lexicon:
+    """The words of a base, and `labels`. Its embedding table is read and nothing else.
+
+    Raises:
+      ValueError: the table, the vocabulary or a label cannot be used.
+    """
+    words = open_vocabulary(vocabulary, model.location, model.config)
+    try:
+        table = np.asarray(model.arrays[TABLE])
+    except ArrayError as error:
+        raise ValueError(f"{error}: set INITIAL_CHECKPOINT_PATH to a whole checkpoint") from None
+    return make_lexicon(table, words.size - words.sentinels, words.piece, words.encode, labels)
+
+
+def shown(neighbor: Mapping[str, Any]) -> str:
+    """A word, with `_` for the blank before it; a class label in brackets."""
+    return f"[{neighbor['label']}]" if "label" in neighbor else neighbor["word"].replace("▁", "_")
+
+
+def neighbor_line(position: int, neighbors: Sequence[Mapping[str, Any]]) -> str:
+    """A position and its neighbours, as `describe` gives them."""
+    return f"{position:4}  " + "  ".join(f"{shown(neighbor)} {neighbor['cosine']:.2f}" for neighbor in neighbors)
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What the terminal shows."""
+    base = os.path.relpath(report["base"]) if os.path.isabs(report["base"]) else report["base"]
+    said = [f"{report['words']:,} words of {base}"]
+    for name, prompt in report["prompts"].items():
+        said += ["", f"{name}: {prompt['length']} positions, the {report['top']} nearest words (cosine)"]
+        for i, position in enumerate(prompt["positions"]):
+            was = f"  (was {shown(position['before'][0])})" if "before" in position else ""
+            said.append(neighbor_line(i, position["neighbors"]) + was)
+        said += [*_prompt_lines(prompt, report), *_label_lines(prompt)]
+    if len(report["prompts"]) > 1:
+        said += ["", *_similarity_lines(report)]
+    return said
+
+
+def _prompt_lines(prompt: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    positions, length, top, chance = prompt["positions"], prompt["length"], report["top"], report["chance"]
+    words = [f"{word['word'].replace('▁', '_')} {_numbers(word['positions'])}" for word in prompt["shared"]]
+    several = f", of several positions: {'; '.join(words[:MOST_SHARED])}" if words else ""
+    several += f"; and {len(words) - MOST_SHARED} more" if len(words) > MOST_SHARED else ""
+    said = [
+        f"chance     {prompt['nearer_than_chance']} of {length} positions are nearer to a word than any of "
+        f"{chance['directions']} random directions ({chance['mean']:.2f} on average, {chance['largest']:.2f} at most)",
+        f"shared     {prompt['distinct']} different words among {length * top}{several}",
+    ]
+    if top > 1:
+        tight = np.mean([position["tightness"] for position in positions])
+        said.append(
+            f"tightness  {tight:.2f} between one position's words, {chance['tightness']:.2f} between those of a random "
+            "direction"
+        )
+    if prompt["clusters"]:
+        groups = "; ".join(map(_numbers, prompt["clusters"]))
+        said.append(f"clusters   {groups} (connected by half of their words or more)")
+    if "before" in positions[0]:
+        to_before = [position["cosine_to_before"] for position in positions]
+        kept = np.mean([position["kept"] for position in positions])
+        said.append(
+            f"moved      {np.mean(to_before):.2f} to itself before on average, {min(to_before):.2f} at least; "
+            f"{kept:.1f} of {top} words kept"
+        )
+    return said
+
+
+def _label_lines(prompt: Mapping[str, Any]) -> list[str]:
+    """Per label the positions that have it among their words, and how many positions have any."""
+    said, having = [], {}
+    for label, places in prompt["labels"].items():
+        found = [f"{stage} at {_numbers(positions) or 'none'}" for stage, positions in places.items()]
+        said.append(f"label      [{label}] {', '.join(found)}")
+        for stage, positions in places.items():
+            having[stage] = having.get(stage, set()) | set(positions)
+    counts = [f"{len(positions)} {stage}" for stage, positions in having.items()]
+    if "before" in having:
+        counts.append(f"{len(having['before'] & having['now'])} before and now")
+    return [*said, f"labels     positions with any: {', '.join(counts)}"] if said else []
+
+
+def _numbers(positions: Sequence[int]) -> str:
+    return " ".join(map(str, positions))
+
+
+def _similarity_lines(report: Mapping[str, Any]) -> list[str]:
+    said = ["prompts to one another: cosine of mean vectors below the diagonal, of best-matching positions above"]
+    width = max(map(len, report["prompts"]))
+    for i, name in enumerate(report["prompts"]):
+        below, above = (report[measure][i] for measure in SIMILARITIES)
+        cells = [f"{value:6.2f}" for value in below[:i]] + [f"{'-':>6}"] + [f"{value:6.2f}" for value in above[i + 1 :]]
+        said.append(f"{i:4}  {name:{width}}{''.join(cells)}")
+    return said
+
+
+def _hollow(similarities: Any) -> np.ndarray:
+    """Without each one's similarity to itself, which would take all the colour."""
+    return np.where(np.eye(len(similarities), dtype=bool), np.nan, similarities)
+
+
+def draw(
+    target: Path,
+    report: Mapping[str, Any],
+    prompts: Mapping[str, Prompt],
+    befores: Mapping[str, Prompt],
+    lexicon: Lexicon,
+) -> None:
+    """Of one prompt its positions against one another and against the class labels; of several, how alike they are.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels = []  # title, cosines, columns' names, (column, row) of the cells to mark
+    if len(prompts) > 1:
+        rows = [f"{name}  {i}" for i, name in enumerate(prompts)]
+        for measure in SIMILARITIES:
+            panels.append((measure.replace("_", " "), _hollow(report[measure]), None, []))
+    else:
+        (name,) = prompts
+        said, stages = report["prompts"][name], {"before": befores.get(name), "now": prompts[name]}
+        rows = [f"{shown(position['neighbors'][0])}  {i}" for i, position in enumerate(said["positions"])]
+        panels.append(("other positions", _hollow(cosines(prompts[name], prompts[name])), None, []))
+        for stage, prompt in stages.items():
+            if prompt is not None and said["labels"]:
+                to_labels = cosines(prompt, lexicon.vectors(list(lexicon.labels.values())))
+                marks = [(x, y) for x, places in enumerate(said["labels"].values()) for y in places[stage]]
+                panels.append((f"labels {stage}", to_labels, list(said["labels"]), marks))
+    largest = max(float(np.nanmax(np.abs(values), initial=1e-3)) for _, values, _, _ in panels)
+    widths = [max(values.shape[1], len(rows) / 8) for _, values, _, _ in panels]
+    side = min(max(0.22 * len(rows), 3.0), 20.0)
+    size = (2.5 + side * sum(widths) / len(rows), 1.2 + side)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
+    )  # fmt: skip
+    font = min(8.0, 72 * 0.8 * side / len(rows))
+    for axis, (title, values, columns, marks) in zip(axes[0], panels, strict=True):
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        axis.set_title(title, fontsize=8)
+        if columns is None:  # the rows' numbers
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.tick_params("x", labelsize=8)
+        else:
+            axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=font, parse_math=False)
+        axis.set_yticks([])
+        axis.plot(*zip(*marks, strict=True), "k.", markersize=4) if marks else None
+    axes[0, 0].set_yticks(range(len(rows)), rows, fontsize=font, parse_math=False)
+    dots = f"; dots: among the {report['top']} nearest" if any(marks for *_, marks in panels) else ""
+    figure.colorbar(image, ax=axes[0]).set_label(f"cosine{dots}", fontsize=8)
+    try:
+        figure.savefig(target, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot write {target} ({error}): set --picture to a .png in a folder that is there"
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
