@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.flags import Parser, add_model_flags, flag_errors, load_predictor, say_broken
-from prompt_tuning_jax.inference.predictor import WINDOW, Predictor
+from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
 from prompt_tuning_jax.inference.requests import METHODS, Decoding
 
 WAIT = 0.02  # seconds that a window waits for more lines once it has one
@@ -186,7 +186,7 @@ def skip(rows: Iterator[tuple[int, Any]], done: list[dict[str, Any]], path: Path
     """
     for answer in done:
         _, row = next(rows, (None, None))
-        if row is None or (isinstance(row, dict) and any(answer.get(name) != row[name] for name in row)):
+        if row is None or any(answer.get(name) != value for name, value in asked(row).items()):
             raise ValueError(f"{path} holds the answers to other rows: set --output to a new file")
     if done:
         print(f"{len(done):,} rows are answered already", file=sys.stderr)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, make_tiny, random_params
 
+from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
@@ -294,6 +296,15 @@ def test_a_prompt_removed_between_reading_and_answering_is_an_error(predictor):
     assert "no prompt 'brief'" in gone["error"] and "prediction" in sound
 
 
+def test_an_earlier_answer_in_a_row_is_forgotten(predictor):
+    refill(predictor.bank, np.random.default_rng(0))
+    row = {"prompt": "one", "inputs": "a movie", "id": 3}
+    (ranked,) = predictor.predict([row | {"labels": LABELS}])
+    (fresh,) = predictor.predict([row])
+    stale = {name: value for name, value in ranked.items() if name != "labels"} | {"error": "old", "cut": True}
+    assert [*predictor.predict([stale])] == [fresh]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -323,3 +334,10 @@ def test_loaded_from_files_it_answers_as_from_arrays(tiny, tmp_path, words):
     one = Predictor.load(str(tiny.base), tmp_path / "mine.npy", **options)
     assert from_folder == from_arrays == [*one.predict(rows)]
     assert next(one.predict([{"inputs": "a movie"}]))["prediction"] == from_folder[0]["prediction"]
+    # A T5X checkpoint of the base with the prompt in it, as T5X's trainer leaves it, is both.
+    both = {name: np.asarray(value) for name, value in random_params(0).items()} | {IN_T5X[0]: prompt}
+    t5x.write(tmp_path / "checkpoint_3", both, tiny.vocabulary)
+    under_t5x = Predictor.load(str(tmp_path / "checkpoint_3"), tmp_path / "checkpoint_3", **options)
+    assert next(under_t5x.predict([{"inputs": "a movie"}])) == {"inputs": "a movie"} | {
+        name: from_folder[0][name] for name in ("prediction", "score")
+    }

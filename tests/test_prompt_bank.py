@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, write_prompt
+from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, write_prompt
 from prompt_tuning_jax.prompts.peft import write_adapter
 
 WIDTH = 4
@@ -86,6 +87,7 @@ def folder(tmp_path):
     (tmp_path / "official").mkdir()
     with open(tmp_path / "official" / OFFICIAL_NAME, "wb") as file:
         np.save(file, prompt_of(2, 4))
+    t5x.write(tmp_path / "t5x", {IN_T5X[0]: prompt_of(1, 5)})
     (tmp_path / "README.md").write_text("no prompt")
     (tmp_path / "empty").mkdir()
     (tmp_path / ".hidden.npy").write_text("no prompt")
@@ -96,8 +98,8 @@ def test_a_folder_fills_the_bank_and_keeps_it(folder):
     bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
     assert prompts.single is None
     changes = prompts.sync(bank)
-    assert sorted(changes.added) == ["npy", "official", "peft", "run"] and not changes.broken
-    assert contents(bank) == {"npy": 1, "official": 4, "peft": 3, "run": 2}
+    assert sorted(changes.added) == ["npy", "official", "peft", "run", "t5x"] and not changes.broken
+    assert contents(bank) == {"npy": 1, "official": 4, "peft": 3, "run": 2, "t5x": 5}
     assert prompts.sync(bank) == ([], [], {})
 
     write_prompt(folder / "npy.npy", prompt_of(5, 7))
@@ -105,7 +107,7 @@ def test_a_folder_fills_the_bank_and_keeps_it(folder):
     shutil.rmtree(folder / "peft")
     changes = prompts.sync(bank)
     assert sorted(changes.added) == ["new", "npy"] and changes.removed == ["peft"]
-    assert contents(bank) == {"new": 8, "npy": 7, "official": 4, "run": 2}
+    assert contents(bank) == {"new": 8, "npy": 7, "official": 4, "run": 2, "t5x": 5}
 
 
 def test_a_broken_file_leaves_the_others_and_its_own_earlier_prompt(folder):
@@ -113,7 +115,7 @@ def test_a_broken_file_leaves_the_others_and_its_own_earlier_prompt(folder):
     (folder / "broken.npy").write_bytes(b"\x93NUMPY")
     changes = prompts.sync(bank)
     assert [*changes.broken] == ["broken"] and str(folder / "broken.npy") in changes.broken["broken"]
-    assert [*bank] == ["npy", "official", "peft", "run"]
+    assert [*bank] == ["npy", "official", "peft", "run", "t5x"]
 
     (folder / "npy.npy").write_bytes(b"half")
     changes = prompts.sync(bank)
@@ -137,12 +139,15 @@ def test_a_summary_beside_a_prompt_checks_the_base(folder):
     assert changes.added == ["npy"] and [*changes.broken] == ["run"]
 
 
-@pytest.mark.parametrize("path, name", [("npy.npy", "npy"), ("run", "run"), ("run/best/prompt.npy", "prompt")])
+ONE = [("npy.npy", "npy"), ("t5x", "t5x"), ("run", "run"), ("run/best/prompt.npy", "prompt")]
+
+
+@pytest.mark.parametrize("path, name", ONE)
 def test_one_prompt_is_a_folder_of_one(folder, path, name):
     bank, prompts = PromptBank(WIDTH, fingerprint="bbbb"), PromptFolder(folder / path)
     assert prompts.single == name
     broken = prompts.sync(bank).broken
-    if path == "npy.npy":
+    if path in ("npy.npy", "t5x"):
         assert [*bank] == [name]
     else:  # its run's summary is found either way
         assert "fingerprint aaaa, this one is bbbb" in broken[name]

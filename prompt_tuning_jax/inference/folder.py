@@ -3,7 +3,8 @@
 Each entry is one prompt, named after it:
 
     sst2.npy, and beside it, where one wants the base checked, sst2.json: the summary.json of its run
-    rte/            the folder of a run (best/prompt.npy, summary.json), a PEFT adapter, or the official file's folder
+    rte/            a run (best/prompt.npy, summary.json), a PEFT adapter, a folder with the official file, or a
+                    T5X checkpoint with a prompt in it
 
 A single prompt, by its own path, is a folder of one.
 """
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt
@@ -132,7 +134,7 @@ def _entry(path: Path) -> Entry | None:
             return Entry(path, summary, _state([path / peft.CONFIG, path / peft.WEIGHTS, summary]))
         if (path / OFFICIAL_NAME).is_file():
             return Entry(path, summary, _state([path / OFFICIAL_NAME, summary]))
-        return None
+        return Entry(path, summary, _state([path, summary])) if is_t5x(path) else None
     if path.suffix == ".npy":
         summary = path.with_suffix(".json")
         if path.match(str(Path("*", RUN_PROMPT))) and (path.parents[1] / RUN_SUMMARY).is_file():

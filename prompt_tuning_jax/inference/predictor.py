@@ -24,6 +24,7 @@ from prompt_tuning_jax.t5.scoring import choice_scores
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 WINDOW = 32  # batches whose rows are sorted by length together
+ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
 
 
 class Predictor:
@@ -157,8 +158,7 @@ class Predictor:
                 found.append(error)
         answers = iter(self.answer([request for request in found if isinstance(request, Request)]))
         return [
-            (dict(row) if isinstance(row, Mapping) else {})
-            | (next(answers) if isinstance(request, Request) else {"error": str(request)})
+            asked(row) | (next(answers) if isinstance(request, Request) else {"error": str(request)})
             for (_, row), request in zip(rows, found, strict=True)
         ]
 
@@ -233,6 +233,11 @@ class Predictor:
                     answers[at] = {"error": f"the answer's score is {score}: the prompt or the base is broken"}
             if request.cut:
                 answers[at]["cut"] = True
+
+
+def asked(row: Any) -> dict[str, Any]:
+    """A row without what an earlier answer left in it: its fields come back beside the new one."""
+    return {name: row[name] for name in row if name not in ANSWER} if isinstance(row, Mapping) else {}
 
 
 class Planned(NamedTuple):

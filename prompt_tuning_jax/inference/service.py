@@ -29,7 +29,7 @@ from prompt_tuning_jax.inference.batcher import Batcher, Job, ModelError, ModelT
 from prompt_tuning_jax.inference.folder import Changes, PromptFolder
 from prompt_tuning_jax.inference.http import Body, ClientGone, Refusal, disconnected, explain, part, rows_of
 from prompt_tuning_jax.inference.metrics import Metrics
-from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.predictor import Predictor, asked
 from prompt_tuning_jax.inference.requests import Request
 
 PREDICT, PROMPTS, HEALTHZ, METRICS = PATHS = ("/v1/predict", "/v1/prompts", "/healthz", "/metrics")
@@ -197,7 +197,7 @@ class Service:
         """The answer's body; a row keeps its fields."""
         rest = iter(answers)
         whole = [
-            (row if isinstance(row, dict) else {}) | ({"error": was} if isinstance(was, str) else next(rest))
+            asked(row) | ({"error": was} if isinstance(was, str) else next(rest))
             for row, was in zip(rows, found, strict=True)
         ]
         errors = sum("error" in answer for answer in whole)

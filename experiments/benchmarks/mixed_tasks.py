@@ -1,0 +1,241 @@
+"""A batch whose rows belong to many tasks, beside PEFT's way: a sub-batch a task, with `set_adapter` between them.
+
+    python -m experiments.benchmarks.mixed_tasks [--size=small] [--peer=peft] [--threads=2]
+
+Random weights and prompts; the same batch is answered by turns, over 1, 8 and 32 prompts. All contenders write
+TARGET_LENGTH tokens for every row: the weights never choose the end of sequence, and PEFT is told how many. (PEFT takes
+`adapter_names` for such a batch without complaint, and answers every row with the active prompt.) The last line printed
+is one JSON object:
+
+  cost: seconds over those of one prompt, by number of prompts;
+  ratio: examples a second over PEFT's, by number of prompts;
+  same_tokens: the share of tokens on which both agree, by number of prompts (rounding may part random weights);
+  bank: 1,000 prompts in one bank: their bytes, by how much the process grew, and the milliseconds from a new prompt's
+    arrival to the end of the first answer with it, by the tokens of the answer (one row of 16 tokens; a label has 2).
+
+Linux only.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.contenders import (
+    CORES,
+    EOS,
+    Contender,
+    medians,
+    random_inputs,
+    random_prompt,
+    work,
+    write_base,
+)
+
+COUNTS = (1, 8, 32)
+BANK = 1000
+LABEL = 2  # tokens of an answer that is a label and its end
+
+
+def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
+    """The answers of this project over a number of prompts, as `Predictor` gives them, without their text."""
+    import jax
+
+    from prompt_tuning_jax.inference.bank import Prompts
+
+    predictor = make_predictor(load(arguments), arguments, arguments.target_length)
+    take = jax.jit(Prompts.take)
+    for number in range(max(COUNTS)):
+        predictor.bank.add(str(number), random_prompt(number, arguments.prompt_length, arguments.size))
+    inputs = random_inputs(arguments.batch, arguments.input_length)
+    rows = np.array([predictor.bank.row(str(number)) for number in range(max(COUNTS))], np.int32)
+
+    def answer(count: int) -> np.ndarray:
+        each = np.resize(rows[:count], arguments.batch)
+        prompt, mask = take(predictor.bank.prompts, each)
+        generate = predictor._programs["greedy"]
+        return jax.device_get(generate(predictor._params, inputs, prompt=prompt, prompt_mask=mask))[0]
+
+    return answer
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The base in memory."""
+    from prompt_tuning_jax.checkpoints.base import load_base
+    from prompt_tuning_jax.t5.config import SIZES
+
+    return load_base(str(arguments.folder / "base"), SIZES[arguments.size]).params
+
+
+def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank: Any = None) -> Any:
+    """A predictor without prompts. It is given token ids, and a vocabulary that only counts them."""
+    from types import SimpleNamespace
+
+    from prompt_tuning_jax.inference.bank import PromptBank
+    from prompt_tuning_jax.inference.predictor import Predictor
+    from prompt_tuning_jax.t5.config import SIZES
+    from prompt_tuning_jax.t5.network import Transformer
+
+    config = SIZES[arguments.size]
+    vocabulary = SimpleNamespace(encode=lambda text: [3], decode=len)
+    bank = bank if bank is not None else PromptBank(config.emb_dim, capacity=BANK, length=arguments.prompt_length)
+    return Predictor(Transformer(config), params, vocabulary, bank, max_new_tokens=tokens)
+
+
+def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
+    """The answers of PEFT over a number of prompts, as its user can have them."""
+    import torch
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    torch.set_num_threads(CORES)
+    base = T5ForConditionalGeneration.from_pretrained(arguments.folder / "base")
+    model = PeftModel.from_pretrained(base, str(arguments.folder / "0"), adapter_name="0")
+    for number in range(1, max(COUNTS)):
+        model.load_adapter(str(arguments.folder / str(number)), adapter_name=str(number))
+    model.eval()
+    tokens = torch.from_numpy(random_inputs(arguments.batch, arguments.input_length)).long()
+    length = arguments.target_length
+    asked = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "num_beams": 1}
+
+    def answer(count: int) -> np.ndarray:
+        found = np.zeros((len(tokens), length), np.int32)
+        with torch.inference_mode():
+            for number in range(min(count, len(tokens))):
+                rows = torch.arange(number, len(tokens), count)
+                model.set_adapter(str(number))
+                part = tokens[rows]
+                written = model.generate(input_ids=part, attention_mask=torch.ones_like(part), **asked)
+                found[rows.numpy()] = written[:, 1:].numpy()
+        return found
+
+    return answer
+
+
+def contend(arguments: argparse.Namespace) -> None:
+    """In a contender's process: each line is a number of prompts, or `bank`."""
+    answer = {"ours": ours, "peft": peft}[arguments.contender](arguments)
+
+    def prepare(line: str) -> Callable[[], object]:
+        tokens = answer(int(line))
+        assert tokens.shape == (arguments.batch, arguments.target_length) and not np.any(tokens == EOS)
+        np.save(arguments.folder / f"{arguments.contender}-{line}.npy", tokens)
+        return lambda: answer(int(line))
+
+    work(prepare)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_bank(arguments: argparse.Namespace) -> None:
+    """In a process of its own: a bank of 1,000 prompts."""
+    import jax
+
+    from prompt_tuning_jax.inference.requests import Request
+
+    params = load(arguments)
+    before = resident()
+    first = make_predictor(params, arguments, LABEL)
+    bank = first.bank
+    second = make_predictor(params, arguments, arguments.target_length, bank)
+    predictors = {LABEL: first, arguments.target_length: second}
+
+    def ask(name: str, tokens: int) -> None:
+        inputs = np.arange(2, 18, dtype=np.int32)
+        request = Request(name, inputs, False, "greedy", (), None, 0.0, 0, 1.0, 0)
+        assert predictors[tokens].answer([request])[0]["prediction"] == tokens
+
+    def prompt(number: int) -> np.ndarray:
+        return random_prompt(number, arguments.prompt_length, arguments.size)
+
+    late = range(BANK - 20, BANK)
+    for number in range(late[0]):
+        bank.add(str(number), prompt(number))
+    jax.block_until_ready(bank.prompts)
+    grown = resident() - before
+    times = {}
+    for tokens in predictors:
+        ask("0", tokens)  # compiled
+        times[tokens] = []
+        for number in late:
+            values = prompt(number)
+            start = time.perf_counter()
+            bank.add(str(number), values)
+            ask(str(number), tokens)
+            times[tokens].append(time.perf_counter() - start)
+    found = {
+        "prompts": len(bank),
+        "array_mb": round(bank.prompts.values.nbytes / 1e6, 1),
+        "grown_mb": round(grown / 1e6, 1),
+        "first_answer_ms": {tokens: round(1e3 * statistics.median(seconds), 1) for tokens, seconds in times.items()},
+    }
+    print(json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--input-length", type=int, default=128)
+    parser.add_argument("--target-length", type=int, default=8)
+    parser.add_argument("--prompt-length", type=int, default=100)
+    parser.add_argument("--peer", choices=["peft"], help="needs the extra [hf]")
+    parser.add_argument("--threads", type=int, default=CORES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        return measure_bank(arguments) if arguments.contender == "bank" else contend(arguments)
+    record: dict[str, Any] = {n: value for n, value in vars(arguments).items() if n not in ("contender", "folder")}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        from prompt_tuning_jax.prompts.peft import write_adapter
+
+        write_base(folder / "base", arguments.size)
+        for number in range(max(COUNTS)):
+            write_adapter(folder / str(number), random_prompt(number, arguments.prompt_length, arguments.size))
+        flags = ["size", "batch", "input_length", "target_length", "prompt_length"]
+        given = [f"--{flag.replace('_', '-')}={getattr(arguments, flag)}" for flag in flags] + [f"--folder={folder}"]
+        names = ["ours", arguments.peer] if arguments.peer else ["ours"]
+        contenders = {
+            name: Contender(__spec__.name, [*given, "--contender", name], arguments.threads) for name in names
+        }
+        asked = [(name, str(count)) for count in COUNTS for name in names]
+        found = dict(zip(asked, medians(contenders, asked, arguments.rounds), strict=True))
+        for name in names[1:]:
+            contenders[name].end()
+        # What many prompts cost, with nothing of the peer's in between.
+        own = medians(contenders, [("ours", str(count)) for count in COUNTS], 2 * arguments.rounds)
+        contenders["ours"].end()
+        record["seconds"] = {name: {count: round(found[name, str(count)], 4) for count in COUNTS} for name in names}
+        record["cost"] = {count: round(seconds / own[0], 3) for count, seconds in zip(COUNTS, own, strict=True)}
+        if arguments.peer:
+            record["ratio"] = {
+                count: round(found[arguments.peer, str(count)] / found["ours", str(count)], 3) for count in COUNTS
+            }
+            answers = {(name, count): np.load(folder / f"{name}-{count}.npy") for name, count in asked}
+            record["same_tokens"] = {
+                count: round(float(np.mean(answers["ours", str(count)] == answers[arguments.peer, str(count)])), 4)
+                for count in COUNTS
+            }
+        command = [sys.executable, "-m", __spec__.name, *given, "--contender", "bank"]
+        record["bank"] = json.loads(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
