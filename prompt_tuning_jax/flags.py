@@ -86,4 +86,4 @@ def load_predictor(
 def say_broken(broken: Mapping[str, str]) -> None:
     """Says on stderr which prompts are left out, and why."""
     for name, message in broken.items():
-        print(f"prompt {name} is left out: {as_flags(message)}", file=sys.stderr)
+        print(f"prompt {name} is left out: {message}", file=sys.stderr)

@@ -12,6 +12,7 @@ from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference.labels import written_labels
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 from prompt_tuning_jax.training import score
@@ -22,7 +23,7 @@ from prompt_tuning_jax.training.evaluation import (
     judge,
     takes_scores,
 )
-from prompt_tuning_jax.training.step import merge, shift_right
+from prompt_tuning_jax.training.step import merge
 
 POSTPROCESSORS, METRICS = "prompt_tuning_jax.tasks.postprocessors", "prompt_tuning_jax.tasks.metrics"
 LABELS = ["negative", "positive"]

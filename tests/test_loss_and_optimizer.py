@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.training.loss import cross_entropy, token_log_probs
+from prompt_tuning_jax.t5.scoring import token_log_probs
+from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.optimizer import adafactor, warmup_cosine
 
 

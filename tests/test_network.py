@@ -18,7 +18,7 @@ from prompt_tuning_jax.prompts.module import prepend_prompt
 from prompt_tuning_jax.t5.config import SIZES, T5Config
 from prompt_tuning_jax.t5.layers import relative_position_bucket
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.training.loss import token_log_probs
+from prompt_tuning_jax.t5.scoring import token_log_probs
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import PROMPT, TrainState, batch_loss, make_train_step, split_trainable
 

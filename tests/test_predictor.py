@@ -20,10 +20,9 @@ from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
-from prompt_tuning_jax.training.loss import token_log_probs
-from prompt_tuning_jax.training.step import shift_right
 
 LENGTHS = {"one": 2, "three": 5, "three too": 5}
 INPUTS, ANSWER, WIDTH = 24, 6, CONFIG.emb_dim

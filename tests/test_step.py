@@ -10,8 +10,9 @@ from fixtures.models import random_model, random_tokens
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, merge, shift_right, split_trainable
+from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, merge, split_trainable
 
 # Dimensions of parameters that no activation has.
 CONFIG = T5Config(29, 24, 3, 1, 1, 40, head_dim=7, dropout_rate=0.2)

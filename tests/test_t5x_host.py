@@ -35,11 +35,11 @@ from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt  # noqa: 
 from prompt_tuning_jax.prompts.module import SoftPrompt  # noqa: E402
 from prompt_tuning_jax.t5.config import T5Config  # noqa: E402
 from prompt_tuning_jax.t5.decoding import greedy  # noqa: E402
+from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs  # noqa: E402
 from prompt_tuning_jax.t5x_host import checkpoints, network, start, tasks  # noqa: E402
 from prompt_tuning_jax.t5x_host.optimizers import prompt_only  # noqa: E402
 from prompt_tuning_jax.t5x_host.partitioning import prompt_axis_rules  # noqa: E402
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary  # noqa: E402
-from prompt_tuning_jax.training.loss import token_log_probs  # noqa: E402
 from prompt_tuning_jax.training.optimizer import adafactor  # noqa: E402
 from prompt_tuning_jax.training.start import start_prompt  # noqa: E402
 from prompt_tuning_jax.training.step import (  # noqa: E402
@@ -47,7 +47,6 @@ from prompt_tuning_jax.training.step import (  # noqa: E402
     TrainState,
     batch_loss,
     make_train_step,
-    shift_right,
     split_trainable,
 )
 

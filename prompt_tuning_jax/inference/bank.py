@@ -54,7 +54,7 @@ class PromptBank:
         self._fingerprint = fingerprint
         self._rows: dict[str, int] = {}
         self._lengths: dict[str, int] = {}
-        rows = _power_of_two(capacity + 1)
+        rows = power_of_two(capacity + 1)
         self._free = list(reversed(range(1, rows)))
         self.prompts = Prompts(jnp.zeros((rows, length, width), jnp.float32), jnp.zeros(rows, jnp.int32))
 
@@ -133,5 +133,6 @@ def _replace_row(prompts: Prompts, row: Int[Array, ""], prompt: Float[Array, "P 
     return Prompts(prompts.values.at[row].set(prompt), prompts.lengths.at[row].set(length))
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
+    """The first power of two from `least` on."""
     return 1 << (least - 1).bit_length()

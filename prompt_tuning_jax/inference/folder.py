@@ -98,7 +98,7 @@ class PromptFolder:
             try:
                 bank.add(name, *read_entry(entry))
             except (ValueError, OSError) as error:
-                self.broken[name] = str(error)
+                self.broken[name] = str(error).replace("PROMPT_FILE", "--prompts")  # no macro named this file
             else:
                 self.broken.pop(name, None)
                 added.append(name)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.batches.loader import default_buckets
 from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
-from prompt_tuning_jax.inference.bank import PromptBank, Prompts
+from prompt_tuning_jax.inference.bank import PromptBank, Prompts, power_of_two
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
 from prompt_tuning_jax.prompts.module import SoftPrompt
@@ -205,7 +205,7 @@ class Predictor:
 
     def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
         """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
-        size = min(_power_of_two(len(requests)), self.batch_size)
+        size = min(power_of_two(len(requests)), self.batch_size)
         inputs, rows = np.zeros((size, batch.length), np.int32), np.zeros(size, np.int32)
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
@@ -270,7 +270,7 @@ def _choices(requests: Sequence[Request], size: int) -> dict[str, Any]:
     """The arguments of `choice_scores`, of `size` rows, in few shapes: as many labels and tokens as a power of two."""
     tables = [request.choices for request in requests if request.choices is not None]
     count, length = (max(table.shape[axis] for table in tables) for axis in (0, 1))
-    choices = np.zeros((size, max(_power_of_two(count), 16), max(_power_of_two(length), 4)), np.int32)
+    choices = np.zeros((size, max(power_of_two(count), 16), max(power_of_two(length), 4)), np.int32)
     for row, table in zip(choices, tables, strict=False):
         row[: table.shape[0], : table.shape[1]] = table
     return {"choices": choices, "count": np.int32(count)}
@@ -289,7 +289,3 @@ def _ranked(labels: Sequence[str], scores: Float[np.ndarray, " C"]) -> dict[str,
         "scores": dict(zip(labels, scores.tolist(), strict=True)),
         "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
     }
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

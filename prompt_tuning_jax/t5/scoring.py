@@ -11,6 +11,25 @@ from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.network import Transformer
 
 
+def shift_right(targets: Int[Array, "B U"]) -> Int[Array, "B U"]:
+    """Decoder inputs: the targets after a start token, which is T5's padding, 0."""
+    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+
+
+def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"]) -> Float[Array, "B U"]:
+    """The log-probability of each target token; 0 where the target is padding."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(targets > 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+def target_scores(
+    model: Transformer, params: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B U"]
+) -> Float[Array, " B"]:
+    """The log-probability of each row's targets."""
+    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False)
+    return jnp.sum(token_log_probs(logits, targets), axis=1)
+
+
 def choice_scores(
     model: Transformer,
     params: Any,
@@ -35,10 +54,7 @@ def choice_scores(
 
     def score(place: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
         wanted = lax.dynamic_index_in_dim(targets, place, axis=1, keepdims=False)
-        before = jnp.pad(wanted, ((0, 0), (1, 0)))[:, :-1]
-        logits = decode(before)
-        picked = jnp.take_along_axis(logits, wanted[:, :, None], axis=2)[:, :, 0]
-        total = jnp.sum(picked - jax.nn.logsumexp(logits, axis=2), axis=1, where=wanted > 0)
+        total = jnp.sum(token_log_probs(decode(shift_right(wanted)), wanted), axis=1)
         return scores.at[:, place].set(jnp.where(jnp.any(wanted > 0, axis=1), total, -jnp.inf))
 
     nothing = jnp.full(targets.shape[:2], -jnp.inf)

@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores
+from prompt_tuning_jax.t5.scoring import choice_scores, target_scores
 from prompt_tuning_jax.tasks import metrics, postprocessors
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.training.loss import token_log_probs
-from prompt_tuning_jax.training.step import Params, batch_loss, merge, shift_right
+from prompt_tuning_jax.training.step import Params, batch_loss, merge
 
 
 class Judged(NamedTuple):
@@ -185,11 +183,3 @@ class Evaluator:
             "encoder_use": (other - loss) / tokens,
             "token_accuracy": 100.0 * correct / tokens,
         }
-
-
-def target_scores(
-    model: Transformer, params: dict, inputs: Int[Array, "B T"], targets: Int[Array, "B U"]
-) -> Float[Array, " B"]:
-    """The log-probability of each row's targets."""
-    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False)
-    return jnp.sum(token_log_probs(logits, targets), axis=1)

@@ -23,12 +23,6 @@ class LossSums(NamedTuple):
     correct: Float[Array, ""]
 
 
-def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"]) -> Float[Array, "B U"]:
-    """The log-probability of each target token; 0 where the target is padding."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(targets > 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
-
-
 def cross_entropy(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4) -> LossSums:
     """The loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
 

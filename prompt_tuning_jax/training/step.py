@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, UInt32
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 
 Params = dict[str, jax.Array]
@@ -63,11 +63,6 @@ def split_trainable(params: Params, patterns: Sequence[str]) -> tuple[Params, Pa
 def merge(trainable: Params, frozen: Params) -> dict:
     """The nested parameters that a model is applied to."""
     return unflatten_dict({**frozen, **trainable}, sep="/")
-
-
-def shift_right(targets: Int[Array, "B U"]) -> Int[Array, "B U"]:
-    """Decoder inputs: the targets after a start token, which is T5's padding, 0."""
-    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
 
 
 def batch_loss(
