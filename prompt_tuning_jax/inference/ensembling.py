@@ -50,9 +50,11 @@ class Ensemble:
     """N prompts of one base, which answer every example together: a batch of B examples is one pass of N x B rows."""
 
     def __init__(self, model: Transformer, vocabulary: Vocabulary, prompts: Sequence[Float[np.ndarray, "P D"]]):
-        """Args:
-        model: without a prompt of its own.
-        prompts: of any lengths.
+        """Puts the prompts into one array; compiles nothing yet.
+
+        Args:
+          model: without a prompt of its own.
+          prompts: of any lengths.
         """
         self._vocabulary = vocabulary
         bank = PromptBank(model.config.emb_dim, capacity=len(prompts))
