@@ -39,8 +39,8 @@ def default_buckets(length: int, shortest: int = 16) -> tuple[int, ...]:
 class Planned(abc.ABC):
     """An endless sequence of batches by number, planned a window of batches at a time.
 
-    A window's examples are sorted by bucket and cut into batches, which are then shuffled: a batch holds examples of
-    about the same length. A bucket's last, incomplete batch is topped up from the next longer bucket's examples.
+    A window's examples, in an order of the seed's, are sorted by bucket and cut into batches, which are then shuffled:
+    a batch holds examples of about the same length. A bucket's last, incomplete batch is topped up from the next longer bucket's examples.
 
     Of several processes each has its own rows of the same global batches, which do not depend on their number.
 
@@ -109,7 +109,10 @@ class Planned(abc.ABC):
             order = order[np.argsort(self._bucket_of(order), kind="stable")]
             plan = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
             if self._shuffle:
-                plan = [plan[i] for i in rng.permutation(len(plan))]
+                # The same places for every seed: trials that differ in their seed then take batches of one shape at
+                # each step, and can share a program.
+                places = np.random.default_rng(window).permutation(len(plan))
+                plan = [plan[place] for place in places]
             self._planned, self._plan = window, plan
         return self._plan
 
