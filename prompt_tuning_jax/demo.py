@@ -21,7 +21,7 @@ from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.training import loop
+from prompt_tuning_jax.training import loop, run
 from prompt_tuning_jax.training.run_folder import write_text
 from prompt_tuning_jax.training.score import evaluate_prompt
 
@@ -33,8 +33,9 @@ def main() -> None:
     with user_errors():
         flags = parse(["--gin_file=runs/demo.gin", *sys.argv[1:]], flags=("allow_other_config",))
         folder = Path(gin.query_parameter("%MODEL_DIR"))
-        train = gin.get_configurable(loop.train)
-        summary = train(config=config_text(), allow_other_config=bool(flags.get("allow_other_config")))
+        config = gin.get_configurable(run.TrainConfig)
+        allow_other_config = bool(flags.get("allow_other_config"))
+        summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
         prompt_file = folder / "best" / "prompt.npy"
         scores = score_splits(summary["base"], prompt_file)
         fingerprint = {row["base_fingerprint"] for row in scores.values()}

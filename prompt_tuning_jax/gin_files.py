@@ -1,12 +1,13 @@
 """How every command line reads gin: `--gin_file=...` and `--gin.MACRO=...` as in T5X, errors before anything runs."""
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gin
@@ -71,12 +72,18 @@ def _explained(where: str) -> Iterator[None]:
         message = " ".join(str(error).split())
         hint = ""
         if parameter := re.search(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
-            hint = "; " + _near(parameter[2], inspect.signature(gin.get_configurable(parameter[1])).parameters)
+            hint = "; " + _near(parameter[2], _parameters(gin.get_configurable(parameter[1])))
         elif unknown := re.search(r"No configurable matching '(.+?)'", message):
             hint = "; " + _near(unknown[1], re.findall(r"(?m)^([\w./]+)\.\w+ = ", gin.config_str()))
         elif isinstance(error, SyntaxError) or "malformed node" in message or "Failed to parse token" in message:
             hint = "; expected a Python value, a text in quotes of its own: --gin.NAME=\"'text'\""
         raise ValueError(f"{where}: {message}{hint}") from None
+
+
+def _parameters(configurable: Callable) -> Iterable[str]:
+    if dataclasses.is_dataclass(configurable):
+        return (field.name for field in dataclasses.fields(configurable))
+    return inspect.signature(configurable).parameters
 
 
 def _near(name: str, names: Iterable[str]) -> str:

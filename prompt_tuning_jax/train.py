@@ -6,15 +6,16 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
-from prompt_tuning_jax.training import loop
+from prompt_tuning_jax.training import loop, run
 
 
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
         flags = parse(sys.argv[1:], flags=("allow_other_config",))
-        train = gin.get_configurable(loop.train)
-        summary = train(config=config_text(), allow_other_config=bool(flags.get("allow_other_config")))
+        config = gin.get_configurable(run.TrainConfig)
+        allow_other_config = bool(flags.get("allow_other_config"))
+        summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
     print(f"best at step {summary['best_step']}: {best}")
 

@@ -112,7 +112,7 @@ def test_what_a_run_is_given_is_what_the_macros_say():
         **RUN, CLASS_LABELS=["good", "bad"], PROMPT_LENGTH=7, BATCH_SIZE=3, EVAL_BATCH_SIZE=4, DROPOUT_RATE=0.25,
         EVAL_SPLIT="train[-9:]", DATA_DIR="data", MIXTURE_OR_TASK_MODULE="own.tasks",
     )  # fmt: skip
-    given = {name: gin.query_parameter(f"loop.train.{name}").scoped_configurable_fn() for name in CONSTRUCTED}
+    given = {name: gin.query_parameter(f"run.TrainConfig.{name}").scoped_configurable_fn() for name in CONSTRUCTED}
     common = {"mixture_or_task_name": TASK["MIXTURE_OR_TASK_NAME"], "data_dir": "data", "module": "own.tasks"}
     common |= {"task_feature_lengths": TASK["TASK_FEATURE_LENGTHS"]}
     assert given["train_dataset"] == dataset.DatasetConfig(**common, split="train", batch_size=3)
@@ -140,8 +140,9 @@ def test_no_macro_is_set_in_two_folders():
     A file may override what it includes itself: that order is its own.
     """
     exceptions = {
-        # prompts/from_file.gin trains on from a prompt, runs/eval.gin scores one: never on one command line.
+        # prompts/ has what training starts from, runs/eval.gin what is scored: never on one command line.
         "PROMPT_FILE": {"prompts", "runs"},
+        "PROMPT_TEXT": {"prompts", "runs"},
     }
     folders = {}
     for path in CONFIGS.rglob("*.gin"):
@@ -197,8 +198,11 @@ def test_what_must_be_set_is_named():
     [
         ("--gin_file=models/nanno.gin", ["no gin file models/nanno.gin; did you mean", "models/nano.gin"]),
         ("--gin_file=zzz", ["no gin file zzz; there are", "prompts/class_labels.gin", "runs/pretrain.gin"]),
-        ("--gin.loop.train.eval_perid=3", ["--gin.loop.train.eval_perid=3", "did you mean eval_period"]),
-        ("--gin.loop.trian.eval_period=3", ["No configurable matching 'loop.trian'", "did you mean loop.train?"]),
+        ("--gin.run.TrainConfig.eval_perid=3", ["--gin.run.TrainConfig.eval_perid=3", "did you mean eval_period"]),
+        (
+            "--gin.run.TrainConfg.eval_period=3",
+            ["No configurable matching 'run.TrainConfg'", "did you mean run.TrainConfig?"],
+        ),
         ("--gin.MODEL_DIR=runs/x", ["--gin.MODEL_DIR=runs/x", "a text in quotes of its own: --gin.NAME=\"'text'\""]),
         ("--gin.MODEL_DIR", ["--gin.MODEL_DIR: ", "expected"]),
         ("--gin.PROMPT_INIT=@initializers.random", ["initializers.random"]),
@@ -218,7 +222,7 @@ def test_a_mistake_on_the_command_line_is_explained(argument, parts):
         ('include "models/nanno.gin"\n', "models/nanno.gin"),
         ("BATCH_SIZE == 3\n", "own.gin"),
         ("from __gin__ import dynamic_registration\nimport prompt_tuning_jax.no_such\n", "no_such"),
-        ("BATCH_SIZE = 3\nloop.train:\n  model_dirr = 'x'\n", "own.gin"),
+        ("BATCH_SIZE = 3\nrun.TrainConfig:\n  model_dirr = 'x'\n", "own.gin"),
     ],
 )
 def test_a_mistake_in_a_users_file_names_the_file(tmp_path, text, part):

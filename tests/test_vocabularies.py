@@ -24,6 +24,7 @@ from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import BYTES, EOS, Vocabulary, seqio_vocabulary
 from prompt_tuning_jax.training.loop import train
 from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.run import TrainConfig
 
 TEXT = "Prompt tuning adds 100 vectors, and no more."
 
@@ -210,11 +211,12 @@ def test_a_base_that_reads_bytes_is_tuned(params, tmp_path):
     for ids, text, answer in zip(batch.ids, batch.inputs, batch.targets, strict=True):
         read = [bytes((row[: np.argmax(row == EOS)] - 3).tolist()).decode() for row in (text, answer)]
         assert tuple(read) == rows[ids]
-    summary = train(
+    config = TrainConfig(
         model_dir=str(tmp_path / "run"), model=Transformer(BYTE_CONFIG), initial_checkpoint_path=str(base),
         train_dataset=data, eval_dataset=data, trainable=[".*"], optimizer=adafactor(0.001, parameter_scale=True),
         train_steps=2, eval_period=2,
     )  # fmt: skip
+    summary = train(config)
     assert summary["best"]["accuracy"] in (0.0, 50.0, 100.0)
     tuned = str(tmp_path / "run" / "best" / "model")
     assert default_vocabulary(tuned) == BYTES

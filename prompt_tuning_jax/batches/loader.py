@@ -40,7 +40,8 @@ class Planned(abc.ABC):
     """An endless sequence of batches by number, planned a window of batches at a time.
 
     A window's examples, in an order of the seed's, are sorted by bucket and cut into batches, which are then shuffled:
-    a batch holds examples of about the same length. A bucket's last, incomplete batch is topped up from the next longer bucket's examples.
+    a batch holds examples of about the same length. A bucket's last, incomplete batch is topped up from the next longer
+    bucket's examples.
 
     Of several processes each has its own rows of the same global batches, which do not depend on their number.
 

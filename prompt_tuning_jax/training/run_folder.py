@@ -31,7 +31,7 @@ class RunFolder:
           ValueError: the folder cannot be written, or holds another run.
         """
         self.path, self._config = Path(path), config
-        _check_writable(self.path)
+        check_writable(self.path)
         kept = self.path / "config.gin"
         self._base = None  # the fingerprint of the base of a run already there
         if kept.exists() and not allow_other_config:
@@ -117,7 +117,8 @@ def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return  # the line that a kill cut short is the last
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises ValueError where nothing can be written to `path`, which need not be there yet."""
     try:
         parent = path
         while not parent.exists():

@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.checkpoints.base import load_base, open_vocabulary
 from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
+from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, judge, takes_scores
 from prompt_tuning_jax.training.step import PROMPT
 from prompt_tuning_jax.training.submission import start_submission, write_file
@@ -33,6 +35,7 @@ def evaluate_prompt(
     dataset: DatasetConfig,
     prompt_file: str | None = None,
     prompt_files: Sequence[str] | None = None,
+    prompt_text: str | None = None,
     vocabulary: str | None = None,
     base_dtype: str | None = "auto",
     samples: int = 0,
@@ -44,6 +47,7 @@ def evaluate_prompt(
       model: without a `prompt_factory`: the prompt brings its own length.
       prompt_file: a prompt of this base; None for the base as it is.
       prompt_files: several, which are scored each and as an ensemble (section 6).
+      prompt_text: a prompt in words, whose pieces are put before each row's inputs (prompt design).
       vocabulary: None for the one beside the base.
       base_dtype: of the base in memory; see `checkpoints.base.load_base`.
       samples: how many right and how many wrong answers of each task to show on stderr.
@@ -57,7 +61,7 @@ def evaluate_prompt(
     Raises:
       ValueError: something does not fit; the message says what to set.
     """
-    check_prompt_files(prompt_file, prompt_files, submission)
+    check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
     words = open_vocabulary(vocabulary, initial_checkpoint_path, model.config)
     prompts, several = {}, {}
     if prompt_files:
@@ -75,13 +79,17 @@ def evaluate_prompt(
     else:
         files = start_submission(submission, tasks, dataset.split)
     base = load_base(initial_checkpoint_path, model.config, base_dtype)
+    if prompt_text is not None:
+        prompt = written_prompt(prompt_text, base.params["token_embedder/embedding"], words)
+        prompts[PROMPT] = prompt
+        model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
     evaluator = Evaluator(model, words)
     result: dict[str, Any] = {
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
         "examples": sum(len(batches.examples) for batches in tasks.values()),
         "base_fingerprint": base.fingerprint,
-        "prompt": prompt_file,
+        "prompt": prompt_file if prompt_text is None else prompt_text,
     }
     if several:
         ensemble = Ensemble(model, words, [*several.values()])
@@ -193,18 +201,31 @@ def show_samples(task: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) 
             print(f"{task}, {kind}: {line}", file=sys.stderr)
 
 
-def check_prompt_files(prompt_file: str | None, prompt_files: Sequence[str] | None, submission: str | None) -> None:
+def written_prompt(text: str, embeddings: Float[Array, "V D"], vocabulary: Vocabulary) -> Float[Array, "n D"]:
+    """The prompt whose n positions are the pieces of a text: before the inputs it is that text."""
+    shape = (max(len(vocabulary.encode(text)), 1), embeddings.shape[1])
+    return initializers.string(jax.random.key(0), shape, embeddings=embeddings, encode=vocabulary.encode, text=text)
+
+
+def check_prompt_files(
+    prompt_file: str | None, prompt_files: Sequence[str] | None, prompt_text: str | None, submission: str | None
+) -> None:
     """Raises ValueError where it is not said what to score, or said twice."""
     if isinstance(prompt_files, str):
         raise ValueError(f"PROMPT_FILES is {prompt_files!r}, expected a list of files: set PROMPT_FILE for one")
-    if prompt_files and prompt_file:
-        raise ValueError("PROMPT_FILE and PROMPT_FILES are both set: set one of them")
+    given = {"PROMPT_FILE": prompt_file, "PROMPT_FILES": prompt_files, "PROMPT_TEXT": prompt_text}
+    twice = [name for name, value in given.items() if value]
+    if len(twice) > 1:
+        raise ValueError(f"{' and '.join(twice)} are both set: set one of them")
     if prompt_files is not None and len(set(prompt_files)) < 2:
         raise ValueError(f"PROMPT_FILES names {len(set(prompt_files))} prompts, expected two or more to ensemble")
     if prompt_files and submission is not None:
         raise ValueError("--submission writes the answers of one prompt: set PROMPT_FILE, not PROMPT_FILES")
-    if prompt_file == "" and not prompt_files:
-        raise ValueError("PROMPT_FILE must be set: a prompt, or None for the base alone; or PROMPT_FILES, an ensemble")
+    if prompt_file == "" and not twice:
+        raise ValueError(
+            "PROMPT_FILE must be set: a prompt, or None for the base alone; or PROMPT_FILES, an ensemble; or "
+            "PROMPT_TEXT, a prompt in words"
+        )
 
 
 def read_fitting(path: str, model: Transformer) -> Float[np.ndarray, "P D"]:
