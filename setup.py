@@ -37,17 +37,19 @@ INSTALL_REQUIRES = [
     "tensorstore>=0.1.86,<0.2",
     # Command lines, logs and plots.
     "gin-config>=0.5,<0.6",
+    "PyYAML>=6.0.3,<7",  # Kubernetes manifests
     "matplotlib>=3.11,<4",
     "tensorboardX>=2.6.5,<3",  # writes TensorBoard events without TensorFlow
     "tqdm>=4.70,<5",
 ]
 
+SLURM = ["submitit>=1.5.4,<2"]
 SERVE = ["prometheus-client>=0.26,<0.27", "starlette>=1.10,<2", "uvicorn>=0.54,<0.55"]
 
 EXTRAS_REQUIRE = {
     "hf": [TRANSFORMERS, PEFT, "torch>=2.13,<3"],
     "serve": SERVE,
-    "slurm": ["submitit>=1.5.4,<2"],
+    "slurm": SLURM,
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
     # T5X is not on PyPI, and its own requirements ask for the development heads of Flax and SeqIO. This extra brings
@@ -64,6 +66,8 @@ EXTRAS_REQUIRE = {
         "torch==2.13.0",
         TRANSFORMERS,
         PEFT,
+        "jsonschema>=4.26,<5",
+        *SLURM,
         *SERVE,
     ],
     # Exact, so that the same tree always lints the same; `nodejs` brings pyright's Node.js from PyPI.

@@ -30,13 +30,42 @@ def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | boo
     Raises:
       ValueError: an unknown flag, file, macro or binding, or a macro that must be set and is not.
     """
+    bindings, given = _parse_files(argv, flags)
+    for binding in bindings:
+        with _explained(f"--gin.{binding}"):
+            gin.parse_config(binding)
+    _check_macros(gin.config_str())
+    with _explained("gin"):
+        gin.finalize()
+    return given
+
+
+def split_bindings(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Divides a command line: what these gin files know, and the texts "NAME=value" of macros that they do not.
+
+    Raises:
+      ValueError: as `parse`, of the files.
+    """
+    bindings, _ = _parse_files(argv, flags)
+    known = set(re.findall(r"(?m)^([A-Za-z_]\w*) = ", gin.config_str()))
+    gin.clear_config()
+    others = [text for text in bindings if "." not in _bound(text) and _bound(text) not in known]
+    return [argument for argument in argv if argument.removeprefix("--gin.") not in others], others
+
+
+def _bound(binding: str) -> str:
+    return binding.partition("=")[0].strip()
+
+
+def _parse_files(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
+    """Parses the files alone; returns the bindings and the other flags."""
     files, bindings, given = [], [], {}
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--gin_file="):
             files.append(value)
         elif argument.startswith("--gin_search_paths="):
-            SEARCH_PATHS[:0] = [Path(path) for path in value.split(",")]
+            SEARCH_PATHS[:0] = [path for path in map(Path, value.split(",")) if path not in SEARCH_PATHS]
         elif argument.startswith("--gin."):
             bindings.append(argument.removeprefix("--gin."))
         elif argument.startswith("--") and name in flags:
@@ -54,13 +83,7 @@ def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | boo
             raise ValueError(f"no gin file {file}; {_near(file, there)}")
         with _explained(file):
             gin.parse_config_file(file)
-    for binding in bindings:
-        with _explained(f"--gin.{binding}"):
-            gin.parse_config(binding)
-    _check_macros(gin.config_str())
-    with _explained("gin"):
-        gin.finalize()
-    return given
+    return bindings, given
 
 
 @contextlib.contextmanager

@@ -117,12 +117,20 @@ class Planned(abc.ABC):
             self._planned, self._plan = window, plan
         return self._plan
 
+    def shapes(self, count: int) -> list[tuple[int, int]]:
+        """The widths of inputs and targets, T and U, of batches 0 to `count - 1`."""
+        places = (divmod(number, self.window) for number in range(count))
+        return [self._widths(self._batches_of(window)[place]) for window, place in places]
+
+    def _widths(self, members: Int[np.ndarray, " n"]) -> tuple[int, int]:
+        longest = min(int(self._target_lengths(members).max()), self.lengths["targets"])
+        target_width = self.target_buckets[np.searchsorted(self.target_buckets, longest)]
+        return self.buckets[self._bucket_of(members).max()], target_width
+
     def __getitem__(self, number: int) -> Batch:
         window, place = divmod(number, self.window)
         members = self._batches_of(window)[place]
-        width = self.buckets[self._bucket_of(members).max()]
-        longest = min(int(self._target_lengths(members).max()), self.lengths["targets"])
-        target_width = self.target_buckets[np.searchsorted(self.target_buckets, longest)]
+        width, target_width = self._widths(members)
         ids = np.full(self.batch_size, -1, np.int32)
         ids[: len(members)] = members
         ids = ids[self._own]

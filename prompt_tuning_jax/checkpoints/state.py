@@ -20,9 +20,9 @@ class StateStore:
             Path(folder).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Of the whole checkpoints."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
         """Starts to write `state`; a checkpoint of that step that is already there stands."""

@@ -127,6 +127,23 @@ class RelativePositionBias(nn.Module):
         return jnp.take(by_distance, relative + keys - 1, axis=1, mode="clip")[None]
 
 
+class AttentionDropout(nn.Module):
+    """Drops key positions of an attention, the same for all queries, as T5X does.
+
+    The bits are drawn position by position: those of a row do not change where longer rows pad the batch further.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, weights: Float[Array, "B H Q K"], deterministic: bool) -> Float[Array, "B H Q K"]:
+        if deterministic or self.rate == 0.0:
+            return weights
+        batch, heads, _, keys = weights.shape
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (keys, batch, heads))
+        return jnp.where(kept.transpose(1, 2, 0)[:, :, None], weights / (1.0 - self.rate), 0.0)
+
+
 class Attention(nn.Module):
     """Multi-head attention. Parameters `query key value out`, each one matrix, as T5X stores them."""
 
@@ -141,7 +158,7 @@ class Attention(nn.Module):
         self.key = into(kernel_init=init)
         self.value = into(kernel_init=init)
         self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype, kernel_init=init)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = AttentionDropout(cfg.dropout_rate)
 
     def _heads(self, x: Float[Array, "B T joined"]) -> Float[Array, "B H T head_dim"]:
         # Heads before positions: both products of the attention are then plain batched matrix products.

@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     del base  # where all of it is trained, the state's copy is the only one
     frozen_fingerprint = fingerprint(run.frozen)
     run.open()
+    run.go_back(max(run.saved_steps, default=0))
     train_step = make_train_step(run.model, config.optimizer, config.z_loss)
     evaluator = Evaluator(run.model, words)
     with Terminated() as terminated, tqdm(total=config.train_steps, initial=run.step, disable=None, unit="step") as bar:

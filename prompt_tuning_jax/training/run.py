@@ -153,16 +153,29 @@ class Run:
         self._window = Window()
 
     def open(self) -> None:
-        """Makes the folder, and goes back to where the run in it was saved.
+        """Makes the folder.
 
         Raises:
-          ValueError: the run there is on another base, or its state cannot be read.
+          ValueError: the run there is on another base.
+        """
+        has_base = self.config.initial_checkpoint_path is not None
+        self._folder.open(self.config.keep_checkpoints, self._base.fingerprint if has_base else None)
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """Of the checkpoints in the folder, which is open."""
+        return self._folder.states.steps()
+
+    def go_back(self, step: int) -> None:
+        """Takes the run up at a step that was saved, or at 0, and forgets what came after.
+
+        Raises:
+          ValueError: its state cannot be read.
         """
         config, folder = self.config, self._folder
-        folder.open(config.keep_checkpoints, self._base.fingerprint if config.initial_checkpoint_path else None)
-        self.step = folder.states.latest_step() or 0
-        if self.step:
-            self.state = folder.states.restore(self.step, self.state)
+        self.step = step
+        if step:
+            self.state = folder.states.restore(step, self.state)
         records = folder.rewind(self.step)
         if self._start is not None and not self.step:
             write_prompt(folder.path / "prompts" / "0.npy", np.asarray(self._start))

@@ -62,6 +62,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         base = f"{_BASE}{base_fingerprint}\n" if base_fingerprint else ""
         write_text(self.path / "config.gin", self._config + base)
+        (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
         self.states = StateStore(self.path / "checkpoints", keep)
         self._events = None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, judge, takes_scores
+from prompt_tuning_jax.training.run_folder import check_writable, write_text
 from prompt_tuning_jax.training.step import PROMPT
 from prompt_tuning_jax.training.submission import start_submission, write_file
 
@@ -40,6 +42,7 @@ def evaluate_prompt(
     base_dtype: str | None = "auto",
     samples: int = 0,
     submission: str | None = None,
+    model_dir: str | None = None,
 ) -> dict[str, Any]:
     """The metrics of a task, or of each task of a mixture, in per cent; or a submission in their place.
 
@@ -52,6 +55,7 @@ def evaluate_prompt(
       base_dtype: of the base in memory; see `checkpoints.base.load_base`.
       samples: how many right and how many wrong answers of each task to show on stderr.
       submission: a folder for the files that a benchmark's server scores; nothing is scored here.
+      model_dir: a folder for summary.json, what is returned; None to leave nothing.
 
     Returns:
       Of one task, what `task_result` gives. Of several, "tasks": that by name; "score", the mean of their scores, and
@@ -62,13 +66,15 @@ def evaluate_prompt(
       ValueError: something does not fit; the message says what to set.
     """
     check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
+    if model_dir is not None:
+        check_writable(Path(model_dir))
     words = open_vocabulary(vocabulary, initial_checkpoint_path, model.config)
     prompts, several = {}, {}
     if prompt_files:
         several = {path: read_fitting(path, model) for path in prompt_files}
         # An example is as many rows as there are prompts.
         dataset = dataclasses.replace(dataset, batch_size=max(dataset.batch_size // len(several), 1))
-    elif prompt_file is not None:
+    elif prompt_file:
         prompt = read_fitting(prompt_file, model)
         prompts[PROMPT] = jnp.asarray(prompt)
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
@@ -95,14 +101,14 @@ def evaluate_prompt(
         ensemble = Ensemble(model, words, [*several.values()])
         found = {name: ensemble_result(ensemble, [*several], base.params, one) for name, one in tasks.items()}
         del result["prompt"]
-        return result | (found.popitem()[1] if len(found) == 1 else {"tasks": found})
+        return left(model_dir, result | (found.popitem()[1] if len(found) == 1 else {"tasks": found}))
     if submission is not None:
         predicted = {name: evaluator.judged(prompts, base.params, tasks[name]) for name in files}
         written = [
             write_file(Path(submission), file, name, tasks[name].examples, predicted[name])
             for name, file in files.items()
         ]
-        return result | {"submission": written}
+        return left(model_dir, result | {"submission": written})
     results = {}
     for name, batches in tasks.items():
         found = evaluator.judged(prompts, base.params, batches)
@@ -111,8 +117,17 @@ def evaluate_prompt(
         if samples:
             show_samples(name, found.samples(batches.examples, samples))
     if len(results) == 1:
-        return result | results.popitem()[1]
-    return result | {"tasks": results} | suite_result(results)
+        return left(model_dir, result | results.popitem()[1])
+    return left(model_dir, result | {"tasks": results} | suite_result(results))
+
+
+
+def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
+    """The result, which is then also in summary.json of a folder."""
+    if model_dir is not None:
+        Path(model_dir).mkdir(parents=True, exist_ok=True)
+        write_text(Path(model_dir, "summary.json"), json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | None) -> dict[str, Any]:

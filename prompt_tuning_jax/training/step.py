@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import optax
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.t5.network import Transformer
@@ -72,11 +72,17 @@ def batch_loss(
     targets: Int[Array, "B U"],
     dropout_key: jax.Array | None = None,
     z_loss: float = 1e-4,
+    prompt_mask: Bool[Array, "B P"] | None = None,
 ) -> LossSums:
-    """The loss of a batch, with dropout where a key is given."""
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    """The loss of a batch, with dropout where a key is given; for `prompt_mask` see `Transformer.encode`."""
     logits = model.apply(
-        {"params": params}, inputs, shift_right(targets), targets, enable_dropout=dropout_key is not None, rngs=rngs
+        {"params": params},
+        inputs,
+        shift_right(targets),
+        targets,
+        enable_dropout=dropout_key is not None,
+        prompt_mask=prompt_mask,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return cross_entropy(logits, targets, z_loss)
 

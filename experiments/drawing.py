@@ -1,0 +1,153 @@
+"""Scores against model size: our own points with error bars, a panel a task, and the paper's lines beside them."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from experiments import paper
+from experiments.averages import MEAN, Average, Spread, group, mean_over
+from experiments.sizes import PARAMETERS
+from experiments.trials import Result
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, but yellow, which is pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<>"
+TASKS_A_ROW = 4
+MILLION, BILLION = 10**6, 10**9
+
+
+class Line(NamedTuple):
+    """A line of a panel.
+
+    Attributes:
+      style: which colour and marker; lines of one style in two panels are about the same thing.
+      points: scores by number of parameters.
+      faded: of others, beside ours.
+    """
+
+    label: str
+    style: int
+    points: Mapping[int, Spread]
+    faded: bool = False
+
+
+class Series(NamedTuple):
+    """What a value of a figure's axis is called, and which style it has."""
+
+    label: str
+    style: int
+
+
+def our_lines(averages: Sequence[Average], axis: str, series: Mapping[str, Series]) -> dict[str, list[Line]]:
+    """The lines of each panel: of the mean over tasks and of each task, by the value of TASK.
+
+    Args:
+      averages: over seeds, with the axes SIZE and TASK, and `axis`.
+      series: by the values of `axis`, in the order of the legend; others stand after them under their own names.
+    """
+    others = sorted({one.axes[axis] for one in averages} - set(series))
+    series = {**series, **{value: Series(value, len(series) + at) for at, value in enumerate(others)}}
+    panels: dict[str, dict[str, dict[int, Spread]]] = {}
+    for one in averages:
+        if one.score is not None:
+            lines = panels.setdefault(one.axes["TASK"], {})
+            lines.setdefault(one.axes[axis], {})[PARAMETERS[one.axes["SIZE"]]] = one.score
+    return {
+        panel: [Line(*series[value], lines[value]) for value in series if value in lines]
+        for panel, lines in panels.items()
+    }
+
+
+def averages_of(results: Sequence[Result]) -> list[Average]:
+    """Of every setting the mean over tasks and each task, over seeds."""
+    return mean_over(results) + group(results)
+
+
+def paper_line(series: Series, curve: paper.Curve) -> Line:
+    """A line of the paper's own sizes."""
+    points = {paper.MODELS[size].parameters: point for size, point in zip(paper.SIZES, curve.points, strict=True)}
+    return Line(*series, points, faded=True)
+
+
+def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence[Line], source: str) -> Figure:
+    """The mean over tasks and the paper's lines side by side, and the tasks below where there are several.
+
+    Args:
+      ours: of `our_lines`.
+      source: where the paper's lines are from, for their panel's title.
+    """
+    tasks = [panel for panel in ours if panel != MEAN]
+    rows = -(-len(tasks) // TASKS_A_ROW) if len(tasks) > 1 else 0
+    figure = Figure(figsize=(10, 4.8 + 2.6 * rows), layout="constrained")
+    figure.suptitle(title)
+    halves = figure.subfigures(2, 1, height_ratios=[4.8, 2.6 * rows], squeeze=False)[:, 0] if rows else [figure]
+    left, right = halves[0].subplots(1, 2)
+    of = f"mean of {', '.join(tasks)}" if len(tasks) > 1 else ", ".join(tasks)
+    draw_panel(left, f"this project, {of}", ours.get(MEAN, ()))
+    draw_panel(right, f"the paper, SuperGLUE ({source})", theirs)
+    left.set_ylabel("score on the dev set")
+    for axis in (left, right):
+        put_legend_below(axis)
+    if rows:
+        small = halves[1].subplots(rows, min(len(tasks), TASKS_A_ROW), squeeze=False).ravel()
+        for axis, task in zip(small, tasks, strict=False):
+            draw_panel(axis, task, ours[task])
+        for axis in small[len(tasks) :]:
+            axis.set_axis_off()
+    return figure
+
+
+def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
+    """Points with error bars against the number of parameters."""
+    for label, style, points, faded in lines:
+        sizes = sorted(points)
+        # Where there is one seed there is no bar.
+        bars = [np.nan if points[size].std is None else points[size].std for size in sizes]
+        colour = COLOURS[style % len(COLOURS)]
+        axis.errorbar(
+            sizes,
+            [points[size].mean for size in sizes],
+            bars,
+            color=colour,
+            marker=MARKERS[style % len(MARKERS)],
+            markersize=4 if faded else 5,
+            linestyle="--" if faded else "-",
+            linewidth=1.0 if faded else 1.4,
+            alpha=0.6 if faded else 1.0,
+            capsize=3,
+            label=label,
+        )
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.set_xlabel("parameters", fontsize=8)
+    axis.tick_params(labelsize=8)
+    sizes = sorted({size for line in lines for size in line.points})
+    if sizes:
+        mark_sizes(axis, sizes)
+
+
+def put_legend_below(axis: Axes) -> None:
+    """The legend, where it hides no point."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        columns = min(len(labels), 6 if max(map(len, labels)) < 8 else 2)
+        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
+
+
+def mark_sizes(axis: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis with a tick at each named size, and at the last of others."""
+    axis.set_xscale("log")
+    axis.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+    ticks = {count: f"{name}\n{short(count)}" for name, count in PARAMETERS.items() if count in sizes}
+    ticks.setdefault(sizes[-1], f"\n{short(sizes[-1])}")
+    axis.set_xticks([*ticks], [*ticks.values()])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def short(count: int) -> str:
+    """A number of parameters as one says it."""
+    return f"{count / BILLION:.3g}B" if count >= BILLION else f"{count / MILLION:.3g}M"

@@ -1,0 +1,104 @@
+"""Draws the paper's figures, and writes its tables, from our sweeps' results.
+
+    python -m experiments.figures [--results=runs] [--out=experiments/results]
+
+With --results the sweeps in it that are figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder, ...) are first
+collected, each into OUT/<name>.csv. Everything else is made from these files alone: OUT/<name>.png of a figure and
+OUT/<name>.md, its numbers as a table; figure 4 needs no run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import figure_1, figure_3, figure_4
+from experiments.averages import mean_over
+from experiments.collect import RESULTS, collect, page
+from experiments.sizes import PARAMETERS
+from experiments.tables import TABLES
+from experiments.trials import Result, from_csv, split_mixtures
+from prompt_tuning_jax.gin_files import user_errors
+
+AXES = {"figure_1": "METHOD"} | {name: ablation.axis for name, ablation in figure_3.ABLATIONS.items()}
+NAMES = [*(name + scale for name in AXES for scale in ("", "_ladder")), *TABLES, "table_3_ladder"]
+
+
+def read(path: Path) -> list[Result]:
+    """The trials in a CSV.
+
+    Raises:
+      ValueError: it is no such file, or has not the axes of its figure.
+    """
+    try:
+        results = from_csv(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: collect the sweep again with --results") from None
+    if not results:
+        raise ValueError(f"{path} has no trials: collect the sweep again with --results")
+    kind = path.stem.removesuffix("_ladder")
+    for result in results if kind in AXES else ():
+        needed = [AXES[kind], "SIZE", *(["TASK"] if result.axes.get("METHOD") != "multi_task" else [])]
+        missing = [axis for axis in needed if axis not in result.axes]
+        if missing:
+            raise ValueError(f"{path} has a trial without {', '.join(missing)}, which this figure is drawn over")
+        if result.axes["SIZE"] not in PARAMETERS:
+            raise ValueError(f"{path} has a trial of SIZE {result.axes['SIZE']}, expected {', '.join(PARAMETERS)}")
+    return results
+
+
+def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
+    """Writes what is made of a sweep's results, and returns where."""
+    kind, target = name.removesuffix("_ladder"), out / f"{name}.md"
+    if kind in TABLES:
+        target.write_text(TABLES[kind](name, results))
+        return [target]
+    target.write_text(page(name, results, over="TASK"))
+    for one in mean_over(split_mixtures(results)):
+        if one.note:
+            place = ", ".join(f"{axis} {value}" for axis, value in one.axes.items())
+            print(f"{name}, {place}: {one.note}", file=sys.stderr)
+    figure = (figure_1 if kind == "figure_1" else figure_3).draw(name, results)
+    picture = out / f"{name}.png"
+    figure.savefig(picture, dpi=150)
+    return [picture, target]
+
+
+def write_figure_4(out: Path) -> list[Path]:
+    """Writes figure 4 and its numbers."""
+    found = figure_4.shares()
+    numbers, picture = out / "figure_4.csv", out / "figure_4.png"
+    numbers.write_text(figure_4.to_csv(found))
+    figure_4.draw(found).savefig(picture, dpi=150)
+    return [picture, numbers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="the folder that the sweeps' folders are in")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with user_errors():
+        if args.results and not args.results.is_dir():
+            raise ValueError(f"no folder {args.results}: set --results to the one that the sweeps' folders are in")
+        args.out.mkdir(parents=True, exist_ok=True)
+        absent = []
+        for name in NAMES:
+            if args.results and (args.results / name).is_dir():
+                try:
+                    collect(args.results / name, args.out)
+                except ValueError as error:  # a sweep that has not begun stops no other's figure
+                    print(error, file=sys.stderr)
+            source = args.out / f"{name}.csv"
+            if source.exists():
+                results = read(source)
+                print(f"{', '.join(map(str, write(name, results, args.out)))}: {len(results)} trials")
+            else:
+                absent.append(name)
+        print(", ".join(map(str, write_figure_4(args.out))))
+        if absent:
+            print(f"absent from {args.out}: {', '.join(absent)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the trials of a sweep found, read from their summary.json, and kept as a CSV of one row a trial."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prompt_tuning_jax.tasks.metrics import suite_score, task_score
+
+SIZES = ("nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
+COLUMNS = ("command", "task", "score", "ranking_score")  # then one a metric
+LAST_COLUMNS = ("best_step", "steps", "seconds", "examples_seen", "base_fingerprint")
+WHOLE = ("best_step", "steps", "examples_seen")
+ENSEMBLE = ("average", "best", "ensemble")
+RANKING = "ranking "
+
+
+class Result(NamedTuple):
+    """What a trial found: of a training run at its best step.
+
+    Attributes:
+      axes: its place in the sweep's grid, as its folder's name has it.
+      command: "train" or "eval".
+      task: its task's or mixture's name.
+      score: the mean over tasks of the mean of each one's metrics, in per cent; None where they are losses. Of several
+        prompts that of their vote.
+      ranking_score: the same by ranking the labels; None where they were not ranked.
+      metrics: by name: "f1"; of a mixture "task/f1"; by ranking "ranking f1"; of several prompts "average f1",
+        "best f1" and "ensemble f1".
+      best_step, steps, examples_seen: None where nothing was trained.
+    """
+
+    axes: Mapping[str, str]
+    command: str
+    task: str
+    score: float | None
+    ranking_score: float | None
+    metrics: Mapping[str, float]
+    best_step: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    examples_seen: int | None = None
+    base_fingerprint: str = ""
+
+
+def read_trials(sweep_dir: Path) -> tuple[list[Result], list[str]]:
+    """The results of a sweep's trials, in the order of their axes, and a line for each trial that has none.
+
+    Raises:
+      ValueError: there is no such folder, or no trial in it.
+    """
+    if not sweep_dir.is_dir():
+        raise ValueError(f"no sweep at {sweep_dir}: give the SWEEP_DIR of a sweep")
+    folders = [path for path in sorted(sweep_dir.iterdir()) if path.is_dir() and axes_of(path.name)]
+    if not folders:
+        raise ValueError(f"no trial in {sweep_dir}, expected folders like SIZE=nano,RANDOM_SEED=0: give a SWEEP_DIR")
+    results, problems = [], []
+    for folder in folders:
+        try:
+            results.append(read_summary(axes_of(folder.name), (folder / "summary.json").read_text()))
+        except FileNotFoundError:
+            failed = folder / "failed.txt"
+            last = failed.read_text(errors="replace").strip().rpartition("\n")[2] if failed.is_file() else ""
+            problems.append(f"{folder}: {f'failed: {last}' if last else 'not finished'}")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            problems.append(f"{folder}/summary.json cannot be read: {type(error).__name__}: {error}")
+    return in_order(results), problems
+
+
+def axes_of(name: str) -> dict[str, str]:
+    """The axes in a trial's name, "SIZE=nano,RANDOM_SEED=0"; none where it is not a trial's."""
+    parts = [part.partition("=") for part in name.split(",")]
+    return {axis: value for axis, _, value in parts} if all(axis and value for axis, _, value in parts) else {}
+
+
+def read_summary(axes: Mapping[str, str], text: str) -> Result:
+    """A trial's result from its summary.json.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: it is no summary.
+    """
+    summary = json.loads(text)
+    if "best" in summary:
+        found, command = _numbers(summary["best"]), "train"
+    else:
+        found, command = _evaluated(summary), "eval"
+    if not found:
+        raise ValueError("no metrics in it")
+    return Result(
+        axes=axes,
+        command=command,
+        task=summary["task"],
+        score=_score(found, ("", "ensemble ")),
+        ranking_score=_score(found, (RANKING, f"{RANKING}ensemble ")),
+        metrics=found,
+        **{name: summary.get(name) for name in ("best_step", "steps", "seconds", "examples_seen")},
+        base_fingerprint=summary.get("base_fingerprint") or "",
+    )
+
+
+def _evaluated(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation, of one task or of several, of one prompt or of several."""
+    found = {}
+    for task, result in summary.get("tasks", {"": summary}).items():
+        for prefix, way in (("", "generation"), (RANKING, "ranking")):
+            values = result.get(way, {})
+            columns = {f"{column} ": values[column] for column in ENSEMBLE} if "ensemble" in values else {"": values}
+            for column, metrics in columns.items():
+                for name, value in _numbers(metrics).items():
+                    found[f"{prefix}{column}{task}{'/' if task else ''}{name}"] = value
+    return found
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
+
+
+def _score(metrics: Mapping[str, float], prefixes: Sequence[str]) -> float | None:
+    scores = {}
+    for prefix in prefixes:
+        scores |= {task: task_score(values) for task, values in by_task(metrics, prefix).items()}
+    return suite_score(scores)
+
+
+def by_task(metrics: Mapping[str, float], prefix: str = "") -> dict[str, dict[str, float]]:
+    """The metrics of each task of a mixture that have this prefix and no other ("" is the name of a task alone).
+
+    Tasks that have a loss in place of metrics are left out.
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if name.startswith(prefix) and " " not in name[len(prefix) :]:
+            task, _, metric = name[len(prefix) :].rpartition("/")
+            tasks.setdefault(task, {})[metric] = value
+    return {task: values for task, values in tasks.items() if "loss" not in values}
+
+
+def split_mixtures(results: Sequence[Result], axis: str = "TASK") -> list[Result]:
+    """The results, a trial of a mixture that has no such axis as one result for each task.
+
+    Its tasks are called as that axis calls the same tasks elsewhere, whether or not their inputs are named; tasks that
+    are nowhere else are left out, and stand under their own names where no trial has the axis.
+    """
+    known = {_plain(result.task): result.axes[axis] for result in results if axis in result.axes}
+    split = []
+    for result in results:
+        tasks = {} if axis in result.axes else by_task(result.metrics)
+        if "" in tasks or not tasks:
+            split.append(result)
+            continue
+        for task, metrics in tasks.items():
+            if not known or _plain(task) in known:
+                axes = {**result.axes, axis: known.get(_plain(task), task)}
+                split.append(result._replace(axes=axes, task=task, score=task_score(metrics), metrics=metrics))
+    return split
+
+
+def _plain(task: str) -> str:
+    """One name of what is evaluated; WSC alone is a mixture that is evaluated on its `_simple_eval`."""
+    return re.sub(r"^((ladder|sentinel|mt5|byt5|taskless|task_index)_)+|_examples\b|_and_dev(?=_)|(?<=_simple)_eval", "", task)
+
+
+def axes_in(results: Iterable[Result]) -> list[str]:
+    """The axes of all, those of the trials that have most of them first."""
+    most_first = sorted(results, key=lambda result: -len(result.axes))
+    return list(dict.fromkeys(axis for result in most_first for axis in result.axes))
+
+
+def value_order(value: str | None) -> tuple[int, float, str]:
+    """Sorts an axis's values: none, then sizes as they grow, numbers, and names."""
+    if value is None:
+        return (0, 0.0, "")
+    if value in SIZES:
+        return (1, float(SIZES.index(value)), "")
+    try:
+        return (2, float(value), value)
+    except ValueError:
+        return (3, 0.0, value)
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """Sorted by their axes, the first axis first."""
+    axes = axes_in(results)
+    return sorted(results, key=lambda result: [value_order(result.axes.get(axis)) for axis in axes])
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """One row a trial: a column an axis, then `COLUMNS`, a column a metric, and `LAST_COLUMNS`."""
+    axes = axes_in(results)
+    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*axes, *COLUMNS, *metrics, *LAST_COLUMNS])
+    for result in results:
+        fields = result._asdict()
+        row = [result.axes.get(axis) for axis in axes]
+        row += [fields[name] for name in COLUMNS]
+        row += [result.metrics.get(name) for name in metrics]
+        row += [fields[name] for name in LAST_COLUMNS]
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def from_csv(text: str) -> list[Result]:
+    """What `to_csv` wrote.
+
+    Raises:
+      ValueError: it is not such a file.
+    """
+    header, *rows = csv.reader(io.StringIO(text), strict=True) if text.strip() else [[]]
+    first, last = len(header) - len(LAST_COLUMNS), tuple(header[-len(LAST_COLUMNS) :])
+    start = header.index("command") if "command" in header else first
+    end = start + len(COLUMNS)
+    if tuple(header[start:end]) != COLUMNS or last != LAST_COLUMNS:
+        raise ValueError(f"no CSV of trials: expected the columns {', '.join(COLUMNS + LAST_COLUMNS)}")
+    return [_from_row(header, row, start, end, first) for row in rows]
+
+
+def _from_row(header: Sequence[str], row: Sequence[str], start: int, end: int, last: int) -> Result:
+    cells = dict(zip(header, row, strict=True))
+    named = (*header[end:last], "score", "ranking_score", "seconds")
+    numbers = {name: float(cells[name]) for name in named if cells[name]}
+    return Result(
+        axes={axis: cells[axis] for axis in header[:start] if cells[axis]},
+        command=cells["command"],
+        task=cells["task"],
+        score=numbers.get("score"),
+        ranking_score=numbers.get("ranking_score"),
+        metrics={name: numbers[name] for name in header[end:last] if name in numbers},
+        seconds=numbers.get("seconds"),
+        base_fingerprint=cells["base_fingerprint"],
+        **{name: int(cells[name]) if cells[name] else None for name in WHOLE},
+    )

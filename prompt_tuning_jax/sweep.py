@@ -1,0 +1,159 @@
+"""Runs every trial of a grid of settings: `python -m prompt_tuning_jax.sweep --gin_file=sweeps/X.gin --launcher=local`.
+
+A macro that the sweep's file knows changes the sweep; any other, --gin.NAME=VALUE, goes to every trial. Finished trials
+are left out, broken ones go on where they were saved.
+
+    --launcher=print    one command a trial, to be run by hand
+    --launcher=here     in this process, one after another; many prompts in one program
+    --launcher=local    in processes of this machine, with a table of how they stand
+    --launcher=slurm    a job array, through submitit
+    --launcher=xpk      workloads on TPU pods, through xpk
+    --launcher=jobset   Kubernetes JobSets, as YAML
+    --status            how the trials stand, and nothing else
+    --only=NAME:NAME    these trials alone
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+from prompt_tuning_jax.compilation import keep_compiled_programs
+from prompt_tuning_jax.gin_files import config_text, parse, split_bindings, user_errors
+from prompt_tuning_jax.sweeps import spec, status
+from prompt_tuning_jax.sweeps.joint_step import joint_key
+from prompt_tuning_jax.sweeps.plan import most_together, plan
+from prompt_tuning_jax.sweeps.record import check_record, write_record
+from prompt_tuning_jax.sweeps.spec import Trial
+from prompt_tuning_jax.sweeps.vectorized import leave_failure, train_together
+from prompt_tuning_jax.training import loop, run, score
+
+LAUNCHERS = {
+    "print": "print_commands.Print",
+    "local": "local.Local",
+    "slurm": "slurm.Slurm",
+    "xpk": "xpk.Xpk",
+    "jobset": "jobset.JobSet",
+}
+FLAGS = ("launcher", "status", "only")
+
+
+def main() -> None:
+    keep_compiled_programs()
+    with user_errors():
+        sys.exit(sweep(sys.argv[1:]))
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """Does what a command line says; returns the exit code."""
+    own, texts = split_bindings(argv, FLAGS)
+    flags = parse(own, FLAGS)
+    settings = gin.get_configurable(spec.Sweep)()
+    launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
+    trials = settings.trials(texts)
+    record = check_record(settings.sweep_dir, trials)
+    if "only" in flags:
+        trials = spec.chosen(trials, str(flags["only"]).split(":"))
+    configs = {trial.name: checked(trial) for trial in trials}
+    steps = {name: config.train_steps if config else None for name, config in configs.items()}
+    if "status" in flags:
+        print(status.table([status.trial_state(trial, steps[trial.name]) for trial in trials]))
+        return 0
+    to_run = [trial for trial in trials if not (trial.folder / "summary.json").exists()]
+    print(f"{len(trials)} trials, {len(trials) - len(to_run)} of them finished", file=sys.stderr)
+    if not to_run:
+        return 0
+    vectorize = settings.vectorize
+    if flags.get("launcher") == "print" and vectorize == "auto":
+        vectorize = False
+    jobs = plan(
+        to_run,
+        lambda trial: shared_key(configs[trial.name]),
+        lambda part: together_line(argv, part),
+        vectorize,
+        getattr(launcher, "at_once", 1 if launcher is None else None),
+    )
+    if flags.get("launcher") != "print":
+        write_record(settings.sweep_dir, record)
+    if launcher is not None:
+        return launcher.launch(jobs, settings.sweep_dir)
+    failures = {}
+    for job in jobs:
+        failures |= run_here(job.trials, most_together(vectorize))
+    return 1 if failures else 0
+
+
+def named_launcher(name: Any) -> Any:
+    """The launcher of `--launcher`, as gin sets it up."""
+    if name not in LAUNCHERS:
+        known = ", ".join(["here", *LAUNCHERS])
+        raise ValueError(f"--launcher is {name or 'not given'}, expected one of {known}; or --status")
+    module, _, attribute = LAUNCHERS[name].partition(".")
+    found = getattr(importlib.import_module(f"prompt_tuning_jax.sweeps.launchers.{module}"), attribute)
+    return found() if name == "print" else gin.get_configurable(found)()
+
+
+def checked(trial: Trial) -> run.TrainConfig | None:
+    """Parses a trial's command line: its settings, None of one that only evaluates. gin is the trial's from here on.
+
+    Raises:
+      ValueError: it names what is not there, or does not set what must be set.
+    """
+    gin.clear_config()
+    try:
+        parse(trial.arguments)
+        return gin.get_configurable(run.TrainConfig)(config=config_text()) if trial.command == "train" else None
+    except ValueError as error:
+        raise ValueError(f"trial {trial.name}: {error}") from None
+
+
+def shared_key(config: run.TrainConfig | None) -> Hashable | None:
+    return None if config is None else joint_key(config)
+
+
+def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
+    """The command line that runs these trials of the sweep that `argv` starts."""
+    names = {f"--{flag}" for flag in FLAGS}
+    rest = [argument for argument in argv if argument.partition("=")[0] not in names]
+    only = ":".join(trial.name for trial in trials)
+    return ["python", "-m", "prompt_tuning_jax.sweep", *rest, "--launcher=here", f"--only={only}"]
+
+
+def run_here(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
+    """Runs the trials of a job in this process; what failed, by name."""
+    with contextlib.ExitStack() as marks:
+        for trial in trials:
+            marks.enter_context(status.running(trial.folder))
+        return train_or_evaluate(trials, most)
+
+
+def train_or_evaluate(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
+    """`run_here`, once the trials' folders are this process's."""
+    if len(trials) > 1:
+
+        def configs() -> Iterator[tuple[str, run.TrainConfig]]:
+            for trial in trials:
+                config = checked(trial)
+                assert config is not None  # only what trains shares a job
+                yield trial.name, config
+
+        return train_together(configs(), most)
+    (trial,) = trials
+    try:
+        config = checked(trial)
+        if config is None:
+            gin.get_configurable(score.evaluate_prompt)()
+        else:
+            loop.train(config)
+    except (ValueError, OSError) as error:
+        failure = " ".join(str(error).split())
+        leave_failure(trial.name, str(trial.folder), failure)
+        return {trial.name: failure}
+    return {}
+
+
+if __name__ == "__main__":
+    main()

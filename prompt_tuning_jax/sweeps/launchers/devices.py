@@ -1,0 +1,104 @@
+"""What of this machine each of several processes gets: GPUs, TPU chips or cores, found without JAX."""
+
+import contextlib
+import glob
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Slot(NamedTuple):
+    """A job's part of the machine.
+
+    Attributes:
+      environment: variables that show it its devices.
+      cores: "0,1"; "" for all.
+    """
+
+    environment: Mapping[str, str]
+    cores: str
+
+
+def divide_machine(processes: int | None, jobs: int) -> list[Slot]:
+    """What each of the jobs that run at a time gets. Looks for devices without JAX, which would take them.
+
+    Raises:
+      ValueError: `processes` is not positive, or more than there are TPU chips.
+    """
+    if processes is not None and processes < 1:
+        raise ValueError(
+            f"the local launcher's processes is {processes}, expected at least 1, or None for one a device"
+        )
+    gpus, chips = visible_gpus(), visible_tpu_chips()
+    count = max(min(processes or len(gpus) or len(chips) or 1, jobs), 1)
+    if gpus:
+        return [Slot(_gpu_environment(gpus, place, count), "") for place in range(count)]
+    if chips and count > len(chips):
+        raise ValueError(
+            f"the local launcher's processes is {processes}, but this host has {len(chips)} TPU chips, "
+            "which two processes cannot share: expected that many at most"
+        )
+    if chips:
+        return [Slot(_tpu_environment(chips[place]) if count > 1 else {}, "") for place in range(count)]
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" and count > 1 else []
+    return [Slot({}, ",".join(map(str, _share(cores, place, count)))) for place in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that JAX would see, as CUDA_VISIBLE_DEVICES names them."""
+    if _on_cpu():
+        return []
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return list(itertools.takewhile(lambda device: device not in ("", "-1"), given.split(",")))
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return [line for line in found.stdout.split() if line.isdecimal()] if found.returncode == 0 else []
+    return []
+
+
+def visible_tpu_chips() -> list[str]:
+    """The TPU chips of this host, by their numbers; none where libtpu is not installed."""
+    if _on_cpu() or importlib.util.find_spec("libtpu") is None:
+        return []
+    if given := os.environ.get("TPU_VISIBLE_CHIPS"):
+        return given.split(",")
+    devices = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return [str(chip) for chip in range(len(devices))]
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+
+
+def _gpu_environment(gpus: Sequence[str], place: int, count: int) -> dict[str, str]:
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, place, count))}
+    if count > len(gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        sharing = -(-count // len(gpus))  # by default the first of them would take three quarters of the memory
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
+    return environment
+
+
+def _tpu_environment(chip: str) -> dict[str, str]:
+    """One chip to a process that knows of no other, by the variables of jax/_src/test_multiprocess.py."""
+    port = 8476 + int(chip)
+    return {
+        "TPU_VISIBLE_CHIPS": chip,
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+        "TPU_PROCESS_PORT": str(port),
+        "CLOUD_TPU_TASK_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+def _share(all_of_them: Sequence[Any], place: int, count: int) -> Sequence[Any]:
+    """The part of the `place`th of `count`: neighbours, as equal as can be, and shared where there are too few."""
+    if 0 < len(all_of_them) < count:
+        return [all_of_them[place % len(all_of_them)]]
+    return all_of_them[len(all_of_them) * place // count : len(all_of_them) * (place + 1) // count]

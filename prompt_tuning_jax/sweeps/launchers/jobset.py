@@ -1,0 +1,229 @@
+"""Writes the jobs of a sweep as Kubernetes JobSets (jobset.x-k8s.io/v1alpha2), for TPU slices, GPUs or CPUs."""
+
+import dataclasses
+import difflib
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prompt_tuning_jax.sweeps.jobs import Job
+from prompt_tuning_jax.sweeps.launchers import manifests
+
+CHIPS_PER_HOST = 4  # of every TPU slice of more than one host
+SECONDS_KEPT = 3600  # that an ended JobSet stays, and with it its pods' logs
+
+# What GKE calls them, and the dimensions of their topologies
+# (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus).
+TPUS = {
+    "v4": ("tpu-v4-podslice", 3),
+    "v5e": ("tpu-v5-lite-podslice", 2),
+    "v5p": ("tpu-v5p-slice", 3),
+    "v6e": ("tpu-v6e-slice", 2),
+}
+
+
+class Pods(NamedTuple):
+    """The pods of a slice.
+
+    Attributes:
+      count: hosts; a pod each.
+      limits: accelerators of a pod, by resource.
+      node_selector: labels of the nodes.
+    """
+
+    count: int
+    limits: Mapping[str, int]
+    node_selector: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSet:
+    """One JobSet a job.
+
+    A JobSet that is preempted or crashes starts again, and goes on from its last checkpoint; one that ends with an
+    error does not.
+
+    Attributes:
+      image: which has this package installed.
+      accelerator: a TPU, "v4", "v5e", "v5p" or "v6e", or a GPU by GKE's name of it, "nvidia-l4"; None for any node.
+      topology: of a TPU slice, "2x4" or "2x2x1".
+      devices: accelerators a pod. None for as many chips as a TPU host has, 4 or the whole of a smaller slice (a 2x4 of
+        v5e or v6e may also be one host of 8), for one GPU of a GPU's name, and for none on any node.
+      slices: TPU slices a job.
+      claim: the PersistentVolumeClaim with SWEEP_DIR in it; or
+      bucket: the Cloud Storage bucket, through Cloud Storage FUSE.
+      mount: where it is mounted. The pods run in it, so a relative path is taken from there.
+      namespace: of the JobSets.
+      queue: a LocalQueue of Kueue; None for none.
+      service_account: of Kubernetes, which may use the bucket.
+      node_selector: more labels of the nodes, such as {"cloud.google.com/gke-spot": "true"}.
+      apply: `kubectl apply` them.
+    """
+
+    image: str | None = None
+    accelerator: str | None = None
+    topology: str | None = None
+    devices: int | None = None
+    slices: int = 1
+    claim: str | None = None
+    bucket: str | None = None
+    mount: str = "/mnt/sweeps"
+    namespace: str = "default"
+    queue: str | None = None
+    service_account: str | None = None
+    node_selector: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    apply: bool = False
+
+    def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
+        """Writes SWEEP_DIR/manifests/<job>.yaml, and does not wait for what runs.
+
+        Raises:
+          ValueError: a field is missing or wrong, kubectl is not there, or SWEEP_DIR is not in the volume.
+        """
+        import yaml
+
+        if self.apply and shutil.which("kubectl") is None:
+            raise ValueError("no kubectl on PATH: install it, or set JobSet.apply = False and apply them elsewhere")
+        manifests.required("JobSet", image=self.image)
+        manifests.check_volume(sweep_dir, self.mount)
+        written = {job.name: self.manifest(job, sweep_dir) for job in jobs}
+        folder = manifests.empty_folder(sweep_dir)
+        for name, manifest in written.items():
+            text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True, width=120)
+            Path(folder, f"{name}.yaml").write_text(text, encoding="utf-8")
+        if not self.apply:
+            print(f"{len(written)} manifests in {folder}: `kubectl apply -f {folder}` starts them")
+            return 0
+        return 1 if subprocess.run(["kubectl", "apply", "-f", str(folder)]).returncode else 0
+
+    def manifest(self, job: Job, sweep_dir: str) -> dict[str, Any]:
+        """The JobSet of a job.
+
+        Raises:
+          ValueError: there is no such accelerator or topology, or not exactly one volume.
+        """
+        pods = pods_of_slice(self.accelerator, self.topology, self.devices)
+        name = manifests.workload_name(job, sweep_dir)
+        annotations = {}
+        if pods.count > 1:
+            # Each slice is a node pool: no other job's pods may take one of its hosts.
+            annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
+        return {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": _without_empty(
+                {
+                    "name": name,
+                    "namespace": self.namespace,
+                    "labels": {"kueue.x-k8s.io/queue-name": self.queue} if self.queue else {},
+                    "annotations": annotations,
+                }
+            ),
+            "spec": {
+                "network": {"enableDNSHostnames": True},  # a headless service, by which a slice's hosts find each other
+                "ttlSecondsAfterFinished": SECONDS_KEPT,
+                "failurePolicy": {
+                    "maxRestarts": manifests.MAX_RESTARTS,
+                    "rules": [
+                        {"name": "error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                    ],
+                },
+                "replicatedJobs": [
+                    {"name": "slice", "replicas": self.slices, "template": {"spec": self._job(job, pods)}},
+                ],
+            },
+        }
+
+    def _job(self, job: Job, pods: Pods) -> dict[str, Any]:
+        # 2 is a mistake of the user's, 1 a traceback. Where several hosts run, 1 may come of the preemption of another.
+        errors = [1, 2] if pods.count * self.slices == 1 else [2]
+        return {
+            "parallelism": pods.count,
+            "completions": pods.count,
+            "completionMode": "Indexed",
+            "backoffLimit": 0,  # a slice's hosts only start again together, by the JobSet
+            "podFailurePolicy": {
+                "rules": [
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {"containerName": "trial", "operator": "In", "values": errors},
+                    }
+                ]
+            },
+            "template": self._pod(job, pods),
+        }
+
+    def _pod(self, job: Job, pods: Pods) -> dict[str, Any]:
+        container = {
+            "name": "trial",
+            "image": self.image,
+            "command": [manifests.escaped(argument) for argument in job.command_line],
+            "workingDir": self.mount,
+            "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+            "resources": {"limits": dict(pods.limits)} if pods.limits else {},
+            "volumeMounts": [{"name": "sweeps", "mountPath": self.mount}],
+        }
+        spec = {
+            "restartPolicy": "Never",  # what a podFailurePolicy asks for
+            "terminationGracePeriodSeconds": manifests.GRACE_SECONDS,
+            "serviceAccountName": self.service_account,
+            "nodeSelector": {**pods.node_selector, **self.node_selector},
+            "tolerations": [{"key": resource, "operator": "Exists"} for resource in pods.limits],
+            "containers": [_without_empty(container)],
+            "volumes": [{"name": "sweeps", **self._volume()}],
+        }
+        metadata = {"annotations": {"gke-gcsfuse/volumes": "true"}} if self.bucket else {}
+        return _without_empty({"metadata": metadata, "spec": _without_empty(spec)})
+
+    def _volume(self) -> dict[str, Any]:
+        if bool(self.claim) == bool(self.bucket):
+            raise ValueError(
+                "SWEEP_DIR needs a volume that outlives its pods: set one of JobSet.claim (a PersistentVolumeClaim) "
+                "and JobSet.bucket (Cloud Storage)"
+            )
+        if self.claim:
+            return {"persistentVolumeClaim": {"claimName": self.claim}}
+        # A checkpoint is written beside its place and then moved there; in a bucket without hierarchical namespace,
+        # FUSE moves no folder of more files than this.
+        attributes = {"bucketName": self.bucket, "mountOptions": "implicit-dirs,rename-dir-limit=100000"}
+        return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+
+
+def pods_of_slice(accelerator: str | None, topology: str | None, devices: int | None = None) -> Pods:
+    """The pods of one slice, on GKE's nodes; see `JobSet`.
+
+    Raises:
+      ValueError: there is no such TPU, topology, or host.
+    """
+    if accelerator not in TPUS:
+        if topology:
+            near = difflib.get_close_matches(str(accelerator), TPUS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(TPUS)}"
+            raise ValueError(f"JobSet.topology is of a TPU slice, and JobSet.accelerator {accelerator} is none: {hint}")
+        count = (1 if accelerator else 0) if devices is None else devices
+        selector = {"cloud.google.com/gke-accelerator": accelerator} if accelerator else {}
+        return Pods(1, {"nvidia.com/gpu": count} if count else {}, selector)
+    name, dimensions = TPUS[accelerator]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", topology or ""):
+        example = "x".join("224"[:dimensions])
+        raise ValueError(f"JobSet.topology of a {accelerator} slice is {topology!r}, expected one like {example!r}")
+    chips = math.prod(map(int, str(topology).split("x")))
+    whole = (8,) if dimensions == 2 and chips == 8 else ()
+    hosts_have = (min(chips, CHIPS_PER_HOST), *whole)
+    chosen = hosts_have[0] if devices is None else devices
+    if chosen not in hosts_have or chips % chosen:
+        known = " or ".join(map(str, hosts_have))
+        raise ValueError(
+            f"a {accelerator} slice of {topology} has {chips} chips, {known} a host, not {chosen}: "
+            "set JobSet.topology to one that GKE has, and JobSet.devices to None"
+        )
+    labels = {"cloud.google.com/gke-tpu-accelerator": name, "cloud.google.com/gke-tpu-topology": str(topology)}
+    return Pods(chips // chosen, {"google.com/tpu": chosen}, labels)
+
+
+def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, {}, [])}

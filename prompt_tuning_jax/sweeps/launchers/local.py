@@ -1,0 +1,299 @@
+"""Runs the jobs of a sweep on this machine: several at a time, the devices or the cores divided among them."""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from prompt_tuning_jax.sweeps import status
+from prompt_tuning_jax.sweeps.jobs import Job
+from prompt_tuning_jax.sweeps.launchers import tether
+from prompt_tuning_jax.sweeps.launchers.devices import Slot, divide_machine
+from prompt_tuning_jax.sweeps.spec import Trial
+
+TERMINATED = 143  # exit code of a run that saved on SIGTERM
+POLL_SECONDS = 0.1  # between two looks at the processes
+REDRAW_SECONDS = 2.0  # between two looks at the trials' folders
+LAST_LINES = 20  # of its log that failed.txt takes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Starts jobs as processes of this machine, and waits for them.
+
+    Attributes:
+      processes: jobs at a time; None for one a GPU or TPU chip that is visible, or one where there is none.
+    """
+
+    processes: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Jobs that run at a time, where there are enough."""
+        return len(divide_machine(self.processes, sys.maxsize))
+
+    def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
+        """Runs the jobs. SIGINT, SIGTERM and SIGHUP let them save and end; a SIGINT after that kills them.
+
+        A job that dies leaves the last lines of its log in the failed.txt of its unfinished trials; the others go on.
+        On Linux no job outlives this process, even where it is killed.
+
+        Args:
+          sweep_dir: where each job's stdout and stderr go, to `logs/<job>.log`.
+
+        Returns:
+          0 where all trials are finished, 1 where not, 128 and the signal's number where a signal stopped them.
+
+        Raises:
+          ValueError: another launcher runs this sweep, nothing can be written to it, or there are too few TPU chips.
+        """
+        slots = divide_machine(self.processes, len(jobs))
+        folder = Path(sweep_dir)
+        try:
+            with status.running(folder), _StopSignals() as stop:
+                (folder / "logs").mkdir(exist_ok=True)
+                view = _View([trial for job in jobs for trial in job.trials], sys.stderr)
+                well = _run(jobs, slots, folder / "logs", stop, view)
+        except OSError as error:
+            raise ValueError(
+                f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): make room, "
+                "or set SWEEP_DIR to a folder that can be written; the same command then goes on"
+            ) from None
+        if stop.signal:
+            return 128 + stop.signal
+        return 0 if well else 1
+
+
+class _Running(NamedTuple):
+    """A job that was started, with its place, and where in its log its own lines begin."""
+
+    job: Job
+    slot: Slot
+    process: subprocess.Popen
+    log: Path
+    begin: int
+    marks: contextlib.ExitStack
+
+
+class _StopSignals:
+    """The signals that ask for an end, while in this context. One that was ignored (nohup, `&`) stays so.
+
+    Attributes:
+      signal: the first that came.
+      kill: whether a SIGINT came after it.
+    """
+
+    signal: int | None = None
+    kill = False
+
+    def __enter__(self) -> "_StopSignals":
+        handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGTSTP)}
+        self._before = {number: before for number, before in handlers.items() if before not in (signal.SIG_IGN, None)}
+        for number in self._before:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        if number == signal.SIGTSTP:
+            return  # Ctrl-Z would stop the launcher, not its jobs, which would then look as if nobody ran them
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:
+            self.kill = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _run(jobs: Sequence[Job], slots: Sequence[Slot], logs: Path, stop: _StopSignals, view: "_View") -> bool:
+    """Runs the jobs, and says whether all their trials are finished.
+
+    Raises:
+      OSError: a log cannot be written; the jobs that ran have ended.
+    """
+    waiting, free, active = collections.deque(jobs), list(slots), list[_Running]()
+    well, told = True, False
+    try:
+        while active or (waiting and not stop.signal):
+            while waiting and free and not stop.signal:
+                job, slot = waiting.popleft(), free.pop(0)
+                try:
+                    active.append(_start(job, slot, logs))
+                except ValueError as error:  # another process runs one of its trials
+                    view.say(str(error))
+                    free.append(slot)
+                    well = False
+                view.look(job.trials)
+            if stop.signal and not told:
+                _terminate(active)
+                what = "1 job saves and ends; Ctrl-C kills it"
+                if len(active) != 1:
+                    what = f"{len(active)} jobs save and end; Ctrl-C kills them"
+                view.say(f"{_signal_name(stop.signal)}: {what}")
+                told = True
+            if stop.kill:
+                _kill(active)
+            for one in [one for one in active if one.process.poll() is not None]:
+                active.remove(one)
+                free.append(one.slot)
+                well &= _end(one, stop, view)
+            view.show([trial for one in active for trial in one.job.trials])
+            time.sleep(POLL_SECONDS)
+    finally:
+        _terminate(active)  # none, unless something went wrong here
+        while active and any(one.process.poll() is None for one in active) and not stop.kill:
+            time.sleep(POLL_SECONDS)
+        _kill(active)
+        for one in active:
+            one.process.wait()
+            one.marks.close()
+        view.close()
+    return well
+
+
+def _start(job: Job, slot: Slot, logs: Path) -> _Running:
+    program, *arguments = job.command_line
+    command = [sys.executable if program == "python" else program, *arguments]
+    environment = {
+        "PYTHONUNBUFFERED": "1",  # else a kill takes the last lines with it
+        "JAX_TRACEBACK_FILTERING": "off",  # else JAX's note on it is the last line
+        **os.environ,
+        **slot.environment,
+    }
+    with contextlib.ExitStack() as marks:
+        for trial in job.trials:
+            marks.enter_context(status.running(trial.folder))
+            (trial.folder / status.FAILED).unlink(missing_ok=True)
+        log = logs / f"{job.name}.log"
+        with open(log, "ab") as file:
+            file.write(f"$ {shlex.join(job.command_line)}\n".encode())
+            file.flush()
+            begin = file.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), slot.cores, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # a terminal's Ctrl-C is for the launcher alone
+            )
+            return _Running(job, slot, process, log, begin, marks.pop_all())
+
+
+def _terminate(active: Sequence[_Running]) -> None:
+    for one in active:
+        one.process.terminate()
+
+
+def _kill(active: Sequence[_Running]) -> None:
+    """With whatever they started: each leads a group, whose number is its own until it is waited for."""
+    for one in active:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+
+
+def _end(one: _Running, stop: _StopSignals, view: "_View") -> bool:
+    """Notes what became of a job, and says whether its trials are finished."""
+    one.marks.close()
+    code = one.process.returncode
+    unfinished = [trial for trial in one.job.trials if not (trial.folder / status.SUMMARY).exists()]
+    if code not in (TERMINATED, -signal.SIGTERM) and not (stop.kill and code == -signal.SIGKILL):
+        for trial in unfinished:
+            try:
+                with open(trial.folder / status.FAILED, "x", encoding="utf-8") as file:
+                    file.write(_last_lines(one, code))
+            except FileExistsError:
+                continue  # the job's own process wrote it, and knows better
+            except OSError as error:
+                view.say(f"{trial.name}: job {one.job.name} exited with {code}, and {error}")
+    view.look(one.job.trials)
+    return not unfinished
+
+
+def _last_lines(one: _Running, code: int) -> str:
+    with open(one.log, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(one.begin, end - 200 * LAST_LINES))
+        lines = file.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
+    if code < 0:
+        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        lines.append(f"killed by {_signal_name(-code)}{memory}")
+    elif code == 0:
+        lines.append(f"exited with 0, but left no {status.SUMMARY}")
+    elif not lines:
+        lines.append(f"exited with {code}, and said nothing")
+    return "\n".join(lines) + "\n"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+class _View:
+    """What is seen of the trials: on a terminal a table that is drawn anew, elsewhere a line when a state changes."""
+
+    def __init__(self, trials: Sequence[Trial], stream: TextIO):
+        self._stream = stream
+        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._states = {trial.name: status.trial_state(trial) for trial in trials}
+        self._drawn = 0  # lines
+        self._next = 0.0
+
+    def look(self, trials: Sequence[Trial]) -> None:
+        """Looks where these trials stand now."""
+        for trial in trials:
+            before = now = self._states[trial.name]
+            with contextlib.suppress(OSError):  # a shared disk that is away for a moment
+                now = self._states[trial.name] = status.trial_state(trial)
+            if before.state != now.state and not self._live:
+                self.say(status.describe(now))
+        self._next = min(self._next, time.monotonic() + POLL_SECONDS)
+
+    def show(self, trials: Sequence[Trial]) -> None:
+        """Looks at the trials that run, and draws the table, where it is time to."""
+        if time.monotonic() < self._next:
+            return
+        self.look(trials)
+        self._next = time.monotonic() + REDRAW_SECONDS
+        self._draw()
+
+    def say(self, line: str) -> None:
+        """Writes a line, which stays above the table."""
+        with contextlib.suppress(OSError):  # the terminal is closed, but the jobs have yet to save
+            self._clear()
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the table as it is at the end, or the counts."""
+        if self._live:
+            self._draw()
+        else:
+            self.say(status.counts([*self._states.values()]))
+
+    def _draw(self) -> None:
+        if not self._live:
+            return
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(self._stream.fileno())
+            text = status.table([*self._states.values()], (size.columns or 80) - 1, (size.lines or 24) - 1)
+            self._clear()
+            print(text, file=self._stream, flush=True)
+            self._drawn = text.count("\n") + 1
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0

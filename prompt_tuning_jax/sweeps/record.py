@@ -1,0 +1,46 @@
+"""SWEEP_DIR/sweep.json: which trials a sweep's folder holds, so that no other sweep is mixed into it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from prompt_tuning_jax.sweeps.spec import Trial
+from prompt_tuning_jax.training.run_folder import check_writable, write_text
+
+RECORD = "sweep.json"
+
+
+def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]]:
+    """The trials on record and these, by name: their arguments but for MODEL_DIR. A grid may have grown.
+
+    Raises:
+      ValueError: the folder cannot be written, or holds another sweep.
+    """
+    path = Path(sweep_dir, RECORD)
+    check_writable(path.parent)
+    found = {trial.name: [part for part in trial.arguments if not _says_where(part)] for trial in trials}
+    if not path.exists():
+        return found
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept and not set(kept) & set(found):
+        raise ValueError(
+            f"{sweep_dir} holds another sweep, of trials like {next(iter(kept))}, now they are like "
+            f"{next(iter(found))}: set another SWEEP_DIR"
+        )
+    for name, arguments in found.items():
+        if name in kept and kept[name] != arguments:
+            was, now = (sorted(set(a) - set(b)) for a, b in ((kept[name], arguments), (arguments, kept[name])))
+            raise ValueError(
+                f"{sweep_dir} holds a trial {name} of another configuration (was {' '.join(was) or 'without'}, is "
+                f"{' '.join(now) or 'without'}): set another SWEEP_DIR"
+            )
+    return kept | found
+
+
+def write_record(sweep_dir: str, record: dict[str, list[str]]) -> None:
+    Path(sweep_dir).mkdir(parents=True, exist_ok=True)
+    write_text(Path(sweep_dir, RECORD), json.dumps(record, indent=1) + "\n")
+
+
+def _says_where(argument: str) -> bool:
+    return argument.startswith("--gin.MODEL_DIR=")

@@ -1,0 +1,264 @@
+"""Where each trial of a sweep stands, told from its folder alone, and a table of it. Imports no JAX."""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
+from prompt_tuning_jax.sweeps.spec import Trial
+from prompt_tuning_jax.tasks.metrics import suite_score, task_score
+
+SUMMARY = "summary.json"
+FAILED = "failed.txt"
+RUNNING = "running"  # the lock in a folder that a process runs
+
+STATES = ("running", "failed", "stopped", "waiting", "finished")  # those first that a short table keeps
+NOT_SCORES = ("step", "split", "seconds")  # of an evaluation's record
+NARROWEST_NAME = 12  # characters of a trial's name that a narrow table keeps
+
+
+class TrialState(NamedTuple):
+    """Where a trial stands.
+
+    Attributes:
+      state: "finished"; "running"; "failed", with `last_line`; "stopped", which is begun, and goes on when it is
+        started again; or "waiting".
+      step: of the newest record; None before the first.
+      steps: TRAIN_STEPS.
+      score: of the best evaluation until now, as the run chooses its best step; in per cent, or minus a loss.
+      seconds_left: of a running trial, at its pace until now.
+      last_line: of a failed trial.
+    """
+
+    name: str
+    state: str
+    step: int | None = None
+    steps: int | None = None
+    score: float | None = None
+    seconds_left: float | None = None
+    last_line: str = ""
+
+
+def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
+    """Reads a trial's folder, which need not be there.
+
+    Args:
+      steps: TRAIN_STEPS of the trial; None for what its run wrote down when it began.
+
+    Raises:
+      OSError: the folder is there and cannot be read.
+    """
+    folder = trial.folder
+    records = list(_records(folder / "metrics.jsonl"))
+    step = records[-1]["step"] if records else None
+    scores = [record_score(record) for record in records if record["split"] == "eval"]
+    best = max((score for score in scores if score is not None), default=None)
+    now = TrialState(trial.name, "waiting", step, steps or _train_steps(folder), best)
+    if (summary := _text(folder / SUMMARY)) is not None:
+        return now._replace(state="finished", score=_summary_score(summary, now.score))
+    if (lines := _text(folder / FAILED)) is not None:
+        return now._replace(state="failed", last_line=lines.strip().splitlines()[-1] if lines.strip() else "")
+    if owner(folder / RUNNING) is not None:
+        return now._replace(state="running", seconds_left=_seconds_left(records, now.steps))
+    begun = folder.is_dir() and any(path.name != RUNNING for path in folder.iterdir())
+    return now._replace(state="stopped" if begun else "waiting")
+
+
+def record_score(record: Mapping[str, Any]) -> float | None:
+    """The score of an evaluation's record, None where it has no metric; as `training.run.score` has it."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in record.items():
+        if name not in NOT_SCORES:
+            task, _, metric = name.rpartition("/")
+            tasks.setdefault(task, {})[metric] = value
+    mean = suite_score({name: task_score(metrics) for name, metrics in tasks.items() if "loss" not in metrics})
+    if mean is not None:
+        return mean
+    losses = [metrics["loss"] for metrics in tasks.values() if "loss" in metrics]
+    return -sum(losses) / len(losses) if losses else None
+
+
+class Owner(NamedTuple):
+    """The process that holds a lock."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def owner(mark: Path) -> Owner | None:
+    """Who holds a lock of `batches.lock` and lives, on this host or another that shares the disk; None if nobody."""
+    try:
+        age, text = time.time() - mark.stat().st_mtime, mark.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        found = Owner(**json.loads(text))
+    except (ValueError, TypeError):  # it is just being written, or was cut short
+        found = Owner(0, "an unknown host")
+    if age > DEAD_AFTER:
+        return None  # also where its pid lives: after a restart of the host it is another's
+    if found.host == socket.gethostname():
+        try:
+            os.kill(found.pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+    return found
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Marks a folder, a trial's or a sweep's, as run by this process, as long as the context is open and it lives.
+
+    A process whose parent has marked the folder runs it for its parent.
+
+    Raises:
+      ValueError: another process runs it.
+      OSError: the folder cannot be written.
+    """
+    mark = folder / RUNNING
+    there, now = mark.exists(), owner(mark)
+    if now == Owner(os.getppid(), socket.gethostname()):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if there and now is None:
+        mark.unlink(missing_ok=True)  # `lock` would wait a minute for a dead one of another host
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{folder} is being run by {name}: wait until that ends, or stop it first")
+
+    with lock(mark, refuse):
+        yield
+
+
+def table(states: Sequence[TrialState], width: int | None = None, height: int | None = None) -> str:
+    """The trials, a row each, a failed one's last line under it, and a last line with their counts.
+
+    Args:
+      width: the most characters a line has; None for the terminal's, without a limit where there is no terminal.
+      height: the most lines; trials that run or failed are kept before those that wait or are finished.
+    """
+    width = width or shutil.get_terminal_size((0, 0)).columns or None
+    shown = states if height is None else _that_fit(states, height - 3)
+    cells = [(state.name, state.state, _steps(state), _score(state), _left(state)) for state in shown]
+    rows = [("trial", "state", "step", "score", "left"), *cells]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    if width:
+        others = sum(widths[1:]) + 2 * 4
+        widths[0] = min(widths[0], max(width - others, NARROWEST_NAME))
+    lines = []
+    for number, (name, state, *numbers) in enumerate(rows):
+        right = "  ".join(f"{text:>{wide}}" for text, wide in zip(numbers, widths[2:], strict=True))
+        lines.append(f"{_middle_cut(name, widths[0]):{widths[0]}}  {state:{widths[1]}}  {right}")
+        if number and (last_line := shown[number - 1].last_line):
+            lines.append(f"    {last_line}")
+    if len(shown) < len(states):
+        lines.append(f"... and {len(states) - len(shown)} more")
+    lines.append(counts(states))
+    return "\n".join(_printable(line)[:width].rstrip() for line in lines)
+
+
+def counts(states: Sequence[TrialState]) -> str:
+    """How many trials are in which state, in a line."""
+    found = collections.Counter(state.state for state in states)
+    parts = [f"{found[state]} {state}" for state in ("finished", *STATES[:-1]) if found[state]]
+    return f"{len(states)} trial{'' if len(states) == 1 else 's'}: {', '.join(parts) or 'none'}"
+
+
+def describe(state: TrialState) -> str:
+    """One trial, in a line."""
+    where = f" at step {_steps(state)}" if state.step is not None else ""
+    score = f", score {_score(state)}" if state.score is not None else ""
+    last_line = f": {state.last_line}" if state.last_line else ""
+    return _printable(f"{state.name}: {state.state}{where}{score}{last_line}")
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in (_text(path) or "").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return  # the line that is just being written is the last
+        yield record
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _train_steps(folder: Path) -> int | None:
+    found = re.search(r"(?m)^TRAIN_STEPS = (\d+)$", _text(folder / "config.gin") or "")
+    return int(found[1]) if found else None
+
+
+def _summary_score(text: str, score: float | None) -> float | None:
+    """The score that an evaluation's summary has; a training run's records have had it."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text).get("score", score)
+    return score
+
+
+def _seconds_left(records: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:
+    if not records or steps is None:
+        return None
+    first, last = records[0], records[-1]
+    taken, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
+    if not taken:  # one record, which has the time of starting in it
+        taken, seconds = last["step"], last["seconds"]
+    return max(steps - last["step"], 0) * seconds / taken if taken else None
+
+
+def _that_fit(states: Sequence[TrialState], lines: int) -> list[TrialState]:
+    kept = set()
+    for state in sorted(states, key=lambda state: STATES.index(state.state)):
+        lines -= 2 if state.last_line else 1
+        if lines < 0:
+            break
+        kept.add(state.name)
+    return [state for state in states if state.name in kept]
+
+
+def _steps(state: TrialState) -> str:
+    if state.step is None and state.steps is None:
+        return ""
+    return f"{state.step or 0}" + (f"/{state.steps}" if state.steps is not None else "")
+
+
+def _score(state: TrialState) -> str:
+    return "" if state.score is None else f"{state.score:.2f}"
+
+
+def _left(state: TrialState) -> str:
+    if state.seconds_left is None:
+        return ""
+    minutes, seconds = divmod(round(state.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def _middle_cut(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    end = (width - 3) // 2
+    return f"{text[: width - 3 - end]}...{text[len(text) - end :]}"
+
+
+def _printable(line: str) -> str:
+    """Without what would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in line)

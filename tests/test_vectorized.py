@@ -1,0 +1,295 @@
+"""Trials in one program equal the same runs alone: their prompts, their records, their summaries."""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny
+
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.prompts.initializers import class_labels, random_uniform, sampled_vocabulary
+from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.sweeps import programs as programs_module
+from prompt_tuning_jax.sweeps.joint_step import joint_key
+from prompt_tuning_jax.sweeps.programs import fitting, padding, program_size, programs
+from prompt_tuning_jax.sweeps.vectorized import train_together
+from prompt_tuning_jax.t5.layers import AttentionDropout
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.loop import train
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.run import Run, TrainConfig
+
+STEPS = 50
+TIMES = {"seconds", "examples_per_second"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tiny):
+    """Every run here would compile the same evaluation anew."""
+    kept = {
+        "jax_compilation_cache_dir": str(tiny.folder / "compiled_here"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
+    for values in (kept, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is kept:
+            yield
+
+
+@pytest.fixture(scope="module")
+def settings(tiny):
+    """Of one run; `with_dropout` and the rest of the arguments make it another."""
+
+    def make(folder, dropout=0.1, length=PROMPT_LENGTH, rate=0.3, lengths=LENGTHS, **other):
+        data = functools.partial(
+            DatasetConfig, "demo_reviews", task_feature_lengths=lengths, cache_dir=str(tiny.folder / "cache")
+        )
+        chosen = {
+            "initial_checkpoint_path": str(tiny.base),
+            "train_dataset": data(split="train", batch_size=8),
+            "eval_dataset": data(split="validation[:64]", batch_size=32),
+            "prompt_init": random_uniform,
+            "train_steps": STEPS,
+            "eval_period": 25,
+            "log_period": 10,
+        }
+        return TrainConfig(
+            model_dir=str(folder),
+            model=Transformer(dataclasses.replace(CONFIG, dropout_rate=dropout), prompt_factory=SoftPrompt),
+            trainable=["encoder/prompt/.*"],
+            optimizer=adafactor(rate),
+            prompt_length=length,
+            **(chosen | other),
+        )
+
+    return make
+
+
+def records(folder):
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def summary(folder):
+    found = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in found.items() if name not in TIMES}
+
+
+def assert_same_bits(together, alone):
+    """What one pass a run must give: the same products in the same order."""
+    names = [path.relative_to(alone) for path in alone.rglob("*.npy")]
+    assert names and all((together / name).read_bytes() == (alone / name).read_bytes() for name in names)
+    assert summary(together) == summary(alone)
+    assert records(together) == records(alone)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_seeds_learning_rates_and_initialisations_are_trained_as_alone(settings, tmp_path, dropout):
+    inits = [random_uniform, sampled_vocabulary, functools.partial(class_labels, labels=["negative", "positive"])]
+    runs = {
+        f"{seed}": {"random_seed": seed, "rate": rate, "prompt_init": inits[seed % 3], "dropout": dropout}
+        for seed, rate in enumerate([0.3, 0.1, 0.03, 0.5])
+    }
+    assert not train_together((name, settings(tmp_path / name, **run)) for name, run in runs.items())
+    for name, run in runs.items():
+        train(settings(tmp_path / "alone" / name, **run))
+        assert_same_bits(tmp_path / name, tmp_path / "alone" / name)
+    prompts = [np.load(tmp_path / name / "prompts" / f"{STEPS}.npy") for name in runs]
+    assert all(np.abs(one - other).max() > 0.1 for one, other in zip(prompts, prompts[1:], strict=False))
+
+
+def test_runs_that_share_a_pass_on_a_trained_base_stay_as_alone(tmp_path):
+    """Fifty steps with dropout on the embedded base. (On random weights training is chaotic: a last bit doubles at each
+    step, whoever takes the sums in another order.)"""
+    config = dataclasses.replace(open_model("nano").config, dropout_rate=0.1)
+    data = functools.partial(DatasetConfig, "demo_reviews", task_feature_lengths={"inputs": 48, "targets": 8})
+
+    def run(folder, seed, rate):
+        return TrainConfig(
+            model_dir=str(folder), model=Transformer(config, prompt_factory=SoftPrompt), initial_checkpoint_path="nano",
+            train_dataset=data(split="train", batch_size=8, buckets=(48,)),
+            eval_dataset=data(split="validation[:64]", batch_size=64, buckets=(48,)),
+            trainable=["encoder/prompt/.*"], optimizer=adafactor(rate), train_steps=STEPS, eval_period=25,
+            prompt_init=functools.partial(class_labels, labels=["negative", "positive"]), prompt_length=8,
+            random_seed=seed,
+        )  # fmt: skip
+
+    runs = {str(seed): (seed, rate) for seed, rate in enumerate([0.3, 0.1, 0.03])}
+    assert not train_together(((name, run(tmp_path / name, *own)) for name, own in runs.items()), most=3)
+    for name, own in runs.items():
+        train(run(tmp_path / "alone" / name, *own))
+        one, other = (np.load(tmp_path / where / name / "prompts" / f"{STEPS}.npy") for where in ("", "alone"))
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
+        assert summary(tmp_path / name) == summary(tmp_path / "alone" / name)
+
+
+@pytest.mark.parametrize("most", [None, 2, 3])
+def test_prompts_and_inputs_of_different_lengths_are_trained_as_alone(settings, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(programs_module, "MOST_PADDING_ON_CPU", 9.0)
+    steps = {"train_steps": 4, "eval_period": 2, "dropout": 0.0, "rate": 0.03}  # few, on random weights: see above
+    runs = {
+        "short": steps | {"length": 2},
+        "long": steps | {"length": 9, "random_seed": 1},
+        "cut": steps | {"length": 5, "random_seed": 2, "lengths": {"inputs": 20, "targets": 8}},
+    }
+    assert not train_together(((name, settings(tmp_path / name, **run)) for name, run in runs.items()), most=most)
+    for name, run in runs.items():
+        train(settings(tmp_path / "alone" / name, **run))
+        for step in (2, 4):
+            one, other = (np.load(tmp_path / where / name / "prompts" / f"{step}.npy") for where in ("", "alone"))
+            assert one.shape == (run["length"], CONFIG.emb_dim)
+            assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+
+
+def test_inputs_of_different_lengths_draw_the_same_dropout(settings, tmp_path):
+    steps = {"train_steps": 4, "eval_period": 4, "rate": 0.03}
+    runs = {"long": steps, "cut": steps | {"random_seed": 2, "lengths": {"inputs": 20, "targets": 8}}}
+    assert not train_together(((name, settings(tmp_path / name, **run)) for name, run in runs.items()), most=2)
+    train(settings(tmp_path / "alone", **runs["cut"]))
+    one, other = (np.load(tmp_path / where / "prompts" / "4.npy") for where in ("cut", "alone"))
+    assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+
+
+def test_a_run_that_ends_early_leaves_and_the_others_go_on(settings, tmp_path):
+    runs = {
+        "short": {"train_steps": 25},
+        "still": {"random_seed": 1, "rate": 1e-9, "early_stop_evals": 1, "eval_period": 5, "train_steps": 25},
+        "whole": {"random_seed": 2},
+    }
+    assert not train_together((name, settings(tmp_path / name, **run)) for name, run in runs.items())
+    assert summary(tmp_path / "short")["steps"] == 25
+    assert summary(tmp_path / "still")["stopped_early"] and summary(tmp_path / "still")["steps"] == 10
+    train(settings(tmp_path / "alone", **runs["whole"]))
+    assert_same_bits(tmp_path / "whole", tmp_path / "alone")
+
+
+def test_a_run_that_fails_leaves_its_reason_and_the_others_go_on(settings, tmp_path):
+    def broken(key, shape, **_):
+        return jax.numpy.full(shape, np.nan)
+
+    (tmp_path / "file").write_text("no folder")
+    runs = {
+        "nan": {"prompt_init": broken},
+        "whole": {"random_seed": 2},
+        "file": {"random_seed": 3},
+    }
+    failures = train_together((name, settings(tmp_path / name, **run)) for name, run in runs.items())
+    assert set(failures) == {"nan", "file"}
+    assert "the loss is nan at step 1" in failures["nan"]
+    assert (tmp_path / "nan" / "failed.txt").read_text() == f"error: {failures['nan']}\n"
+    assert not (tmp_path / "nan" / "summary.json").exists()
+    train(settings(tmp_path / "alone", **runs["whole"]))
+    assert_same_bits(tmp_path / "whole", tmp_path / "alone")
+
+
+def test_runs_killed_while_they_are_saved_go_back_to_one_step(settings, tmp_path):
+    runs = {str(seed): {"random_seed": seed} for seed in range(2)}
+    named = {where: [(name, settings(tmp_path / where / name, **run)) for name, run in runs.items()] for where in "ab"}
+    for configs in named.values():
+        assert not train_together(configs)
+    for name in ("summary.json", "prompts/50.npy"):
+        (tmp_path / "b" / "0" / name).unlink()
+    # "1" is as if it had been killed before its last checkpoint was whole.
+    for path in [*(tmp_path / "b" / "1").glob("checkpoints/50"), tmp_path / "b" / "1" / "summary.json"]:
+        path.rename(tmp_path / f"gone-{path.name}")
+    assert not train_together(named["b"])
+    for name in runs:
+        for path in ("prompts/50.npy", "best/prompt.npy"):
+            assert (tmp_path / "a" / name / path).read_bytes() == (tmp_path / "b" / name / path).read_bytes()
+        assert summary(tmp_path / "a" / name) == summary(tmp_path / "b" / name)
+        assert records(tmp_path / "a" / name) == records(tmp_path / "b" / name)
+
+
+def test_what_cannot_share_a_program_has_another_key(settings, tmp_path):
+    key = joint_key(settings(tmp_path))
+    assert key is not None
+    other = {"random_seed": 5, "rate": 0.1, "prompt_init": sampled_vocabulary, "train_steps": 7, "eval_period": 3}
+    assert joint_key(settings(tmp_path, **other, lengths={"inputs": 20, "targets": 4})) == key
+    assert joint_key(settings(tmp_path, length=7)) != key  # dropout's bits are drawn by position
+    assert joint_key(settings(tmp_path, length=7, dropout=0.0)) == joint_key(settings(tmp_path, dropout=0.0)) != key
+    assert joint_key(settings(tmp_path, z_loss=0.0)) != key
+    whole = dataclasses.replace(settings(tmp_path), trainable=[".*"])
+    streamed = dataclasses.replace(settings(tmp_path).train_dataset, use_cached=False)
+    assert joint_key(whole) is None
+    assert joint_key(settings(tmp_path, initial_checkpoint_path=None)) is None
+    assert joint_key(settings(tmp_path, train_dataset=streamed)) is None
+
+
+@given(st.integers(1, 3_000))
+def test_a_program_keeps_at_most_half_as_many_places_again_as_it_has_runs(active):
+    size = program_size(active)
+    assert active <= size < 1.5 * active + 1
+    assert program_size(size) == size
+
+
+class Planned(Run):
+    """What `programs` asks of a run: its prompt's length and its batches' widths."""
+
+    def __init__(self, length, widths):
+        self.config = SimpleNamespace(prompt_length=length)
+        self.batches = SimpleNamespace(shapes=lambda count: [(widths[n % len(widths)], 8) for n in range(count)])
+
+
+def test_runs_that_would_pad_each_other_much_do_not_share_a_program():
+    same = [Planned(20, [16, 32, 24]) for _ in range(3)]
+    wide, prompted = Planned(20, [96, 128]), Planned(100, [16, 32, 24])
+    found = list(programs([*same, wide, prompted]))
+    assert [set(program.runs) for program in found] == [set(same), {prompted}, {wide}]
+    assert all(program.at_once == 1 for program in found)  # on CPU
+    (whole,) = programs([*same, wide, prompted], 2)
+    assert len(whole.runs) == 5 and whole.at_once == 2
+    shapes = {run: np.array(run.batches.shapes(4)) for run in (same[0], wide)}
+    # 2 x (20 + 96 or 128) positions each step, over those of each alone.
+    assert padding([same[0], wide], shapes) == pytest.approx(
+        2 * (116 + 148) * 2 / (4 * 132 + 44 * 2 + 52 + 36)
+    )
+
+
+def test_runs_that_do_not_fit_into_memory_take_turns(monkeypatch, capsys):
+    runs = [Planned(20, [16]) for _ in range(8)]
+    monkeypatch.setattr(programs_module, "free_bytes", lambda: 1_000)
+    monkeypatch.setattr(programs_module, "step_bytes", lambda runs, widest: 250 * len(runs))
+    assert fitting(runs, [16, 8]) == 3  # of 900 bytes
+    assert "8 runs at once take 0.0 GiB" in capsys.readouterr().err
+    assert fitting(runs[:3], [16, 8]) == 3
+    monkeypatch.setattr(programs_module, "step_bytes", lambda runs, widest: 2_000 * len(runs))
+    assert fitting(runs, [16, 8]) == 1
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))
+def test_attention_dropout_does_not_depend_on_padding(keys, more, batch, seed):
+    ones = jax.numpy.ones((batch, 2, 3, keys + more))
+    dropout = AttentionDropout(0.3)
+    rngs = {"dropout": jax.random.key(seed)}
+    wide = dropout.apply({}, ones, False, rngs=rngs)
+    narrow = dropout.apply({}, ones[..., :keys], False, rngs=rngs)
+    assert np.array_equal(wide[..., :keys], narrow)
+    assert set(np.unique(narrow)) <= {np.float32(0), np.float32(1 / 0.7)}
+    assert np.array_equal(narrow, np.broadcast_to(narrow[:, :, :1], narrow.shape))  # one choice for all queries
+
+
+def test_attention_dropout_keeps_its_share():
+    dropped = AttentionDropout(0.3).apply(
+        {}, jax.numpy.ones((100, 10, 1, 50)), False, rngs={"dropout": jax.random.key(0)}
+    )
+    # 50,000 draws: the standard deviation of the share kept is 0.002.
+    assert np.mean(np.asarray(dropped) > 0) == pytest.approx(0.7, abs=0.01)
+    assert np.mean(dropped) == pytest.approx(1.0, abs=0.015)
