@@ -26,7 +26,7 @@ VALUES = {
     "figure_3a_ladder": ("PROMPT_LENGTH", ("1", "5", "20", "50")),
     "figure_3b_ladder": ("INIT", ("random_uniform", "sampled_vocabulary", "class_labels")),
     "figure_3c_ladder": ("OBJECTIVE", ("span", "span_sentinel", "lm")),
-    "figure_3d_ladder": ("LM_STEPS", ("0", "50", "250", "500")),
+    "figure_3d_ladder": ("LM_STEPS", ("0", "100", "500", "1000")),
 }
 
 

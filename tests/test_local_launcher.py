@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.sweeps.launchers.local import divide_machine, visible_gpus, visible_tpu_chips
+from prompt_tuning_jax.sweeps.launchers.devices import divide_machine, visible_gpus, visible_tpu_chips
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.sweeps.status import trial_state
 

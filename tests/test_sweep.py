@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 from test_train import prompts, records, summary
 from tiny import LENGTHS, PROMPT_LENGTH, make_tiny
 
@@ -124,7 +125,6 @@ def test_print_gives_a_command_a_trial_and_each_of_them_runs_it(tiny, command, t
         (["--gin.VECTORIZE='all'"], ["VECTORIZE is 'all'", "expected 'auto'"]),
         (["--only=INIT=random,LEARNING_RATE=0.3,RANDOM_SEED=5"], ["no trial", "did you mean"]),
         (["--launcher=locl"], ["--launcher is locl", "expected one of here, print, local, slurm, xpk, jobset"]),
-        (["--gin.SWEEP_DIR=None"], ["SWEEP_DIR"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_nothing(tiny, command, tmp_path, arguments, parts):
@@ -239,3 +239,38 @@ def test_several_processes_share_the_trials(tiny, command, finished, tmp_path):
         assert summary(folder)["best_step"] == summary(finished / folder.name)["best_step"]
         one, other = (np.load(where / folder.name / "prompts" / "0.npy") for where in (tmp_path, finished))
         assert np.array_equal(one, other)
+
+
+def test_submitit_runs_four_trials(tiny, command, tmp_path):
+    arguments = [grid(INIT=["random"]), "--gin.SEEDS=[0, 1]", "--gin.TRAIN_STEPS=10", "--gin.VECTORIZE=False"]
+    local = ["--launcher=slurm", "--gin.slurm.Slurm.cluster='local'", "--gin.SLURM={'timeout_min': 5}"]
+    done = run(tiny, command, in_folder(tmp_path), *arguments, *local)
+    assert done.returncode == 0, done.stderr
+    found = [summary(folder) for folder in trial_folders(tmp_path)]
+    assert [(one["seed"], one["steps"]) for one in found] == [(0, 10), (1, 10)] * 2
+
+
+def test_kubernetes_gets_a_manifest_a_job(tiny, command, tmp_path):
+    fields = {"image": "tuning:1", "claim": "sweeps", "accelerator": "v5e", "topology": "4x4"}
+    arguments = [f"--gin.jobset.JobSet.{name}={value!r}" for name, value in fields.items()]
+    # Relative: in the pods it lies in the volume.
+    done = run(tiny, command, in_folder("runs/k8s"), "--launcher=jobset", "--gin.VECTORIZE=4", *arguments)
+    assert done.returncode == 0, done.stderr
+    manifests = sorted((tiny.folder / "runs" / "k8s" / "manifests").glob("*.yaml"))
+    assert len(manifests) == 3  # 12 trials, four at a time
+    (job,) = yaml.safe_load(manifests[0].read_text())["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["parallelism"] == 4  # hosts of four chips
+    text = json.dumps(job)
+    assert "--launcher=here" in text and text.count("RANDOM_SEED=") == 4
+
+
+def test_a_launcher_whose_program_is_missing_says_what_to_install(tiny, command, tmp_path):
+    fields = {"cluster": "c", "tpu_type": "v5litepod-16", "docker_image": "i", "project": "p", "zone": "z"}
+    arguments = [f"--gin.xpk.Xpk.{name}={value!r}" for name, value in fields.items()]
+    environment = os.environ | tiny.environment | {"PATH": str(tmp_path)}
+    for launcher, part in (("xpk", "xpk"), ("slurm", "sbatch")):
+        done = subprocess.run(
+            [*command, in_folder("runs/none"), f"--launcher={launcher}", *arguments],
+            env=environment, cwd=tiny.folder, text=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 2 and f"{part}" in done.stderr.splitlines()[-1], done.stderr

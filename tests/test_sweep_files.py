@@ -26,12 +26,10 @@ NAMES = [
     name.removesuffix(".gin") for name, text in FILES.items() if re.search(r"(?m)^(spec\.Sweep\.|  )grid = ", text)
 ]
 LADDER = [name for name in NAMES if "ladder" in name]
+SIZES = {"models/nano.gin", "models/micro.gin", "models/mini.gin"}
 TABLE_3 = ("table_3", "table_3_ladder")  # their seeds are in one trial
-# What a user must set, where a sweep asks for it.
-GIVEN = {"DATA_DIR": "data", "VOCABULARY": "spiece.model"}
 RUN_MACROS = set("MODEL_DIR RANDOM_SEED TRAIN_STEPS EVAL_PERIOD LOG_PERIOD PROMPT_LENGTH VOCABULARY".split())
 RUN_MACROS |= {"INITIAL_CHECKPOINT_PATH"}
-REPEATED = re.compile(r"RANDOM_SEED|OF_SEED")
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +41,16 @@ def only_this_tests_gin(monkeypatch):
     gin.clear_config()
 
 
+def comment(name: str) -> str:
+    return FILES[f"{name}.gin"].partition("from __gin__")[0]
+
+
 @functools.cache
 def sweep(name: str) -> spec.Sweep:
-    """The sweep, with what it asks for set."""
+    """The sweep of the command in its file's first lines: what they give is all that must be given."""
     gin.clear_config()
-    path = f"--gin_file=sweeps/{name}.gin"
-    try:
-        gin_files.parse([path])
-    except ValueError as error:
-        asked = str(error).partition(" must be set")[0].split(" and ")
-        assert set(asked) <= set(GIVEN), str(error)
-        gin.clear_config()
-        gin_files.parse([path, *(f"--gin.{macro}={GIVEN[macro]!r}" for macro in asked)])
+    given = re.findall(r"--gin\.(\w+)=\"('.*?')\"", comment(name))
+    gin_files.parse([f"--gin_file=sweeps/{name}.gin", *(f"--gin.{macro}={value}" for macro, value in given)])
     found = gin.get_configurable(spec.Sweep)()
     gin.clear_config()
     return found
@@ -67,6 +63,14 @@ def trials_of(name: str) -> list[spec.Trial]:
 
 def grids_of(found: spec.Sweep) -> list[Mapping[str, Sequence]]:
     return [found.grid] if isinstance(found.grid, Mapping) else [*found.grid]
+
+
+def widened(name: str) -> list[spec.Trial]:
+    """The sweep's trials with all values that a user may widen an axis to, such as SIZES=["mini"]."""
+    found = sweep(name)
+    wide = {axis: [*values] for axis, values in found.choices.items() if axis in ("SIZE", "TASK", "OF_SEED")}
+    grids = [{axis: wide.get(axis, values) for axis, values in grid.items()} for grid in grids_of(found)]
+    return dataclasses.replace(found, grid=grids).trials()
 
 
 def kinds(trials: list[spec.Trial]) -> list[spec.Trial]:
@@ -87,58 +91,54 @@ def datasets(trial: spec.Trial) -> dict[str, dataset.DatasetConfig]:
     return {"train": config.train_dataset, "eval": config.eval_dataset}
 
 
+def task_of(trial: spec.Trial, name: str) -> seqio.Task | seqio.Mixture:
+    module = trial.macros.get("MIXTURE_OR_TASK_MODULE")
+    return find.find(name, [module] if module else [])
+
+
+def parts_of(task: seqio.Task | seqio.Mixture) -> Sequence[seqio.Task]:
+    return task.tasks if isinstance(task, seqio.Mixture) else [task]
+
+
 def test_the_folder_has_no_sweep_that_is_not_found_here():
     without_a_grid = {f"{name}.gin" for name in NAMES} ^ set(FILES)
     described = {name for name in without_a_grid if re.search(r"No sweep by itself|^# For trials|, for ", FILES[name])}
     assert without_a_grid == described | {"sweep.gin"}
-    assert len(NAMES) == 21
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_lines_say_the_command_and_how_many_trials(name):
-    comment = FILES[f"{name}.gin"].partition("from __gin__")[0]
-    assert all(line.startswith("#") for line in comment.splitlines())
-    assert f"python -m prompt_tuning_jax.sweep --gin_file=sweeps/{name}.gin --launcher=" in comment
-    count = re.search(r"(?m)^# (\d+) trials?\b", comment)
-    assert count, comment
-    assert len(trials_of(name)) == int(count[1])
-    written = {binding[0]: binding[1] for binding in re.findall(r"--gin\.(\w+)=\"'(.*?)'\"", comment)}
-    gin.clear_config()  # what the comment gives is all that must be given
-    gin_files.parse([f"--gin_file=sweeps/{name}.gin", *(f"--gin.{key}={value!r}" for key, value in written.items())])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_trials_have_folders_of_the_sweeps_name_axes_and_seeds(name):
-    found = sweep(name)
-    trials = trials_of(name)
-    assert found.sweep_dir == f"runs/{name}"
+def test_a_sweep_is_what_its_first_lines_say(name):
+    """The command, how many trials there are, and their folders: of the sweep's name, its axes, and a seed."""
+    assert all(line.startswith("#") for line in comment(name).splitlines())
+    assert f"python -m prompt_tuning_jax.sweep --gin_file=sweeps/{name}.gin --launcher=" in comment(name)
+    found, trials = sweep(name), trials_of(name)
+    count = re.search(r"(?m)^# (\d+) trials?( a size)?\b", comment(name))
+    assert count, comment(name)
+    assert len(trials) == int(count[1]) * (len({trial.values["SIZE"] for trial in trials}) if count[2] else 1)
+    assert found.sweep_dir == ("runs/demo_seeds" if name == "demo" else f"runs/{name}")  # runs/demo is the demo itself
     for grid in grids_of(found):
         axes = list(grid)
         assert "TASK" not in axes or axes.index("SIZE") < axes.index("TASK")
-        if REPEATED.fullmatch(axes[-1]):
-            assert axes[-1] == found.seeds
-        else:
-            bases = name.startswith(("ladder_", "lm_"))
-            assert bases or name in TABLE_3 or grid["METHOD"] == ["prompt_design"]
+        bases = name.startswith(("ladder_", "lm_"))
+        without_seeds = bases or name in TABLE_3 or grid.get("METHOD") == ["prompt_design"]
+        assert without_seeds or axes[-1] == found.seeds in ("RANDOM_SEED", "OF_SEED")
     for trial in trials:
         assert trial.name == ",".join(f"{axis}={value}" for axis, value in trial.values.items())
-        assert str(trial.folder) == f"runs/{name}/{trial.name}"
+        assert str(trial.folder) == f"{found.sweep_dir}/{trial.name}"
         assert not re.search(r"[{]\w+[}]", " ".join(trial.arguments))
         assert trial.command == ("eval" if "runs/eval.gin" in trial.gin_files else "train")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_kind_of_trial_is_a_whole_command_line_on_registered_tasks(name):
-    """Those of values that a user may widen an axis to, such as SIZES=["mini"], among them."""
-    found = sweep(name)
-    widened = {axis: [*values] for axis, values in found.choices.items() if axis in ("SIZE", "TASK", "OF_SEED")}
-    wide = [{axis: widened.get(axis, values) for axis, values in grid.items()} for grid in grids_of(found)]
-    for trial in kinds(dataclasses.replace(found, grid=wide).trials()):
+    trials = kinds(widened(name))
+    if name in LADDER:
+        assert {file for trial in trials for file in trial.gin_files} >= SIZES
+    for trial in trials:
         parse(trial)
         for scope, one in datasets(trial).items():
-            module = trial.macros.get("MIXTURE_OR_TASK_MODULE")
-            task = find.find(one.mixture_or_task_name, [module] if module else [])
-            tasks = task.tasks if isinstance(task, seqio.Mixture) else [task]
+            tasks = parts_of(task_of(trial, one.mixture_or_task_name))
             assert any(split_rows(one.split)[0] in part.splits for part in tasks), (trial.name, one)
             given = {"data_dir": "DATA_DIR", "task_feature_lengths": "TASK_FEATURE_LENGTHS"}
             given |= (
@@ -152,30 +152,25 @@ def test_each_kind_of_trial_is_a_whole_command_line_on_registered_tasks(name):
                 assert getattr(config, macro.lower()) == trial.macros[macro], (trial.name, macro)
 
 
-def labels_of(task) -> set[str]:
-    tasks = task.tasks if isinstance(task, seqio.Mixture) else [task]
-    return {label for one in tasks for label in postprocessors.answers(one.postprocessor) or ()}
-
-
 @pytest.mark.parametrize("name", ["figure_1", "table_2", *[name for name in LADDER if name.startswith("figure_")]])
 def test_class_labels_are_the_tasks_own_as_its_vocabulary_writes_them(name):
     trials = {trial.values["TASK"]: trial for trial in trials_of(name) if "CLASS_LABELS" in trial.macros}
     assert len(trials) == {"figure_1": 8, "table_2": 2}.get(name, 4)
     words = Vocabulary(str(default_vocabulary("nano")))
     for task, trial in trials.items():
-        labels, module = trial.macros["CLASS_LABELS"], trial.macros.get("MIXTURE_OR_TASK_MODULE")
-        closed = labels_of(find.find(trial.macros["MIXTURE_OR_TASK_NAME"], [module] if module else []))
+        labels, tasks = trial.macros["CLASS_LABELS"], parts_of(task_of(trial, trial.macros["MIXTURE_OR_TASK_NAME"]))
+        closed = {label for one in tasks for label in postprocessors.answers(one.postprocessor) or ()}
         if name in LADDER:
             assert all(UNK not in words.encode(label) for label in labels), labels
             closed = {label.replace("_", " ") for label in closed}
         assert task in ("record", "wsc") or set(labels) == closed
 
 
-@pytest.mark.parametrize("name", LADDER)
-def test_the_ladders_prompts_in_words_can_be_written(name):
+def test_the_ladders_prompts_in_words_can_be_written():
     words = Vocabulary(str(default_vocabulary("nano")))
-    texts = [trial.macros["PROMPT_TEXT"] for trial in trials_of(name) if "PROMPT_TEXT" in trial.macros]
-    assert len(set(texts)) == (3 if name == "figure_1_ladder" else 0)
+    trials = [trial for name in LADDER for trial in trials_of(name)]
+    texts = {trial.macros["PROMPT_TEXT"] for trial in trials if "PROMPT_TEXT" in trial.macros}
+    assert len(texts) == 3
     assert all(UNK not in words.encode(text) for text in texts)
 
 
@@ -198,31 +193,28 @@ def test_the_sentinels_tasks_are_those_of_the_same_trials_without(name):
         assert find.find(sentinel).name == sentinel
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_a_sweep_reads_is_what_another_leaves(name):
+def test_what_a_sweep_reads_is_what_another_leaves():
     """Bases, prompts and models under runs/ are those of trials of the sweeps named there."""
-    read = set()
-    for trial in trials_of(name):
-        files = [trial.macros.get("INITIAL_CHECKPOINT_PATH"), trial.macros.get("PROMPT_FILE")]
-        read |= {file for file in [*files, *trial.macros.get("PROMPT_FILES", ())] if file and file.startswith("runs/")}
-    own_base = name in ("figure_3d", "table_1_transfer", "table_2_transfer", "table_3")
-    assert bool(read) == (own_base or name in LADDER and name != "ladder_span")
-    trials = {}
-    for file in read:
-        _, maker, trial_name, best = file.split("/", 3)
-        if maker not in trials:
-            trials[maker] = {trial.name: trial for trial in trials_of(maker)}
-        made = trials[maker][trial_name]
-        prompt = "runs/prompt_tune.gin" in made.gin_files
-        assert made.command == "train" and best == ("best/prompt.npy" if prompt else "best/model")
+    made = {str(trial.folder): trial for name in NAMES for trial in trials_of(name)}
+    reading = set()
+    for name in NAMES:
+        for trial in trials_of(name):
+            files = [trial.macros.get("INITIAL_CHECKPOINT_PATH"), trial.macros.get("PROMPT_FILE")]
+            files += trial.macros.get("PROMPT_FILES", ())
+            for file in (file for file in files if file and file.startswith("runs/")):
+                reading.add(name)
+                folder, _, best = file.partition("/best/")
+                assert folder in made, (trial.name, file)
+                prompt = "runs/prompt_tune.gin" in made[folder].gin_files
+                assert made[folder].command == "train" and best == ("prompt.npy" if prompt else "model")
+    assert reading == {"figure_3d", "table_1_transfer", "table_2_transfer", "table_3", *LADDER} - {"ladder_span"}
 
 
 @pytest.mark.parametrize("name", ["table_1", "table_2"])
 def test_a_transfer_scores_what_was_tuned_on_the_base_that_it_was_tuned_on(name):
     tuned = {str(trial.folder): trial for trial in trials_of(name)}
-    scored = trials_of(f"{name}_transfer")
     used = set()
-    for trial in scored:
+    for trial in trials_of(f"{name}_transfer"):
         base, prompt = trial.macros["INITIAL_CHECKPOINT_PATH"], trial.macros["PROMPT_FILE"]
         folder = str(Path(prompt or base).parent.parent)
         made = tuned[folder]
@@ -232,6 +224,18 @@ def test_a_transfer_scores_what_was_tuned_on_the_base_that_it_was_tuned_on(name)
         if prompt:
             assert base == made.macros["INITIAL_CHECKPOINT_PATH"]
     assert used == set(tuned)
+
+
+@pytest.mark.parametrize(("name", "base"), [("ladder_span", "span"), ("ladder_lm", "lm")])
+def test_the_ladders_nano_is_made_as_the_embedded_base_was(name, base):
+    """Where the text and the vocabulary are the same. The last trial has all the steps."""
+    where = {"VOCABULARY": "words", "DATA_DIR": "text", "INITIAL_CHECKPOINT_PATH": "before", "MODEL_DIR": "after"}
+    texts = [f"{macro}={value!r}" for macro, value in where.items()]
+    parse(trials_of(name)[-1]._replace(texts=texts))
+    found = gin_files.config_text()
+    gin.clear_config()
+    gin_files.parse([f"--gin_file=bases/nano_{base}.gin", *(f"--gin.{text}" for text in texts)])
+    assert found == gin_files.config_text()
 
 
 def test_the_ladders_mixture_is_its_tasks_and_their_splits():
@@ -253,10 +257,14 @@ def test_the_ladders_rows_to_train_on_and_to_score_are_apart(data_dir):
         rows = {
             name: seqio.TaskRegistry.get(f"ladder_{name}").source.get_dataset("train", shuffle=False)
             for name in ladder_tasks.SPLITS
+            if name != "glue_sst2_v200"
         }
-        assert {name: int(train.cardinality()) for name, train in rows.items()} == ladder_tasks.EXAMPLES
+        found = {name: int(train.cardinality()) for name, train in rows.items()}
         held_back = seqio.TaskRegistry.get("ladder_glue_mrpc_v200").source.get_dataset("validation", shuffle=False)
         numbers = [[row["idx"] for row in part.as_numpy_iterator()] for part in (rows["glue_mrpc_v200"], held_back)]
         assert numbers == [[*range(3_260)], [*range(3_260, 3_668)]]
     finally:
         sources.set_data_dir(None)
+    # SST-2 is long to read as a task: its lines but for the header and the rows of its split, train[:-2000].
+    found["glue_sst2_v200"] = (data_dir / "glue" / "SST-2" / "train.tsv").read_bytes().count(b"\n") - 1 - 2_000
+    assert found == ladder_tasks.EXAMPLES

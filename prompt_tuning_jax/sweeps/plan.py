@@ -22,12 +22,7 @@ def plan(
       together: the command line that runs several trials.
       vectorize: the sweep's.
       processes: how many jobs are to run at once; None for as many as there are.
-
-    Raises:
-      ValueError: VECTORIZE is none of 'auto', True, False and a number above 0.
     """
-    if isinstance(vectorize, str) and vectorize != "auto" or vectorize not in (True, False, "auto") and vectorize < 1:
-        raise ValueError(f"VECTORIZE is {vectorize!r}, expected 'auto', False, or how many trials to train at once")
     groups: dict[Hashable, list[Trial]] = {}
     for trial in trials:
         shared = key(trial) if vectorize is not False else None

@@ -88,8 +88,12 @@ class Sweep:
           texts: bindings for every trial, "NAME=value", over what the sweep's file says.
 
         Raises:
-          ValueError: the grid is empty, a value is not among its axis's choices, or two trials have one name.
+          ValueError: `vectorize` is none of its values, the grid is empty, a value is not among its axis's choices, or
+            two trials have one name.
         """
+        many = self.vectorize
+        if many != "auto" and not isinstance(many, bool) and not (isinstance(many, int) and many >= 1):
+            raise ValueError(f"VECTORIZE is {many!r}, expected 'auto', False, or how many trials to train at once")
         grids = [self.grid] if isinstance(self.grid, Mapping) else list(self.grid)
         if not grids or not all(grids):
             raise ValueError("the sweep's grid is empty: set Sweep.grid to values by axis")
