@@ -17,6 +17,7 @@ from experiments.trials import Result
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 TASKS_A_ROW = 4
+ASIDE = 1.08  # from one point to the next of the same size
 MILLION, BILLION = 10**6, 10**9
 
 
@@ -102,14 +103,16 @@ def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence
 
 
 def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
-    """Points with error bars against the number of parameters."""
-    for label, style, points, faded in lines:
+    """Points with error bars against the number of parameters; of one size, side by side."""
+    every = sorted({size for line in lines for size in line.points})
+    for place, (label, style, points, faded) in enumerate(lines):
         sizes = sorted(points)
+        aside = ASIDE ** (place - (len(lines) - 1) / 2) if len(every) == 1 else 1.0
         # Where there is one seed there is no bar.
         bars = [np.nan if points[size].std is None else points[size].std for size in sizes]
         colour = COLOURS[style % len(COLOURS)]
         axis.errorbar(
-            sizes,
+            [size * aside for size in sizes],
             [points[size].mean for size in sizes],
             bars,
             color=colour,
@@ -125,9 +128,8 @@ def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
     axis.grid(alpha=0.25)
     axis.set_xlabel("parameters", fontsize=8)
     axis.tick_params(labelsize=8)
-    sizes = sorted({size for line in lines for size in line.points})
-    if sizes:
-        mark_sizes(axis, sizes)
+    if every:
+        mark_sizes(axis, every)
 
 
 def put_legend_below(axis: Axes) -> None:

@@ -160,7 +160,9 @@ def split_mixtures(results: Sequence[Result], axis: str = "TASK") -> list[Result
 
 def _plain(task: str) -> str:
     """One name of what is evaluated; WSC alone is a mixture that is evaluated on its `_simple_eval`."""
-    return re.sub(r"^((ladder|sentinel|mt5|byt5|taskless|task_index)_)+|_examples\b|_and_dev(?=_)|(?<=_simple)_eval", "", task)
+    return re.sub(
+        r"^((ladder|sentinel|mt5|byt5|taskless|task_index)_)+|_examples\b|_and_dev(?=_)|(?<=_simple)_eval", "", task
+    )
 
 
 def axes_in(results: Iterable[Result]) -> list[str]:

@@ -20,6 +20,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import gin
+import jax
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, split_bindings, user_errors
@@ -53,6 +54,8 @@ def sweep(argv: Sequence[str]) -> int:
     flags = parse(own, FLAGS)
     settings = gin.get_configurable(spec.Sweep)()
     launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
+    if flags.get("launcher") != "here":
+        jax.config.update("jax_platforms", "cpu")  # in this process: the accelerators are for those that it starts
     trials = settings.trials(texts)
     record = check_record(settings.sweep_dir, trials)
     if "only" in flags:

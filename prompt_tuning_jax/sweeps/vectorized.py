@@ -100,7 +100,7 @@ def train_together(configs: Iterable[tuple[str, TrainConfig]], most: int | None 
             members.append(Member(name, Run(config, config.open_folder(), base, words)))
         except (ValueError, OSError) as error:
             failures[name] = " ".join(str(error).split())
-            print(f"{name}: error: {failures[name]}", file=sys.stderr)
+            leave_failure(name, config.model_dir, failures[name])
     if not members:
         return failures
     frozen, evaluators = members[0].run.frozen, {}
@@ -117,11 +117,11 @@ def _train(members: Sequence[Member], at_once: int, evaluators: dict[int, Evalua
     for member in members:
         with member.failing_alone():
             member.run.open()
-    go_back_together([member.run for member in members if member.active])
-    for member in members:
-        if member.active:
-            with member.failing_alone():
-                member.start()
+    members = [member for member in members if member.active]
+    for member, step in zip(members, common_steps([member.run for member in members]), strict=True):
+        with member.failing_alone():
+            member.run.go_back(step)
+            member.start()
     places, step = [member for member in members if member.active], None
     steps = max((member.run.config.train_steps for member in places), default=0)
     with Terminated() as terminated, tqdm(total=steps, disable=None, unit="step") as bar:
@@ -151,8 +151,8 @@ def _train(members: Sequence[Member], at_once: int, evaluators: dict[int, Evalua
                 sys.exit(TERMINATED)
 
 
-def go_back_together(runs: Sequence[Run]) -> None:
-    """Goes back to where each run was saved; all to one step where they were killed while they were being saved.
+def common_steps(runs: Sequence[Run]) -> Iterator[int]:
+    """Where each run was saved; of runs that were killed while they were being saved, the last step that all have.
 
     They then take the same steps together as if they had never been killed, to the last bit.
     """
@@ -160,4 +160,4 @@ def go_back_together(runs: Sequence[Run]) -> None:
     least = min(newest, default=0)
     for run, step in zip(runs, newest, strict=True):
         close = step - least <= run.config.eval_period
-        run.go_back(least if close and (least in run.saved_steps or not least) else step)
+        yield least if close and (least in run.saved_steps or not least) else step

@@ -31,6 +31,7 @@ class RunFolder:
           ValueError: the folder cannot be written, or holds another run.
         """
         self.path, self._config = Path(path), config
+        self.states: Any = None  # a StateStore, once it is open
         check_writable(self.path)
         kept = self.path / "config.gin"
         self._base = None  # the fingerprint of the base of a run already there
@@ -84,7 +85,8 @@ class RunFolder:
             self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        self.states.close()
+        if self.states is not None:
+            self.states.close()
         if self._events is not None:
             self._events.close()
 
