@@ -257,10 +257,9 @@ def test_runs_that_would_pad_each_other_much_do_not_share_a_program():
     (whole,) = programs([*same, wide, prompted], 2)
     assert len(whole.runs) == 5 and whole.at_once == 2
     shapes = {run: np.array(run.batches.shapes(4)) for run in (same[0], wide)}
-    # 2 x (20 + 96 or 128) positions each step, over those of each alone.
-    assert padding([same[0], wide], shapes) == pytest.approx(
-        2 * (116 + 148) * 2 / (4 * 132 + 44 * 2 + 52 + 36)
-    )
+    # A prompt of 20 and the inputs, step by step: both as wide as the wider, over each as wide as it is.
+    alone = (36 + 52 + 44 + 36) + (116 + 148 + 116 + 148)
+    assert padding([same[0], wide], shapes) == pytest.approx(2 * (116 + 148 + 116 + 148) / alone)
 
 
 def test_runs_that_do_not_fit_into_memory_take_turns(monkeypatch, capsys):
