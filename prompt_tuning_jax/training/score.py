@@ -121,7 +121,6 @@ def evaluate_prompt(
     return left(model_dir, result | {"tasks": results} | suite_result(results))
 
 
-
 def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
     """The result, which is then also in summary.json of a folder."""
     if model_dir is not None:
