@@ -22,8 +22,8 @@ from prompt_tuning_jax.batches.cache import Part, TaskRequest
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches
 from prompt_tuning_jax.batches.mixing import Mixing
+from prompt_tuning_jax.tasks.metrics import record_score
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.training.run import score
 
 rates = st.lists(st.floats(0.001, 1_000), min_size=1, max_size=8)
 
@@ -252,11 +252,11 @@ def test_a_mixture_that_cannot_be_trained_on(tiny, tmp_path, own_tasks, in_proce
 def test_the_score_is_the_mean_of_the_tasks_scores():
     """Not of all metrics: a task with two of them counts no more than one with one."""
     head = {"step": 3, "split": "eval", "seconds": 9.0}
-    assert score(head | {"accuracy": 80.0, "f1": 60.0}) == 70
-    assert score(head | {"a/accuracy": 80.0, "a/f1": 60.0, "b/accuracy": 30.0}) == 50
-    assert score(head | {"loss": 2.0, "token_accuracy": 90.0}) == -2
-    assert score(head | {"a/loss": 2.0, "a/encoder_use": 1.0, "b/loss": 4.0}) == -3
-    assert score(head | {"a/loss": 2.0, "b/accuracy": 30.0}) == 30, "a loss is no part of a score"
+    assert record_score(head | {"accuracy": 80.0, "f1": 60.0}) == 70
+    assert record_score(head | {"a/accuracy": 80.0, "a/f1": 60.0, "b/accuracy": 30.0}) == 50
+    assert record_score(head | {"loss": 2.0, "token_accuracy": 90.0}) == -2
+    assert record_score(head | {"a/loss": 2.0, "a/encoder_use": 1.0, "b/loss": 4.0}) == -3
+    assert record_score(head | {"a/loss": 2.0, "b/accuracy": 30.0}) == 30, "a loss is no part of a score"
 
 
 def test_a_run_on_a_mixture_records_every_task(tiny, tmp_path, own_tasks):

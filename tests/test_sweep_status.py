@@ -20,12 +20,10 @@ from prompt_tuning_jax.sweeps.status import (
     counts,
     describe,
     owner,
-    record_score,
     running,
     table,
     trial_state,
 )
-from prompt_tuning_jax.training.run import score
 
 STATE_OF_ALL = [
     TrialState("SIZE=nano,RANDOM_SEED=0", "finished", 400, 400, 91.234),
@@ -147,17 +145,6 @@ def test_a_folder_is_run_by_one_process(trial):
     with running(trial.folder):  # for the parent, which marked it
         pass
     assert owner(trial.folder / "running") == (os.getppid(), socket.gethostname())
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from(["", "a/", "b/"]), st.sampled_from("xyz"), st.floats(0, 100)), min_size=1),
-    st.sets(st.sampled_from(["a/", "b/"])),
-)
-def test_a_score_is_the_one_that_the_run_chooses_its_best_step_by(values, with_loss):
-    record = {"step": 3, "split": "eval", "seconds": 2.0} | {task + name: value for task, name, value in values}
-    for task in with_loss:
-        record = {name: value for name, value in record.items() if not name.startswith(task)} | {f"{task}loss": 1.5}
-    assert record_score(record) == pytest.approx(score(record), rel=1e-12)  # a sum in another order
 
 
 def test_the_table():

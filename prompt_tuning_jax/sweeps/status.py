@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
 from prompt_tuning_jax.sweeps.spec import Trial
-from prompt_tuning_jax.tasks.metrics import suite_score, task_score
+from prompt_tuning_jax.tasks.metrics import record_score
 
 SUMMARY = "summary.json"
 FAILED = "failed.txt"
 RUNNING = "running"  # the lock in a folder that a process runs
 
 STATES = ("running", "failed", "stopped", "waiting", "finished")  # those first that a short table keeps
-NOT_SCORES = ("step", "split", "seconds")  # of an evaluation's record
 NARROWEST_NAME = 12  # characters of a trial's name that a narrow table keeps
 
 
@@ -59,8 +58,7 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
     folder = trial.folder
     records = list(_records(folder / "metrics.jsonl"))
     step = records[-1]["step"] if records else None
-    scores = [record_score(record) for record in records if record["split"] == "eval"]
-    best = max((score for score in scores if score is not None), default=None)
+    best = max((record_score(record) for record in records if record["split"] == "eval"), default=None)
     now = TrialState(trial.name, "waiting", step, steps or _train_steps(folder), best)
     if (summary := _text(folder / SUMMARY)) is not None:
         return now._replace(state="finished", score=_summary_score(summary, now.score))
@@ -70,20 +68,6 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
         return now._replace(state="running", seconds_left=_seconds_left(records, now.steps))
     begun = folder.is_dir() and any(path.name != RUNNING for path in folder.iterdir())
     return now._replace(state="stopped" if begun else "waiting")
-
-
-def record_score(record: Mapping[str, Any]) -> float | None:
-    """The score of an evaluation's record, None where it has no metric; as `training.run.score` has it."""
-    tasks: dict[str, dict[str, float]] = {}
-    for name, value in record.items():
-        if name not in NOT_SCORES:
-            task, _, metric = name.rpartition("/")
-            tasks.setdefault(task, {})[metric] = value
-    mean = suite_score({name: task_score(metrics) for name, metrics in tasks.items() if "loss" not in metrics})
-    if mean is not None:
-        return mean
-    losses = [metrics["loss"] for metrics in tasks.values() if "loss" in metrics]
-    return -sum(losses) / len(losses) if losses else None
 
 
 class Owner(NamedTuple):

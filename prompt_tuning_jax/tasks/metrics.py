@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+NOT_METRICS = ("step", "split", "seconds")  # what else an evaluation's record holds
+
 
 def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
     """Share of predictions that are the target."""
@@ -128,6 +130,25 @@ def suite_score(scores: Mapping[str, float | None]) -> float | None:
     """A suite's score: the mean of its tasks' scores, those without one (diagnostics) left out."""
     known = [score for score in scores.values() if score is not None]
     return float(np.mean(known)) if known else None
+
+
+def record_score(record: Mapping[str, Any]) -> float:
+    """What the best step has most of: the mean over tasks of the mean of each one's metrics.
+
+    Of tasks that have none, minus the mean of their losses.
+
+    Args:
+      record: of an evaluation, as in metrics.jsonl; of several tasks, metrics are called "task/metric".
+    """
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in record.items():
+        if name not in NOT_METRICS:
+            task, _, metric = name.rpartition("/")
+            tasks.setdefault(task, {})[metric] = value
+    scores = {task: task_score(metrics) for task, metrics in tasks.items() if "loss" not in metrics}
+    if (mean := suite_score(scores)) is not None:
+        return mean
+    return -float(np.mean([metrics["loss"] for metrics in tasks.values()]))
 
 
 def _arrays(targets: Sequence, predictions: Sequence) -> tuple[np.ndarray, np.ndarray]:

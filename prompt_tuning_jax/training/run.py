@@ -25,15 +25,13 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import Base
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.tasks.metrics import suite_score, task_score
+from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.progress import Window, prompt_metrics
 from prompt_tuning_jax.training.run_folder import RunFolder, write_text
 from prompt_tuning_jax.training.start import check_prompt_length, start_prompt
 from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics, TrainState, split_trainable
-
-NOT_SCORES = ("step", "split", "seconds")  # of an evaluation's record
 
 Say = Callable[[str], None]
 
@@ -181,7 +179,7 @@ class Run:
             write_prompt(folder.path / "prompts" / "0.npy", np.asarray(self._start))
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
-        self._best = max(self._evals, key=score, default=None)
+        self._best = max(self._evals, key=record_score, default=None)
         self.stop_reason = stop_reason(self._evals, config)
         self._window.restart()
 
@@ -230,7 +228,7 @@ class Run:
         self._evals.append(record)
         if PROMPT in trainable:
             write_prompt(self._folder.path / "prompts" / f"{self.step}.npy", np.asarray(trainable[PROMPT]))
-        if self._best is None or score(record) > score(self._best):
+        if self._best is None or record_score(record) > record_score(self._best):
             self._best = record
             export(self._folder.path / "best", trainable, self.frozen, self.model, self.words, config.export_dtype)
         self.stop_reason = stop_reason(self._evals, config)
@@ -260,7 +258,7 @@ class Run:
             "steps": self.step,
             "stopped_early": self.stop_reason is not None,
             "best_step": best["step"],
-            "best": {name: value for name, value in best.items() if name not in NOT_SCORES},
+            "best": {name: value for name, value in best.items() if name not in NOT_METRICS},
             "trainable_parameters": sum(int(value.size) for value in self.state.trainable.values()),
             "examples_seen": self.batches.examples_before(self.step),
             "seconds": time.time() - self._clock,
@@ -299,26 +297,10 @@ def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str 
             return "the decoder makes no use of the encoder"
     patience = config.early_stop_evals
     if patience is not None and len(evals) > patience:
-        scores = [score(record) for record in evals]
+        scores = [record_score(record) for record in evals]
         if max(scores[-patience:]) <= max(scores[:-patience]):
             return f"no better evaluation in {patience}"
     return None
-
-
-def score(record: Mapping[str, Any]) -> float:
-    """What the best step has most of: the mean over tasks of the mean of each one's metrics.
-
-    Of tasks that have none, minus the mean of their losses.
-    """
-    tasks: dict[str, dict[str, float]] = {}
-    for name, value in record.items():
-        if name not in NOT_SCORES:
-            task, _, metric = name.rpartition("/")
-            tasks.setdefault(task, {})[metric] = value
-    scores = {task: task_score(metrics) for task, metrics in tasks.items() if "loss" not in metrics}
-    if (mean := suite_score(scores)) is not None:
-        return mean
-    return -float(np.mean([metrics["loss"] for metrics in tasks.values()]))
 
 
 def export(
