@@ -4,10 +4,12 @@ The shapes and types in the package's signatures are checked at run time: `--jax
 """
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start, too
 
+import absl.logging
 import hypothesis
 import jax
 import numpy as np
@@ -25,6 +27,9 @@ DATA = Path(os.environ.get("PROMPT_TUNING_DATA") or Path(__file__).parents[2] / 
 
 def pytest_configure():
     jax.config.update("jax_platforms", "cpu")
+    # absl's handler closes its stream when logging is configured anew, as submitit does, unless that is the process's
+    # own: it would close the one with which pytest captures what tests print.
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")
