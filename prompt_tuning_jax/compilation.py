@@ -1,5 +1,6 @@
 """Compiled programs are kept on disk, so that only a run of new shapes waits for the compiler."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -7,8 +8,17 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in the user's cache folder, unless it is configured already."""
+    """Turns JAX's persistent compilation cache on, in the user's cache folder, unless it is configured already.
+
+    Small programs are kept as well: a start compiles dozens, which together take longer than the large ones.
+    """
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home, "prompt_tuning_jax", "compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        folder = Path(home, "prompt_tuning_jax", "compiled")
+        with contextlib.suppress(OSError):  # nothing is kept where nothing can be: JAX would warn of every program
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,5 +1,9 @@
-"""The training state on disk, through Orbax: small, atomic, written while training goes on."""
+"""The training state on disk, through Orbax: small, atomic, written while training goes on.
 
+Orbax is slow to import, and whoever neither reads nor writes a state does without.
+"""
+
+import functools
 import os
 import sys
 from pathlib import Path
@@ -7,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 
 class StateStore:
@@ -15,17 +18,25 @@ class StateStore:
 
     def __init__(self, folder: str | os.PathLike, keep: int | None = None):
         """`keep` is the number of latest checkpoints to leave; all where None."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._folder, self._keep = Path(folder).absolute(), keep
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _manager(self):
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+        handler = ocp.StandardCheckpointHandler()
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def steps(self) -> list[int]:
         """Of the whole checkpoints."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if any(self._folder.iterdir()) else []
 
     def save(self, step: int, state: Any) -> None:
         """Starts to write `state`; a checkpoint of that step that is already there stands."""
+        import orbax.checkpoint as ocp
+
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)))
 
@@ -35,6 +46,8 @@ class StateStore:
         Raises:
           ValueError: the checkpoint is not whole, or of another structure.
         """
+        import orbax.checkpoint as ocp
+
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         _hush_closed_loops()
         try:
@@ -47,11 +60,13 @@ class StateStore:
 
     def wait(self) -> None:
         """Returns once all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
 
 def _hush_closed_loops() -> None:
