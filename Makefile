@@ -1,13 +1,14 @@
-# make demo | test | lint | clean
+# make demo | test | bench | lint | clean
 # Each makes .venv with $(PYTHON) when it is absent, and installs into it only when setup.py has changed.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 .NOTPARALLEL:
 
 demo: .venv/.installed-demo
@@ -15,6 +16,10 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(PYTEST_ARGS)
+
+# For a machine that does nothing else. BENCH_ARGS=--data_dir=path/to/glue adds steps on the rows of its tasks.
+bench: .venv/.installed-test
+	$(BIN)/python -m experiments.benchmarks.page $(BENCH_ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

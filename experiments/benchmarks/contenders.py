@@ -6,12 +6,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 EOS = 1
+ANSWER = "answer "  # before what a contender answers; its other lines are not for the other side
+TICKS = os.sysconf("SC_CLK_TCK")
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -23,12 +26,18 @@ def write_base(folder: Path, size: str) -> None:
 
     rng, params = np.random.default_rng(0), {}
     for path, shape in expected_shapes(SIZES[size]).items():
-        scale = shape[0] ** -0.5 * (SIZES[size].head_dim ** -0.5 if "query" in path else 1.0)
-        params[path] = rng.standard_normal(shape, np.float32) * np.float32(scale if path.endswith("kernel") else 1.0)
+        params[path] = rng.standard_normal(shape, np.float32) * np.float32(deviation(path, shape, SIZES[size].head_dim))
         if path.endswith("scale"):
             params[path] = np.ones(shape, np.float32)
     params["decoder/logits_dense/kernel"][:, EOS] = 0.0
     huggingface.write(folder, SIZES[size], params)
+
+
+def deviation(path: str, shape: Sequence[int], head_dim: int) -> float:
+    """The standard deviation of a random parameter, with which activations neither vanish nor grow."""
+    if not path.endswith("kernel"):
+        return 1.0
+    return shape[0] ** -0.5 * (head_dim**-0.5 if "query" in path else 1.0)
 
 
 def random_prompt(seed: int, length: int, size: str) -> np.ndarray:
@@ -42,12 +51,18 @@ def random_inputs(batch: int, length: int) -> np.ndarray:
 
 
 class Contender:
-    """A process that does what it is asked, and says how long it took."""
+    """A process that answers what it is asked, and idles in between."""
 
-    def __init__(self, module: str, arguments: Sequence[str], threads: int = CORES):
-        """Starts `python -m MODULE ARGUMENTS` on `threads` cores; it calls `work`."""
+    def __init__(self, module: str, arguments: Sequence[str], threads: int = CORES, device: str = "cpu"):
+        """Starts `python -m MODULE ARGUMENTS` on `threads` cores; it calls `work` or `answer`.
+
+        Args:
+          device: "cpu", or "default" for the accelerator where there is one.
+        """
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        environment = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))}
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))}
+        if device == "cpu":
+            environment["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(
             ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, "-m", module, *arguments],
             env=os.environ | environment,
@@ -56,33 +71,78 @@ class Contender:
             text=True,
         )
 
-    def seconds(self, asked: str) -> float:
-        """Has it do what it knows by this line."""
+    def ask(self, line: str) -> Any:
+        """What it answers."""
         assert self._process.stdin and self._process.stdout
-        print(asked, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line.startswith("seconds "):
-                return float(line.split()[1])
+        print(line, file=self._process.stdin, flush=True)
+        for said in self._process.stdout:
+            if said.startswith(ANSWER):
+                return json.loads(said.removeprefix(ANSWER))
         raise RuntimeError(f"the process ended with {self._process.wait()}: its error is above")
+
+    def used(self) -> float:
+        """Seconds of processor time so far."""
+        return sum(map(int, _stat(self._process.pid)[11:13])) / TICKS
+
+    def seconds(self, asked: str) -> float:
+        """How long it took to do what it knows by this line."""
+        return float(self.ask(asked))
 
     def end(self) -> None:
         self._process.communicate()
 
 
+def answer(respond: Callable[[str], Any]) -> None:
+    """In a contender's process: answers each line on stdin with what `respond` gives for it."""
+    for line in map(str.strip, sys.stdin):
+        print(ANSWER + json.dumps(respond(line)), flush=True)
+
+
 def work(prepare: Callable[[str], Callable[[], object]]) -> None:
-    """In a contender's process: does what each line on stdin asks for.
+    """In a contender's process: does what each line on stdin asks for, and answers with the seconds that took.
 
     Args:
       prepare: from a line to what is timed; called once a line, and what it gives once before the first timing.
     """
     known: dict[str, Callable[[], object]] = {}
-    for line in map(str.strip, sys.stdin):
+
+    def respond(line: str) -> float:
         if line not in known:
             known[line] = prepare(line)
             known[line]()  # compiled and warm
-        start = time.perf_counter()
-        known[line]()
-        print(f"seconds {time.perf_counter() - start}", flush=True)
+        return timed(known[line])
+
+    answer(respond)
+
+
+def age() -> float:
+    """Seconds since this process was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(os.getpid())[19]) / TICKS
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux tells of a process, from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def used_elsewhere(contenders: Iterable[Contender]) -> float:
+    """Seconds of processor time that everything else on this machine has used so far: over two of them it shows whether
+    the contenders had their cores to themselves."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(interrupts)) / TICKS - sum(contender.used() for contender in contenders)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held on the host."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+
+
+def timed(what: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
 
 
 def medians(contenders: Mapping[str, Contender], asked: Sequence[tuple[str, str]], rounds: int) -> list[float]:

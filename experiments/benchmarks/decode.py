@@ -7,6 +7,7 @@ greedily by turns. Neither can stop early: the weights never choose the end of s
 tokens to write. The last line printed is one JSON object:
 
   ratio: examples a second over PEFT's, from the medians;
+  busy_elsewhere: cores that other processes kept busy meanwhile; see `train_step`;
   same_tokens: the share of tokens on which both agree (rounding may part random weights);
   step_seconds: a further token, by input length, from two target lengths;
   read_seconds: of that, what reading the encoder's keys and values takes when it is done alone. A step that does
@@ -18,6 +19,7 @@ Linux only.
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from experiments.benchmarks.contenders import (
     medians,
     random_inputs,
     random_prompt,
+    used_elsewhere,
     work,
     write_base,
 )
@@ -148,7 +151,10 @@ def main() -> None:
             name: Contender(__spec__.name, [*flags, "--contender", name], arguments.threads) for name in names
         }
         asked = [(name, f"{inputs} {targets}") for name in names]
+        before, began = used_elsewhere(contenders.values()), time.perf_counter()
         found = dict(zip(names, medians(contenders, asked, arguments.rounds), strict=True))
+        elsewhere = (used_elsewhere(contenders.values()) - before) / (time.perf_counter() - began)
+        record["busy_elsewhere"] = round(elsewhere, 3)
         record["seconds"] = {name: round(seconds, 4) for name, seconds in found.items()}
         if arguments.peer:
             contenders[arguments.peer].end()

@@ -1,0 +1,258 @@
+"""Runs the benchmarks beside PEFT, and writes what they gave to experiments/results/benchmarks.md.
+
+    python -m experiments.benchmarks.page [--data_dir=path/to/glue --vocabulary=spiece.model] [--only=NAME,...]
+
+Each benchmark's last line goes to benchmarks.json beside the page as soon as it is there, with its command, machine and
+date; `--only` runs some and keeps the others' numbers, and `--only=` writes the page anew from what is stored. Those on
+a task's rows need --data_dir. The machine should do nothing else meanwhile. Linux only.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parents[1] / "results"
+IDLE = 0.1  # cores: as much as other processes may be busy
+PACKAGES = ("prompt_tuning_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
+DEVICE = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind)"
+
+
+class Row(NamedTuple):
+    """A measure, as the table has it: a ratio is of ours over the peer's."""
+
+    measure: str
+    ours: str
+    peer: str = ""
+    ratio: str = ""
+
+
+class Benchmark(NamedTuple):
+    """A line of the set.
+
+    Attributes:
+      what: what is measured, in words.
+      command: module and flags.
+      rows: from the record that it prints to its rows of the table.
+      targets: what is aimed at, by measure.
+      task: it reads a task's rows, from --data_dir.
+    """
+
+    what: str
+    command: Sequence[str]
+    rows: Callable[[Mapping[str, Any]], Iterator[Row]]
+    targets: Mapping[str, str] = {}
+    task: bool = False
+
+
+def step_rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `train_step`."""
+    ours = record["contenders"]["ours"]
+    peer = record["contenders"].get(record["peer"])
+
+    def row(measure: str, ratio: float | None, show: Callable[[Mapping[str, Any]], str]) -> Row:
+        return Row(measure, show(ours), show(peer) if peer else "", "" if ratio is None else f"{ratio:.2f}")
+
+    yield row("examples a second", record.get("ratio"), lambda found: f"{found['examples_per_second']:.2f}")
+    yield row("peak memory, GB", record.get("memory_ratio"), lambda found: f"{found['peak_bytes'] / 1e9:.2f}")
+    seconds = "start_to_first_step_seconds"
+    ratio = ours[seconds] / peer[seconds] if peer else None
+    yield row("process start to first step, s", ratio, lambda found: f"{found[seconds]:.1f}")
+    yield row("share of the best matrix product's rate", None, lambda found: f"{found['roofline_share']:.1%}")
+
+
+def decode_rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `decode`."""
+    ours, *peer = (f"{record['batch'] / record['seconds'][name]:.2f}" for name in ("ours", record["peer"]) if name)
+    yield Row("examples a second", ours, *peer, *([f"{record['ratio']:.2f}"] if peer else []))
+
+
+def startup_rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `startup`."""
+    for name, what in (("first_step", "first training step"), ("first_answer", "first answer of `infer`")):
+        for state, seconds in record[name].items():
+            yield Row(f"{what}, {state}, s", f"{seconds:.2f}")
+    slowest = max(record["help"], key=record["help"].get)
+    yield Row(f"`--help`, the slowest ({slowest}), s", f"{record['help'][slowest]:.2f}")
+    peer = record.get(record["peer"])
+    imports = [f"{peer:.2f}", f"{record['import'] / peer:.2f}"] if peer else []
+    yield Row("imports, s", f"{record['import']:.2f}", *imports)
+
+
+def input_rows(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `input`."""
+    yield Row("rows a CPU second", f"{record['rows_per_cpu_second']:,}")
+    for name, share in record["padding"].items():
+        yield Row(f"padding of {name} (at fixed width)", f"{share:.1%} ({record['padding_at_fixed_width'][name]:.1%})")
+    yield Row("share of a step that waits for its batch", f"{record['wait']:.2%}")
+
+
+STEP, NO_SLOWER = ("train_step", "--peer=peft"), {"examples a second": "ratio ≥ 1"}
+LONG = ("--size=base", "--input-length=512", "--batch=8")
+SHAPE = "T5 1.1 small, batch 32, P=100, 128 input and 8 target tokens"
+BENCHMARKS = {
+    "step": Benchmark(f"Prompt tuning, float32: {SHAPE}", STEP, step_rows, NO_SLOWER),
+    "step_bfloat16": Benchmark("The same, bfloat16", (*STEP, "--dtype=bfloat16"), step_rows, NO_SLOWER),
+    "step_model": Benchmark("Model tuning, float32, no prompt", (*STEP, "--mode=model"), step_rows, NO_SLOWER),
+    "step_long": Benchmark(
+        "Prompt tuning, T5 1.1 base, batch 8, 512 input tokens", (*STEP, *LONG), step_rows, NO_SLOWER
+    ),
+    "step_sst2": Benchmark(
+        "Prompt tuning on SST-2's rows, at most 128 tokens", (*STEP, "--lengths=sst2"), step_rows, NO_SLOWER, True
+    ),
+    "step_rte": Benchmark(
+        "Prompt tuning on RTE's rows, at most 256 tokens", (*STEP, "--lengths=rte"), step_rows, NO_SLOWER, True
+    ),
+    "decode": Benchmark(f"Greedy decoding: {SHAPE}", ("decode", "--peer=peft"), decode_rows, NO_SLOWER),
+    "startup": Benchmark(
+        "Start-up, from process start: the embedded base, tokens cached",
+        ("startup", "--peer=peft"),
+        startup_rows,
+        {"first training step, warm, s": "≤ 8"},
+    ),
+    "input": Benchmark("Input: the demo's task", ("input",), input_rows),
+}
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on."""
+
+    def field(file: str, name: str) -> str:
+        lines = Path(file).read_text().splitlines()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith(name)), "unknown")
+
+    versions = [f"Python {sys.version.split()[0]}"]
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # In a process of its own: this one must not hold an accelerator's memory.
+    device = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "CPU": f"{field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores",
+        "memory": f"{int(field('/proc/meminfo', 'MemTotal').split()[0]) * 1024 / 1e9:.1f} GB",
+        "JAX's device": device,
+        "versions": ", ".join(versions),
+    }
+
+
+def run(command: Sequence[str]) -> dict[str, Any]:
+    """The record that a benchmark prints last; what it prints before is passed on.
+
+    Raises:
+      ChildProcessError: it failed.
+    """
+    module, *flags = command
+    whole = [sys.executable, "-m", f"{__package__}.{module}", *flags]
+    last = ""
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line
+    if process.returncode:
+        raise ChildProcessError(f"{module} ended with {process.returncode}: its error is above")
+    return json.loads(last)
+
+
+def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page, of the results that are there, in the set's order."""
+    there = {name: stored[name] for name in BENCHMARKS if name in stored}
+    machines: list[Mapping[str, str]] = []
+    for result in there.values():
+        if result["machine"] not in machines:
+            machines.append(result["machine"])
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` (`experiments/benchmarks/page.py`). The peer is PEFT, for model tuning plain",
+        "transformers, on the same weights and rows, a process each, by turns; a ratio is of ours over the peer's.",
+        "What is measured, and how, each command's own module says.",
+        "",
+    ]
+    for number, one in enumerate(machines, 1):
+        lines += [f"Machine {number}:" if len(machines) > 1 else "Machine:", ""]
+        lines += [*(f"- {name}: {value}" for name, value in one.items()), ""]
+    lines += ["| what | measure | ours | peer | ratio | target |", "|---|---|---|---|---|---|"]
+    for name, result in there.items():
+        benchmark = BENCHMARKS[name]
+        for place, row in enumerate(benchmark.rows(result["record"])):
+            what = "" if place else benchmark.what + _doubt(result["record"])
+            lines.append(f"| {' | '.join([what, *row, benchmark.targets.get(row.measure, '')])} |")
+    lines += ["", "The commands, in the table's order:", "", "```"]
+    lines += [f"{result['command']}  # {_when(result, machines)}" for result in there.values()]
+    return "\n".join([*lines, "```", ""])
+
+
+def _when(result: Mapping[str, Any], machines: Sequence[Mapping[str, str]]) -> str:
+    """The date, and where it matters the machine."""
+    known = [result["date"]]
+    if len(machines) > 1:
+        known.append(f"machine {machines.index(result['machine']) + 1}")
+    return ", ".join(known)
+
+
+def _doubt(record: Mapping[str, Any]) -> str:
+    """Says so where the machine had other work: threads that wait for each other then take many times as long."""
+    found = [record, *record.get("contenders", {}).values()]
+    busy = max(one.get("busy_elsewhere", 0.0) for one in found)
+    return f" (not to be trusted: {busy:.1f} cores were busy elsewhere)" if busy > IDLE else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--data_dir", help="GLUE's own folder")
+    parser.add_argument("--vocabulary", help="for its rows; the embedded base's where not given")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of benchmarks.json and benchmarks.md")
+    arguments = parser.parse_args()
+    names = [*BENCHMARKS] if arguments.only is None else [name for name in arguments.only.split(",") if name]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; expected --only={','.join(BENCHMARKS)}, or some of them")
+
+    file = arguments.out / "benchmarks.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    here, failed = machine() if names else {}, []
+    for place, name in enumerate(names, 1):
+        benchmark = BENCHMARKS[name]
+        if benchmark.task and not arguments.data_dir:
+            print(f"{name}: not run, it needs --data_dir", flush=True)
+            continue
+        # The page shows a user's own folders by what they hold.
+        places = {"data_dir": "GLUE_FOLDER", "vocabulary": "SPIECE_MODEL"} if benchmark.task else {}
+        given = {flag: value for flag, value in vars(arguments).items() if flag in places and value}
+        command = [*benchmark.command, *(f"--{flag}={value}" for flag, value in given.items())]
+        shown = [*benchmark.command, *(f"--{flag}={places[flag]}" for flag in given)]
+        print(f"{name} ({place} of {len(names)}): {shlex.join(command)}", flush=True)
+        try:
+            record = run(command)
+        except ChildProcessError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        stored[name] = {
+            "command": shlex.join(["python", "-m", f"{__package__}.{shown[0]}", *shown[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "machine": here,
+            "record": record | {flag: places[flag] for flag in given},
+        }
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(stored, indent=1) + "\n")
+    page = arguments.out / "benchmarks.md"
+    page.write_text(render(stored))
+    print(f"written: {page}")
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed; the page has the results stored before, where there are any")
+
+
+if __name__ == "__main__":
+    main()

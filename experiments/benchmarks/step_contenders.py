@@ -1,0 +1,256 @@
+"""The contenders of `train_step`: a training step of this project, and one of PEFT, on the same weights and rows."""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks.contenders import age, answer, deviation, peak_bytes, random_prompt, timed
+
+Rows = list[tuple[np.ndarray, np.ndarray]]  # inputs [B, T] and targets [B, U] of each batch; 0 is padding
+
+RATES = {"prompt": 0.3, "model": 1e-3}  # learning rates
+MADE_IN_PLACE = ("xl", "xxl")  # sizes whose random weights do not go through a file
+
+
+class Asked(NamedTuple):
+    """What a contender is told.
+
+    Attributes:
+      contender: "ours" or "peft".
+      folder: has `base`, a model in Hugging Face's layout, unless the size is MADE_IN_PLACE; `prompt.npy`, and
+        `<contender>.npz`: inputs0, targets0, inputs1, ...
+      mode: "prompt" or "model", which is what is trained.
+      prompt_length: P; 0 where the model is trained.
+      dtype: "float32" or "bfloat16"; for PEFT also "autocast".
+      device: "cpu", or "default".
+    """
+
+    contender: str
+    folder: str
+    size: str
+    mode: str
+    prompt_length: int
+    dtype: str
+    device: str
+    threads: int
+
+    def path(self, name: str) -> Path:
+        return Path(self.folder, name)
+
+
+class Ours:
+    """This project's step."""
+
+    def __init__(self, asked: Asked, rows: Rows):
+        import jax
+        import jax.numpy as jnp
+
+        from prompt_tuning_jax.batches.loader import Batch
+        from prompt_tuning_jax.prompts.module import SoftPrompt
+        from prompt_tuning_jax.t5.config import SIZES
+        from prompt_tuning_jax.t5.network import Transformer
+        from prompt_tuning_jax.training.optimizer import adafactor
+        from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, split_trainable
+
+        self.import_seconds = age()
+        self._jax, self._batches = jax, [Batch(*pair, np.arange(len(pair[0]), dtype=np.int32)) for pair in rows]
+        config, length = dataclasses.replace(SIZES[asked.size], dtype=asked.dtype), asked.prompt_length
+        params = self._base(asked)
+        if length:
+            params[PROMPT] = jnp.asarray(random_prompt(0, length, asked.size))
+        model = Transformer(config, functools.partial(SoftPrompt, length) if length else None)
+        optimizer = adafactor(RATES[asked.mode])
+        trained, self._frozen = split_trainable(params, ["encoder/prompt/.*"] if length else [".*"])
+        del params
+        trainable = {path: jnp.array(trained.pop(path), jnp.float32) for path in list(trained)}
+        key = jax.random.key_data(jax.random.key(0))
+        self._state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+        self._train_step = make_train_step(model, optimizer)
+        self.platform, self.device = jax.default_backend(), jax.devices()[0].device_kind
+
+    @staticmethod
+    def _base(asked: Asked) -> dict[str, Any]:
+        """Read from the folder, or random where there is none: made where they stay, an array at a time."""
+        import jax
+
+        from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
+        from prompt_tuning_jax.t5.config import SIZES
+
+        config = SIZES[asked.size]
+        dtype = asked.dtype if asked.mode == "prompt" else "float32"  # what is trained is float32
+        if asked.size not in MADE_IN_PLACE:
+            return load_base(str(asked.path("base")), config, dtype).params
+        draw = jax.jit(lambda key, shape, scale: jax.random.normal(key, shape, dtype) * scale, static_argnums=(1, 2))
+        shapes = expected_shapes(config)
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return {
+            path: draw(key, shape, deviation(path, shape, config.head_dim))
+            for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    def step(self, number: int) -> float:
+        """One update; the loss, in nats a target token."""
+        self._state, metrics = self._train_step(self._state, self._frozen, self._batches[number])
+        self._jax.block_until_ready(self._state)
+        sums = self._jax.device_get(metrics.sums)
+        return float((sums.loss - sums.z_loss) / sums.tokens)
+
+    def peak(self) -> int:
+        statistics = self._jax.devices()[0].memory_stats() if self.platform != "cpu" else None
+        return statistics["peak_bytes_in_use"] if statistics else peak_bytes()
+
+    def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
+        """A matrix product, (rows, inner, columns)."""
+        draw = functools.partial(self._jax.random.normal, self._jax.random.key(0), dtype=dtype)
+        left, right = draw(shape[:2]), draw(shape[1:])
+        multiply = self._jax.jit(lambda left, right: left @ right)
+        return lambda: multiply(left, right).block_until_ready()
+
+
+class Peft:
+    """The step of PEFT's users, or of those who train all of a transformers model."""
+
+    def __init__(self, asked: Asked, rows: Rows):
+        import torch
+        from peft import PromptTuningConfig, TaskType, get_peft_model
+        from transformers import T5ForConditionalGeneration
+        from transformers.optimization import Adafactor
+
+        self.import_seconds = age()
+        self._torch = torch
+        torch.set_num_threads(asked.threads)
+        self.platform = "cuda" if asked.device == "default" and torch.cuda.is_available() else "cpu"
+        self.device = torch.cuda.get_device_name() if self.platform == "cuda" else "cpu"
+        self._autocast = asked.dtype == "autocast"
+        dtype = torch.bfloat16 if asked.dtype == "bfloat16" else torch.float32
+        if asked.size in MADE_IN_PLACE:
+            model = self._made(asked.size, dtype)
+        else:
+            model = T5ForConditionalGeneration.from_pretrained(asked.path("base"), dtype=dtype, dropout_rate=0.0)
+            model = model.to(self.platform)
+        if asked.prompt_length:
+            prompts = PromptTuningConfig(
+                task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=asked.prompt_length, prompt_tuning_init="RANDOM"
+            )
+            model = get_peft_model(model, prompts)
+            prompt = torch.from_numpy(np.load(asked.path("prompt.npy")))
+            with torch.no_grad():  # PEFT holds a second prompt, of the decoder, which it never reads
+                model.get_parameter("prompt_encoder.default.embedding.weight")[: len(prompt)] = prompt
+        self._model = model.train()
+        parameters = [value for value in model.parameters() if value.requires_grad]
+        fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        decay = 1e-5 if asked.mode == "prompt" else 0.0
+        self._optimizer = Adafactor(parameters, lr=RATES[asked.mode], weight_decay=decay, **fixed)
+        self._batches = [self._batch(*pair) for pair in rows]
+
+    def _made(self, size: str, dtype: Any) -> Any:
+        """Random weights, made where they stay."""
+        import transformers
+
+        from prompt_tuning_jax.t5.config import SIZES
+
+        ours, torch = SIZES[size], self._torch
+        config = transformers.T5Config(
+            vocab_size=ours.vocab_size,
+            d_model=ours.emb_dim,
+            d_kv=ours.head_dim,
+            d_ff=ours.mlp_dim,
+            num_layers=ours.num_encoder_layers,
+            num_decoder_layers=ours.num_decoder_layers,
+            num_heads=ours.num_heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+        config.decoder_start_token_id = 0
+        torch.set_default_dtype(dtype)
+        with torch.device(self.platform):
+            model = transformers.T5ForConditionalGeneration(config)
+            # transformers 5 ties the logits to the embedding whatever the configuration says; T5 1.1 does not.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        torch.set_default_dtype(torch.float32)
+        return model
+
+    def _batch(self, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        arrays = {
+            "input_ids": inputs,
+            "attention_mask": inputs > 0,
+            "labels": np.where(targets > 0, targets, -100),  # torch's cross-entropy leaves these out
+        }
+        return {name: self._torch.from_numpy(array).long() for name, array in arrays.items()}
+
+    def step(self, number: int) -> float:
+        """One update; the loss, in nats a target token."""
+        batch = {name: value.to(self.platform) for name, value in self._batches[number].items()}
+        self._optimizer.zero_grad()
+        with self._torch.autocast(self.platform, self._torch.bfloat16, enabled=self._autocast):
+            loss = self._model(**batch).loss
+        loss.backward()
+        self._optimizer.step()
+        return loss.item()
+
+    def peak(self) -> int:
+        return self._torch.cuda.max_memory_allocated() if self.platform == "cuda" else peak_bytes()
+
+    def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
+        """A matrix product, (rows, inner, columns)."""
+        torch = self._torch
+        draw = functools.partial(torch.randn, dtype=getattr(torch, dtype), device=self.platform)
+        left, right = draw(shape[:2]), draw(shape[1:])
+
+        def multiply() -> None:
+            torch.mm(left, right)
+            if self.platform == "cuda":
+                torch.cuda.synchronize()
+
+        return multiply
+
+
+def contend(asked: Asked) -> None:
+    """In a contender's process: answers `start`, `step NUMBER`, `peak` and `products`."""
+    with np.load(asked.path(f"{asked.contender}.npz")) as arrays:
+        rows = [(arrays[f"inputs{n}"], arrays[f"targets{n}"]) for n in range(len(arrays) // 2)]
+    losses: list[float] = []
+    try:
+        contender = {"ours": Ours, "peft": Peft}[asked.contender](asked, rows)
+        seconds = timed(lambda: losses.append(contender.step(0)))
+    except RuntimeError as error:  # either framework's own errors are of this class
+        if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)):
+            raise
+        return answer(lambda line: None)
+    started = {
+        "platform": contender.platform,
+        "device": contender.device,
+        "import_seconds": contender.import_seconds,
+        "start_to_first_step_seconds": age(),
+        "first_step_seconds": seconds,
+        "first_loss": losses[0],
+    }
+
+    def products() -> dict[str, float]:
+        from experiments.benchmarks.flop import Shape, product_rates, product_shapes
+        from prompt_tuning_jax.t5.config import SIZES
+
+        inputs, targets = max(rows, key=lambda pair: pair[0].size)
+        shape = Shape(len(inputs), inputs.shape[1], targets.shape[1], asked.prompt_length)
+        shapes = product_shapes(SIZES[asked.size], shape, contender.platform)
+        dtypes = ["float32"] if asked.dtype == "float32" else ["float32", "bfloat16"]
+        return product_rates(contender.product, shapes, dtypes)
+
+    def respond(line: str) -> Any:
+        what, *number = line.split()
+        if what == "step":
+            return timed(lambda: contender.step(int(*number)))
+        return {"start": lambda: started, "peak": contender.peak, "products": products}[what]()
+
+    answer(respond)
+
+
+if __name__ == "__main__":
+    contend(Asked(**json.loads(sys.argv[1])))
