@@ -1,4 +1,8 @@
-"""Trains a prompt, a model, or a base: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`."""
+"""Trains a prompt, a model, or a base: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`.
+
+With `--memory-plan`, or `--memory-plan=80GB` for a device of that memory, it trains nothing, and prints what the same
+command would need.
+"""
 
 import sys
 
@@ -6,14 +10,17 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
-from prompt_tuning_jax.training import loop, run
+from prompt_tuning_jax.training import loop, memory_table, run
 
 
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
-        flags = parse(sys.argv[1:], flags=("allow_other_config",))
+        flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan"))
         config = gin.get_configurable(run.TrainConfig)
+        if "memory-plan" in flags:
+            memory_table.show_plan(config(), flags["memory-plan"])
+            return
         allow_other_config = bool(flags.get("allow_other_config"))
         summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())

@@ -74,7 +74,7 @@ def test_a_base_is_held_as_asked_and_has_one_fingerprint(tmp_path, stored, asked
     assert found.fingerprint == base.load_base(str(tmp_path / "model"), CONFIG).fingerprint
 
 
-@pytest.mark.parametrize("asked", ["float16", "int8", "bf16", "", 16])
+@pytest.mark.parametrize("asked", ["float16", "int4", "bf16", "", 16])
 def test_another_dtype_is_refused(folder, asked):
     refused(lambda: base.load_base(str(folder), CONFIG, asked), "BASE_DTYPE", "'auto', 'float32', 'bfloat16'")
 

@@ -1,5 +1,6 @@
 """The network against T5X's and the official prompt-tuned model, number for number, and what must hold for any size."""
 
+import dataclasses
 import functools
 import math
 
@@ -19,6 +20,7 @@ from prompt_tuning_jax.t5.config import SIZES, T5Config
 from prompt_tuning_jax.t5.layers import relative_position_bucket
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import token_log_probs
+from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import PROMPT, TrainState, batch_loss, make_train_step, split_trainable
 
@@ -387,3 +389,47 @@ def test_relative_position_bucket(bidirectional, buckets, max_distance):
         relative, bidirectional=bidirectional, num_buckets=buckets, max_distance=max_distance
     )
     assert found.tolist() == [bucket(int(r)) for r in relative]
+
+
+def loss_and_gradient(config):
+    """Of the prompt; a function, and its arguments."""
+    model = prompted(config)
+    rng = np.random.default_rng(0)
+    inputs, targets = random_tokens(rng, [9, 4, 1], 9, 128), random_tokens(rng, [3, 2, 1], 3, 128)
+    params = model.init(jax.random.key(0), inputs, targets, targets, enable_dropout=False)["params"]
+
+    def loss(prompt):
+        logits = model.apply({"params": params}, inputs, targets, targets, enable_dropout=False, prompt=prompt)
+        return cross_entropy(logits, targets).loss
+
+    return jax.jit(jax.value_and_grad(loss)), params["encoder"]["prompt"]["prompt"]
+
+
+@pytest.mark.parametrize("option", [{"remat_policy": "minimal"}, {"remat_policy": "full"}, {"attention": "xla"}])
+def test_options_of_memory_and_speed_change_no_number(option, tiny_config):
+    function, prompt = loss_and_gradient(tiny_config)
+    loss, gradient = function(prompt)
+    found = loss_and_gradient(dataclasses.replace(tiny_config, **option))[0](prompt)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_remat_keeps_less(tiny_config):
+    def kept(policy):
+        config = dataclasses.replace(tiny_config, remat_policy=policy)
+        model, tokens = prompted(config), jnp.ones((8, 32), jnp.int32)
+        params = model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+
+        def residuals(prompt):
+            run = functools.partial(model.apply, {"params": params}, tokens, tokens, tokens, enable_dropout=False)
+            return jax.tree.leaves(jax.vjp(lambda prompt: run(prompt=prompt), prompt)[1])
+
+        return sum(leaf.size for leaf in jax.eval_shape(residuals, params["encoder"]["prompt"]["prompt"]))
+
+    everything, products, inputs = (kept(policy) for policy in ("none", "minimal", "full"))
+    assert inputs < 0.6 * products < 0.6 * everything
+
+
+def test_options_are_checked(tiny_config):
+    with pytest.raises(ValueError, match="remat_policy is 'all', expected one of none, minimal, full"):
+        dataclasses.replace(tiny_config, remat_policy="all")

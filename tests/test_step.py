@@ -12,7 +12,17 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, merge, split_trainable
+from prompt_tuning_jax.training.step import (
+    CPU_POSITIONS,
+    PROMPT,
+    TrainState,
+    batch_loss,
+    make_train_step,
+    merge,
+    micro_batch,
+    split_trainable,
+    summed_gradients,
+)
 
 # Dimensions of parameters that no activation has.
 CONFIG = T5Config(29, 24, 3, 1, 1, 40, head_dim=7, dropout_rate=0.2)
@@ -137,3 +147,32 @@ def test_dropout_is_a_function_of_run_and_step():
     state, _ = train_step(STILL)(state, frozen, batch())
     _, metrics = train_step(STILL)(state, frozen, batch())
     assert float(metrics.sums.loss) == loss(1)
+
+
+@pytest.mark.parametrize("patterns", [PROMPT_TUNING, MODEL_TUNING], ids=["prompt", "model"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_divided_batch_has_the_gradient_of_the_whole(patterns, rows):
+    """Dropout and all: a row's bits are its own."""
+    model, params = random_model(CONFIG, 5)
+    trainable, frozen = split_trainable(params, patterns)
+    rng = np.random.default_rng(3)
+    inputs, targets = random_tokens(rng, [6, 4, 1, 5, 6, 2], 6, 29), random_tokens(rng, [3, 2, 1, 3, 1, 2], 3, 29)
+
+    def loss(trainable, inputs, targets, numbers):
+        sums = batch_loss(model, merge(trainable, frozen), inputs, targets, jax.random.key(0), row_numbers=numbers)
+        return sums.loss, sums
+
+    whole, sums = summed_gradients(loss, trainable, inputs, targets, 6)
+    parts, sums_of_parts = summed_gradients(loss, trainable, inputs, targets, rows)
+    for path, gradient in whole.items():
+        np.testing.assert_allclose(parts[path], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+    np.testing.assert_allclose(sums_of_parts, sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "rows"), [(32, 128, 4), (32, 28, 8), (7, 128, 1), (6, 924, 1), (3, 8, 3)]
+)
+def test_a_cpu_divides_a_batch_evenly_into_passes_of_at_most_its_positions(batch_size, length, rows):
+    assert micro_batch((batch_size, length), 100) == rows
+    assert rows == 1 or rows * (100 + length) <= CPU_POSITIONS
+    assert micro_batch((32, length), 100, num_microbatches=2) == 16

@@ -95,20 +95,24 @@ def input_rows(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 STEP, NO_SLOWER = ("train_step", "--peer=peft"), {"examples a second": "ratio ≥ 1"}
+FASTER = {
+    "examples a second": "ratio ≥ 1.15",
+    "peak memory, GB": "ratio ≤ 0.7",
+    "share of the best matrix product's rate": "≥ 80%",
+}
+LESS_PADDED = {"examples a second": "ratio ≥ 1.3"}
 LONG = ("--size=base", "--input-length=512", "--batch=8")
 SHAPE = "T5 1.1 small, batch 32, P=100, 128 input and 8 target tokens"
 BENCHMARKS = {
-    "step": Benchmark(f"Prompt tuning, float32: {SHAPE}", STEP, step_rows, NO_SLOWER),
+    "step": Benchmark(f"Prompt tuning, float32: {SHAPE}", STEP, step_rows, FASTER),
     "step_bfloat16": Benchmark("The same, bfloat16", (*STEP, "--dtype=bfloat16"), step_rows, NO_SLOWER),
     "step_model": Benchmark("Model tuning, float32, no prompt", (*STEP, "--mode=model"), step_rows, NO_SLOWER),
-    "step_long": Benchmark(
-        "Prompt tuning, T5 1.1 base, batch 8, 512 input tokens", (*STEP, *LONG), step_rows, NO_SLOWER
-    ),
+    "step_long": Benchmark("Prompt tuning, T5 1.1 base, batch 8, 512 input tokens", (*STEP, *LONG), step_rows, FASTER),
     "step_sst2": Benchmark(
-        "Prompt tuning on SST-2's rows, at most 128 tokens", (*STEP, "--lengths=sst2"), step_rows, NO_SLOWER, True
+        "Prompt tuning on SST-2's rows, at most 128 tokens", (*STEP, "--lengths=sst2"), step_rows, LESS_PADDED, True
     ),
     "step_rte": Benchmark(
-        "Prompt tuning on RTE's rows, at most 256 tokens", (*STEP, "--lengths=rte"), step_rows, NO_SLOWER, True
+        "Prompt tuning on RTE's rows, at most 256 tokens", (*STEP, "--lengths=rte"), step_rows, LESS_PADDED, True
     ),
     "decode": Benchmark(f"Greedy decoding: {SHAPE}", ("decode", "--peer=peft"), decode_rows, NO_SLOWER),
     "startup": Benchmark(

@@ -21,6 +21,7 @@ from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
 
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
@@ -40,8 +41,8 @@ class Base(NamedTuple):
 
     Attributes:
       path: where it was read; None for random weights.
-      params: by path, "encoder/layers_0/mlp/wi_0/kernel".
-      fingerprint: of the values; the same for float32 and bfloat16 copies of a bfloat16 file.
+      params: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 base with scales beside it, see `t5.quantized`.
+      fingerprint: of the file's values: the same in whatever dtype they are held.
     """
 
     path: str | None
@@ -108,13 +109,16 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
     """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
 
     Args:
-      dtype: of the parameters; None for the file's; "auto" for float32 on CPU and the file's on accelerators.
+      dtype: of the parameters; None for the file's; "auto" for float32 on CPU and the file's on accelerators. "int8"
+        for matrices of int8 (`t5.quantized`) and "auto" for the rest: half of bfloat16's memory, but only to be read.
 
     Raises:
       ValueError: no base is there, it is not whole, or its size is another.
     """
-    if dtype not in ("auto", None, "float32", "bfloat16", jnp.float32, jnp.bfloat16):
-        raise ValueError(f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16' or None for the file's own")
+    if dtype not in ("auto", None, "float32", "bfloat16", "int8", jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
+        )
     model = open_model(path)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     if model.config is not None:
@@ -130,18 +134,27 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
             array = jnp.asarray(np.asarray(arrays[name]))
             # Of the file's own values: a base has one fingerprint, in whatever dtype it is held.
             sums[name] = np.asarray(_checksum(array))
-            params[name] = array.astype(_parameter_dtype(dtype, array.dtype))
+            params[name] = _held(name, array, dtype)
             passed += arrays[name].nbytes
             if passed > TRIM_EVERY:
                 passed = 0
                 _trim_heap()
-    return Base(model.location, {name: params[name] for name in arrays}, _digest(params, sums))
+    held = {path: value for name in arrays for path, value in params[name].items()}
+    return Base(model.location, held, _digest(arrays, sums))
 
 
 def _trim_heap() -> None:
     """Gives memory that was freed back to the system: glibc keeps pieces below 32 MB, a tenth of a base in the end."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _held(name: str, array: Array, asked: Any) -> Params:
+    """What stands in memory for one of the file's arrays, by path."""
+    if asked == "int8":
+        matrices = quantized(name, array)
+        return matrices if len(matrices) > 1 else _held(name, array, "auto")
+    return {name: array.astype(_parameter_dtype(asked, array.dtype))}
 
 
 def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
@@ -256,7 +269,7 @@ def fingerprint(params: Mapping[str, jax.Array]) -> str:
     return _digest(params, {name: np.asarray(_checksum(params[name])) for name in params})
 
 
-def _digest(params: Mapping[str, jax.Array], sums: Mapping[str, np.ndarray]) -> str:
+def _digest(params: Mapping[str, jax.Array | StoredArray], sums: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(f"{name} {params[name].shape} {sums[name][0]} {sums[name][1]}\n".encode())

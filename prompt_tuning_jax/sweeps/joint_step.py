@@ -16,7 +16,17 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.loss import LossSums
 from prompt_tuning_jax.training.run import Run, TrainConfig
-from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics, TrainState, batch_loss, merge
+from prompt_tuning_jax.training.step import (
+    PROMPT,
+    Params,
+    StepMetrics,
+    TrainState,
+    batch_loss,
+    compile_step,
+    merge,
+    micro_batch,
+    summed_gradients,
+)
 
 PROMPT_ONLY = ["encoder/prompt/.*"]
 
@@ -42,6 +52,7 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         config.model.config,
         config.z_loss,
         config.train_dataset.batch_size,
+        config.num_microbatches,
         config.prompt_length if config.model.config.dropout_rate else None,  # see `joint_step`
     )
 
@@ -52,6 +63,7 @@ def joint_step(
     lengths: Sequence[int],
     at_once: int,
     z_loss: float = 1e-4,
+    num_microbatches: int | None = None,
 ) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
     """The compiled `(states, frozen, inputs [R, B, T], targets [R, B, U]) -> (states, metrics)`, states given up.
 
@@ -63,6 +75,7 @@ def joint_step(
       optimizers: of each run.
       lengths: of each run's prompt, P.
       at_once: runs that share a pass. With 1, where no run is padded, each gets the bits that it would get alone.
+      num_microbatches: of each run's batch; see `training.step.micro_batch`.
     """
     longest = max(lengths)
     masks = jnp.asarray([np.arange(longest) >= longest - length for length in lengths])
@@ -77,14 +90,20 @@ def joint_step(
         inputs: Int[Array, "B T"],
         targets: Int[Array, "B U"],
     ) -> tuple[Float[Array, "P D"], LossSums]:
-        def loss(prompt: Float[Array, "P D"]) -> tuple[jax.Array, LossSums]:
-            key = jax.random.fold_in(state_key, step)
+        def loss(
+            prompt: Float[Array, "P D"],
+            inputs: Int[Array, "b T"],
+            targets: Int[Array, "b U"],
+            numbers: Int[Array, " b"],
+        ) -> tuple[jax.Array, LossSums]:
             prompt_mask = jnp.broadcast_to(mask, (len(inputs), longest)) if uneven else None
             params = merge({PROMPT: prompt}, frozen)
-            sums = batch_loss(model, params, inputs, targets, key, z_loss, prompt_mask)
+            sums = batch_loss(model, params, inputs, targets, key, z_loss, prompt_mask, numbers)
             return sums.loss, sums
 
-        return jax.grad(loss, has_aux=True)(prompt)
+        key = jax.random.fold_in(state_key, step)
+        rows = micro_batch(inputs.shape, longest, num_microbatches)
+        return summed_gradients(loss, prompt, inputs, targets, rows)
 
     def step(
         states: States, frozen: Params, inputs: Int[Array, "R B T"], targets: Int[Array, "R B U"]
@@ -106,14 +125,15 @@ def joint_step(
             metrics.append(StepMetrics(jax.tree.map(lambda x, run=run: x[run], sums), optax.tree.norm(own)))
         return tuple(new), tuple(metrics)
 
-    return jax.jit(step, donate_argnums=0)
+    return compile_step(step)
 
 
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
     """The `joint_step` of these runs."""
     lengths = [run.config.prompt_length for run in runs]
     longest = runs[int(np.argmax(lengths))].model
-    return joint_step(longest, [run.config.optimizer for run in runs], lengths, at_once, runs[0].config.z_loss)
+    optimizers, first = [run.config.optimizer for run in runs], runs[0].config
+    return joint_step(longest, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
 
 
 def stacked(batches: Sequence[Batch]) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"]]:

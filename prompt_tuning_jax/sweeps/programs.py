@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.sweeps.joint_step import step_of
+from prompt_tuning_jax.training.memory_plan import free_bytes
 from prompt_tuning_jax.training.run import Run
 
 # Positions that a program computes for all its runs, over those that the runs would alone. An accelerator is not full
@@ -82,15 +82,3 @@ def step_bytes(runs: Sequence[Run], widest: Sequence[int]) -> int:
     arrays = [jax.ShapeDtypeStruct((*rows, width), jnp.int32) for width in widest]
     compiled = step_of(runs, len(runs)).lower(tuple(run.state for run in runs), runs[0].frozen, *arrays).compile()
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def free_bytes() -> int | None:
-    """Free memory of the first device, or of this host where the device has none of its own; None if it is unknown."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+REMAT_POLICIES = ("none", "minimal", "full")
+ATTENTIONS = ("products", "cudnn", "xla")
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -19,6 +22,10 @@ class T5Config:
       dropout_rate: applied wherever T5 has dropout; one mask for all positions of a row.
       dtype: of the activations, also by name; "auto" is bfloat16 on accelerators and float32 on CPU. Softmax, RMSNorm,
         logits and loss are float32 whatever it is.
+      remat_policy: what of a layer the forward pass keeps for the backward pass, by T5X's names: "none" keeps all that
+        it reads, "minimal" the products with weights, "full" the layer's input alone; the rest is computed again.
+      attention: "products", written out in `kernels.attend`; "cudnn", that library's fused attention on a GPU, which
+        wants bfloat16; or "xla", the same function of JAX without the library.
     """
 
     vocab_size: int
@@ -34,8 +41,13 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     dtype: Any = jnp.float32
+    remat_policy: str = "none"
+    attention: str = "products"
 
     def __post_init__(self):
+        for name, known in (("remat_policy", REMAT_POLICIES), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"T5Config.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         dtype = self.dtype
         if isinstance(dtype, str):
             if dtype == "auto":

@@ -18,10 +18,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.kernels import attend, gated_gelu, product, quantized_product
 
 Initializer = Any  # (key, shape, dtype) -> Array
-
-MASKED = -1e10  # T5X's value for a hidden position: its softmax weight is exactly 0 in float32
+Rows = Int[Array, " B"] | None  # the numbers of a batch's rows, by which dropout is drawn; None for no dropout
 
 
 class KeyValue(NamedTuple):
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """A matrix, `[in, features]`, and nothing else."""
+    """A matrix, `[in, features]`, and nothing else; of an int8 base with its scales (see `quantized`)."""
 
     features: int
     axes: tuple[str, str]
@@ -57,7 +57,12 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         shape = (x.shape[-1], self.features)
         kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.axes)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        scale = self.get_variable("params", "kernel_scale")
+        if scale is not None:
+            return quantized_product(x, kernel, scale, self.dtype)
+        # Logits are float32, but a bfloat16 kernel is not copied for them: products of bfloat16 are exact in float32.
+        operands = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype == jnp.float32 else self.dtype
+        return product(x.astype(operands), kernel.astype(operands), self.dtype)
 
 
 class Embed(nn.Module):
@@ -70,12 +75,18 @@ class Embed(nn.Module):
     def setup(self):
         shape, init = (self.vocab_size, self.features), nn.initializers.normal(1.0)
         self.embedding = param_with_axes("embedding", init, shape, jnp.float32, axes=("vocab", "embed"))
+        self.scale = self.get_variable("params", "embedding_scale")  # of an int8 base
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        embedded = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        if self.scale is not None:
+            embedded = embedded * jnp.take(self.scale, tokens, mode="clip")[..., None]
+        return embedded.astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits through the transposed table (T5 1.0), in float32."""
+        if self.scale is not None:
+            return quantized_product(x, self.embedding.T, self.scale, jnp.float32)
         return jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
 
 
@@ -127,8 +138,24 @@ class RelativePositionBias(nn.Module):
         return jnp.take(by_distance, relative + keys - 1, axis=1, mode="clip")[None]
 
 
+class Dropout(nn.Module):
+    """Drops features of a row, the same at all its positions, as T5X does.
+
+    A row draws by its number: its bits are the same whatever else is in its batch, and wherever the batch is divided.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, "B T D"]:
+        if rows is None or self.rate == 0.0:
+            return x
+        kept = _kept(self.make_rng("dropout"), self.rate, rows, x.shape[2:])
+        return jnp.where(kept[:, None], x / (1.0 - self.rate), 0.0)
+
+
 class AttentionDropout(nn.Module):
-    """Drops key positions of an attention, the same for all queries, as T5X does.
+    """Drops key positions of an attention, the same for all queries, as T5X does: their values, then, are dropped.
 
     The bits are drawn position by position: those of a row do not change where longer rows pad the batch further.
     """
@@ -136,12 +163,17 @@ class AttentionDropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, weights: Float[Array, "B H Q K"], deterministic: bool) -> Float[Array, "B H Q K"]:
-        if deterministic or self.rate == 0.0:
-            return weights
-        batch, heads, _, keys = weights.shape
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (keys, batch, heads))
-        return jnp.where(kept.transpose(1, 2, 0)[:, :, None], weights / (1.0 - self.rate), 0.0)
+    def __call__(self, value: Float[Array, "B H K head_dim"], rows: Rows) -> Float[Array, "B H K head_dim"]:
+        if rows is None or self.rate == 0.0:
+            return value
+        kept = _kept(self.make_rng("dropout"), self.rate, rows, (value.shape[2], value.shape[1]))
+        return jnp.where(kept.swapaxes(1, 2)[..., None], value / (1.0 - self.rate), 0.0)
+
+
+def _kept(key: Array, rate: float, rows: Int[Array, " B"], shape: tuple[int, ...]) -> Array:
+    """True where each row keeps what it has, [B, *shape]."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
 
 
 class Attention(nn.Module):
@@ -175,18 +207,18 @@ class Attention(nn.Module):
         *,
         bias: Float[Array, "1 H Q K"] | None = None,
         mask: Bool[Array, "#B 1 #Q K"] | None = None,
-        deterministic: bool = True,
+        rows: Rows = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from `x` to `key_value` where `mask` is true; `bias` is added to the logits."""
-        scores = jnp.einsum("bhqd,bhkd->bhqk", self._heads(self.query(x)), key_value.key)
-        scores = scores.astype(jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = jnp.where(mask, scores, MASKED)
-        weights = jax.nn.softmax(scores).astype(self.config.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, key_value.value)
+        value = self.dropout(key_value.value, rows)
+        query, implementation = self._heads(self.query(x)), self.config.attention
+        if implementation == "products":
+            mixed = attend(query, key_value.key, value, bias, mask)
+        else:
+            fused: Any = jax.nn.dot_product_attention  # positions before heads
+            arrays = (array.swapaxes(1, 2) for array in (query, key_value.key, value))
+            bias = None if bias is None else bias.astype(query.dtype)
+            mixed = fused(*arrays, bias, mask, scale=1.0, implementation=implementation).swapaxes(1, 2)
         return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
     @nn.compact
@@ -212,13 +244,17 @@ class MlpBlock(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], deterministic: bool = True) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], rows: Rows = None) -> Float[Array, "B T D"]:
         cfg = self.config
         names: Sequence[str] = ["wi"] if len(cfg.mlp_activations) == 1 else [f"wi_{i}" for i in range(9)]
-        branches = []
-        for name, activation in zip(names, cfg.mlp_activations, strict=False):
-            hidden = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
-            branches.append(hidden if activation == "linear" else getattr(nn, activation)(hidden))
-        hidden = functools.reduce(operator.mul, branches)
-        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        branches = [
+            Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
+            for name, _ in zip(names, cfg.mlp_activations, strict=False)
+        ]
+        if tuple(cfg.mlp_activations) == ("gelu", "linear"):
+            hidden = gated_gelu(*branches)
+        else:
+            activations = [(lambda h: h) if a == "linear" else getattr(nn, a) for a in cfg.mlp_activations]
+            hidden = functools.reduce(operator.mul, [f(h) for f, h in zip(activations, branches, strict=True)])
+        hidden = Dropout(cfg.dropout_rate)(hidden, rows)
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(hidden)

@@ -1,13 +1,25 @@
 """T5 1.1, top to bottom: encoder, decoder, and the whole (parameter names and call signature of T5X network.py)."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.layers import Attention, Dense, Embed, KeyValue, MlpBlock, RelativePositionBias, RMSNorm
+from prompt_tuning_jax.t5.layers import (
+    Attention,
+    Dense,
+    Dropout,
+    Embed,
+    KeyValue,
+    MlpBlock,
+    RelativePositionBias,
+    RMSNorm,
+    Rows,
+)
 
 Mask = Bool[Array, "#B 1 #Q K"]
 EncodedMask = Bool[Array, "#B 1 #Q S"]
@@ -20,17 +32,17 @@ class EncoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, deterministic: bool) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, rows: Rows) -> Float[Array, "B S D"]:
         cfg = self.config
-        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+        dropout = functools.partial(Dropout(cfg.dropout_rate), rows=rows)
         attention = Attention(cfg, name="attention")
 
         y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
-        y = attention(y, attention.project(y), bias=bias, mask=mask, deterministic=deterministic)
+        y = attention(y, attention.project(y), bias=bias, mask=mask, rows=rows)
         x = x + dropout(y)
 
         y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
-        return x + dropout(MlpBlock(cfg, name="mlp")(y, deterministic))
+        return x + dropout(MlpBlock(cfg, name="mlp")(y, rows))
 
 
 class DecoderLayer(nn.Module):
@@ -46,7 +58,7 @@ class DecoderLayer(nn.Module):
         self.encoder_decoder_attention = Attention(cfg)
         self.pre_mlp_layer_norm = RMSNorm(cfg.dtype)
         self.mlp = MlpBlock(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = Dropout(cfg.dropout_rate)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> KeyValue:
         return self.encoder_decoder_attention.project(encoded)
@@ -59,20 +71,20 @@ class DecoderLayer(nn.Module):
         mask: Mask,
         encoded_mask: EncodedMask,
         cache_index: Int[Array, ""] | None,
-        deterministic: bool,
+        rows: Rows,
     ) -> Float[Array, "B Q D"]:
         y = self.pre_self_attention_layer_norm(x)
         cached = cache_index is not None
         kv = self.self_attention.extend_cache(y, cache_index) if cached else self.self_attention.project(y)
-        y = self.self_attention(y, kv, bias=bias, mask=mask, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.self_attention(y, kv, bias=bias, mask=mask, rows=rows)
+        x = x + self.dropout(y, rows)
 
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, encoded_kv, mask=encoded_mask, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.encoder_decoder_attention(y, encoded_kv, mask=encoded_mask, rows=rows)
+        x = x + self.dropout(y, rows)
 
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), rows)
+        return x + self.dropout(y, rows)
 
 
 class Encoder(nn.Module):
@@ -91,9 +103,9 @@ class Encoder(nn.Module):
         if self.prompt_factory is not None:
             self.prompt = self.prompt_factory()
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        self.layers = [remat(EncoderLayer, cfg)(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = RMSNorm(cfg.dtype)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = Dropout(cfg.dropout_rate)
 
     def __call__(
         self,
@@ -101,17 +113,17 @@ class Encoder(nn.Module):
         mask: Bool[Array, "B 1 #T T"],
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
-        deterministic: bool = True,
+        rows: Rows = None,
     ) -> Float[Array, "B S D"]:
         x = embedded
         if self.prompt_factory is not None:
             x = self.prompt(embedded, prompt)
             mask = extend_over_prompt(mask, x.shape[1] - embedded.shape[1], prompt_mask)
-        x = self.dropout(x, deterministic=deterministic)
+        x = self.dropout(x, rows)
         bias = self.relpos_bias(x.shape[1], x.shape[1])
         for layer in self.layers:
-            x = layer(x, bias, mask, deterministic)
-        return self.dropout(self.encoder_norm(x), deterministic=deterministic)
+            x = layer(x, bias, mask, rows)
+        return self.dropout(self.encoder_norm(x), rows)
 
 
 class Decoder(nn.Module):
@@ -122,9 +134,9 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.config
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.layers = [remat(DecoderLayer, cfg)(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = RMSNorm(cfg.dtype)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.logits_via_embedding:
             self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
 
@@ -138,7 +150,7 @@ class Decoder(nn.Module):
         encoded_kv: tuple[KeyValue, ...],
         mask: Mask | None,
         encoded_mask: EncodedMask,
-        deterministic: bool = True,
+        rows: Rows = None,
         decode: bool = False,
         max_decode_length: int | None = None,
     ) -> Float[Array, "B Q D"]:
@@ -156,10 +168,10 @@ class Decoder(nn.Module):
         mask = causal[None, None] if mask is None else causal[None, None] & mask
         bias = self.relpos_bias(queries, keys, first)
 
-        x = self.dropout(embedded, deterministic=deterministic)
+        x = self.dropout(embedded, rows)
         for layer, key_value in zip(self.layers, encoded_kv, strict=True):
-            x = layer(x, key_value, bias, mask, encoded_mask, index, deterministic)
-        return self.dropout(self.decoder_norm(x), deterministic=deterministic)
+            x = layer(x, key_value, bias, mask, encoded_mask, index, rows)
+        return self.dropout(self.decoder_norm(x), rows)
 
 
 class Transformer(nn.Module):
@@ -188,6 +200,7 @@ class Transformer(nn.Module):
         *,
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's output over prompt and inputs, [B, P+T, D].
 
@@ -197,6 +210,7 @@ class Transformer(nn.Module):
           prompt: used in place of the model's own, one for all rows or one a row.
           prompt_mask: false where a prompt position is padding, which belongs in front of a shorter prompt: T5's
             positions are relative, so the row is then what it would be with the shorter prompt alone.
+          row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
         """
         if prompt is not None and self.prompt_factory is None:
             raise ValueError("a prompt was given to a model without one: set Transformer.prompt_factory")
@@ -206,7 +220,7 @@ class Transformer(nn.Module):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        return self.encoder(embedded, mask, prompt, prompt_mask, not enable_dropout)
+        return self.encoder(embedded, mask, prompt, prompt_mask, _rows(embedded, enable_dropout, row_numbers))
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
@@ -226,6 +240,7 @@ class Transformer(nn.Module):
         max_decode_length: int | None = None,
         *,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B Q V"]:
         """Logits, float32, of the token after each decoder input.
 
@@ -234,7 +249,7 @@ class Transformer(nn.Module):
           encoder_input_tokens: what was encoded, for its padding mask; the prompt's length is the difference.
           decode: one position a call, reading and writing the "cache" collection; see `decoding.greedy`.
           max_decode_length: length of the cache.
-          prompt_mask: what `encode` was given.
+          prompt_mask, row_numbers: what `encode` was given.
         """
         del decoder_positions  # T5 has relative positions alone
         keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
@@ -247,7 +262,8 @@ class Transformer(nn.Module):
         encoded_mask = extend_over_prompt(encoded_mask, prompt_length, prompt_mask)
 
         embedded = self.token_embedder(decoder_input_tokens)
-        x = self.decoder(embedded, keys, mask, encoded_mask, not enable_dropout, decode, max_decode_length)
+        rows = _rows(embedded, enable_dropout, row_numbers)
+        x = self.decoder(embedded, keys, mask, encoded_mask, rows, decode, max_decode_length)
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
         return self.decoder.logits_dense(x)
@@ -266,12 +282,12 @@ class Transformer(nn.Module):
         decode: bool = False,
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B U V"]:
         """Teacher-forced logits, float32."""
         del encoder_positions
-        encoded = self.encode(
-            encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt, prompt_mask=prompt_mask
-        )
+        own = {"prompt_mask": prompt_mask, "row_numbers": row_numbers}
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt, **own)
         return self.decode(
             encoded,
             encoder_input_tokens,
@@ -282,8 +298,16 @@ class Transformer(nn.Module):
             decoder_positions,
             enable_dropout,
             decode,
-            prompt_mask=prompt_mask,
+            **own,
         )
+
+
+def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
+    """The layer, computing again in the backward pass what `config.remat_policy` does not keep."""
+    if config.remat_policy == "none":
+        return layer
+    policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    return nn.remat(layer, policy=policies[config.remat_policy])
 
 
 def extend_over_prompt(
@@ -294,6 +318,12 @@ def extend_over_prompt(
         return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
     shape = (*mask.shape[:3], prompt_length)
     return jnp.concatenate([jnp.broadcast_to(prompt_mask[:, None, None, :], shape), mask], axis=3)
+
+
+def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> Rows:
+    if not enable_dropout:
+        return None
+    return jnp.arange(len(x)) if row_numbers is None else row_numbers
 
 
 def _same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:

@@ -31,7 +31,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     frozen_fingerprint = fingerprint(run.frozen)
     run.open()
     run.go_back(max(run.saved_steps, default=0))
-    train_step = make_train_step(run.model, config.optimizer, config.z_loss)
+    train_step = make_train_step(run.model, config.optimizer, config.z_loss, config.num_microbatches)
     evaluator = Evaluator(run.model, words)
     with Terminated() as terminated, tqdm(total=config.train_steps, initial=run.step, disable=None, unit="step") as bar:
         for batch in run.batches_to_come():

@@ -25,6 +25,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import Base
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.quantized import check_trainable
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
@@ -53,6 +54,7 @@ class TrainConfig:
       vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base.
       random_seed: of the prompt, the order of the data and dropout.
       z_loss: see `loss.cross_entropy`.
+      num_microbatches: that a batch is divided into, so that less has to be in memory at once; see `step.micro_batch`.
       log_period: updates between two records of the training loss.
       loss_eval_steps: batches that a task without metrics is evaluated on.
       encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
@@ -78,6 +80,7 @@ class TrainConfig:
     vocabulary: str | None = None
     random_seed: int = 0
     z_loss: float = 1e-4
+    num_microbatches: int | None = None
     log_period: int = 50
     loss_eval_steps: int = 20
     encoder_use_by: int | None = None
@@ -101,6 +104,9 @@ class TrainConfig:
             )
         if self.early_stop_evals is not None and self.early_stop_evals < 1:
             raise ValueError(f"EARLY_STOP_EVALS is {self.early_stop_evals}, expected at least 1, or None")
+        parts, batch_size = self.num_microbatches, self.train_dataset.batch_size
+        if parts is not None and (parts < 1 or batch_size % parts):
+            raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
         check_prompt_length(self.prompt_init, self.prompt_length, self.train_dataset)
         return folder
 
@@ -136,6 +142,7 @@ class Run:
             self.model = config.model.clone(prompt_factory=factory)
         self._start = params.get(PROMPT)
         trained, self.frozen = split_trainable(params, config.trainable)
+        check_trainable(trained, params)
         self.batches = config.train_dataset.batches(words, seed=config.random_seed, shuffle=True)
         self._eval_batches = config.eval_dataset.eval_batches(words)
         check_labels(self._eval_batches, words)

@@ -21,6 +21,7 @@ from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.quantized import embedding_table
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
@@ -86,7 +87,7 @@ def evaluate_prompt(
         files = start_submission(submission, tasks, dataset.split)
     base = load_base(initial_checkpoint_path, model.config, base_dtype)
     if prompt_text is not None:
-        prompt = written_prompt(prompt_text, base.params["token_embedder/embedding"], words)
+        prompt = written_prompt(prompt_text, embedding_table(base.params), words)
         prompts[PROMPT] = prompt
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
     evaluator = Evaluator(model, words)

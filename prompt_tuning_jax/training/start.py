@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.t5.quantized import embedding_table
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.step import Params
 
@@ -25,6 +26,6 @@ def start_prompt(
     init: Callable[..., jax.Array], length: int, params: Params, vocabulary: Vocabulary, seed: int
 ) -> Float[Array, "P D"]:
     """The prompt that training starts from: a function of the seed, the base and the vocabulary."""
-    embeddings = params["token_embedder/embedding"]
+    embeddings = embedding_table(params)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return init(key, (length, embeddings.shape[1]), embeddings=embeddings, encode=vocabulary.encode)

@@ -4,11 +4,13 @@ Parameters are flat: `{"encoder/layers_0/mlp/wi_0/kernel": array}`. The trainabl
 the frozen half is an argument that is only read.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -21,6 +23,10 @@ from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 Params = dict[str, jax.Array]
 
 PROMPT = "encoder/prompt/prompt"  # the path of the soft prompt
+
+# By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.
+CPU_COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+CPU_POSITIONS = 1024  # of the encoder, in a micro-batch on a CPU: products are at their full rate, activations in reach
 
 
 class TrainState(NamedTuple):
@@ -73,8 +79,9 @@ def batch_loss(
     dropout_key: jax.Array | None = None,
     z_loss: float = 1e-4,
     prompt_mask: Bool[Array, "B P"] | None = None,
+    row_numbers: Int[Array, " B"] | None = None,
 ) -> LossSums:
-    """The loss of a batch, with dropout where a key is given; for `prompt_mask` see `Transformer.encode`."""
+    """The loss of a batch, with dropout where a key is given; for the masks and numbers see `Transformer.encode`."""
     logits = model.apply(
         {"params": params},
         inputs,
@@ -82,24 +89,90 @@ def batch_loss(
         targets,
         enable_dropout=dropout_key is not None,
         prompt_mask=prompt_mask,
+        row_numbers=row_numbers,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return cross_entropy(logits, targets, z_loss)
 
 
+def micro_batch(shape: tuple[int, ...], prompt_length: int, num_microbatches: int | None = None) -> int:
+    """How many rows of a batch pass through the model at once.
+
+    Args:
+      shape: of the batch's inputs, [B, T].
+      num_microbatches: that the batch is divided into. None: on a CPU so many that a layer's activations stay in its
+        caches, elsewhere one.
+    """
+    batch, length = shape
+    if num_microbatches is not None:
+        return batch // num_microbatches
+    if jax.default_backend() != "cpu":
+        return batch
+    most = max(1, CPU_POSITIONS // (prompt_length + length))
+    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+
+
+def summed_gradients(
+    loss_fn: Callable[..., tuple[jax.Array, LossSums]],
+    trainable: Any,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B U"],
+    rows: int,
+) -> tuple[Any, LossSums]:
+    """The gradient of `loss_fn(trainable, inputs, targets, row_numbers) -> (loss, sums)`, and the sums, over all rows.
+
+    Args:
+      rows: that it is computed for at once; a divisor of B.
+    """
+    gradient = jax.grad(loss_fn, has_aux=True)
+    numbers = jnp.arange(len(inputs))
+    if rows == len(inputs):
+        return gradient(trainable, inputs, targets, numbers)
+
+    def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, *part)), None
+
+    # Part n has every so-maniest row, so that a batch that is divided over devices stays divided over them.
+    parts = tuple(x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1) for x in (inputs, targets, numbers))
+    shapes = jax.eval_shape(gradient, trainable, *(part[0] for part in parts))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, nothing, parts)[0]
+
+
+def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of a step that gives its first argument up. A setting that XLA_FLAGS names is left to it."""
+    options = {}
+    if jax.default_backend() == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        options = {name: value for name, value in CPU_COMPILER.items() if name not in flags}
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
 def make_train_step(
-    model: Transformer, optimizer: optax.GradientTransformation, z_loss: float = 1e-4
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    z_loss: float = 1e-4,
+    num_microbatches: int | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is given up."""
+    """The compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is given up.
+
+    Args:
+      num_microbatches: see `micro_batch`.
+    """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
 
-        def loss_fn(trainable: Params) -> tuple[jax.Array, LossSums]:
-            sums = batch_loss(model, merge(trainable, frozen), batch.inputs, batch.targets, dropout_key, z_loss)
+        def loss_fn(
+            trainable: Params, inputs: Int[Array, "b T"], targets: Int[Array, "b U"], numbers: Int[Array, " b"]
+        ) -> tuple[jax.Array, LossSums]:
+            params = merge(trainable, frozen)
+            sums = batch_loss(model, params, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
             return sums.loss, sums
 
-        (_, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        prompt_length = state.trainable[PROMPT].shape[0] if PROMPT in state.trainable else 0
+        rows = micro_batch(batch.inputs.shape, prompt_length, num_microbatches)
+        gradients, sums = summed_gradients(loss_fn, state.trainable, batch.inputs, batch.targets, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         return (
@@ -107,4 +180,4 @@ def make_train_step(
             StepMetrics(sums, optax.tree.norm(gradients)),
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    return compile_step(train_step)

@@ -1,0 +1,153 @@
+"""A layer's three computations, written so that forward and backward passes are products and little else.
+
+JAX's own derivatives of attention and GELU keep every intermediate result and pass over each again. These keep what
+the backward pass needs and no more; what they return is the same.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int8
+
+MASKED = -1e10  # T5X's value for a hidden position: its softmax weight is exactly 0 in float32
+
+
+def product(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
+    """`x @ kernel` in `dtype`, summed in float32."""
+    # A CPU's own product of two bfloat16 matrices has a float32 result: asked for another, XLA converts them first.
+    if x.dtype == kernel.dtype == jnp.bfloat16 and (dtype == jnp.float32 or jax.default_backend() == "cpu"):
+        return _rounded_product(x, kernel).astype(dtype)
+    return jnp.dot(x, kernel, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _rounded_product(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*B d_out"]:
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _rounded_product_forward(x, kernel):
+    return _rounded_product(x, kernel), (x, kernel)
+
+
+def _rounded_product_backward(kept, gradient):
+    x, kernel = kept
+    gradient = gradient.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    of_x = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    of_kernel = lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def quantized_product(
+    x: Float[Array, "*B d_in"], kernel: Int8[Array, "d_in d_out"], scale: Float[Array, " d_out"], dtype: Any
+) -> Float[Array, "*B d_out"]:
+    """`x @ (kernel * scale)` in `dtype`, summed in float32. Kernel and scale are frozen: they have no gradient.
+
+    Every int8 is exact in bfloat16: the products are those of the kernel as it is, and are scaled once they are summed.
+    """
+    x, kernel = _when_needed(x, kernel)
+    sums = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (sums * scale).astype(dtype)
+
+
+def _when_needed(x: Float[Array, "*B d"], kernel: Int8[Array, "d_in d_out"]) -> tuple[Array, Array]:
+    """Both as they are, the kernel not before `x`: XLA would else convert the kernels of a loop's body before the loop,
+    or keep those of the forward pass for the backward pass, and so hold all of them in floats at once."""
+    return lax.optimization_barrier((x, kernel))
+
+
+def _quantized_product_forward(x, kernel, scale, dtype):
+    return quantized_product(x, kernel, scale, dtype), (jnp.zeros((), x.dtype), kernel, scale)
+
+
+def _quantized_product_backward(dtype, kept, gradient):
+    like_x, kernel, scale = kept
+    gradient, kernel = _when_needed((gradient.astype(jnp.float32) * scale).astype(like_x.dtype), kernel)
+    axes = (((gradient.ndim - 1,), (1,)), ((), ()))
+    of_x = lax.dot_general(gradient, kernel.astype(like_x.dtype), axes, preferred_element_type=jnp.float32)
+    return of_x.astype(like_x.dtype), None, None
+
+
+quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
+
+
+@jax.custom_vjp
+def attend(
+    query: Float[Array, "B H Q head_dim"],
+    key: Float[Array, "B H K head_dim"],
+    value: Float[Array, "B H K head_dim"],
+    bias: Float[Array, "1 H Q K"] | None,
+    mask: Bool[Array, "#B 1 #Q K"] | None,
+) -> Float[Array, "B H Q head_dim"]:
+    """The mean of `value` under the softmax, in float32, of `query @ key + bias`, hidden where `mask` is false."""
+    return _attend(query, key, value, bias, mask)[0]
+
+
+def _attend(query, key, value, bias, mask):
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # Divided after the product, which has so many fewer numbers to divide.
+    scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    return (mixed * scale).astype(value.dtype), weights, scale
+
+
+def _attend_forward(query, key, value, bias, mask):
+    mixed, weights, scale = _attend(query, key, value, bias, mask)
+    return mixed, (query, key, value, bias, weights, scale, mixed)
+
+
+def _attend_backward(kept, gradient):
+    query, key, value, bias, weights, scale, mixed = kept
+    dtype = value.dtype
+    gradient = gradient * scale
+    # What each row of softmax weights has in common: the sum over keys of weight and gradient, by its few features.
+    common = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
+    gradient = gradient.astype(dtype)
+    of_value = jnp.einsum("bhqk,bhqd->bhkd", weights, gradient, preferred_element_type=jnp.float32)
+    of_weights = jnp.einsum("bhqd,bhkd->bhqk", gradient, value, preferred_element_type=jnp.float32)
+    of_scores = weights * (of_weights - common)
+    of_bias = None if bias is None else jnp.sum(of_scores, axis=0, keepdims=True).astype(bias.dtype)
+    of_scores = of_scores.astype(dtype)
+    of_query = jnp.einsum("bhqk,bhkd->bhqd", of_scores, key, preferred_element_type=jnp.float32)
+    of_key = jnp.einsum("bhqk,bhqd->bhkd", of_scores, query, preferred_element_type=jnp.float32)
+    return of_query.astype(dtype), of_key.astype(dtype), of_value.astype(dtype), of_bias, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def gated_gelu(gate: Float[Array, "*B F"], linear: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """`gelu(gate) * linear`, with GELU's approximation by tanh (Hendrycks and Gimpel 2016), as T5 has it."""
+    return jax.nn.gelu(gate) * linear
+
+
+def _gated_gelu_forward(gate, linear):
+    return gated_gelu(gate, linear), (gate, linear)
+
+
+def _gated_gelu_backward(kept, gradient):
+    gate, linear = kept
+    x, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
+    slope, cubic = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
+    tanh = jnp.tanh(slope * x * (1 + cubic * x * x))
+    share = 0.5 * (1 + tanh)  # gelu(x) = x * share
+    derivative = share + 0.5 * x * (1 - tanh * tanh) * slope * (1 + 3 * cubic * x * x)
+    return (gradient * linear * derivative).astype(gate.dtype), (gradient * x * share).astype(linear.dtype)
+
+
+gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)

@@ -1,0 +1,351 @@
+"""What a training run needs of a device's memory, from shapes alone: no parameter is made and no base is read.
+
+Parameters and optimiser state are exact. What a step needs besides them is what the compiler lays out for the step's
+own program, which is compiled and never run. Models of many layers are not compiled whole: each layer of a stack adds
+about the same bytes, so the same model's programs with two and three layers a stack give an estimate for any depth.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import expected_shapes
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.quantized import check_trainable, quantized
+from prompt_tuning_jax.training.run import TrainConfig
+from prompt_tuning_jax.training.start import check_prompt_length
+from prompt_tuning_jax.training.step import (
+    PROMPT,
+    TrainState,
+    batch_loss,
+    make_train_step,
+    merge,
+    micro_batch,
+    split_trainable,
+)
+
+Shapes = Any  # a tree of jax.ShapeDtypeStruct
+
+COMPILED_WHOLE = 24  # layers of both stacks; three shallow programs compile faster than one of more
+# Layers of encoder and decoder, of which the first and the last are like no other.
+SHALLOW = ((2, 2), (3, 2), (2, 3))
+TRIES = 5  # programs that the largest batch is looked for with
+LARGEST_BATCH = 8_192  # that is looked for
+
+
+class Part(NamedTuple):
+    """Arrays that are there from the first step to the last.
+
+    Attributes:
+      count: numbers.
+      bytes: of the numbers.
+      dtypes: theirs, each once.
+    """
+
+    count: int
+    bytes: int
+    dtypes: tuple[str, ...]
+
+
+class StepMemory(NamedTuple):
+    """Bytes of a step as compiled.
+
+    Attributes:
+      arguments: frozen and trainable parameters, optimiser state and batch.
+      temporaries: what is made on the way, as much as there is of it at once.
+      outputs: the new state and the metrics.
+      aliased: outputs that take the place of arguments.
+      compiled: of the configured depth; False where it is extrapolated from shallower models.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+    compiled: bool
+
+    @property
+    def peak(self) -> int:
+        """All that is in memory at once."""
+        return self.arguments + self.temporaries + self.outputs - self.aliased
+
+
+class MemoryPlan(NamedTuple):
+    """What a run needs, part by part.
+
+    Attributes:
+      batch_size, input_length, target_length, prompt_length: B, T, U and P; P is 0 without a prompt.
+      rows: of the batch that pass through the model at once.
+      frozen, trainable, optimizer: exact.
+      activations: bytes that the forward pass of `rows` keeps for the backward pass, as differentiated; the compiler
+        keeps less where it computes anew what is cheap.
+      copies: bytes of parameters in another dtype or shape, kept likewise.
+      logits: bytes of those of `rows`, [rows, U, V] in float32, part of the activations.
+      step: as compiled.
+    """
+
+    batch_size: int
+    input_length: int
+    target_length: int
+    prompt_length: int
+    rows: int
+    frozen: Part
+    trainable: Part
+    optimizer: Part
+    activations: int
+    copies: int
+    logits: int
+    step: StepMemory
+
+
+class LargestBatch(NamedTuple):
+    """The end of a search.
+
+    Attributes:
+      fits: the largest batch whose step is known to fit; 0 where not even the smallest does.
+      step: of `fits` rows, or of the smallest batch: one row, or one a micro-batch.
+      too_large: the smallest batch above it that is known not to fit; None where none is.
+    """
+
+    fits: int
+    step: StepMemory
+    too_large: int | None
+
+
+def plan(config: TrainConfig) -> MemoryPlan:
+    """The memory of a run on this machine's backend, at BATCH_SIZE and at the full TASK_FEATURE_LENGTHS.
+
+    Raises:
+      ValueError: a setting is impossible by itself.
+    """
+    check_prompt_length(config.prompt_init, config.prompt_length, config.train_dataset)
+    batch = _batch(config, config.train_dataset.batch_size)
+    (batch_size, input_length), target_length = batch.inputs.shape, batch.targets.shape[1]
+    prompt_length = 0 if config.prompt_init is None else config.prompt_length
+    parts = config.num_microbatches
+    if parts is not None and (parts < 1 or batch_size % parts):
+        raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
+    rows = micro_batch(batch.inputs.shape, prompt_length, parts)
+    state, frozen = start_shapes(config)
+    activations, copies = _kept(config, state, frozen, _batch(config, rows))
+    return MemoryPlan(
+        batch_size=batch_size,
+        input_length=input_length,
+        target_length=target_length,
+        prompt_length=prompt_length,
+        rows=rows,
+        frozen=_part(frozen),
+        trainable=_part(state.trainable),
+        optimizer=_part(state.opt_state),
+        activations=activations,
+        copies=copies,
+        logits=rows * target_length * config.model.config.vocab_size * 4,
+        step=step_memory(config, batch_size),
+    )
+
+
+def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """`(state, frozen)` as a run starts with them, every array as its shape and dtype.
+
+    The base is not opened: where BASE_DTYPE leaves the dtype to its file, it is taken to be float32, the widest.
+
+    Raises:
+      ValueError: a pattern of what is trained matches nothing, or something of an int8 base.
+    """
+    dtype = base_dtype(config)
+    shapes = expected_shapes(config.model.config)
+
+    def start() -> tuple[TrainState, dict[str, jax.Array]]:
+        params = {}
+        for name, shape in shapes.items():
+            if dtype == "int8":
+                params |= quantized(name, jnp.zeros(shape))
+            else:
+                params[name] = jnp.zeros(shape, dtype)
+        if config.prompt_init is not None:
+            params[PROMPT] = jnp.zeros((config.prompt_length, config.model.config.emb_dim))
+        trainable, frozen = split_trainable(params, config.trainable)
+        check_trainable(trainable, params)
+        trainable = {name: value.astype(jnp.float32) for name, value in trainable.items()}
+        key = jax.random.key_data(jax.random.key(0))
+        return TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key), frozen
+
+    return jax.eval_shape(start)
+
+
+def base_dtype(config: TrainConfig) -> str:
+    """The dtype that the base is planned in.
+
+    Raises:
+      ValueError: BASE_DTYPE is none.
+    """
+    asked = config.base_dtype
+    if asked not in ("auto", None, "float32", "bfloat16", "int8"):
+        raise ValueError(
+            f"BASE_DTYPE is {asked!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
+        )
+    return asked if asked in ("bfloat16", "int8") and config.initial_checkpoint_path else "float32"
+
+
+def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
+    """Bytes of a step on `batch_size` rows of full length."""
+    cfg = config.model.config
+    deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
+    if sum(deep) <= COMPILED_WHOLE or not _uniform(config):
+        return _compile(config, batch_size)
+    corner, encoder, decoder = (_compile(_with_layers(config, *layers), batch_size) for layers in SHALLOW)
+    arguments, temporaries, outputs, aliased = (
+        _at_depth(deep, *bytes_of) for bytes_of in zip(corner[:4], encoder[:4], decoder[:4], strict=True)
+    )
+    return StepMemory(arguments, temporaries, outputs, aliased, compiled=False)
+
+
+def largest_batch(config: TrainConfig, usable: int | float, known: MemoryPlan) -> LargestBatch:
+    """The largest batch whose step takes at most `usable` bytes, each one tried by a program of its own.
+
+    The peak is nearly affine in the batch, so that two points tell where to try next; it is not quite, so that a batch
+    counts only where its own program fits.
+    """
+    standing = known.frozen.bytes + known.trainable.bytes + known.optimizer.bytes
+    # A batch of no rows is what stands in memory anyway.
+    steps = {0: StepMemory(standing, 0, 0, 0, compiled=False), known.batch_size: known.step}
+
+    def bracket() -> tuple[int, int | None]:
+        fits = max((size for size, step in steps.items() if step.peak <= usable), default=0)
+        return fits, min((size for size, step in steps.items() if size > fits and step.peak > usable), default=None)
+
+    unit = config.num_microbatches or 1  # which divides every batch
+    for _ in range(TRIES if standing <= usable else 0):
+        fits, too_large = bracket()
+        if fits >= LARGEST_BATCH or (too_large and too_large - fits <= max(unit, fits // 32)):
+            break
+        size = _next_size(steps, usable, fits, too_large, unit)
+        steps[size] = step_memory(config, size)
+    if not bracket()[0] and unit not in steps:
+        steps[unit] = step_memory(config, unit)
+    fits, too_large = bracket()
+    return LargestBatch(fits, steps[fits or unit], too_large)
+
+
+def _next_size(steps: dict[int, StepMemory], usable: int | float, fits: int, too_large: int | None, unit: int) -> int:
+    """Where the line through two known sizes reaches `usable`: a multiple of `unit`, inside what is not known."""
+    other = too_large or max(size for size in steps if size < fits)
+    slope = (steps[other].peak - steps[fits].peak) / (other - fits)
+    guess = fits + (usable - steps[fits].peak) / slope if slope > 0 else math.inf
+    ceiling = too_large - unit if too_large else max(fits + unit, min(LARGEST_BATCH, 16 * fits))
+    return int(min(max(guess, fits + unit), ceiling)) // unit * unit
+
+
+def _batch(config: TrainConfig, batch_size: int) -> Batch:
+    """Of the full TASK_FEATURE_LENGTHS, as its shapes.
+
+    Raises:
+      ValueError: there is no such batch.
+    """
+    lengths = config.train_dataset._checked_lengths()
+    inputs, targets = (jax.ShapeDtypeStruct((batch_size, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
+    return Batch(inputs, targets, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+
+
+def _model(config: TrainConfig) -> Transformer:
+    """With a prompt of the run's length, as `Run` makes it."""
+    if config.prompt_init is None:
+        return config.model
+    return config.model.clone(
+        prompt_factory=functools.partial(config.model.prompt_factory, length=config.prompt_length)
+    )
+
+
+def _compile(config: TrainConfig, batch_size: int) -> StepMemory:
+    state, frozen = start_shapes(config)
+    step = make_train_step(_model(config), config.optimizer, config.z_loss, config.num_microbatches)
+    found = step.lower(state, frozen, _batch(config, batch_size)).compile().memory_analysis()
+    return StepMemory(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        True,
+    )
+
+
+def _with_layers(config: TrainConfig, encoder: int, decoder: int) -> TrainConfig:
+    size = dataclasses.replace(config.model.config, num_encoder_layers=encoder, num_decoder_layers=decoder)
+    return dataclasses.replace(config, model=config.model.clone(config=size))
+
+
+def _at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
+    """What the models of `SHALLOW` have, continued to so many layers of the encoder and the decoder."""
+    (least_encoder, least_decoder), *_ = SHALLOW
+    more = (layers[0] - least_encoder) * (encoder - corner) + (layers[1] - least_decoder) * (decoder - corner)
+    return corner + more
+
+
+def _uniform(config: TrainConfig) -> bool:
+    """Whether all layers of a stack are trained, or all frozen, so that what is trained of shallow models continues."""
+    cfg = config.model.config
+    deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
+    if min(deep) < 2:
+        return False
+    try:
+        trained = [
+            _part(start_shapes(changed)[0].trainable).bytes
+            for changed in (*(_with_layers(config, *layers) for layers in SHALLOW), config)
+        ]
+    except ValueError:  # a pattern names a layer that the shallow ones do not have
+        return False
+    return _at_depth(deep, *trained[:3]) == trained[3]
+
+
+def _part(tree: Shapes) -> Part:
+    leaves = jax.tree.leaves(tree)
+    return Part(
+        sum(leaf.size for leaf in leaves),
+        sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        tuple(sorted({leaf.dtype.name for leaf in leaves})),
+    )
+
+
+def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) -> tuple[int, int]:
+    """Bytes that the forward pass keeps: those that the batch decides, and copies of parameters.
+
+    A parameter that is kept as it is takes nothing. Constants, which are kept as well, are never laid out.
+    """
+    model = _model(config)
+
+    def forward(trainable: Any, frozen: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> list[jax.Array]:
+        def loss(trainable: Any) -> jax.Array:
+            return batch_loss(model, merge(trainable, frozen), inputs, targets, key, config.z_loss).loss
+
+        return jax.tree.leaves(jax.vjp(loss, trainable)[1])
+
+    program = jax.make_jaxpr(forward)(state.trainable, frozen, batch.inputs, batch.targets, jax.random.key(0)).jaxpr
+    parameters = len(jax.tree.leaves((state.trainable, frozen)))
+    of_parameters, of_batch = set(program.invars[:parameters]), set(program.invars[parameters:])
+    for equation in program.eqns:
+        given = {variable for variable in equation.invars if isinstance(variable, Var)}
+        if given & of_batch:
+            of_batch.update(equation.outvars)
+        elif given & of_parameters:
+            of_parameters.update(equation.outvars)
+    kept = {variable for variable in program.outvars if isinstance(variable, Var)} - set(program.invars)
+    return _part([v.aval for v in kept & of_batch]).bytes, _part([v.aval for v in kept & of_parameters]).bytes
+
+
+def free_bytes() -> int | None:
+    """Free memory of the first device, or of this host where the device has none of its own; None if it is unknown."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,103 @@
+"""A memory plan as a table, and the largest batch that fits: what `train --memory-plan` prints."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.training.memory_plan import MemoryPlan, StepMemory, free_bytes, largest_batch, plan
+from prompt_tuning_jax.training.run import TrainConfig
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SPARE_MEMORY = 0.9  # of the device: its runtime, and the pieces between buffers, take the rest
+
+
+def read_size(text: str) -> int:
+    """Bytes of "80GB" or "79.6GiB".
+
+    Raises:
+      ValueError: it is no size, has no unit, or is nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B|[MGT]iB)", text)
+    size = round(float(found[1]) * UNITS[found[2]]) if found else 0
+    if not size:
+        raise ValueError(
+            f"--memory-plan={text}: no size of a memory; expected a number above 0 and its unit (MB, GB, MiB or GiB): "
+            "set --memory-plan=80GB, or --memory-plan for this machine's"
+        )
+    return size
+
+
+def size_text(size: int | float) -> str:
+    """ "12.3 GB" """
+    unit = next(unit for unit in ("TB", "GB", "MB", "kB", "B") if size >= UNITS[unit] or unit == "B")
+    return f"{size / UNITS[unit]:,.{0 if unit == 'B' else 2}f} {unit}"
+
+
+def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str], None] = print) -> None:
+    """Says what a run needs, and the largest batch that fits.
+
+    Args:
+      memory: of the device planned for, as "80GB"; True for what is free on this machine's.
+
+    Raises:
+      ValueError: a setting is impossible; or not even a batch of one row fits, said after the table.
+    """
+    device = jax.default_backend()
+    total = read_size(memory) if isinstance(memory, str) else free_bytes()
+    if total is None:
+        raise ValueError("the memory of this machine is unknown: set --memory-plan=80GB, the device's own")
+    found = plan(config)
+    for line in table(found, config, device):
+        say(line)
+    usable = SPARE_MEMORY * total
+    source = "as given" if isinstance(memory, str) else f"free on this {'host' if device == 'cpu' else device}"
+    say(_row("memory", total, f"{source}, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
+    if found.step.peak > usable:
+        say(f"BATCH_SIZE {found.batch_size} does not fit: {size_text(found.step.peak - usable)} are missing")
+    largest = largest_batch(config, usable, found)
+    if not largest.fits:
+        missing = size_text(largest.step.peak - usable)
+        raise ValueError(
+            f"a batch of {config.num_microbatches or 1} does not fit: its step takes {size_text(largest.step.peak)}, "
+            f"{missing} more than the {size_text(usable)} planned with. Set BASE_DTYPE to 'bfloat16', shorter "
+            "TASK_FEATURE_LENGTHS, or a smaller model"
+        )
+    end = f"{largest.too_large} does not" if largest.too_large else "no larger one was tried"
+    say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_how(largest.step, device)}; {end}"))
+
+
+def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
+    """The plan as lines of text: what, how many numbers, bytes, and where the figure is from."""
+    step = found.step
+    shape = f"batch {found.batch_size}, inputs {found.input_length}, targets {found.target_length}"
+    if found.prompt_length:
+        shape += f", prompt {found.prompt_length}"
+    stored = ", ".join(found.frozen.dtypes)
+    if config.initial_checkpoint_path and device != "cpu" and config.base_dtype in ("auto", None):
+        stored += " (at most: BASE_DTYPE leaves it to the file, which is not read)"
+    kept = f"{jnp.dtype(config.model.config.dtype).name}; of {found.rows} rows at once, kept for their backward pass"
+    lines = [shape, f"{'':26}{'numbers':>16}{'bytes':>14}"]
+    for name, part, note in (
+        ("frozen parameters", found.frozen, stored),
+        ("trainable parameters", found.trainable, ", ".join(found.trainable.dtypes)),
+        ("optimiser state", found.optimizer, ", ".join(found.optimizer.dtypes)),
+    ):
+        lines.append(_row(name, part.bytes, note, part.count))
+    return [
+        *lines,
+        _row("activations", found.activations, kept),
+        _row("  of them logits", found.logits, "float32"),
+        _row("copies of parameters", found.copies, "in another dtype or shape, kept likewise"),
+        _row("peak of a step", step.peak, f"{_how(step, device)}; {size_text(step.temporaries)} of it temporary"),
+        "The process itself, and evaluation at EVAL_BATCH_SIZE, come on top.",
+    ]
+
+
+def _how(step: StepMemory, device: str) -> str:
+    return f"compiled for {device}" if step.compiled else f"estimated from shallow models compiled for {device}"
+
+
+def _row(name: str, size: int | float, note: str, count: int | None = None) -> str:
+    return f"{name:26}{'' if count is None else f'{count:,}':>16}{size_text(size):>14}  {note}".rstrip()

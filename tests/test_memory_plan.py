@@ -1,0 +1,313 @@
+"""`train --memory-plan`: what a run would need, against what arrays, programs and processes really take."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
+
+from prompt_tuning_jax import train
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.prompts.initializers import random_uniform
+from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.t5.config import SIZES
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training import memory_plan
+from prompt_tuning_jax.training.memory_plan import largest_batch, plan, start_shapes, step_memory
+from prompt_tuning_jax.training.memory_table import read_size
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.run import TrainConfig
+from prompt_tuning_jax.training.step import PROMPT, batch_loss
+
+ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def caches(tiny, monkeypatch):
+    """Those of the tiny runs, not the user's."""
+    for name, value in tiny.environment.items():
+        monkeypatch.setenv(name, value)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tiny.folder / "compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    gin.clear_config()
+
+
+def run_of(config=CONFIG, batch_size=8, lengths=LENGTHS, prompt_length=PROMPT_LENGTH, **settings):
+    """A prompt-tuning run of a base that is nowhere; with a `prompt_length` of 0, of the whole model."""
+    dataset = DatasetConfig("demo_reviews", "train", batch_size, lengths)
+    prompt = {"prompt_init": random_uniform, "prompt_length": prompt_length, "trainable": ["encoder/prompt/.*"]}
+    factory = functools.partial(SoftPrompt, length=prompt_length) if prompt_length else None
+    settings = (prompt if prompt_length else {"trainable": [".*"]}) | settings
+    return TrainConfig(
+        model_dir="no/where",
+        model=Transformer(config, factory),
+        initial_checkpoint_path="no/where",
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        optimizer=adafactor(0.3),
+        train_steps=1,
+        eval_period=1,
+        **settings,
+    )
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_parameters_and_optimiser_are_those_of_the_arrays():
+    params = random_params(0)
+    found = plan(run_of(dataclasses.replace(CONFIG, dropout_rate=0.1)))
+    assert (found.frozen.bytes, found.frozen.count) == (nbytes(params), sum(value.size for value in params.values()))
+    prompt = {PROMPT: jnp.zeros((PROMPT_LENGTH, CONFIG.emb_dim))}
+    assert found.trainable.bytes == nbytes(prompt)
+    assert found.optimizer.bytes == nbytes(adafactor(0.3).init(prompt))
+    assert found.logits == found.rows * LENGTHS["targets"] * CONFIG.vocab_size * 4
+    # They are the step's arguments, beside the batch and the run's key and step. Adafactor's two placeholders for what
+    # it does not factor are none: they are not read.
+    batch = 8 * sum(LENGTHS.values()) * 4
+    state = found.frozen.bytes + found.trainable.bytes + found.optimizer.bytes - 2 * 4 + 8 + 4
+    assert found.step.arguments == state + batch
+
+
+def test_the_base_is_planned_in_its_dtype_and_what_is_trained_in_float32():
+    whole = nbytes(random_params(0))
+    state, frozen = start_shapes(run_of(base_dtype="bfloat16"))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in frozen.values()) == whole // 2
+    assert state.trainable[PROMPT].dtype == jnp.float32
+    state, frozen = start_shapes(run_of(base_dtype="bfloat16", prompt_length=0))
+    assert not frozen
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in state.trainable.values()) == whole
+
+
+def test_activations_are_what_the_forward_pass_leaves_behind():
+    """Its residuals as arrays: a parameter among them is that parameter, and what stands there twice counts once."""
+    run = run_of()
+    params = {name: jnp.asarray(value) for name, value in random_params(0).items()}
+    prompt = jax.random.normal(jax.random.key(0), (PROMPT_LENGTH, CONFIG.emb_dim))
+    key = jax.random.key(1)
+    inputs, targets = (jax.random.randint(key, (8, LENGTHS[name]), 0, 9) for name in ("inputs", "targets"))
+
+    @jax.jit
+    def residuals(prompt, params, inputs, targets):
+        def loss(prompt):
+            return batch_loss(run.model, unflatten_dict({**params, PROMPT: prompt}, sep="/"), inputs, targets).loss
+
+        return jax.tree.leaves(jax.vjp(loss, prompt)[1])
+
+    arrays = [*map(np.asarray, residuals(prompt, params, inputs, targets))]
+    given = {(value.shape, value.tobytes()) for value in map(np.asarray, params.values())}
+    # Numbers that are all the same are a constant, which is never laid out; a mask may be so by chance.
+    laid_out = [leaf for leaf in arrays if leaf.dtype == bool or leaf.min() != leaf.max()]
+    distinct = {(leaf.shape, leaf.tobytes()): leaf for leaf in laid_out}
+    found = plan(run)
+    assert found.rows == 8
+    assert found.activations + found.copies == nbytes([distinct[key] for key in distinct.keys() - given])
+    assert found.logits < found.activations
+
+
+def test_deep_models_are_continued_from_shallow_ones(monkeypatch):
+    deep = dataclasses.replace(CONFIG, num_encoder_layers=5, num_decoder_layers=4)
+    whole = step_memory(run_of(deep), 8)
+    monkeypatch.setattr(memory_plan, "COMPILED_WHOLE", 0)
+    continued = step_memory(run_of(deep), 8)
+    assert (whole.compiled, continued.compiled) == (True, False)
+    assert (continued.arguments, continued.aliased) == (whole.arguments, whole.aliased)
+    # Buffers are packed anew for each program: the temporaries of so small a model are a few dozen of them.
+    assert continued.temporaries == pytest.approx(whole.temporaries, rel=0.02)
+
+
+@pytest.mark.parametrize("pattern", ["encoder/layers_3/.*", "encoder/layers_[12]/.*"])
+def test_layers_that_are_not_trained_alike_are_compiled_as_they_are(monkeypatch, pattern):
+    monkeypatch.setattr(memory_plan, "COMPILED_WHOLE", 0)
+    deep = dataclasses.replace(CONFIG, num_encoder_layers=4, num_decoder_layers=2)
+    run = run_of(deep, prompt_length=0, trainable=[pattern])
+    found = step_memory(run, 2)
+    assert found.compiled
+    assert found.aliased > sum(leaf.size * 4 for leaf in start_shapes(run)[0].trainable.values())
+
+
+def test_no_parameter_of_xxl_is_made():
+    state, frozen = start_shapes(run_of(SIZES["xxl"], prompt_length=100))
+    assert sum(leaf.size for leaf in frozen.values()) == 11_135_332_352
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((state, frozen)))
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    run = run_of(num_microbatches=1)
+    known = plan(run)
+    usable = 1.5 * known.step.peak
+    found = largest_batch(run, usable, known)
+    assert found.fits >= 8 and found.too_large == found.fits + 1
+    assert found.step == step_memory(run, found.fits)
+    assert found.step.peak <= usable < step_memory(run, found.too_large).peak
+
+
+def test_micro_batches_divide_the_batches_that_are_tried():
+    run = run_of(num_microbatches=4)
+    known = plan(run)
+    assert known.rows == 2
+    assert known.step.peak < step_memory(run_of(num_microbatches=1), 8).peak
+    found = largest_batch(run, 1.2 * known.step.peak, known)
+    assert found.fits >= 8
+    assert found.too_large and found.fits % 4 == found.too_large % 4 == 0
+    with pytest.raises(ValueError, match="NUM_MICROBATCHES is 3, expected a divisor of BATCH_SIZE, 8"):
+        plan(run_of(num_microbatches=3))
+
+
+@pytest.mark.parametrize("text, size", [("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("300 MB", 3e8), ("1TB", 1e12)])
+def test_sizes(text, size):
+    assert read_size(text) == round(size)
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch, capsys):
+    """Runs the command line; returns its exit code, and what it printed to stdout and to stderr."""
+
+    def run(*flags, **macros):
+        folder = tmp_path / "run"
+        arguments = tiny.arguments(**{"MODEL_DIR": str(folder), "INITIAL_CHECKPOINT_PATH": "no/where"} | macros)
+        gin.clear_config()
+        monkeypatch.setattr(sys, "argv", ["train", *arguments, *flags])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            code = stop.code
+        assert not folder.exists()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_the_plan_and_leaves_nothing(command, monkeypatch):
+    monkeypatch.setattr(memory_plan, "LARGEST_BATCH", 12)
+    code, out, err = command("--memory-plan=40MB")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"batch 8, inputs {LENGTHS['inputs']}, targets {LENGTHS['targets']}, prompt {PROMPT_LENGTH}"
+    table = {line[:26].strip(): line[26:].split() for line in lines[2:]}
+    assert table["trainable parameters"][:3] == [str(PROMPT_LENGTH * CONFIG.emb_dim), "320", "B"]
+    assert table["memory"][:2] == ["40.00", "MB"]
+    assert table["peak of a step"][1:5] == ["kB", "compiled", "for", "cpu;"]
+    assert table["largest batch: 12"][1:5] == ["MB", "compiled", "for", "cpu;"]
+
+
+def test_without_a_value_it_is_this_machines_memory(command, monkeypatch):
+    monkeypatch.setattr(memory_plan, "LARGEST_BATCH", 16)
+    code, out, _ = command("--memory-plan")
+    assert code == 0
+    assert "free on this host" in out
+    assert out.splitlines()[-1].startswith("largest batch: 16 ")
+
+
+def test_a_batch_that_does_not_fit_is_told_from_a_run_that_does_not(command, monkeypatch):
+    monkeypatch.setattr(memory_plan, "TRIES", 1)
+    code, out, err = command("--memory-plan=1MB", BATCH_SIZE=27)
+    assert (code, err) == (0, "")
+    assert re.search(r"(?m)^BATCH_SIZE 27 does not fit: [\d.]+ MB are missing$", out)
+    code, out, err = command("--memory-plan=10kB")
+    assert code == 2
+    assert out.startswith("batch 8")
+    assert re.fullmatch(r"error: a batch of 1 does not fit: its step takes .+, .+ more than the 9.00 kB .+\n", err)
+
+
+@pytest.mark.parametrize("flag", ["80", "0GB", "0.0GB", "GB", "-1GB", "80 gigabytes", "1e3GB"])
+def test_a_memory_that_is_none_is_refused(command, flag):
+    code, out, err = command(f"--memory-plan={flag}")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --memory-plan={flag}: no size of a memory; expected a number above 0 and its unit")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "macros, message",
+    [
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE is 0"),
+        ({"PROMPT_LENGTH": 0}, "PROMPT_LENGTH is 0"),
+        ({"BASE_DTYPE": "float8"}, "BASE_DTYPE is 'float8'"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 32}}, "no length for targets"),
+    ],
+)
+def test_settings_are_checked_as_a_run_checks_them(command, macros, message):
+    code, out, err = command("--memory-plan=1GB", **macros)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+# Runs steps of nano and prints what they added to the memory in use, beside what the plan says that they add.
+MEASURE = """
+import ctypes, dataclasses, gc, json, re
+from pathlib import Path
+import jax, jax.numpy as jnp
+from test_memory_plan import run_of
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import random_base
+from prompt_tuning_jax.t5.config import SIZES
+from prompt_tuning_jax.training.memory_plan import plan
+from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, split_trainable
+
+size = dataclasses.replace(SIZES["nano"], dropout_rate=0.1)
+config = run_of(size, 64, {"inputs": 256, "targets": 32}, 20, num_microbatches=1)
+step = plan(config).step
+params = random_base(config.model.config, 0).params | {PROMPT: jnp.ones((20, 128))}
+trainable, frozen = split_trainable(params, config.trainable)
+del params
+key = jax.random.key_data(jax.random.key(0))
+state = TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key)
+batch = Batch(jnp.ones((64, 256), jnp.int32), jnp.ones((64, 32), jnp.int32), jnp.zeros(64, jnp.int32))
+train_step = make_train_step(config.model, config.optimizer, config.z_loss, 1).lower(state, frozen, batch).compile()
+jax.block_until_ready((state, frozen, batch))
+device = jax.local_devices()[0]
+
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+if device.platform == "cpu":
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status("VmRSS")
+else:
+    before = device.memory_stats()["bytes_in_use"]
+for _ in range(2):
+    state, metrics = train_step(state, frozen, batch)
+jax.block_until_ready(metrics)
+after = status("VmHWM") if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+print(json.dumps({"measured": after - before, "planned": step.peak - step.arguments, "compiled": step.compiled}))
+"""
+
+
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_a_step_takes_what_is_planned(platform, tiny):
+    """Within a tenth: the process also allocates scratch for its products and threads, which no program knows of."""
+    if platform == "accelerator" and not any(map(importlib.util.find_spec, ACCELERATORS)):
+        pytest.skip("no accelerator")
+    environment = os.environ | tiny.environment
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], os.path.dirname(__file__)])
+    if platform == "accelerator":
+        del environment["JAX_PLATFORMS"], environment["XLA_FLAGS"]
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["compiled"]
+    assert found["measured"] == pytest.approx(found["planned"], rel=0.1), found
+    assert found["planned"] > 10**8, "large enough to be told from what else a process does"
