@@ -7,11 +7,10 @@ import shutil
 import sys
 
 import gin
-import jax
 import numpy as np
 import pytest
 import seqio
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
 
 from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.build import build_split
@@ -33,13 +32,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def caches(tiny, monkeypatch):
     """Those of the tiny runs, not the user's."""
-    for name, value in tiny.environment.items():
-        monkeypatch.setenv(name, value)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tiny.folder / "compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    gin.clear_config()
+    with own_caches(tiny, monkeypatch):
+        yield
 
 
 @pytest.fixture

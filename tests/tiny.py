@@ -1,14 +1,17 @@
 """A base so small that a run of it takes seconds: what the tests of the command line train on."""
 
+import contextlib
 import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import gin
+import jax
 import numpy as np
 import pytest
 import sentencepiece
@@ -124,6 +127,18 @@ def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
         except OSError:  # another worker was faster
             shutil.rmtree(partial)
     return Tiny(folder)
+
+
+@contextlib.contextmanager
+def own_caches(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For command lines that run in this process: the caches of the tiny runs, not the user's, and no settings left."""
+    for name, value in tiny.environment.items():
+        monkeypatch.setenv(name, value)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tiny.folder / "compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    gin.clear_config()
 
 
 def train_vocabulary(pieces: int = 300) -> bytes:

@@ -56,7 +56,7 @@ class DatasetConfig:
         Raises:
           ValueError: the task, split or data is not there or not sound.
         """
-        lengths = self._checked_lengths()
+        lengths = self.checked_lengths()
         options = {
             "seed": seed,
             "buckets": self.buckets,
@@ -85,14 +85,14 @@ class DatasetConfig:
         Raises:
           ValueError: as `batches`.
         """
-        lengths = self._checked_lengths()
+        lengths = self.checked_lengths()
         options = {"buckets": self.buckets, "process_index": process_index, "process_count": process_count}
         return {
             name: Batches(part.examples, self.batch_size, lengths, shuffle=False, **options)
             for name, part in self._load(vocabulary, to_train=False).items()
         }
 
-    def _checked_lengths(self) -> dict[str, int]:
+    def checked_lengths(self) -> dict[str, int]:
         if self.batch_size < 1:
             raise ValueError(f"BATCH_SIZE is {self.batch_size}, expected at least 1")
         missing = [name for name in ("inputs", "targets") if self.task_feature_lengths.get(name, 0) < 1]
@@ -102,11 +102,11 @@ class DatasetConfig:
 
     def _request(self, vocabulary: Vocabulary) -> TaskRequest:
         modules = (self.module,) if self.module else ()
-        lengths = self._checked_lengths()
+        lengths = self.checked_lengths()
         return TaskRequest(self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules, self.files)
 
     def _load(self, vocabulary: Vocabulary, to_train: bool) -> dict[str, Part]:
-        lengths = self._checked_lengths()
+        lengths = self.checked_lengths()
         parts = load_tasks(self._request(vocabulary), self.split, self.cache_dir, to_train=to_train)
         for task, (_, examples) in parts.items():
             cut = {name: count for name, count in examples.cut(lengths).items() if count}

@@ -105,6 +105,14 @@ def open_model(path: str) -> StoredModel:
     )
 
 
+def check_base_dtype(dtype: Any) -> None:
+    """Raises ValueError where a base cannot be held in `dtype`."""
+    if dtype not in ("auto", None, "float32", "bfloat16", "int8", jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
+        )
+
+
 def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
     """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
 
@@ -115,10 +123,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
     Raises:
       ValueError: no base is there, it is not whole, or its size is another.
     """
-    if dtype not in ("auto", None, "float32", "bfloat16", "int8", jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
-        )
+    check_base_dtype(dtype)
     model = open_model(path)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     if model.config is not None:

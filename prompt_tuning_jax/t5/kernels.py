@@ -97,7 +97,7 @@ def _attend(query, key, value, bias, mask):
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Divided after the product, which has so many fewer numbers to divide.
     scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)

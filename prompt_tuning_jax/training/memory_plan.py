@@ -6,7 +6,6 @@ about the same bytes, so the same model's programs with two and three layers a s
 """
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from prompt_tuning_jax.batches.loader import Batch
-from prompt_tuning_jax.checkpoints.base import expected_shapes
-from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.checkpoints.base import check_base_dtype, expected_shapes
 from prompt_tuning_jax.t5.quantized import check_trainable, quantized
 from prompt_tuning_jax.training.run import TrainConfig
-from prompt_tuning_jax.training.start import check_prompt_length
 from prompt_tuning_jax.training.step import (
     PROMPT,
     TrainState,
@@ -125,14 +122,11 @@ def plan(config: TrainConfig) -> MemoryPlan:
     Raises:
       ValueError: a setting is impossible by itself.
     """
-    check_prompt_length(config.prompt_init, config.prompt_length, config.train_dataset)
+    config.check()
     batch = _batch(config, config.train_dataset.batch_size)
     (batch_size, input_length), target_length = batch.inputs.shape, batch.targets.shape[1]
     prompt_length = 0 if config.prompt_init is None else config.prompt_length
-    parts = config.num_microbatches
-    if parts is not None and (parts < 1 or batch_size % parts):
-        raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
-    rows = micro_batch(batch.inputs.shape, prompt_length, parts)
+    rows = micro_batch(batch.inputs.shape, prompt_length, config.num_microbatches)
     state, frozen = start_shapes(config)
     activations, copies = _kept(config, state, frozen, _batch(config, rows))
     return MemoryPlan(
@@ -187,10 +181,7 @@ def base_dtype(config: TrainConfig) -> str:
       ValueError: BASE_DTYPE is none.
     """
     asked = config.base_dtype
-    if asked not in ("auto", None, "float32", "bfloat16", "int8"):
-        raise ValueError(
-            f"BASE_DTYPE is {asked!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
-        )
+    check_base_dtype(asked)
     return asked if asked in ("bfloat16", "int8") and config.initial_checkpoint_path else "float32"
 
 
@@ -249,23 +240,14 @@ def _batch(config: TrainConfig, batch_size: int) -> Batch:
     Raises:
       ValueError: there is no such batch.
     """
-    lengths = config.train_dataset._checked_lengths()
+    lengths = config.train_dataset.checked_lengths()
     inputs, targets = (jax.ShapeDtypeStruct((batch_size, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
     return Batch(inputs, targets, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
 
 
-def _model(config: TrainConfig) -> Transformer:
-    """With a prompt of the run's length, as `Run` makes it."""
-    if config.prompt_init is None:
-        return config.model
-    return config.model.clone(
-        prompt_factory=functools.partial(config.model.prompt_factory, length=config.prompt_length)
-    )
-
-
 def _compile(config: TrainConfig, batch_size: int) -> StepMemory:
     state, frozen = start_shapes(config)
-    step = make_train_step(_model(config), config.optimizer, config.z_loss, config.num_microbatches)
+    step = make_train_step(config.prompted_model, config.optimizer, config.z_loss, config.num_microbatches)
     found = step.lower(state, frozen, _batch(config, batch_size)).compile().memory_analysis()
     return StepMemory(
         found.argument_size_in_bytes,
@@ -318,7 +300,7 @@ def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) 
 
     A parameter that is kept as it is takes nothing. Constants, which are kept as well, are never laid out.
     """
-    model = _model(config)
+    model = config.prompted_model
 
     def forward(trainable: Any, frozen: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> list[jax.Array]:
         def loss(trainable: Any) -> jax.Array:

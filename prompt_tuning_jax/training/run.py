@@ -98,6 +98,11 @@ class TrainConfig:
           ValueError: a setting is impossible by itself, or the folder cannot be written or holds another run.
         """
         folder = RunFolder(self.model_dir, self.config, allow_other_config=self.allow_other_config)
+        self.check()
+        return folder
+
+    def check(self) -> None:
+        """Raises ValueError where a setting is impossible by itself."""
         if min(self.train_steps, self.eval_period) < 1:
             raise ValueError(
                 f"TRAIN_STEPS is {self.train_steps} and EVAL_PERIOD {self.eval_period}, expected at least 1"
@@ -108,7 +113,14 @@ class TrainConfig:
         if parts is not None and (parts < 1 or batch_size % parts):
             raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
         check_prompt_length(self.prompt_init, self.prompt_length, self.train_dataset)
-        return folder
+
+    @property
+    def prompted_model(self) -> Transformer:
+        """The model, where it has a prompt with one of `prompt_length`."""
+        if self.prompt_init is None:
+            return self.model
+        factory = functools.partial(self.model.prompt_factory, length=self.prompt_length)
+        return self.model.clone(prompt_factory=factory)
 
 
 class Run:
@@ -134,12 +146,10 @@ class Run:
         self.config, self.words, self._folder = config, words, folder
         self._base = base._replace(params={})  # what is trained of it is held once, by the state
         self._clock = time.time()
-        self.model, params = config.model, base.params
+        self.model, params = config.prompted_model, base.params
         if config.prompt_init is not None:
             prompt = start_prompt(config.prompt_init, config.prompt_length, params, words, config.random_seed)
             params = params | {PROMPT: prompt}
-            factory = functools.partial(config.model.prompt_factory, length=config.prompt_length)
-            self.model = config.model.clone(prompt_factory=factory)
         self._start = params.get(PROMPT)
         trained, self.frozen = split_trainable(params, config.trainable)
         check_trainable(trained, params)

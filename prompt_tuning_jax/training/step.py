@@ -26,7 +26,7 @@ PROMPT = "encoder/prompt/prompt"  # the path of the soft prompt
 
 # By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.
 CPU_COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-CPU_POSITIONS = 1024  # of the encoder, in a micro-batch on a CPU: products are at their full rate, activations in reach
+CPU_POSITIONS = 1024  # of the encoder, in a micro-batch on a CPU: of 456 to 7,296 tried on T5 1.1 small none is faster
 
 
 class TrainState(NamedTuple):
