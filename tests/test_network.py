@@ -433,3 +433,26 @@ def test_remat_keeps_less(tiny_config):
 def test_options_are_checked(tiny_config):
     with pytest.raises(ValueError, match="remat_policy is 'all', expected one of none, minimal, full"):
         dataclasses.replace(tiny_config, remat_policy="all")
+
+
+@pytest.mark.parametrize(
+    "width, segments, fused", [(10, False, True), (9, False, False), (10, True, False)], ids=["even", "odd", "packed"]
+)
+def test_fused_attention_has_the_encoder_where_lengths_say_what_is_seen(
+    width, segments, fused, tiny_config, monkeypatch
+):
+    calls, original = [], jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: calls.append(k) or original(*a, **k))
+    rng = np.random.default_rng(0)
+    inputs, targets = random_tokens(rng, [width, 4, 0], width, 128), random_tokens(rng, [3, 2, 1], 3, 128)
+    packed = [jnp.ones_like(inputs)] if segments else []
+    logits = []
+    for attention in ("products", "xla"):
+        model = Transformer(dataclasses.replace(tiny_config, attention=attention))
+        params = model.init(jax.random.key(0), inputs, targets, targets, enable_dropout=False)
+        calls.clear()
+        logits.append(model.apply(params, inputs, targets, targets, *packed, enable_dropout=False))
+    assert len(calls) == (tiny_config.num_encoder_layers if fused else 0)
+    # A row of padding alone attends to nothing, which neither way of attending defines.
+    np.testing.assert_allclose(logits[1][:2], logits[0][:2], rtol=0, atol=1e-5)
+    assert np.isfinite(logits[1]).all()

@@ -77,13 +77,12 @@ def decode_rows(record: Mapping[str, Any]) -> Iterator[Row]:
 def startup_rows(record: Mapping[str, Any]) -> Iterator[Row]:
     """Of `startup`."""
     for name, what in (("first_step", "first training step"), ("first_answer", "first answer of `infer`")):
-        for state, seconds in record[name].items():
-            yield Row(f"{what}, {state}, s", f"{seconds:.2f}")
-    slowest = max(record["help"], key=record["help"].get)
-    yield Row(f"`--help`, the slowest ({slowest}), s", f"{record['help'][slowest]:.2f}")
-    peer = record.get(record["peer"])
-    imports = [f"{peer:.2f}", f"{record['import'] / peer:.2f}"] if peer else []
-    yield Row("imports, s", f"{record['import']:.2f}", *imports)
+        for state, found in record[name].items():
+            yield Row(f"{what}, {state}, s", f"{found['seconds']:.2f}")
+    slowest = max(record["help"], key=lambda name: record["help"][name]["seconds"])
+    yield Row(f"`--help`, the slowest ({slowest}), s", f"{record['help'][slowest]['seconds']:.2f}")
+    ours, peer = record["import"]["seconds"], record["peft"]["seconds"] if record["peer"] else None
+    yield Row("imports, s", f"{ours:.2f}", *([f"{peer:.2f}", f"{ours / peer:.2f}"] if peer else []))
 
 
 def input_rows(record: Mapping[str, Any]) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from experiments.benchmarks.contenders import age, answer, deviation, peak_bytes
 Rows = list[tuple[np.ndarray, np.ndarray]]  # inputs [B, T] and targets [B, U] of each batch; 0 is padding
 
 RATES = {"prompt": 0.3, "model": 1e-3}  # learning rates
-MADE_IN_PLACE = ("xl", "xxl")  # sizes whose random weights do not go through a file
+MADE_IN_PLACE = ("large", "xl", "xxl")  # sizes whose random weights do not go through a file
 
 
 class Asked(NamedTuple):
@@ -28,7 +28,8 @@ class Asked(NamedTuple):
         `<contender>.npz`: inputs0, targets0, inputs1, ...
       mode: "prompt" or "model", which is what is trained.
       prompt_length: P; 0 where the model is trained.
-      dtype: "float32" or "bfloat16"; for PEFT also "autocast".
+      dtype: "float32" or "bfloat16"; for PEFT also "autocast", for this project "int8", whose activations are bfloat16.
+      attention, remat_policy: of this project, see `T5Config`.
       device: "cpu", or "default".
     """
 
@@ -40,6 +41,8 @@ class Asked(NamedTuple):
     dtype: str
     device: str
     threads: int
+    attention: str = "products"
+    remat_policy: str = "none"
 
     def path(self, name: str) -> Path:
         return Path(self.folder, name)
@@ -61,7 +64,12 @@ class Ours:
 
         self.import_seconds = age()
         self._jax, self._batches = jax, [Batch(*pair, np.arange(len(pair[0]), dtype=np.int32)) for pair in rows]
-        config, length = dataclasses.replace(SIZES[asked.size], dtype=asked.dtype), asked.prompt_length
+        changed = {
+            "dtype": "bfloat16" if asked.dtype == "int8" else asked.dtype,
+            "attention": asked.attention,
+            "remat_policy": asked.remat_policy,
+        }
+        config, length = dataclasses.replace(SIZES[asked.size], **changed), asked.prompt_length
         params = self._base(asked)
         if length:
             params[PROMPT] = jnp.asarray(random_prompt(0, length, asked.size))
@@ -82,18 +90,22 @@ class Ours:
 
         from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
         from prompt_tuning_jax.t5.config import SIZES
+        from prompt_tuning_jax.t5.quantized import quantized
 
         config = SIZES[asked.size]
         dtype = asked.dtype if asked.mode == "prompt" else "float32"  # what is trained is float32
         if asked.size not in MADE_IN_PLACE:
             return load_base(str(asked.path("base")), config, dtype).params
-        draw = jax.jit(lambda key, shape, scale: jax.random.normal(key, shape, dtype) * scale, static_argnums=(1, 2))
-        shapes = expected_shapes(config)
-        keys = jax.random.split(jax.random.key(0), len(shapes))
-        return {
-            path: draw(key, shape, deviation(path, shape, config.head_dim))
-            for key, (path, shape) in zip(keys, shapes.items(), strict=True)
-        }
+
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+            return jax.random.normal(key, shape, "bfloat16" if dtype == "int8" else dtype) * scale
+
+        shapes, params = expected_shapes(config), {}
+        for key, (path, shape) in zip(jax.random.split(jax.random.key(0), len(shapes)), shapes.items(), strict=True):
+            array = draw(key, shape, deviation(path, shape, config.head_dim))
+            params |= quantized(path, array) if dtype == "int8" else {path: array}
+        return params
 
     def step(self, number: int) -> float:
         """One update; the loss, in nats a target token."""

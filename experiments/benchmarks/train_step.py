@@ -1,6 +1,6 @@
 """A training step: how fast, how much memory, how soon, beside PEFT on the same weights and rows.
 
-    python -m experiments.benchmarks.train_step [--size=small] [--mode=prompt|model] [--dtype=float32|bfloat16]
+    python -m experiments.benchmarks.train_step [--size=small] [--mode=prompt|model] [--dtype=float32|bfloat16|int8]
         [--peer=peft] [--peer-dtype=float32|bfloat16|autocast] [--lengths=fixed|sst2|rte --data_dir=path/to/glue]
 
 A process for each contender makes steps on the same random weights by turns, the other idle; on an accelerator one
@@ -11,7 +11,7 @@ one length, the peer has the same rows in a random order, each batch padded to i
 
 The last line printed is one JSON object: everything asked for, and
 
-  contenders: of each
+  contenders: of each, or null for one that does not fit into memory
     import_seconds, start_to_first_step_seconds: from the start of the process to the end of its imports, and of its
       first step, with nothing compiled before; first_step_seconds: that step alone, compilation included
     step_seconds: median, min and max; examples_per_second: from the median, with `--lengths` from the sum
@@ -114,6 +114,8 @@ def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
         dtype=arguments.dtype if name == "ours" else arguments.peer_dtype,
         device=arguments.device,
         threads=arguments.threads,
+        attention=arguments.attention,
+        remat_policy=arguments.remat_policy,
     )
     module = "experiments.benchmarks.step_contenders"
     return Contender(module, [json.dumps(asked._asdict())], arguments.threads, arguments.device)
@@ -127,7 +129,9 @@ def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argp
         running[name] = start(name, folder, arguments)
         found[name] = running[name].ask("start")  # the next starts when this one is done: they would share the cores
         if found[name] is None:
-            raise SystemExit(f"error: {name} does not fit into memory: set --batch or --size")
+            print(f"{name} does not fit into memory: set --batch or --size, or --peer-batch", flush=True)
+            running.pop(name).end()
+            continue
         print(json.dumps({"contender": name} | found[name]), flush=True)
         if found[name]["platform"] == "cpu" and name != [*rows][-1]:
             continue
@@ -207,15 +211,16 @@ def largest_batch(name: str, folder: Path, arguments: argparse.Namespace) -> int
 def compare(folder: Path, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Both on their rows, and one over the other."""
     if arguments.lengths == "fixed":
-        fixed = fixed_rows(arguments.batch, arguments.input_length, arguments.target_length)
-        rows = dict.fromkeys(names, fixed)
+        batches = {name: arguments.batch if name == "ours" else arguments.peer_batch for name in names}
+        shape = arguments.input_length, arguments.target_length
+        rows = {name: fixed_rows(batch, *shape) for name, batch in batches.items()}
     else:
         rows = dict(zip(names, task_rows(arguments, arguments.rounds), strict=False))
     for name in names:
         write_rows(folder / f"{name}.npz", rows[name])
     found = measure(folder, rows, arguments.rounds, arguments)
     record: dict[str, Any] = {"contenders": found}
-    if arguments.peer:
+    if arguments.peer and all(found.values()):
         ours, peer = found["ours"], found[arguments.peer]
         if (ours["platform"] == "cpu") != (peer["platform"] == "cpu"):
             print(f"no ratio: this project ran on {ours['device']}, and torch on {peer['device']}")
@@ -226,7 +231,7 @@ def compare(folder: Path, names: Sequence[str], arguments: argparse.Namespace) -
 
 
 def parse() -> argparse.Namespace:
-    from prompt_tuning_jax.t5.config import SIZES
+    from prompt_tuning_jax.t5.config import ATTENTIONS, REMAT_POLICIES, SIZES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -235,9 +240,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input-length", type=int, default=128)
     parser.add_argument("--target-length", type=int, default=8)
     parser.add_argument("--prompt-length", type=int, default=100)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="products", help="of this project")
+    parser.add_argument("--remat-policy", choices=REMAT_POLICIES, default="none", help="of this project")
     parser.add_argument("--peer", choices=["peft"], help="needs the extra [hf]")
     parser.add_argument("--peer-dtype", choices=["float32", "bfloat16", "autocast"], help="--dtype where not given")
+    parser.add_argument("--peer-batch", type=int, help="--batch where not given: for a peer that needs more memory")
     parser.add_argument("--lengths", choices=ROUNDS, default="fixed", help="of the rows: --input-length, or a task's")
     parser.add_argument("--data_dir", help="GLUE's folder, for --lengths")
     parser.add_argument("--vocabulary", help="for --lengths; the embedded base's where not given")
@@ -250,8 +258,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--lengths={arguments.lengths} reads the task's rows: set --data_dir to GLUE's folder")
     if arguments.peer and not all(map(importlib.util.find_spec, ("torch", "peft"))):
         parser.error("--peer=peft needs torch, transformers and peft: pip install -e '.[hf]'")
+    arguments.peer_batch = arguments.peer_batch or arguments.batch
     arguments.rounds = arguments.rounds or ROUNDS[arguments.lengths]
-    arguments.peer_dtype = arguments.peer_dtype or arguments.dtype
+    arguments.peer_dtype = arguments.peer_dtype or ("bfloat16" if arguments.dtype == "int8" else arguments.dtype)
     return arguments
 
 

@@ -24,8 +24,9 @@ class T5Config:
         logits and loss are float32 whatever it is.
       remat_policy: what of a layer the forward pass keeps for the backward pass, by T5X's names: "none" keeps all that
         it reads, "minimal" the products with weights, "full" the layer's input alone; the rest is computed again.
-      attention: "products", written out in `kernels.attend`; "cudnn", that library's fused attention on a GPU, which
-        wants bfloat16; or "xla", the same function of JAX without the library.
+      attention: of the encoder's layers: "products", written out in `kernels.attend`; "cudnn", that library's fused
+        attention on a GPU, which wants bfloat16; or "xla", the same function of JAX without the library. Rows
+        with hidden keys before visible ones, and odd numbers of positions, take products whatever it is.
     """
 
     vocab_size: int

@@ -207,19 +207,26 @@ class Attention(nn.Module):
         *,
         bias: Float[Array, "1 H Q K"] | None = None,
         mask: Bool[Array, "#B 1 #Q K"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
         rows: Rows = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `x` to `key_value` where `mask` is true; `bias` is added to the logits."""
-        value = self.dropout(key_value.value, rows)
-        query, implementation = self._heads(self.query(x)), self.config.attention
-        if implementation == "products":
-            mixed = attend(query, key_value.key, value, bias, mask)
+        """Attends from `x` to `key_value` where `mask` is true; `bias` is added to the logits.
+
+        Args:
+          lengths: of each row the number of keys that `mask` shows, where these are the row's first.
+        """
+        key, value = key_value.key, self.dropout(key_value.value, rows)
+        query = self._heads(self.query(x))
+        # A fused kernel takes lengths and reads one bias for all rows; a mask would make it a bias for each. cuDNN's
+        # wants even numbers of positions.
+        if self.config.attention == "products" or lengths is None or key.shape[2] % 2 or query.shape[2] % 2:
+            mixed = attend(query, key, value, bias, mask).swapaxes(1, 2)
         else:
             fused: Any = jax.nn.dot_product_attention  # positions before heads
-            arrays = (array.swapaxes(1, 2) for array in (query, key_value.key, value))
-            bias = None if bias is None else bias.astype(query.dtype)
-            mixed = fused(*arrays, bias, mask, scale=1.0, implementation=implementation).swapaxes(1, 2)
-        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+            arrays = (array.swapaxes(1, 2) for array in (query, key, value))
+            options = {"scale": 1.0, "key_value_seq_lengths": lengths, "implementation": self.config.attention}
+            mixed = fused(*arrays, None if bias is None else bias.astype(query.dtype), **options)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
 
     @nn.compact
     def extend_cache(self, x: Float[Array, "B Q D"], index: Int[Array, ""]) -> KeyValue:

@@ -32,13 +32,15 @@ class EncoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, rows: Rows) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, lengths: Int[Array, " B"] | None, rows: Rows
+    ) -> Float[Array, "B S D"]:
         cfg = self.config
         dropout = functools.partial(Dropout(cfg.dropout_rate), rows=rows)
         attention = Attention(cfg, name="attention")
 
         y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
-        y = attention(y, attention.project(y), bias=bias, mask=mask, rows=rows)
+        y = attention(y, attention.project(y), bias=bias, mask=mask, lengths=lengths, rows=rows)
         x = x + dropout(y)
 
         y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
@@ -113,16 +115,19 @@ class Encoder(nn.Module):
         mask: Bool[Array, "B 1 #T T"],
         prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
         rows: Rows = None,
     ) -> Float[Array, "B S D"]:
         x = embedded
         if self.prompt_factory is not None:
             x = self.prompt(embedded, prompt)
-            mask = extend_over_prompt(mask, x.shape[1] - embedded.shape[1], prompt_mask)
+            prompt_length = x.shape[1] - embedded.shape[1]
+            mask = extend_over_prompt(mask, prompt_length, prompt_mask)
+            lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
         bias = self.relpos_bias(x.shape[1], x.shape[1])
         for layer in self.layers:
-            x = layer(x, bias, mask, rows)
+            x = layer(x, bias, mask, lengths, rows)
         return self.dropout(self.encoder_norm(x), rows)
 
 
@@ -220,7 +225,8 @@ class Transformer(nn.Module):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        return self.encoder(embedded, mask, prompt, prompt_mask, _rows(embedded, enable_dropout, row_numbers))
+        lengths = _lengths(encoder_input_tokens) if encoder_segment_ids is None else None
+        return self.encoder(embedded, mask, prompt, prompt_mask, lengths, _rows(embedded, enable_dropout, row_numbers))
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
@@ -324,6 +330,12 @@ def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> 
     if not enable_dropout:
         return None
     return jnp.arange(len(x)) if row_numbers is None else row_numbers
+
+
+def _lengths(tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """Up to the padding at the end; 1 where all is padding, since a softmax over nothing is no number."""
+    places = jnp.where(tokens > 0, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
+    return 1 + jnp.max(places, axis=1)
 
 
 def _same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:
