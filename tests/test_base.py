@@ -74,6 +74,12 @@ def test_a_base_is_held_as_asked_and_has_one_fingerprint(tmp_path, stored, asked
     assert found.fingerprint == base.load_base(str(tmp_path / "model"), CONFIG).fingerprint
 
 
+def test_auto_holds_a_base_that_is_only_read_in_bfloat16_on_an_accelerator(folder, monkeypatch):
+    monkeypatch.setattr(base, "auto_dtype", lambda **_: "bfloat16")
+    params = base.load_base(str(folder), CONFIG, "auto").params
+    assert {value.dtype for value in params.values()} == {jnp.bfloat16.dtype}
+
+
 @pytest.mark.parametrize("asked", ["float16", "int4", "bf16", "", 16])
 def test_another_dtype_is_refused(folder, asked):
     refused(lambda: base.load_base(str(folder), CONFIG, asked), "BASE_DTYPE", "'auto', 'float32', 'bfloat16'")

@@ -83,6 +83,24 @@ def test_parameters_and_optimiser_are_those_of_the_arrays():
     assert found.step.arguments == state + batch
 
 
+@pytest.mark.parametrize(
+    "backend, trainable, expected",
+    [
+        ("cpu", ["encoder/prompt/.*"], "float32"),
+        ("cpu", [".*"], "float32"),
+        ("gpu", ["encoder/prompt/.*"], "bfloat16"),
+        ("tpu", ["encoder/prompt/.*"], "bfloat16"),
+        ("gpu", [".*"], None),
+        ("gpu", ["encoder/prompt/.*", "encoder/layers_0/.*"], None),
+    ],
+)
+def test_auto_is_by_the_device_and_by_what_is_trained(monkeypatch, backend, trainable, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = run_of(trainable=trainable)
+    assert config.held_dtype == expected
+    assert dataclasses.replace(config, base_dtype="int8").held_dtype == "int8"
+
+
 def test_the_base_is_planned_in_its_dtype_and_what_is_trained_in_float32():
     whole = nbytes(random_params(0))
     state, frozen = start_shapes(run_of(base_dtype="bfloat16"))

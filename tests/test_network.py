@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import flax.linen as nn
 import jax
@@ -456,3 +457,25 @@ def test_fused_attention_has_the_encoder_where_lengths_say_what_is_seen(
     # A row of padding alone attends to nothing, which neither way of attending defines.
     np.testing.assert_allclose(logits[1][:2], logits[0][:2], rtol=0, atol=1e-5)
     assert np.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize(
+    "backend, capability, dtype, expected",
+    [
+        ("gpu", "9.0", "bfloat16", "cudnn"),
+        ("gpu", "8.0", "auto", "cudnn"),
+        ("gpu", "12.1", "bfloat16", "cudnn"),
+        ("gpu", "9.0", "float32", "products"),
+        ("gpu", "7.5", "bfloat16", "products"),
+        ("gpu", "gfx90a", "bfloat16", "products"),
+        ("tpu", "", "bfloat16", "products"),
+        ("cpu", "", "bfloat16", "products"),
+    ],
+)
+def test_attention_is_fused_where_the_device_can(monkeypatch, backend, capability, dtype, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert dataclasses.replace(SIZES["small"], dtype=dtype, attention="auto").attention == expected
+    odd = dataclasses.replace(SMALL, dtype=dtype, attention="auto")  # heads of 5, which no fused kernel takes
+    assert odd.attention == "products"

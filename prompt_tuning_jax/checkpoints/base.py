@@ -113,12 +113,20 @@ def check_base_dtype(dtype: Any) -> None:
         )
 
 
+def auto_dtype(*, only_read: bool = True) -> str | None:
+    """What "auto" is for a base: float32 on CPU; on accelerators bfloat16, the dtype of their products, for a base that
+    is only read, and the file's own (None) for one that is trained, whose start bfloat16 would round."""
+    if jax.default_backend() == "cpu":
+        return "float32"
+    return "bfloat16" if only_read else None
+
+
 def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
     """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
 
     Args:
-      dtype: of the parameters; None for the file's; "auto" for float32 on CPU and the file's on accelerators. "int8"
-        for matrices of int8 (`t5.quantized`) and "auto" for the rest: half of bfloat16's memory, but only to be read.
+      dtype: of the parameters; None for the file's; "auto" for `auto_dtype` of a base that is only read. "int8" for
+        matrices of int8 (`t5.quantized`) and "auto" for the rest: half of bfloat16's memory, but only to be read.
 
     Raises:
       ValueError: no base is there, it is not whole, or its size is another.
@@ -164,7 +172,7 @@ def _held(name: str, array: Array, asked: Any) -> Params:
 
 def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
     if asked == "auto":
-        asked = jnp.float32 if jax.default_backend() == "cpu" else None
+        asked = auto_dtype()
     if asked is None:  # float16 is too narrow for T5
         return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
     return jnp.dtype(asked)

@@ -4,6 +4,7 @@ Some of the runs at a time share a forward and a backward pass, and there every 
 run's own optimiser then updates its prompt.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -47,7 +48,7 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         return None
     return (
         config.initial_checkpoint_path,
-        config.base_dtype,
+        config.held_dtype,
         config.vocabulary,
         config.model.config,
         config.z_loss,
@@ -80,6 +81,8 @@ def joint_step(
     longest = max(lengths)
     masks = jnp.asarray([np.arange(longest) >= longest - length for length in lengths])
     uneven = min(lengths) < longest
+    if at_once > 1 and model.config.attention == "cudnn":  # whose kernel cannot be mapped over runs
+        model = model.clone(config=dataclasses.replace(model.config, attention="products"))
 
     def gradient(
         frozen: Params,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "minimal", "full")
-ATTENTIONS = ("products", "cudnn", "xla")
+ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,9 @@ class T5Config:
       remat_policy: what of a layer the forward pass keeps for the backward pass, by T5X's names: "none" keeps all that
         it reads, "minimal" the products with weights, "full" the layer's input alone; the rest is computed again.
       attention: of the encoder's layers: "products", written out in `kernels.attend`; "cudnn", that library's fused
-        attention on a GPU, which wants bfloat16; or "xla", the same function of JAX without the library. Rows
-        with hidden keys before visible ones, and odd numbers of positions, take products whatever it is.
+        attention on a GPU, which wants bfloat16; "xla", the same function of JAX without the library; or "auto",
+        cuDNN's where it runs (bfloat16, an NVIDIA GPU of compute capability 8 or more), products elsewhere. Rows with
+        hidden keys before visible ones, and odd numbers of positions, take products whatever it is.
     """
 
     vocab_size: int
@@ -56,7 +57,19 @@ class T5Config:
             dtype = jnp.dtype(dtype).type
         # gin gives lists and names; jit wants hashable values.
         object.__setattr__(self, "dtype", dtype)
+        if self.attention == "auto":
+            takes = jnp.dtype(dtype) == jnp.bfloat16 and self.head_dim % 8 == 0 and self.head_dim <= 128
+            fused = takes and has_cudnn_attention()
+            object.__setattr__(self, "attention", "cudnn" if fused else "products")
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+
+def has_cudnn_attention() -> bool:
+    """Whether the first device is one that cuDNN's fused attention runs on: NVIDIA's, Ampere or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; of an AMD GPU "gfx90a"
+    return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8
 
 
 def _size(emb_dim: int, mlp_dim: int, num_heads: int, layers: int, vocab_size: int = 32_128) -> T5Config:

@@ -54,7 +54,7 @@ def open_base(config: TrainConfig) -> tuple[Base, Vocabulary]:
     """The base that a run trains on, and its vocabulary."""
     words = open_vocabulary(config.vocabulary, config.initial_checkpoint_path, config.model.config)
     if config.initial_checkpoint_path:
-        return load_base(config.initial_checkpoint_path, config.model.config, config.base_dtype), words
+        return load_base(config.initial_checkpoint_path, config.model.config, config.held_dtype), words
     return random_base(config.model.config, config.random_seed), words
 
 

@@ -180,8 +180,8 @@ def base_dtype(config: TrainConfig) -> str:
     Raises:
       ValueError: BASE_DTYPE is none.
     """
-    asked = config.base_dtype
-    check_base_dtype(asked)
+    check_base_dtype(config.base_dtype)
+    asked = config.held_dtype
     return asked if asked in ("bfloat16", "int8") and config.initial_checkpoint_path else "float32"
 
 

@@ -75,7 +75,7 @@ def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
     if found.prompt_length:
         shape += f", prompt {found.prompt_length}"
     stored = ", ".join(found.frozen.dtypes)
-    if config.initial_checkpoint_path and device != "cpu" and config.base_dtype in ("auto", None):
+    if config.initial_checkpoint_path and config.held_dtype is None:
         stored += " (at most: BASE_DTYPE leaves it to the file, which is not read)"
     kept = f"{jnp.dtype(config.model.config.dtype).name}; of {found.rows} rows at once, kept for their backward pass"
     lines = [shape, f"{'':26}{'numbers':>16}{'bytes':>14}"]

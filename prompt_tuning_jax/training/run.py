@@ -22,7 +22,7 @@ from jaxtyping import Int
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batch, Batches
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import Base
+from prompt_tuning_jax.checkpoints.base import Base, auto_dtype
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import check_trainable
@@ -32,7 +32,7 @@ from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.progress import Window, prompt_metrics
 from prompt_tuning_jax.training.run_folder import RunFolder, write_text
 from prompt_tuning_jax.training.start import check_prompt_length, start_prompt
-from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics, TrainState, split_trainable
+from prompt_tuning_jax.training.step import PROMPT, PROMPT_PATHS, Params, StepMetrics, TrainState, split_trainable
 
 Say = Callable[[str], None]
 
@@ -60,7 +60,8 @@ class TrainConfig:
       encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
       early_stop_evals: a run is stopped after so many evaluations in a row without a better one; None for never.
       keep_checkpoints: how many to leave; all where None.
-      base_dtype: of the base in memory; see `checkpoints.base.load_base`. What is trained is float32 whatever it is.
+      base_dtype: of the base in memory; see `checkpoints.base.load_base`. "auto" keeps the file's own on accelerators
+        where more than the prompt is trained. What is trained is float32 whatever it is.
       export_dtype: of the model written where more than the prompt is trained.
       config: the run's configuration as text, kept in config.gin.
       allow_other_config: go on with a run that had another configuration.
@@ -113,6 +114,13 @@ class TrainConfig:
         if parts is not None and (parts < 1 or batch_size % parts):
             raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
         check_prompt_length(self.prompt_init, self.prompt_length, self.train_dataset)
+
+    @property
+    def held_dtype(self) -> Any:
+        """`base_dtype`, "auto" resolved by what is trained."""
+        if self.base_dtype != "auto":
+            return self.base_dtype
+        return auto_dtype(only_read=all(pattern.startswith(PROMPT_PATHS) for pattern in self.trainable))
 
     @property
     def prompted_model(self) -> Transformer:

@@ -23,6 +23,7 @@ from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 Params = dict[str, jax.Array]
 
 PROMPT = "encoder/prompt/prompt"  # the path of the soft prompt
+PROMPT_PATHS = "encoder/prompt/"  # what such paths, and patterns of nothing else, begin with
 
 # By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.
 CPU_COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
