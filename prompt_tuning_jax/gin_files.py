@@ -130,8 +130,9 @@ def _check_macros(config: str) -> None:
 
 
 def config_text() -> str:
-    """The parsed configuration, as gin writes it; MODEL_DIR, which says only where, left out."""
-    return re.sub(r"(?m)^MODEL_DIR = .*\n(?:    .*\n)*", "", gin.config_str())
+    """The parsed configuration, as gin writes it, without what says only where: MODEL_DIR, and the mesh, on which
+    nothing depends but the last digits. A run goes on with others."""
+    return re.sub(r"(?m)^(MODEL_DIR|MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", "", gin.config_str())
 
 
 @contextlib.contextmanager

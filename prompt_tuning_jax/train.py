@@ -1,5 +1,9 @@
 """Trains a prompt, a model, or a base: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`.
 
+With more than one device it trains on a mesh of all of them, with several processes on the devices of all: these find
+each other on Slurm, Kubernetes and TPU machines, and else by `--coordinator_address=HOST:PORT --process_count=N
+--process_index=I`, given to each.
+
 With `--memory-plan`, or `--memory-plan=80GB` for a device of that memory, it trains nothing, and prints what the same
 command would need.
 """
@@ -10,19 +14,23 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
+from prompt_tuning_jax.parallel.processes import FLAGS, is_writer, start_processes
 from prompt_tuning_jax.training import loop, memory_table, run
 
 
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
-        flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan"))
+        flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan", *FLAGS))
+        start_processes(flags)
         config = gin.get_configurable(run.TrainConfig)
         if "memory-plan" in flags:
             memory_table.show_plan(config(), flags["memory-plan"])
             return
         allow_other_config = bool(flags.get("allow_other_config"))
         summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
+    if not is_writer():
+        return
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
     print(f"best at step {summary['best_step']}: {best}")
 

@@ -258,7 +258,7 @@ def test_a_prompt_starts_from_the_words_of_it(tmp_path):
     """Class labels: the mean of the rows that their pieces have in floats."""
     config = run_of(tmp_path)
     words = open_vocabulary(None, "nano", NANO)
-    prompt = start_prompt(config.prompt_init, 4, nano("int8").params, words, 0)
+    prompt = start_prompt(config.prompt_init, 4, embedding_table(nano("int8").params), words, 0)
     table = embedding_table(nano("int8").params)
     for row, label in zip(prompt, ("negative", "positive"), strict=False):
         np.testing.assert_allclose(row, table[np.array(words.encode(label))].mean(0), rtol=1e-6)

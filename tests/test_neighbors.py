@@ -163,7 +163,7 @@ def class_label_prompt(seed: int, length: int = 12) -> np.ndarray:
     def init(*args, **kwargs):
         return initializers.class_labels(*args, labels=LABELS, **kwargs)
 
-    return np.asarray(start_prompt(init, length, {command.TABLE: jnp.asarray(TABLE)}, WORDS, seed))
+    return np.asarray(start_prompt(init, length, jnp.asarray(TABLE), WORDS, seed))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -282,7 +282,7 @@ def test_pictures(run, trained, tmp_path):
 
 
 def test_of_the_base_the_embedding_table_alone_is_read(run, trained, monkeypatch):
-    def unreadable():
+    def unreadable(index):
         raise AssertionError("read")
 
     arrays = {

@@ -536,7 +536,7 @@ def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
         bound = functools.partial(
             start.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=4
         )
-        expected = start_prompt(init, LENGTH, {"token_embedder/embedding": embeddings}, Vocabulary(path), 4)
+        expected = start_prompt(init, LENGTH, embeddings, Vocabulary(path), 4)
         drawn = jax.jit(lambda key, bound=bound: bound(key, (LENGTH, 4)))
         np.testing.assert_array_equal(drawn(jax.random.PRNGKey(8)), expected)
         # T5X initialises in a compiled function, which should not hold the table.
@@ -651,7 +651,7 @@ def test_t5x_train_from_gin_files(command, base, data_dir, tmp_path, compiled_on
     embeddings = start.read_embeddings(str(base))
     vocabulary = Vocabulary(data_dir / "t5" / "spiece.model")
     init = functools.partial(initializers.class_labels, labels=["negative", "positive"])
-    expected = start_prompt(init, LENGTH, {"token_embedder/embedding": embeddings}, vocabulary, 0)
+    expected = start_prompt(init, LENGTH, embeddings, vocabulary, 0)
     np.testing.assert_array_equal(prompts["checkpoint_3"], expected)
 
     saved = {name: np.asarray(array) for name, array in open_model(str(run / "checkpoint_6")).arrays.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -63,11 +63,12 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
 
 
 def _reader(path: Path, name: str):
-    def read() -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         # Opened anew for each array: a file that stays mapped would stay in memory, page by page, as it is read.
         try:
             with safe_open(path, framework="numpy") as file:
-                return file.get_tensor(name)
+                whole = all(part == slice(None) for part in index)
+                return file.get_tensor(name) if whole else file.get_slice(name)[index]
         except Exception as error:
             raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
 

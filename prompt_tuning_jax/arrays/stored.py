@@ -10,15 +10,19 @@ class ArrayError(ValueError):
     """An array, or the file of arrays, is missing, truncated or unreadable. The message says which; one line."""
 
 
+Index = tuple[slice, ...]  # one a dimension, of step 1
+
+
 class StoredArray:
-    """An array on disk. `np.asarray` reads it, anew each time, and nothing is kept.
+    """An array on disk. `np.asarray` reads it, `array[index]` a part of it, anew each time, and nothing is kept.
 
     Attributes:
       shape: of the array as it is given.
       dtype: of the file.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], np.ndarray]):
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[Index], np.ndarray]):
+        """`read` reads the part at an index."""
         self.shape, self.dtype, self._read = shape, dtype, read
 
     @property
@@ -28,10 +32,15 @@ class StoredArray:
     @property
     def T(self) -> "StoredArray":
         """The transposed array; nothing is read."""
-        return StoredArray(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self._read().T))
+        return StoredArray(self.shape[::-1], self.dtype, lambda index: np.ascontiguousarray(self._read(index[::-1]).T))
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        """The part at `index`, which has a slice for each dimension; only its bytes are read, as far as the file's
+        layout lets them be."""
+        return self._read(index)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = self._read()
+        array = np.asarray(self._read((slice(None),) * len(self.shape)))
         return array if dtype is None else array.astype(dtype, copy=False)
 
 

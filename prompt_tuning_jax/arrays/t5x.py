@@ -21,7 +21,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 
 CHUNK_BYTES, MOST_BYTES = 64 * 2**20, 2**34  # four times mT5 XXL's table in one piece
 INDEX, STATE, METADATA, DATABASE = "checkpoint", "state/", "_METADATA", "manifest.ocdbt"
@@ -119,7 +119,9 @@ def _open_legacy(store: ts.KvStore, where: str) -> dict[str, StoredArray]:
             raise ArrayError(
                 f"{name} of {where} cannot be read (it is {list(arrays[name].shape)}, the index says {list(shape)})"
             )
-    arrays |= {name: StoredArray(leaf.shape, leaf.dtype, lambda leaf=leaf: leaf) for name, leaf in inline.items()}
+    arrays |= {
+        name: StoredArray(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index]) for name, leaf in inline.items()
+    }
     return {name: arrays[name] for name in leaves}
 
 
@@ -202,9 +204,9 @@ def _check_chunks(array: ts.TensorStore, stored: set[str]) -> None:
 
 
 def _reader(array: Any, name: str, where: str):
-    def read() -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         try:
-            return np.asarray(array.read().result())
+            return np.asarray(array[index].read().result())
         except Exception as error:
             raise ArrayError(f"{name} of {where} cannot be read ({first_line(error)})") from None
 

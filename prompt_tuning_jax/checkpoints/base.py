@@ -1,11 +1,12 @@
 """The frozen base: found by path, checked against the size asked for, known by its fingerprint."""
 
+import collections
 import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, UInt32
 
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
@@ -34,6 +36,7 @@ SIZES = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decode
 CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
 
 Params = dict[str, jax.Array]
+Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
 
 
 class Base(NamedTuple):
@@ -121,10 +124,12 @@ def auto_dtype(*, only_read: bool = True) -> str | None:
     return "bfloat16" if only_read else None
 
 
-def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
+def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Place | None = None) -> Base:
     """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
 
     Args:
+      place: where each array is to lie, by its path and shape; a process then reads only what lies on its own devices.
+        None for all on the first device.
       dtype: of the parameters; None for the file's; "auto" for `auto_dtype` of a base that is only read. "int8" for
         matrices of int8 (`t5.quantized`) and "auto" for the rest: half of bfloat16's memory, but only to be read.
 
@@ -144,10 +149,10 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32) -> Base:
         for name in sorted(arrays, key=lambda name: arrays[name].nbytes, reverse=True):
             if arrays[name].dtype.name not in FLOATS:
                 raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
-            array = jnp.asarray(np.asarray(arrays[name]))
+            array = jnp.asarray(np.asarray(arrays[name])) if place is None else _read_shards(arrays[name], name, place)
             # Of the file's own values: a base has one fingerprint, in whatever dtype it is held.
-            sums[name] = np.asarray(_checksum(array))
-            params[name] = _held(name, array, dtype)
+            sums[name] = _sums(array)
+            params[name] = _held(name, array, dtype, place)
             passed += arrays[name].nbytes
             if passed > TRIM_EVERY:
                 passed = 0
@@ -162,12 +167,32 @@ def _trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _held(name: str, array: Array, asked: Any) -> Params:
+def _read_shards(stored: StoredArray, name: str, place: Place) -> Array:
+    """An array on its devices. Each part of it that lies on a device of this process is read, once."""
+    sharding = place(name, stored.shape)
+    devices_of = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(stored.shape).items():
+        devices_of[tuple((part.start, part.stop) for part in index or ())].append(device)
+    shards = []
+    for span, devices in devices_of.items():
+        part = stored[tuple(slice(*ends) for ends in span)]
+        shards += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(stored.shape, sharding, shards)
+
+
+def _held(name: str, array: Array, asked: Any, place: Place | None) -> Params:
     """What stands in memory for one of the file's arrays, by path."""
     if asked == "int8":
-        matrices = quantized(name, array)
-        return matrices if len(matrices) > 1 else _held(name, array, "auto")
-    return {name: array.astype(_parameter_dtype(asked, array.dtype))}
+        convert = functools.partial(quantized, name)
+        if len(jax.eval_shape(convert, array)) == 1:  # no matrix
+            return _held(name, array, "auto", place)
+    else:
+        dtype = _parameter_dtype(asked, array.dtype)
+        convert = lambda array: {name: array.astype(dtype)}  # noqa: E731
+    if place is None:
+        return convert(array)
+    shapes = jax.eval_shape(convert, array)
+    return jax.jit(convert, out_shardings={path: place(path, leaf.shape) for path, leaf in shapes.items()})(array)
 
 
 def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
@@ -196,11 +221,17 @@ def _nearby(location: str) -> str:
     return f"; did you mean {model}?" if model.is_dir() else ""
 
 
-def random_base(config: T5Config, seed: int) -> Base:
-    """Random weights, for pre-training."""
-    tokens = jnp.ones((1, 2), jnp.int32)
-    init = jax.jit(lambda key: Transformer(config).init(key, tokens, tokens, tokens, enable_dropout=False)["params"])
-    params = flatten_dict(init(jax.random.key(seed)), sep="/")
+def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base:
+    """Random weights, for pre-training; made where `place` has them lie."""
+
+    def init(key: Array) -> Params:
+        tokens = jnp.ones((1, 2), jnp.int32)
+        params: Any = Transformer(config).init(key, tokens, tokens, tokens, enable_dropout=False)["params"]
+        flat: Any = flatten_dict(params, sep="/")
+        return flat
+
+    places = None if place is None else {path: place(path, shape) for path, shape in expected_shapes(config).items()}
+    params = jax.jit(init, out_shardings=places)(jax.random.key(seed))
     return Base(None, params, fingerprint(params))
 
 
@@ -269,17 +300,32 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: 
         raise ValueError(f"{where} does not fit the model: {'; '.join(odd[:3])}{more}: set INITIAL_CHECKPOINT_PATH")
 
 
-@jax.jit
 def _checksum(array: Array) -> UInt32[Array, "2"]:
-    """Two sums over the float32 bit patterns, one weighted by place: integer, so the order of adding cannot matter."""
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32).reshape(-1), jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    """Two sums over the float32 bit patterns, one weighted by place: integer, so the order of adding cannot matter, nor
+    how the array is divided over devices."""
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    number = jnp.zeros(bits.shape, jnp.uint32)  # of each entry, row by row
+    for axis, size in enumerate(bits.shape):
+        number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place = number * jnp.uint32(2654435761) + jnp.uint32(1)
     return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (place | 1), dtype=jnp.uint32)])
+
+
+@functools.lru_cache
+def _compiled_checksum(whole: NamedSharding | None) -> Callable[[Array], Array]:
+    return jax.jit(_checksum, out_shardings=whole)
+
+
+def _sums(array: Array) -> np.ndarray:
+    """The array's checksum, on the host of every process that has a part of it."""
+    sharding = getattr(array, "sharding", None)
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return np.asarray(_compiled_checksum(whole)(array))
 
 
 def fingerprint(params: Mapping[str, jax.Array]) -> str:
     """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie."""
-    return _digest(params, {name: np.asarray(_checksum(params[name])) for name in params})
+    return _digest(params, {name: _sums(params[name]) for name in params})
 
 
 def _digest(params: Mapping[str, jax.Array | StoredArray], sums: Mapping[str, np.ndarray]) -> str:

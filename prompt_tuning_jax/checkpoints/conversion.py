@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface, t5x
@@ -132,8 +132,8 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
 
 
 def _watched(array: StoredArray, bar: tqdm) -> StoredArray:
-    def read() -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         bar.update(array.nbytes)
-        return np.asarray(array)
+        return array[index]
 
     return StoredArray(array.shape, array.dtype, read)

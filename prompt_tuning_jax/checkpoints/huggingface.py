@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
@@ -154,10 +154,10 @@ def _ignored(config: T5Config) -> set[str]:
 def _compared(table: StoredArray, copies: Mapping[str, StoredArray], folder: Path) -> StoredArray:
     """The shared table, whose copies are read with it: one that has other values makes another model."""
 
-    def read() -> np.ndarray:
-        array = np.asarray(table)
+    def read(index: Index) -> np.ndarray:
+        array = table[index]
         for name, copy in sorted(copies.items()):
-            if not np.array_equal(array, np.asarray(copy)):
+            if not np.array_equal(array, copy[index]):
                 raise ArrayError(f"{name} of {folder} is not {TABLE} over again, as {CONFIG} has it")
         return array
 
@@ -221,5 +221,5 @@ def write(
 def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:
     """`value` as it will be written, brought to the host no sooner."""
     kind = np.dtype(dtype or value.dtype)
-    stored = StoredArray(tuple(value.shape), kind, lambda: np.asarray(value).astype(kind, copy=False))
+    stored = StoredArray(tuple(value.shape), kind, lambda index: np.asarray(value)[index].astype(kind, copy=False))
     return stored.T if turned else stored

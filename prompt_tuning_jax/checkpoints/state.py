@@ -17,7 +17,11 @@ class StateStore:
     """`MODEL_DIR/checkpoints/<step>`: every state saved; the frozen base is never among it."""
 
     def __init__(self, folder: str | os.PathLike, keep: int | None = None):
-        """`keep` is the number of latest checkpoints to leave; all where None."""
+        """Of several processes, all call all of this, on one file system.
+
+        Args:
+          keep: the number of latest checkpoints to leave; all where None.
+        """
         self._folder, self._keep = Path(folder).absolute(), keep
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -38,7 +42,9 @@ class StateStore:
         import orbax.checkpoint as ocp
 
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)))
+            # Of several processes each writes what lies on its devices; what one alone has is small, or on its host.
+            saved = state if jax.process_count() > 1 else jax.tree.map(np.asarray, state)
+            self._manager.save(step, args=ocp.args.StandardSave(saved))
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step`, with the structure, shapes and dtypes of `like`.

@@ -2,6 +2,9 @@
 
 Shapes: B batch, Q and K query and key positions, H heads, D d_model, F d_ff. No biases anywhere, and attention logits
 are not scaled: the query's initialiser carries the 1/sqrt(head_dim), as in T5.
+
+Parameters and activations have the names of T5X's logical axes. On a mesh, under rules that say over what each is
+divided, they are held to these; elsewhere the names mean nothing.
 """
 
 import functools
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.partitioning import param_with_axes
+from flax.linen.spmd import with_logical_constraint
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,6 +25,7 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import attend, gated_gelu, product, quantized_product
 
 Initializer = Any  # (key, shape, dtype) -> Array
+RESIDUAL = ("batch", "length", "embed")  # the logical axes of what passes from layer to layer
 Rows = Int[Array, " B"] | None  # the numbers of a batch's rows, by which dropout is drawn; None for no dropout
 
 
@@ -78,10 +83,12 @@ class Embed(nn.Module):
         self.scale = self.get_variable("params", "embedding_scale")  # of an int8 base
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        embedded = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        # Rows of a table that is divided by features would have to change places with those of the batch.
+        table = with_logical_constraint(self.embedding, ("vocab", None))
+        embedded = jnp.take(table, tokens, axis=0, mode="clip")
         if self.scale is not None:
             embedded = embedded * jnp.take(self.scale, tokens, mode="clip")[..., None]
-        return embedded.astype(self.dtype)
+        return with_logical_constraint(embedded.astype(self.dtype), RESIDUAL)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits through the transposed table (T5 1.0), in float32."""
@@ -194,7 +201,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Float[Array, "B T joined"]) -> Float[Array, "B H T head_dim"]:
         # Heads before positions: both products of the attention are then plain batched matrix products.
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim).swapaxes(1, 2)
+        heads = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim).swapaxes(1, 2)
+        return with_logical_constraint(heads, ("batch", "heads", "length", "kv"))
 
     def project(self, x: Float[Array, "B K D"]) -> KeyValue:
         """Keys and values of `x`."""
@@ -263,5 +271,5 @@ class MlpBlock(nn.Module):
         else:
             activations = [(lambda h: h) if a == "linear" else getattr(nn, a) for a in cfg.mlp_activations]
             hidden = functools.reduce(operator.mul, [f(h) for f, h in zip(activations, branches, strict=True)])
-        hidden = Dropout(cfg.dropout_rate)(hidden, rows)
+        hidden = with_logical_constraint(Dropout(cfg.dropout_rate)(hidden, rows), ("batch", "length", "mlp"))
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(hidden)

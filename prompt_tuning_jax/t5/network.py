@@ -6,10 +6,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.layers import (
+    RESIDUAL,
     Attention,
     Dense,
     Dropout,
@@ -41,10 +43,10 @@ class EncoderLayer(nn.Module):
 
         y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
         y = attention(y, attention.project(y), bias=bias, mask=mask, lengths=lengths, rows=rows)
-        x = x + dropout(y)
+        x = with_logical_constraint(x + dropout(y), RESIDUAL)
 
         y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
-        return x + dropout(MlpBlock(cfg, name="mlp")(y, rows))
+        return with_logical_constraint(x + dropout(MlpBlock(cfg, name="mlp")(y, rows)), RESIDUAL)
 
 
 class DecoderLayer(nn.Module):
@@ -86,7 +88,7 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y, rows)
 
         y = self.mlp(self.pre_mlp_layer_norm(x), rows)
-        return x + self.dropout(y, rows)
+        return with_logical_constraint(x + self.dropout(y, rows), RESIDUAL)
 
 
 class Encoder(nn.Module):
@@ -120,7 +122,7 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B S D"]:
         x = embedded
         if self.prompt_factory is not None:
-            x = self.prompt(embedded, prompt)
+            x = with_logical_constraint(self.prompt(embedded, prompt), RESIDUAL)
             prompt_length = x.shape[1] - embedded.shape[1]
             mask = extend_over_prompt(mask, prompt_length, prompt_mask)
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
@@ -272,7 +274,7 @@ class Transformer(nn.Module):
         x = self.decoder(embedded, keys, mask, encoded_mask, rows, decode, max_decode_length)
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
-        return self.decoder.logits_dense(x)
+        return with_logical_constraint(self.decoder.logits_dense(x), ("batch", "length", "vocab"))
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """What a model makes of a split: decoded answers, label scores, and the loss with and without the right inputs."""
 
 import collections
+import functools
 import inspect
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference.labels import label_table, written_labels
+from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import choice_scores, target_scores
@@ -100,10 +102,14 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
 class Evaluator:
     """Evaluates one model; compiled once a shape, for any parameters."""
 
-    def __init__(self, model: Transformer, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
+    def __init__(self, model: Transformer, vocabulary: Vocabulary, partitioner: Partitioner | None = None):
+        """With a `partitioner` the rows of a batch are shared by the devices of its mesh, and each process, which has
+        read all of them, gets all answers."""
+        self._vocabulary, self._partitioner = vocabulary, partitioner
+        jit: Any = jax.jit
+        if partitioner is not None:
+            jit = functools.partial(partitioner.jit, out_shardings=partitioner.replicated)
 
-        @jax.jit
         def losses(trainable: Params, frozen: Params, inputs, targets):
             params = merge(trainable, frozen)
             true = batch_loss(model, params, inputs, targets)
@@ -114,21 +120,26 @@ class Evaluator:
         def tokens(trainable: Params, frozen: Params, inputs, length: int):
             return greedy(model, merge(trainable, frozen), inputs, length)[0]
 
-        self._losses = losses
-        self._tokens = jax.jit(tokens, static_argnums=3)
-        self._label_scores = jax.jit(
+        self._losses = jit(losses)
+        self._tokens = jit(tokens, static_argnums=3)
+        self._label_scores = jit(
             lambda trainable, frozen, inputs, labels: choice_scores(model, merge(trainable, frozen), inputs, labels)
         )
-        self._target_scores = jax.jit(
+        self._target_scores = jit(
             lambda trainable, frozen, inputs, targets: target_scores(model, merge(trainable, frozen), inputs, targets)
         )
+
+    def _placed(self, *arrays: np.ndarray) -> Sequence[Any]:
+        """A batch's arrays, on the mesh where there is one."""
+        return arrays if self._partitioner is None else self._partitioner.spread(arrays, len(arrays[0]))
 
     def answers(self, trainable: Params, frozen: Params, batches: Batches) -> list[str]:
         """The greedy answer to each row of the split, in order; one that is a label, as the task writes it."""
         written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._vocabulary)
 
         def answer(batch) -> list[str]:
-            rows = np.asarray(self._tokens(trainable, frozen, batch.inputs, batches.lengths["targets"]))
+            (inputs,) = self._placed(batch.inputs)
+            rows = np.asarray(self._tokens(trainable, frozen, inputs, batches.lengths["targets"]))
             texts = map(self._vocabulary.decode, rows)
             return [written.get(text, text) for text in texts]
 
@@ -142,7 +153,8 @@ class Evaluator:
         table = label_table(labels, self._vocabulary)[None]
 
         def best(batch) -> list[str]:
-            scores = np.asarray(self._label_scores(trainable, frozen, batch.inputs, table))
+            (inputs,) = self._placed(batch.inputs)
+            scores = np.asarray(self._label_scores(trainable, frozen, inputs, table))
             return [labels[place] for place in scores.argmax(axis=1)]
 
         return batches.in_order(best)
@@ -150,7 +162,7 @@ class Evaluator:
     def likelihoods(self, trainable: Params, frozen: Params, batches: Batches) -> list[float]:
         """The log-probability of each row's own targets, end of sequence included, in nats."""
         return batches.in_order(
-            lambda batch: self._target_scores(trainable, frozen, batch.inputs, batch.targets).tolist()
+            lambda batch: self._target_scores(trainable, frozen, *self._placed(batch.inputs, batch.targets)).tolist()
         )
 
     def judged(self, trainable: Params, frozen: Params, batches: Batches) -> Judged:
@@ -175,7 +187,7 @@ class Evaluator:
         sums = np.zeros(4)
         for number in range(min(limit, len(batches))):
             batch = batches[number]
-            true, other = self._losses(trainable, frozen, batch.inputs, batch.targets)
+            true, other = self._losses(trainable, frozen, *self._placed(batch.inputs, batch.targets))
             sums += np.array([true.loss, other.loss, true.tokens, true.correct], np.float64)
         loss, other, tokens, correct = sums
         return {

@@ -6,8 +6,12 @@ from typing import Any
 from tqdm import tqdm
 
 from prompt_tuning_jax.checkpoints.base import Base, fingerprint, load_base, open_vocabulary, random_base
+from prompt_tuning_jax.parallel.mesh import MeshShape
+from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import PeerWatch, is_writer
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator
+from prompt_tuning_jax.training.layout import partitioner_for
 from prompt_tuning_jax.training.progress import Terminated
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.step import Params, make_train_step
@@ -21,41 +25,60 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns:
       The summary, as in summary.json.
 
+    On more than one device the run lies on a mesh, see `layout`. Of several processes, all call this.
+
     Raises:
       ValueError: something given does not fit, known before the first step; or the loss is not finite.
     """
     folder = config.open_folder()
-    base, words = open_base(config)
-    run = Run(config, folder, base, words)
+    partitioner = partitioner_for(config)
+    if partitioner is not None:
+        say(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
+    base, words = open_base(config, partitioner)
+    run = Run(config, folder, base, words, partitioner)
     del base  # where all of it is trained, the state's copy is the only one
     frozen_fingerprint = fingerprint(run.frozen)
     run.open()
     run.go_back(max(run.saved_steps, default=0))
-    train_step = make_train_step(run.model, config.optimizer, config.z_loss, config.num_microbatches)
-    evaluator = Evaluator(run.model, words)
-    with Terminated() as terminated, tqdm(total=config.train_steps, initial=run.step, disable=None, unit="step") as bar:
+    train_step = make_train_step(
+        run.model, config.optimizer, config.z_loss, config.num_microbatches, partitioner, run.state_shardings
+    )
+    evaluator = Evaluator(run.model, words, partitioner)
+    quiet = None if is_writer() else True
+    with (
+        PeerWatch(run.last_batch, run.last_saved),
+        Terminated() as terminated,
+        tqdm(total=config.train_steps, initial=run.step, disable=quiet, unit="step") as bar,
+    ):
         for batch in run.batches_to_come():
-            state, metrics = train_step(run.state, run.frozen, batch)
-            run.after_step(state, batch.ids, metrics, evaluator, lambda line: bar.write(line, file=sys.stderr))
+            state, metrics = train_step(run.state, run.frozen, run.placed(batch))
+            run.after_step(state, batch.ids, metrics, evaluator, lambda line: say(line, bar))
             bar.update()
             if run.over:
                 break
-            if terminated.by_signal:
+            if terminated.after(run.step):
                 run.save()
-                print(f"terminated, saved at step {run.step}: the same command goes on from there", file=sys.stderr)
+                say(f"terminated, saved at step {run.step}: the same command goes on from there")
                 sys.exit(TERMINATED)
-    if run.stop_reason:
-        print(f"stopped at step {run.step}: {run.stop_reason}", file=sys.stderr)
-    check_unchanged(run.frozen, frozen_fingerprint)
-    return run.finish()
+        if run.stop_reason:
+            say(f"stopped at step {run.step}: {run.stop_reason}")
+        check_unchanged(run.frozen, frozen_fingerprint)
+        return run.finish()
 
 
-def open_base(config: TrainConfig) -> tuple[Base, Vocabulary]:
-    """The base that a run trains on, and its vocabulary."""
+def say(line: str, bar: tqdm | None = None) -> None:
+    """Says it on stderr, above the bar where there is one; of several processes one does."""
+    if is_writer():
+        (bar or tqdm).write(line, file=sys.stderr)
+
+
+def open_base(config: TrainConfig, partitioner: Partitioner | None = None) -> tuple[Base, Vocabulary]:
+    """The base that a run trains on, in its place on the mesh, and its vocabulary."""
     words = open_vocabulary(config.vocabulary, config.initial_checkpoint_path, config.model.config)
+    size, place = config.model.config, None if partitioner is None else partitioner.parameter
     if config.initial_checkpoint_path:
-        return load_base(config.initial_checkpoint_path, config.model.config, config.held_dtype), words
-    return random_base(config.model.config, config.random_seed), words
+        return load_base(config.initial_checkpoint_path, size, config.held_dtype, place), words
+    return random_base(size, config.random_seed, place), words
 
 
 def check_unchanged(frozen: Params, before: str) -> None:

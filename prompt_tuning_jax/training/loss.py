@@ -15,12 +15,14 @@ class LossSums(NamedTuple):
       z_loss: the part of it that keeps the logits' normaliser near 1.
       tokens: target tokens, end of sequence included.
       correct: tokens whose logit is the largest.
+      rows: with a target token: those of an example.
     """
 
     loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     tokens: Float[Array, ""]
     correct: Float[Array, ""]
+    rows: Float[Array, ""]
 
 
 def cross_entropy(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4) -> LossSums:
@@ -36,4 +38,4 @@ def cross_entropy(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_l
     extra = jnp.sum(z_loss * jnp.square(normaliser) * weights)
     loss = jnp.sum((normaliser - picked) * weights) + extra
     correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
-    return LossSums(loss, extra, jnp.sum(weights), correct)
+    return LossSums(loss, extra, jnp.sum(weights), correct, jnp.sum(jnp.max(weights, axis=-1)))

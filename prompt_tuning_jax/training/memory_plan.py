@@ -174,6 +174,15 @@ def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDt
     return jax.eval_shape(start)
 
 
+def resident_bytes(config: TrainConfig) -> tuple[int, int]:
+    """`(parameters, activations)`: bytes of all that is there from step to step, and of what a step keeps for its
+    backward pass if all rows of the batch pass at once; nothing is compiled."""
+    batch = _batch(config, config.train_dataset.batch_size)
+    state, frozen = start_shapes(config)
+    activations, copies = _kept(config, state, frozen, batch)
+    return _part(frozen).bytes + _part(state).bytes + copies, activations
+
+
 def base_dtype(config: TrainConfig) -> str:
     """The dtype that the base is planned in.
 

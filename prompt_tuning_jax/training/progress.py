@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from prompt_tuning_jax.parallel.processes import preempted
 from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics
 
 
@@ -45,7 +46,7 @@ class Window:
         self.check()
         steps = jax.device_get([metrics for _, _, metrics in self._steps])
         tokens = sum(float(metrics.sums.tokens) for metrics in steps)
-        rows = sum(int((ids >= 0).sum()) for _, ids, _ in self._steps)
+        rows = sum(float(metrics.sums.rows) for metrics in steps)
         seconds = time.time() - self._started
         self.restart()
         return {
@@ -57,19 +58,29 @@ class Window:
 
 
 class Terminated:
-    """Whether SIGTERM came while in this context; the loop then saves and leaves."""
+    """Whether SIGTERM came while in this context; the loop then saves and leaves.
+
+    Of several processes all must save the same step: JAX takes the signal there, and names one.
+    """
 
     by_signal = False
 
     def __enter__(self) -> "Terminated":
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, *_: Any) -> None:
         self.by_signal = True
 
+    def after(self, step: int) -> bool:
+        """Whether to leave after this step. Of several processes, all ask after each of their steps."""
+        return self.by_signal if self._alone else preempted(step)
+
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def prompt_metrics(trainable: Params, start: jax.Array | None) -> dict[str, float]:

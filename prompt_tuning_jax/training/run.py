@@ -23,9 +23,11 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batch, Batches
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import Base, auto_dtype
+from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import barrier
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.quantized import check_trainable
+from prompt_tuning_jax.t5.quantized import check_trainable, embedding_table
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
@@ -62,6 +64,9 @@ class TrainConfig:
       keep_checkpoints: how many to leave; all where None.
       base_dtype: of the base in memory; see `checkpoints.base.load_base`. "auto" keeps the file's own on accelerators
         where more than the prompt is trained. What is trained is float32 whatever it is.
+      num_partitions: devices that share each parameter and the products with it (T5X's name).
+      mesh: sizes of the axes data, fsdp and model; see `parallel.mesh`. None, and no `num_partitions`: by the size of
+        the model and the memory of the devices, see `layout.mesh_for`.
       export_dtype: of the model written where more than the prompt is trained.
       config: the run's configuration as text, kept in config.gin.
       allow_other_config: go on with a run that had another configuration.
@@ -88,6 +93,8 @@ class TrainConfig:
     early_stop_evals: int | None = None
     keep_checkpoints: int | None = None
     base_dtype: str | None = "auto"
+    num_partitions: int | None = None
+    mesh: Mapping[str, int] | None = None
     export_dtype: str = "float32"
     config: str = ""
     allow_other_config: bool = False
@@ -141,35 +148,50 @@ class Run:
       stop_reason: why it ends before TRAIN_STEPS; None where it does not.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, base: Base, words: Vocabulary):
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        base: Base,
+        words: Vocabulary,
+        partitioner: Partitioner | None = None,
+    ):
         """Reads the data, and the state of a run already there.
 
         Args:
           folder: of `config.open_folder`.
           base: may be shared with other runs: it is only read.
+          partitioner: of the mesh that the base lies on; None on one device.
 
         Raises:
           ValueError: something does not fit. Nothing has been written then.
         """
-        self.config, self.words, self._folder = config, words, folder
+        self.config, self.words, self._folder, self._partitioner = config, words, folder, partitioner
         self._base = base._replace(params={})  # what is trained of it is held once, by the state
         self._clock = time.time()
         self.model, params = config.prompted_model, base.params
         if config.prompt_init is not None:
-            prompt = start_prompt(config.prompt_init, config.prompt_length, params, words, config.random_seed)
-            params = params | {PROMPT: prompt}
+            table = embedding_table(params) if partitioner is None else partitioner.gather_table(params)
+            prompt = start_prompt(config.prompt_init, config.prompt_length, table, words, config.random_seed)
+            params = params | {PROMPT: prompt if partitioner is None else partitioner.replicate(prompt)}
         self._start = params.get(PROMPT)
         trained, self.frozen = split_trainable(params, config.trainable)
         check_trainable(trained, params)
-        self.batches = config.train_dataset.batches(words, seed=config.random_seed, shuffle=True)
+        index, count = (0, 1) if partitioner is None else partitioner.own_rows(config.train_dataset.batch_size)
+        self.batches = config.train_dataset.batches(
+            words, seed=config.random_seed, shuffle=True, process_index=index, process_count=count
+        )
         self._eval_batches = config.eval_dataset.eval_batches(words)
         check_labels(self._eval_batches, words)
 
-        # A copy of its own: the step gives its state's memory up.
-        trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
-        key = jax.random.key_data(jax.random.key(config.random_seed))
-        self.state = TrainState(jnp.zeros((), jnp.int32), trained, config.optimizer.init(trained), key)
-        self.step = 0
+        start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
+        if partitioner is None:
+            self.state = start(trained)
+        else:
+            self.state = partitioner.jit(start, out_shardings=partitioner.state(jax.eval_shape(start, trained)))(
+                trained
+            )
+        self.step = self._saved = 0
         self.stop_reason: str | None = None
         self._best: dict[str, Any] | None = None
         self._evals: list[dict[str, Any]] = []
@@ -196,17 +218,36 @@ class Run:
           ValueError: its state cannot be read.
         """
         config, folder = self.config, self._folder
-        self.step = step
+        self.step = self._saved = step
         if step:
             self.state = folder.states.restore(step, self.state)
         records = folder.rewind(self.step)
         if self._start is not None and not self.step:
-            write_prompt(folder.path / "prompts" / "0.npy", np.asarray(self._start))
+            folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
         self._best = max(self._evals, key=record_score, default=None)
         self.stop_reason = stop_reason(self._evals, config)
         self._window.restart()
+
+    @property
+    def state_shardings(self) -> TrainState | None:
+        """Where the state lies on the mesh; None on one device."""
+        return None if self._partitioner is None else self._partitioner.state(self.state)
+
+    def placed(self, batch: Batch) -> Batch:
+        """The batch, of which this process has its rows, on the mesh where there is one."""
+        if self._partitioner is None:
+            return batch
+        return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
+
+    def last_batch(self) -> float:
+        """When a batch was placed on the mesh last, by `time.monotonic`."""
+        return time.monotonic() if self._partitioner is None else self._partitioner.last_batch
+
+    def last_saved(self) -> int:
+        """The step that another start goes on from."""
+        return self._saved
 
     @property
     def over(self) -> bool:
@@ -237,6 +278,7 @@ class Run:
         if evaluates:
             self._evaluate(evaluator, say)
             self._folder.states.save(self.step, state)
+            self._saved = self.step
             self._window.restart()
 
     def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> dict[str, Any]:
@@ -252,11 +294,20 @@ class Run:
         record = self._log("eval", values, say, f"; no label: {odd}" if odd else "")
         self._evals.append(record)
         if PROMPT in trainable:
-            write_prompt(self._folder.path / "prompts" / f"{self.step}.npy", np.asarray(trainable[PROMPT]))
+            self._folder.keep_prompt(self.step, trainable[PROMPT])
         if self._best is None or record_score(record) > record_score(self._best):
             self._best = record
-            export(self._folder.path / "best", trainable, self.frozen, self.model, self.words, config.export_dtype)
+            self._export()
         self.stop_reason = stop_reason(self._evals, config)
+
+    def _export(self) -> None:
+        """Leaves what is trained in best/."""
+        trainable, frozen = self.state.trainable, self.frozen
+        if self._partitioner is not None and set(trainable) - {PROMPT}:
+            trainable, frozen = self._partitioner.gather((trainable, frozen))
+        if self._folder.writes:
+            best = self._folder.path / "best"
+            export(best, trainable, frozen, self.model, self.words, self.config.export_dtype)
 
     def save(self) -> None:
         """Saves the state between two evaluations, and closes the folder: the process is about to end."""
@@ -290,8 +341,17 @@ class Run:
             "versions": versions(),
         }
         self._folder.close()
-        write_text(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+        if self._folder.writes:
+            write_text(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+        barrier("finished")
         return summary
+
+
+def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Before the first update. The parameters are copies: the step gives its state's memory up."""
+    trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
 
 
 def evaluate(

@@ -12,13 +12,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jax import Array
+
 from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.parallel.processes import barrier, is_writer
+from prompt_tuning_jax.prompts.files import write_prompt
 
 _BASE = "\n# The base's fingerprint: "
 
 
 class RunFolder:
-    """MODEL_DIR of one run. Nothing is written before `open`."""
+    """MODEL_DIR of one run. Nothing is written before `open`.
+
+    Of several processes, which see one file system, process 0 alone writes; all of them call all of this.
+
+    Attributes:
+      writes: whether this process does.
+    """
 
     def __init__(self, path: str | os.PathLike, config: str = "", *, allow_other_config: bool = False):
         """Checks that the run may write to `path`.
@@ -30,7 +41,7 @@ class RunFolder:
         Raises:
           ValueError: the folder cannot be written, or holds another run.
         """
-        self.path, self._config = Path(path), config
+        self.path, self._config, self.writes = Path(path), config, is_writer()
         self.states: Any = None  # a StateStore, once it is open
         check_writable(self.path)
         kept = self.path / "config.gin"
@@ -60,10 +71,13 @@ class RunFolder:
                 f"{self.path} holds a run on a base of fingerprint {self._base}, now it is {base_fingerprint}: "
                 "set INITIAL_CHECKPOINT_PATH to the base that it began with, or set another MODEL_DIR"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        base = f"{_BASE}{base_fingerprint}\n" if base_fingerprint else ""
-        write_text(self.path / "config.gin", self._config + base)
-        (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
+        barrier("compared")  # every process has read what lies there
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            base = f"{_BASE}{base_fingerprint}\n" if base_fingerprint else ""
+            write_text(self.path / "config.gin", self._config + base)
+            (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
+        barrier("opened")
         self.states = StateStore(self.path / "checkpoints", keep)
         self._events = None
 
@@ -71,18 +85,26 @@ class RunFolder:
         """Forgets what was logged after `step`, whose checkpoint is the newest whole one; returns what stays."""
         path = self.path / "metrics.jsonl"
         records = [record for record in _read_whole_lines(path) if record["step"] <= step]
-        if path.exists():
+        barrier("read")
+        if self.writes and path.exists():
             write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Adds a record to metrics.jsonl and to TensorBoard's events."""
+        if not self.writes:
+            return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         if self._events is None:
             self._events = _event_writer(self.path)
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def keep_prompt(self, step: int, prompt: Array) -> None:
+        """Writes prompts/<step>.npy."""
+        if self.writes:
+            write_prompt(self.path / "prompts" / f"{step}.npy", np.asarray(prompt))
 
     def close(self) -> None:
         if self.states is not None:

@@ -6,9 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.t5.quantized import embedding_table
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.training.step import Params
 
 MAX_ENCODER_LENGTH = 4_096  # no position table limits a T5, but attention's memory grows with the square
 
@@ -23,9 +21,8 @@ def check_prompt_length(prompt_init: Callable | None, prompt_length: int, datase
 
 
 def start_prompt(
-    init: Callable[..., jax.Array], length: int, params: Params, vocabulary: Vocabulary, seed: int
+    init: Callable[..., jax.Array], length: int, embeddings: Float[Array, "V D"], vocabulary: Vocabulary, seed: int
 ) -> Float[Array, "P D"]:
-    """The prompt that training starts from: a function of the seed, the base and the vocabulary."""
-    embeddings = embedding_table(params)
+    """The prompt that training starts from: a function of the seed, the base's embedding table and the vocabulary."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return init(key, (length, embeddings.shape[1]), embeddings=embeddings, encode=vocabulary.encode)

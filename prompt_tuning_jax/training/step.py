@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.loss import LossSums, cross_entropy
@@ -96,21 +97,26 @@ def batch_loss(
     return cross_entropy(logits, targets, z_loss)
 
 
-def micro_batch(shape: tuple[int, ...], prompt_length: int, num_microbatches: int | None = None) -> int:
+def micro_batch(
+    shape: tuple[int, ...], prompt_length: int, num_microbatches: int | None = None, batch_shards: int = 1
+) -> int:
     """How many rows of a batch pass through the model at once.
 
     Args:
       shape: of the batch's inputs, [B, T].
       num_microbatches: that the batch is divided into. None: on a CPU so many that a layer's activations stay in its
         caches, elsewhere one.
+      batch_shards: parts of a batch that pass through their own devices side by side.
     """
     batch, length = shape
     if num_microbatches is not None:
         return batch // num_microbatches
     if jax.default_backend() != "cpu":
         return batch
-    most = max(1, CPU_POSITIONS // (prompt_length + length))
-    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+    most = batch_shards * max(1, CPU_POSITIONS // (prompt_length + length))
+    return max(
+        rows for rows in range(batch_shards, batch + 1) if batch % rows == rows % batch_shards == 0 and rows <= most
+    )
 
 
 def summed_gradients(
@@ -140,13 +146,15 @@ def summed_gradients(
     return jax.lax.scan(add, nothing, parts)[0]
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def compile_step(
+    step: Callable[..., Any], jit: Callable[..., Any] = jax.jit, out_shardings: Any = None
+) -> Callable[..., Any]:
     """`jax.jit` of a step that gives its first argument up. A setting that XLA_FLAGS names is left to it."""
     options = {}
     if jax.default_backend() == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
         options = {name: value for name, value in CPU_COMPILER.items() if name not in flags}
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jit(step, donate_argnums=0, compiler_options=options, out_shardings=out_shardings)
 
 
 def make_train_step(
@@ -154,12 +162,17 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     z_loss: float = 1e-4,
     num_microbatches: int | None = None,
+    partitioner: Partitioner | None = None,
+    state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
     """The compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is given up.
 
     Args:
       num_microbatches: see `micro_batch`.
+      partitioner: of the mesh that all of it lies on; None on one device.
+      state_shardings: of the state on the mesh.
     """
+    shards = 1 if partitioner is None else partitioner.batch_shards
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
@@ -172,7 +185,7 @@ def make_train_step(
             return sums.loss, sums
 
         prompt_length = state.trainable[PROMPT].shape[0] if PROMPT in state.trainable else 0
-        rows = micro_batch(batch.inputs.shape, prompt_length, num_microbatches)
+        rows = micro_batch(batch.inputs.shape, prompt_length, num_microbatches, shards)
         gradients, sums = summed_gradients(loss_fn, state.trainable, batch.inputs, batch.targets, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -181,4 +194,6 @@ def make_train_step(
             StepMetrics(sums, optax.tree.norm(gradients)),
         )
 
-    return compile_step(train_step)
+    if partitioner is None:
+        return compile_step(train_step)
+    return compile_step(train_step, partitioner.jit, (state_shardings, partitioner.replicated))

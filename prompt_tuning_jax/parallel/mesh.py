@@ -1,0 +1,94 @@
+"""Devices as a mesh of three axes, and the rules by which T5X's logical axes are divided over them.
+
+data    divides the batch; each device has the whole model
+fsdp    divides the batch and the parameters, which are gathered where a layer needs them (fully sharded)
+model   divides the parameters and what is computed with them (tensor parallelism; T5X's `num_partitions`)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "model")
+
+# A mesh axis divides one axis of an array: where two name it, the rule that stands first has it. An activation
+# ("batch", "length", "embed") is then divided by rows, and a kernel ("embed", "mlp") by both of its axes.
+RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("joined_kv", "model"),
+    ("embed", "fsdp"),
+    ("kv", None),
+    ("relpos_buckets", None),
+    ("length", None),
+    ("prompt", None),
+    ("prompt_embed", None),
+)
+
+
+class MeshShape(NamedTuple):
+    """Devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in zip(AXES, self, strict=True))
+
+
+def mesh_shape(asked: Mapping[str, int] | None, num_partitions: int | None, devices: int) -> MeshShape:
+    """The mesh that is asked for, over all devices.
+
+    Args:
+      asked: MESH, sizes by axis; an axis that it does not name is 1, but data, which has the devices left over.
+      num_partitions: NUM_PARTITIONS, the size of the model axis where `asked` does not name it.
+
+    Raises:
+      ValueError: there is no such mesh of so many devices.
+    """
+    sizes = dict(asked or {})
+    odd = [name for name in sizes if name not in AXES]
+    if odd:
+        raise ValueError(f"MESH names an axis {odd[0]!r}, expected some of {', '.join(AXES)}: set MESH={{'model': 2}}")
+    if num_partitions is not None and sizes.setdefault("model", num_partitions) != num_partitions:
+        raise ValueError(
+            f"MESH has a model axis of {sizes['model']}, NUM_PARTITIONS is {num_partitions}: set one of them"
+        )
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            where = "NUM_PARTITIONS" if not asked else f"MESH's {name}"
+            raise ValueError(f"{where} is {size!r}, expected a number of devices, at least 1")
+    taken = math.prod(sizes.values())
+    if devices % taken or ("data" in sizes and taken != devices):
+        said = "MESH" if asked else "NUM_PARTITIONS"
+        raise ValueError(
+            f"{said} is for {'' if 'data' in sizes else 'a multiple of '}{taken} devices and there are {devices}: "
+            f"set {said} to sizes that multiply to {devices}"
+        )
+    return MeshShape(**({"data": devices // taken} | sizes))
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, those of a process side by side, the processes in their order.
+
+    A model axis then stays within a host as long as the host has enough devices, the rows of a process are consecutive
+    rows of the batch, and several slices, whose processes are numbered slice by slice, divide the data.
+
+    Raises:
+      ValueError: processes would share a model axis unequally.
+    """
+    found = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    own = len(found) // len({device.process_index for device in found})
+    if shape.model % own and own % shape.model:
+        raise ValueError(
+            f"a model axis of {shape.model} does not fit processes of {own} devices each: set NUM_PARTITIONS to a "
+            f"divisor or a multiple of {own}"
+        )
+    return Mesh(np.array(found).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
