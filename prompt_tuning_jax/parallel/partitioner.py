@@ -1,7 +1,6 @@
 """Where arrays lie on a mesh: parameters by the rules, batches by rows, all else whole on every device."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,13 +27,13 @@ class Partitioner:
       mesh: with the axes data, fsdp and model. One without devices gives shardings, and nothing can be placed on it.
       replicated: whole on every device.
       rules: over what each logical axis is divided; one that the devices cannot share equally is whole.
-      last_batch: when a batch was spread last, by `time.monotonic`.
+      on_batch: called before a batch is spread.
     """
 
     def __init__(self, mesh: Mesh | AbstractMesh, config: T5Config):
         self.mesh: Any = mesh
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.last_batch = time.monotonic()
+        self.on_batch: Callable[[], None] = lambda: None
         self._axes = logical_axes(config)
         # A head is not divided: its features meet in every product of the attention.
         sizes = {"vocab": config.vocab_size, "mlp": config.mlp_dim, "embed": config.emb_dim}
@@ -99,7 +98,7 @@ class Partitioner:
           rows: a tree of arrays on the host: the whole batch, or this process's own rows of it.
           batch_size: rows of the whole.
         """
-        self.last_batch = time.monotonic()
+        self.on_batch()
 
         def place(array: np.ndarray) -> jax.Array:
             shape = (batch_size, *array.shape[1:])

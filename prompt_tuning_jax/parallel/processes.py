@@ -6,10 +6,11 @@ job step, or by the TPU machine that it runs on; else there is one.
 
 import importlib.util
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ FLAGS = ("coordinator_address", "process_count", "process_index")
 START_SECONDS = 300  # to wait for all processes
 HEARTBEAT_SECONDS = 60  # without a sign of life a process is taken for dead, and JAX ends the others
 STUCK_SECONDS = 1_800  # without a batch a run is taken for stuck: more than any compilation or pause between two takes
+OF_PEERS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 LOST_PEER = 75  # exit code: another process is gone, start all of them again (EX_TEMPFAIL)
 
 
@@ -36,7 +38,10 @@ def start_processes(flags: Mapping[str, str | bool], environment: Mapping[str, s
         return
     try:
         jax.distributed.initialize(
-            **found, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            **found,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -78,6 +83,8 @@ def process_of(flags: Mapping[str, str | bool], environment: Mapping[str, str]) 
     # Slurm sets SLURM_NTASKS in a batch script too; the nodes of a step are known only to what `srun` started.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return {}
+    if "TPU_VISIBLE_CHIPS" in environment:  # chips of a host that another process has the rest of
+        return None
     on_tpu = importlib.util.find_spec("libtpu") is not None and any(map(_any_file, ("/dev/accel*", "/dev/vfio/[0-9]*")))
     return {} if on_tpu and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") else None
 
@@ -124,34 +131,37 @@ class PeerWatch:
     The death of a peer shows as an error of the program that waits for it, or, where its machine says nothing, as
     missing heartbeats, upon which JAX itself ends this process. A peer that lives and does nothing is told by time.
     With one process there is nothing to watch.
+
+    Attributes:
+      saved_step: that another start goes on from.
+      last_work: when there was something to do, by `time.monotonic`.
     """
 
-    def __init__(self, last_batch: Callable[[], float], saved: Callable[[], int]):
-        """
-        Args:
-          last_batch: when work was last begun, by `time.monotonic`.
-          saved: the step that the run goes on from when it is started again.
-        """
-        self._last_batch, self._saved = last_batch, saved
-        self._over = threading.Event()
-        self._watches = jax.process_count() > 1
+    def __init__(self):
+        self.saved_step, self.last_work = 0, time.monotonic()
+        self._over, self._watches = threading.Event(), jax.process_count() > 1
 
     def __enter__(self) -> "PeerWatch":
         if self._watches:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
+    def work(self) -> None:
+        """Notes that this process has something to do: a batch, say."""
+        self.last_work = time.monotonic()
+
     def _watch(self) -> None:
         while not self._over.wait(STUCK_SECONDS / 60):
-            idle = time.monotonic() - self._last_batch()
+            idle = time.monotonic() - self.last_work
             if idle > STUCK_SECONDS:
-                self._leave(f"no step in {idle:.0f} s: another process is stuck")
+                self._leave(f"no batch was finished in {idle:.0f} s: another process is stuck")
 
     def _leave(self, reason: str) -> None:
-        leave(LOST_PEER, f"error: {reason}; start all processes again, they go on from step {self._saved()}")
+        leave(LOST_PEER, f"error: {reason}; start all processes again, they go on from step {self.saved_step}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         self._over.set()
-        if self._watches and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # Of JAX's errors some arrive as ValueErrors.
+        if self._watches and isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and OF_PEERS.match(str(error)):
             reason = str(error).strip().splitlines()[0][:200]
             self._leave(f"process {jax.process_index()} of {jax.process_count()} lost another ({reason})")

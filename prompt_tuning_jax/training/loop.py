@@ -30,10 +30,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
       ValueError: something given does not fit, known before the first step; or the loss is not finite.
     """
+    with PeerWatch() as watch:
+        return _train(config, watch)
+
+
+def _train(config: TrainConfig, watch: PeerWatch) -> dict[str, Any]:
     folder = config.open_folder()
     partitioner = partitioner_for(config)
     if partitioner is not None:
         say(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
+        partitioner.on_batch = watch.work
     base, words = open_base(config, partitioner)
     run = Run(config, folder, base, words, partitioner)
     del base  # where all of it is trained, the state's copy is the only one
@@ -46,11 +52,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     evaluator = Evaluator(run.model, words, partitioner)
     quiet = None if is_writer() else True
     with (
-        PeerWatch(run.last_batch, run.last_saved),
         Terminated() as terminated,
         tqdm(total=config.train_steps, initial=run.step, disable=quiet, unit="step") as bar,
     ):
         for batch in run.batches_to_come():
+            watch.saved_step = run.saved_step
             state, metrics = train_step(run.state, run.frozen, run.placed(batch))
             run.after_step(state, batch.ids, metrics, evaluator, lambda line: say(line, bar))
             bar.update()
@@ -60,10 +66,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 run.save()
                 say(f"terminated, saved at step {run.step}: the same command goes on from there")
                 sys.exit(TERMINATED)
-        if run.stop_reason:
-            say(f"stopped at step {run.step}: {run.stop_reason}")
-        check_unchanged(run.frozen, frozen_fingerprint)
-        return run.finish()
+    if run.stop_reason:
+        say(f"stopped at step {run.step}: {run.stop_reason}")
+    check_unchanged(run.frozen, frozen_fingerprint)
+    return run.finish()
 
 
 def say(line: str, bar: tqdm | None = None) -> None:

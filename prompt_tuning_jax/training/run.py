@@ -145,6 +145,7 @@ class Run:
       model: with a prompt of this run's length.
       frozen: the parameters that are only read.
       state: after `step` updates.
+      saved_step: that it would go on from if it ended here.
       stop_reason: why it ends before TRAIN_STEPS; None where it does not.
     """
 
@@ -191,7 +192,7 @@ class Run:
             self.state = partitioner.jit(start, out_shardings=partitioner.state(jax.eval_shape(start, trained)))(
                 trained
             )
-        self.step = self._saved = 0
+        self.step = self.saved_step = 0
         self.stop_reason: str | None = None
         self._best: dict[str, Any] | None = None
         self._evals: list[dict[str, Any]] = []
@@ -218,7 +219,7 @@ class Run:
           ValueError: its state cannot be read.
         """
         config, folder = self.config, self._folder
-        self.step = self._saved = step
+        self.step = self.saved_step = step
         if step:
             self.state = folder.states.restore(step, self.state)
         records = folder.rewind(self.step)
@@ -240,14 +241,6 @@ class Run:
         if self._partitioner is None:
             return batch
         return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
-
-    def last_batch(self) -> float:
-        """When a batch was placed on the mesh last, by `time.monotonic`."""
-        return time.monotonic() if self._partitioner is None else self._partitioner.last_batch
-
-    def last_saved(self) -> int:
-        """The step that another start goes on from."""
-        return self._saved
 
     @property
     def over(self) -> bool:
@@ -278,7 +271,7 @@ class Run:
         if evaluates:
             self._evaluate(evaluator, say)
             self._folder.states.save(self.step, state)
-            self._saved = self.step
+            self.saved_step = self.step
             self._window.restart()
 
     def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> dict[str, Any]:

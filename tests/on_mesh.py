@@ -1,0 +1,103 @@
+"""`python on_mesh.py WHAT ...`: what a test asks of many devices, which must be there before JAX starts. Prints JSON.
+
+collectives SHAPE            what the training step of a small model on a mesh sends between its devices
+load MODEL AXES [FLAGS]      what this process reads of a model that is loaded onto a mesh
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections import defaultdict
+
+import jax
+import numpy as np
+from tiny import CONFIG
+
+from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, random_base
+from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
+from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import start_processes
+from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.run import start_state
+from prompt_tuning_jax.training.step import PROMPT, make_train_step
+
+PROMPT_LENGTH, BATCH = 5, 16
+KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "s64": 8, "u64": 8, "f64": 8}
+
+
+def collectives(program: str) -> dict[str, list[int]]:
+    """Bytes of the result of each collective of a compiled program, by kind."""
+    found = defaultdict(list)
+    for line in program.splitlines():
+        match = re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
+        if match:
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            sizes = [BYTES[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in arrays]
+            found[match[2]].append(sum(sizes))
+    return found
+
+
+def step_program(shape: MeshShape) -> str:
+    """The compiled training step, its batch in one piece, dropout on."""
+    config = dataclasses.replace(CONFIG, dropout_rate=0.1, num_encoder_layers=2)
+    model = Transformer(config, functools.partial(SoftPrompt, length=PROMPT_LENGTH))
+    partitioner, optimizer = Partitioner(make_mesh(shape), config), adafactor(0.3)
+    frozen = random_base(config, 0, partitioner.parameter).params
+    trained = partitioner.replicate({PROMPT: np.ones((PROMPT_LENGTH, config.emb_dim), np.float32)})
+    start = functools.partial(start_state, optimizer=optimizer, seed=0)
+    shardings = partitioner.state(jax.eval_shape(start, trained))
+    state = partitioner.jit(start, out_shardings=shardings)(trained)
+    step = make_train_step(model, optimizer, 1e-4, 1, partitioner, shardings)
+    batch = Batch(np.ones((BATCH, 32), np.int32), np.ones((BATCH, 8), np.int32), np.arange(BATCH, dtype=np.int32))
+    return step.lower(state, frozen, partitioner.spread(batch, BATCH)).compile().as_text()
+
+
+def load(path: str, axes: dict[str, int]) -> dict:
+    """Loads a model onto a mesh, every read noted."""
+    config = open_model(path).config
+    assert config is not None
+    partitioner = Partitioner(make_mesh(mesh_shape(axes, None, len(jax.devices()))), config)
+    reads, read = defaultdict(list), StoredArray.__getitem__
+
+    def noted(stored: StoredArray, index: tuple[slice, ...]) -> np.ndarray:
+        part = read(stored, index)
+        reads[stored].append((index, part.nbytes))
+        return part
+
+    StoredArray.__getitem__ = noted
+    base = load_base(path, config, None, partitioner.parameter)
+    StoredArray.__getitem__ = read
+    twice = 0
+    for stored, parts in reads.items():
+        times = np.zeros(stored.shape, np.int8)
+        for index, _ in parts:
+            times[index] += 1
+        twice += int((times > 1).sum())
+    # Of each array what lies on this process's devices, replicas once.
+    own = {
+        name: {str(shard.index): shard.data.nbytes for shard in value.addressable_shards}
+        for name, value in base.params.items()
+    }
+    return {
+        "read_bytes": sum(nbytes for parts in reads.values() for _, nbytes in parts),
+        "numbers_read_twice": twice,
+        "own_bytes": sum(sum(parts.values()) for parts in own.values()),
+        "device_bytes": sum(value.addressable_shards[0].data.nbytes for value in base.params.values()),
+        "fingerprints": [base.fingerprint, fingerprint(base.params)],
+    }
+
+
+if __name__ == "__main__":
+    what, first, *rest = sys.argv[1:]
+    if what == "collectives":
+        print(json.dumps(collectives(step_program(MeshShape(*json.loads(first))))))
+    else:
+        start_processes(dict(flag.removeprefix("--").split("=") for flag in rest[1:]))
+        print(json.dumps(load(first, json.loads(rest[0]))))
