@@ -7,7 +7,6 @@ load MODEL AXES [FLAGS]      what this process reads of a model that is loaded o
 import dataclasses
 import functools
 import json
-import re
 import sys
 from collections import defaultdict
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from tiny import CONFIG
 
+from experiments.scaling import collectives
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, random_base
@@ -28,20 +28,6 @@ from prompt_tuning_jax.training.run import start_state
 from prompt_tuning_jax.training.step import PROMPT, make_train_step
 
 PROMPT_LENGTH, BATCH = 5, 16
-KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "s64": 8, "u64": 8, "f64": 8}
-
-
-def collectives(program: str) -> dict[str, list[int]]:
-    """Bytes of the result of each collective of a compiled program, by kind."""
-    found = defaultdict(list)
-    for line in program.splitlines():
-        match = re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
-        if match:
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            sizes = [BYTES[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in arrays]
-            found[match[2]].append(sum(sizes))
-    return found
 
 
 def step_program(shape: MeshShape) -> str:

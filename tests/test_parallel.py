@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, PROMPT_LENGTH, make_tiny, random_params
 
+from experiments import scaling
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
@@ -266,7 +267,20 @@ def test_a_data_parallel_step_exchanges_the_gradient_of_the_prompt_and_the_metri
     found = json.loads(said[0])
     prompt_bytes = PROMPT_LENGTH * CONFIG.emb_dim * 4
     assert set(found) == {"all-reduce"}
-    assert prompt_bytes <= sum(found["all-reduce"]) < 4 * prompt_bytes + 1024
+    count, numbers, sent = found["all-reduce"]
+    assert prompt_bytes <= sent < 4 * prompt_bytes + 1024 and sent == 4 * numbers and count < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices, mesh", [(8, {"fsdp": 8}), (8, {"model": 8}), (32, {"fsdp": 8, "model": 4})])
+def test_of_xxl_each_device_holds_what_the_memory_plan_says(devices, mesh):
+    found = scaling.start(["--size=xxl", f"--mesh={mesh}"], devices)
+    assert found["planned_bytes"] == pytest.approx(found["frozen_bytes"], rel=0.01)
+    whole = 2 * sum(int(np.prod(shape)) for shape in expected_shapes(SIZES["xxl"]).values())
+    assert found["planned_bytes"] < 1.01 * whole / devices
+    # The weights pass through the collectives of an fsdp axis twice, of a model axis never.
+    gathered = found["sent"].get("all-gather", [0, 0, 0])[1] * 2 / (whole / mesh.get("model", 1))
+    assert 1.5 < gathered < 2.5 if "fsdp" in mesh else gathered < 0.01
 
 
 # --- what a process reads

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import check_base_dtype, expected_shapes
+from prompt_tuning_jax.parallel.mesh import AXES, MeshShape
+from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.quantized import check_trainable, quantized
 from prompt_tuning_jax.training.run import TrainConfig
 from prompt_tuning_jax.training.step import (
@@ -172,6 +175,35 @@ def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDt
         return TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key), frozen
 
     return jax.eval_shape(start)
+
+
+class DevicePart(NamedTuple):
+    """Bytes on each device of a mesh.
+
+    Attributes:
+      frozen, state: of the frozen parameters, and of what is trained with its optimiser's state; exact.
+      activations: about what a step keeps for its backward pass, its rows divided and its layers not.
+    """
+
+    frozen: int
+    state: int
+    activations: int
+
+
+def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
+    """What lies on each device of a mesh; no device is needed, and nothing is compiled."""
+    mesh = AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    partitioner = Partitioner(mesh, config.model.config)
+    state, frozen = start_shapes(config)
+
+    def bytes_of(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    of_state = jax.tree.map(bytes_of, partitioner.state(state), state)
+    of_frozen = [bytes_of(partitioner.parameter(path, leaf.shape), leaf) for path, leaf in frozen.items()]
+    batch = _batch(config, config.train_dataset.batch_size // (config.num_microbatches or 1))
+    activations, _ = _kept(config, state, frozen, batch)
+    return DevicePart(sum(of_frozen), sum(jax.tree.leaves(of_state)), activations // partitioner.batch_shards)
 
 
 def resident_bytes(config: TrainConfig) -> tuple[int, int]:

@@ -1,12 +1,21 @@
 """A memory plan as a table, and the largest batch that fits: what `train --memory-plan` prints."""
 
+import math
 import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.training.memory_plan import MemoryPlan, StepMemory, free_bytes, largest_batch, plan
+from prompt_tuning_jax.parallel.mesh import mesh_shape
+from prompt_tuning_jax.training.memory_plan import (
+    MemoryPlan,
+    StepMemory,
+    device_part,
+    free_bytes,
+    largest_batch,
+    plan,
+)
 from prompt_tuning_jax.training.run import TrainConfig
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -51,6 +60,9 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     found = plan(config)
     for line in table(found, config, device):
         say(line)
+    if config.mesh is not None or config.num_partitions is not None:
+        show_device_part(config, total, say)
+        return
     usable = SPARE_MEMORY * total
     source = "as given" if isinstance(memory, str) else f"free on this {'host' if device == 'cpu' else device}"
     say(_row("memory", total, f"{source}, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
@@ -66,6 +78,28 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
         )
     end = f"{largest.too_large} does not" if largest.too_large else "no larger one was tried"
     say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_how(largest.step, device)}; {end}"))
+
+
+def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]) -> None:
+    """Says what lies on each device of the mesh that is asked for, which need not be here.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    sizes = {"model": config.num_partitions or 1} | dict(config.mesh or {})
+    shape = mesh_shape(sizes, config.num_partitions, math.prod(sizes.values()))
+    part = device_part(config, shape)
+    usable, needed = SPARE_MEMORY * total, sum(part)
+    say(f"on each of {math.prod(shape)} devices, {shape} (of data as many more as divide the batch):")
+    say(_row("  frozen parameters", part.frozen, "exact"))
+    say(_row("  trained, with optimiser", part.state, "exact"))
+    say(_row("  activations", part.activations, "about; less where a model axis divides them too"))
+    say(_row("memory", total, f"of a device, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
+    if needed > usable:
+        raise ValueError(
+            f"{size_text(needed - usable)} are missing on each device: set MESH with a larger fsdp or model axis, or a "
+            "smaller BATCH_SIZE"
+        )
 
 
 def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:

@@ -1,0 +1,306 @@
+"""What a training step needs on each device of a mesh, and what it sends between them: compiled, never run.
+
+    python -m experiments.scaling --size=xxl --devices=16 --mesh="{'fsdp': 16}"
+    python -m experiments.scaling --size=xxl --topology=v5e:4x4 --mesh="{'fsdp': 16}"     # with libtpu: jax[tpu]
+    python -m experiments.scaling --page                                # all of PAGE, to experiments/results/scaling.md
+
+The devices are described: CPU devices of this process, however many, or with --topology a TPU slice, for which the
+TPU's own compiler lays out the step. Prompt tuning of T5 1.1 in bfloat16 with a prompt of 100, and the remat policy
+that models/*.gin have, for models of two and three layers a stack, continued to the size's own depth: each layer adds
+the same. Prints one JSON object:
+
+    frozen_bytes       of the parameters on each device, as compiled; `planned_bytes` by the memory plan, which is exact
+    state_bytes        of the prompt and its optimiser, likewise
+    temporary_bytes    what the step makes on the way, of a TPU. The CPU's compiler lets gathered weights pile up, which
+                       says nothing of an accelerator: null
+    sent               of the step's collectives, by kind: how many, the numbers in their results, and their bytes; in
+                       float32 on a CPU, in bfloat16 elsewhere
+"""
+
+import argparse
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+PROMPT_LENGTH, LEAST_BATCH = 100, 32
+SHALLOW = ((2, 2), (3, 2), (2, 3))
+REMAT_POLICY = {"xl": "minimal", "xxl": "full"}  # of models/*.gin; "none" of the others
+
+
+class Case(NamedTuple):
+    """A line of the page."""
+
+    size: str
+    devices: int
+    mesh: dict[str, int]
+    topology: str | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        more = [f"--topology={self.topology}"] if self.topology else [f"--devices={self.devices}"]
+        return [f"--size={self.size}", f"--mesh={self.mesh}", *more]
+
+
+PAGE = (
+    Case("small", 1, {}),
+    Case("small", 8, {}),
+    Case("base", 8, {}),
+    Case("large", 8, {}),
+    Case("xl", 1, {}),
+    Case("xl", 8, {}),
+    Case("xl", 8, {"fsdp": 8}),
+    Case("xl", 64, {"fsdp": 4}),
+    Case("xxl", 8, {"fsdp": 8}),
+    Case("xxl", 8, {"model": 8}),
+    Case("xxl", 16, {"fsdp": 16}),
+    Case("xxl", 32, {"fsdp": 8, "model": 4}),
+    Case("xxl", 256, {"fsdp": 16}),
+    Case("xxl", 1024, {"fsdp": 16}),
+    Case("base", 8, {}, "v5e:2x4"),
+    Case("large", 8, {}, "v5e:2x4"),
+    Case("xl", 8, {}, "v5e:2x4"),
+    Case("xl", 8, {"fsdp": 8}, "v5e:2x4"),
+    Case("xxl", 16, {"fsdp": 16}, "v5e:4x4"),
+    Case("xxl", 16, {"model": 16}, "v5e:4x4"),
+    Case("xxl", 8, {"fsdp": 8}, "v6e:2x4"),
+)
+
+
+class Sent(NamedTuple):
+    """Collectives of one kind.
+
+    Attributes:
+      count: of them.
+      numbers, bytes: in their results.
+    """
+
+    count: int
+    numbers: int
+    bytes: int
+
+
+BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
+
+
+def collectives(program: str) -> dict[str, Sent]:
+    """What a compiled program sends between its devices, by kind. One in a loop is counted once."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for number, line in enumerate(program.splitlines()):
+        match = re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
+        if match:
+            # A TPU's program repeats a collective in several computations, under one channel.
+            channel = re.search(r"channel_id=(\d+)", line)
+            arrays = [(BYTES[kind], _numbers(shape)) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
+            place = match[2], channel[1] if channel else f"line {number}"
+            found[place] = sum(count for _, count in arrays), sum(size * count for size, count in arrays)
+    kinds = defaultdict(list)
+    for (kind, _), sizes in found.items():
+        kinds[kind].append(sizes)
+    return {kind: Sent(len(of), sum(n for n, _ in of), sum(b for _, b in of)) for kind, of in kinds.items()}
+
+
+def _numbers(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split(",") if size)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """What the module says, of one mesh."""
+    import jax
+
+    if args.topology:
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    else:
+        devices = jax.devices()
+    # The program is traced as an accelerator's, wherever it is compiled.
+    jax.default_backend = lambda: "tpu"
+
+    from prompt_tuning_jax.parallel.mesh import make_mesh, mesh_shape
+    from prompt_tuning_jax.parallel.partitioner import Partitioner
+    from prompt_tuning_jax.training.memory_plan import device_part, start_shapes
+    from prompt_tuning_jax.training.step import make_train_step
+
+    shape = mesh_shape(args.mesh, None, len(devices))
+    mesh, whole, found, seconds = make_mesh(shape, devices), None, [], time.monotonic()
+    batch_size = args.batch or LEAST_BATCH * max(1, math.ceil(shape.data * shape.fsdp / LEAST_BATCH))
+    for layers in (None, *SHALLOW):
+        config = run_config(args, layers, batch_size)
+        if layers is None:
+            whole = config
+            continue
+        partitioner = Partitioner(mesh, config.model.config)
+        state, frozen = start_shapes(config)
+        shardings = partitioner.state(state)
+        step = make_train_step(config.prompted_model, config.optimizer, 1e-4, 1, partitioner, shardings)
+        placed = jax.tree.map(_placed, state, shardings)
+        held = {path: _placed(leaf, partitioner.parameter(path, leaf.shape)) for path, leaf in frozen.items()}
+        rows = jax.tree.map(lambda leaf, on=partitioner: _placed(leaf, on.batch(batch_size, leaf.ndim)), _batch(config))
+        compiled = step.lower(placed, held, rows).compile()
+        memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
+        flat = {f"{kind} {field}": value for kind, of in sent.items() for field, value in of._asdict().items()}
+        # Arguments besides the base: the state and the rows, whose bytes do not depend on the depth.
+        others = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((placed, rows.inputs, rows.targets))
+        )
+        found.append({"frozen": memory.argument_size_in_bytes - others, "temporary": memory.temp_size_in_bytes, **flat})
+    assert whole is not None
+    config = whole.model.config
+    deep = config.num_encoder_layers, config.num_decoder_layers
+    total = {
+        name: at_depth(deep, *(one.get(name, 0) for one in found)) for name in {key for one in found for key in one}
+    }
+    part = device_part(whole, shape)
+    return {
+        **{"size": args.size, "devices": len(devices), "topology": args.topology, "mesh": dict(shape._asdict())},
+        "batch": batch_size,
+        "frozen_bytes": total["frozen"],
+        "planned_bytes": part.frozen,
+        "state_bytes": part.state,
+        "temporary_bytes": total["temporary"] if args.topology else None,
+        "sent": {kind: [total[f"{kind} {field}"] for field in Sent._fields] for kind in sorted(_kinds(total))},
+        "compile_seconds": round(time.monotonic() - seconds, 1),
+    }
+
+
+def _kinds(total: dict[str, int]) -> set[str]:
+    return {name.rpartition(" ")[0] for name in total if " " in name}
+
+
+def at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
+    """What the models of `SHALLOW` have, continued to so many layers of the encoder and the decoder."""
+    return corner + (layers[0] - 2) * (encoder - corner) + (layers[1] - 2) * (decoder - corner)
+
+
+def _placed(leaf: Any, sharding: Any) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def run_config(args: argparse.Namespace, layers: tuple[int, int] | None, batch_size: int) -> Any:
+    """A prompt-tuning run of a base that is nowhere; of its own depth where `layers` is None."""
+    import dataclasses
+
+    from prompt_tuning_jax.batches.dataset import DatasetConfig
+    from prompt_tuning_jax.prompts.initializers import random_uniform
+    from prompt_tuning_jax.prompts.module import SoftPrompt
+    from prompt_tuning_jax.t5.config import SIZES
+    from prompt_tuning_jax.t5.network import Transformer
+    from prompt_tuning_jax.training.optimizer import adafactor
+    from prompt_tuning_jax.training.run import TrainConfig
+
+    size = dataclasses.replace(
+        SIZES[args.size], dtype="bfloat16", remat_policy=args.remat_policy or REMAT_POLICY.get(args.size, "none")
+    )
+    if layers is not None:
+        size = dataclasses.replace(size, num_encoder_layers=layers[0], num_decoder_layers=layers[1])
+    lengths = {"inputs": args.input_length, "targets": args.target_length}
+    dataset = DatasetConfig("none", "train", batch_size, lengths)
+    return TrainConfig(
+        model_dir="no/where",
+        model=Transformer(size, SoftPrompt),
+        initial_checkpoint_path="no/where",
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        trainable=["encoder/prompt/.*"],
+        optimizer=adafactor(0.3),
+        train_steps=1,
+        eval_period=1,
+        prompt_init=random_uniform,
+        prompt_length=PROMPT_LENGTH,
+        base_dtype="bfloat16",
+        num_microbatches=1,
+    )
+
+
+def _batch(config: Any) -> Any:
+    import jax
+    import numpy as np
+
+    from prompt_tuning_jax.batches.loader import Batch
+
+    rows, lengths = config.train_dataset.batch_size, config.train_dataset.task_feature_lengths
+    inputs, targets = (jax.ShapeDtypeStruct((rows, lengths[name]), np.int32) for name in ("inputs", "targets"))
+    return Batch(inputs, targets, jax.ShapeDtypeStruct((rows,), np.int32))
+
+
+def start(flags: Sequence[str], devices: int) -> dict[str, Any]:
+    """Measures one mesh in a process of its own, which has so many devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    flag = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}"
+    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of libtpu, which else asks the network what machine this is
+    command = [sys.executable, "-m", "experiments.scaling", "--here", *flags]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(flags)} ended with {ended.returncode}: {ended.stderr.strip()[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def page(cases: Sequence[Case]) -> str:
+    """The page, measured anew."""
+    lines = [HEAD]
+    for case in cases:
+        found = start(case.flags, 1 if case.topology else case.devices)
+        print(json.dumps(found), flush=True)
+        shape, temporary = found["mesh"], found["temporary_bytes"]
+        mesh = " x ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "one device"
+        sent = "; ".join(f"{kind} {numbers * 2 / 1e9:.4f}" for kind, (_, numbers, _) in found["sent"].items())
+        off = found["planned_bytes"] / found["frozen_bytes"] - 1
+        gigabytes = [f"{found[name] / 1e9:.3f}" for name in ("frozen_bytes", "planned_bytes")]
+        lines.append(
+            f"| {case.size} | {case.topology or case.devices} | {mesh} | {found['batch']} | {' | '.join(gigabytes)} "
+            f"| {off:+.2%} | {'' if temporary is None else f'{temporary / 1e9:.1f}'} | {sent or 'nothing'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Before you rent: what a step needs on each device
+
+Written by `python -m experiments.scaling --page` (that module says what is measured; its last lines need libtpu):
+prompt tuning of T5 1.1, bfloat16, P=100, 512 input and 16 target tokens, compiled for so many devices and never run.
+All of it in GB on each device: the base as compiled and as the memory plan has it; what the step makes on the way (TPUs
+alone); and the results of its collectives, at two bytes a number. A `v5e` chip has 16 GB, a `v6e` chip 32 GB.
+
+| size | devices | mesh | batch | base, compiled | base, planned | off | temporaries | sent |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--size", choices=("nano", "micro", "mini", "small", "base", "large", "xl", "xxl"), default="xxl"
+    )
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--mesh", type=ast.literal_eval, default={}, help="{'fsdp': 8}; data has what is left")
+    parser.add_argument("--topology", help="a TPU slice by JAX's name, v5e:4x4, in place of --devices; needs libtpu")
+    parser.add_argument("--batch", type=int, help="default 32, or a row for each part of the batch")
+    parser.add_argument("--input-length", type=int, default=512)
+    parser.add_argument("--target-length", type=int, default=16)
+    parser.add_argument("--remat-policy", choices=("none", "minimal", "full"))
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.page:
+        (RESULTS / "scaling.md").write_text(page(PAGE), encoding="utf-8")
+    elif args.here:
+        print(json.dumps(measure(args)))
+    else:
+        print(json.dumps(start(sys.argv[1:], 1 if args.topology else args.devices)))
+
+
+if __name__ == "__main__":
+    main()
