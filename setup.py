@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prompt_tuning_jax" / "__
 
 # Lower bounds are the releases this was written and tested with. Upper bounds stop below the next release that may
 # break: the next major one, or for 0.x packages the next minor one.
-JAX = ">=0.10.2,<0.11"
+JAX = ">=0.10.2,<0.12"
 TRANSFORMERS = "transformers>=5.23,<6"
 PEFT = "peft>=0.21.2,<0.22"  # 0.21.0 calls what transformers 5.23 has renamed
 

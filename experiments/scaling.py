@@ -279,7 +279,7 @@ alone); and the results of its collectives, at two bytes a number. A `v5e` chip 
 |---|---|---|---|---|---|---|---|---|"""
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--size", choices=("nano", "micro", "mini", "small", "base", "large", "xl", "xxl"), default="xxl"
@@ -293,7 +293,11 @@ def main() -> None:
     parser.add_argument("--remat-policy", choices=("none", "minimal", "full"))
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     if args.page:
         (RESULTS / "scaling.md").write_text(page(PAGE), encoding="utf-8")
     elif args.here:

@@ -1,6 +1,7 @@
 """Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`.
 
 With `--submission=DIR` it writes what the GLUE and SuperGLUE servers take, for EVAL_SPLIT "test", and scores nothing.
+It takes a mesh of all devices, and many processes, as `train` does.
 """
 
 import json
@@ -10,16 +11,20 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import parse, user_errors
+from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, start_processes
 from prompt_tuning_jax.training import score
 
 
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
-        flags = parse(sys.argv[1:], flags=("submission",))
+        flags = parse(sys.argv[1:], flags=("submission", *FLAGS))
+        start_processes(flags)
         if flags.get("submission") is True:
             raise ValueError("--submission has no folder: expected --submission=DIR")
-        result = gin.get_configurable(score.evaluate_prompt)(submission=flags.get("submission"))
+        with PeerWatch():
+            result = gin.get_configurable(score.evaluate_prompt)(submission=flags.get("submission"))
+    if is_writer():
         print(json.dumps(result, indent=1))
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, PROMPT_LENGTH, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
 
 from experiments import scaling
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
+from prompt_tuning_jax.parallel import processes
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import logical_axes
-from prompt_tuning_jax.parallel.processes import LOST_PEER, process_of
+from prompt_tuning_jax.parallel.processes import LOST_PEER, PeerWatch, process_of
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.quantized import quantized
+from prompt_tuning_jax.training.layout import mesh_for
 
 HERE = Path(__file__).parent
 STEPS, EVAL_PERIOD = 20, 10
@@ -211,11 +215,11 @@ def alone(tiny, folder):
 def on_meshes(tiny, folder, alone):
     """The folders of runs on every mesh by one, two and four processes, and of runs that changed theirs half-way."""
     before = alone
-    for processes, devices in ((1, 8), (2, 4), (4, 2)):
-        name = f"{processes}x{devices}"
+    for count, devices in ((1, 8), (2, 4), (4, 2)):
+        name = f"{count}x{devices}"
         runs = {folder / f"{name}-{mesh}": macros for mesh, macros in MESHES.items()}
         runs |= {half_way(before, folder / f"{name}-changed"): MESHES["mixed"]}
-        many_trainings(tiny, runs, processes, devices)
+        many_trainings(tiny, runs, count, devices)
         before = folder / f"{name}-fsdp"
     many_trainings(tiny, {half_way(before, folder / "1x1-changed"): {}}, 1, 1)
     return folder
@@ -375,6 +379,150 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(tiny, undis
     assert "terminated, saved at step" in said[0] and "terminated" not in said[1].replace("Terminated", "")
     ends(start_two(tiny, tmp_path / "run"))
     np.testing.assert_array_equal(prompt(tmp_path / "run", 200), prompt(whole, 200))
+
+
+@pytest.mark.slow
+def test_a_peer_that_stands_still_ends_the_other(tiny, tmp_path):
+    """By missing heartbeats, which are waited for 5 seconds here."""
+    program = "from prompt_tuning_jax.parallel import processes; processes.HEARTBEAT_SECONDS = 5; "
+    program += "from prompt_tuning_jax import train; train.main()"
+    arguments = settings(tiny, tmp_path / "run", TRAIN_STEPS=10_000, EVAL_PERIOD=20)
+    group = start_group(tiny, ["-c", program], lambda flags: arguments + flags, 2, 1)
+    while not (tmp_path / "run" / "prompts" / "20.npy").exists():
+        time.sleep(0.02)
+    group[1].send_signal(signal.SIGSTOP)
+    try:
+        _, said = group[0].communicate(timeout=60)
+    finally:
+        group[1].kill()
+        group[1].communicate()
+    assert group[0].returncode in (LOST_PEER, -6)
+    assert "lost another" in said or "another task died" in said
+
+
+def test_a_peer_that_lives_and_does_nothing_is_told_by_time(monkeypatch):
+    left = []
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "leave", lambda code, line: left.append((code, line)))
+    with PeerWatch() as watch:
+        watch.saved_step = 40
+        for _ in range(10):
+            time.sleep(0.06)
+            watch.work()
+        assert not left
+        time.sleep(0.6)
+    assert left[0][0] == LOST_PEER
+    assert re.fullmatch(
+        r"error: no batch .* in \d+ s: another process is stuck; start all processes again, they go on from step 40",
+        left[0][1],
+    )
+
+
+@pytest.mark.parametrize(
+    "error, leaves",
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("BATCH_SIZE is 3"), False),
+    ],
+)
+def test_only_an_error_of_a_peer_is_taken_for_one(monkeypatch, error, leaves):
+    left = []
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "leave", lambda code, line: left.append(code))
+    with pytest.raises(type(error)), PeerWatch():
+        raise error
+    assert left == ([LOST_PEER] if leaves else [])
+    with pytest.raises(type(error)):
+        monkeypatch.setattr(processes.jax, "process_count", lambda: 1)
+        with PeerWatch():
+            raise error
+    assert left == ([LOST_PEER] if leaves else [])
+
+
+# --- the commands
+
+
+@pytest.mark.slow
+def test_slurm_starts_the_processes(tiny, tmp_path):
+    """Two tasks of a job step, by Slurm's own variables."""
+    arguments = settings(tiny, tmp_path / "run")
+    with socket.socket() as free:  # JAX takes the port from the job's number
+        free.bind(("127.0.0.1", 0))
+        job = free.getsockname()[1]
+    group = []
+    for task in range(2):
+        names = {"JOB_ID": job, "NTASKS": 2, "PROCID": task, "LOCALID": task, "STEP_NODELIST": "127.0.0.1"}
+        slurm = {f"SLURM_{name}": str(value) for name, value in names.items()} | {"SLURM_STEP_NUM_NODES": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tiny.folder}
+        command = [sys.executable, "-m", "prompt_tuning_jax.train", *arguments]
+        group.append(subprocess.Popen(command, env=os.environ | tiny.environment | slurm, **pipes))
+    said = ends(group)
+    assert "best at step" in said[0] and "best at step" not in said[1]
+    assert (
+        len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    )  # of one writer: two of train, two of eval
+
+
+@pytest.mark.slow
+def test_eval_on_a_mesh_is_eval(tiny, tmp_path, alone):
+    arguments = [
+        *(f"--gin_file={file}" for file in (tiny.gin, "runs/eval.gin")),
+        "--gin.MIXTURE_OR_TASK_NAME='demo_reviews'",
+        f"--gin.TASK_FEATURE_LENGTHS={LENGTHS!r}",
+        f"--gin.INITIAL_CHECKPOINT_PATH={str(tiny.base)!r}",
+        "--gin.EVAL_SPLIT='validation[:64]'",
+        "--gin.EVAL_BATCH_SIZE=30",  # which eight devices cannot share
+        f"--gin.PROMPT_FILE={str(prompt_file(alone))!r}",
+    ]
+    program = ["-m", "prompt_tuning_jax.eval"]
+    expected = ends(start_group(tiny, program, lambda flags: arguments + flags, 1, 1))
+    for count, devices, macro in (
+        (1, 8, "--gin.MESH={'fsdp': 2, 'model': 2}"),
+        (2, 4, "--gin.EVAL_BATCH_SIZE=32"),
+    ):
+        said = ends(start_group(tiny, program, lambda flags, macro=macro: [*arguments, macro, *flags], count, devices))
+        found, whole = (json.loads(text[text.index("{") :]) for text in (said[0], expected[0]))
+        assert found == whole
+
+
+def prompt_file(run):
+    return run / "prompts" / f"{STEPS}.npy"
+
+
+@pytest.mark.parametrize(
+    "macros, message",
+    [
+        ({"MESH": {"fsdp": 3}}, "error: MESH is for a multiple of 3 devices and there are 4"),
+        ({"BATCH_SIZE": 6}, "error: BATCH_SIZE is 6, which the 4 parts that the mesh divides it into cannot share"),
+        ({"NUM_MICROBATCHES": 8}, "error: NUM_MICROBATCHES is 8, 2 rows each, which the 4 parts that the mesh"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_leaves_nothing(tiny, tmp_path, macros, message):
+    macros = {"MESH": {"data": 4}} | macros
+    arguments = settings(tiny, tmp_path / "run", **macros)
+    (process,) = start_group(tiny, ["-m", "prompt_tuning_jax.train"], lambda flags: arguments + flags, 1, 4)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and said.splitlines()[-1].startswith(message), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "devices, batch, memory, parameters, activations, expected",
+    [
+        (8, 32, None, 10**12, 10**12, (8, 1, 1)),  # nothing is known of the devices
+        (8, 32, 100, 80, 40, (8, 1, 1)),  # all fits
+        (8, 32, 100, 100, 40, (4, 2, 1)),  # halves do
+        (8, 32, 100, 300, 40, (2, 4, 1)),
+        (8, 32, 100, 10**4, 40, (1, 8, 1)),  # nothing does: the most that can be done
+        (16, 4, 100, 80, 40, (4, 1, 4)),  # rows for four devices only
+        (6, 32, 100, 80, 40, (2, 1, 3)),
+    ],
+)
+def test_a_mesh_is_chosen_by_size_and_memory(devices, batch, memory, parameters, activations, expected):
+    assert mesh_for(devices, batch, memory, parameters, activations) == expected
 
 
 def test_axes_are_named_as_documented():

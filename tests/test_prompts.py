@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
-from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.prompts.module import SoftPrompt, prepend_prompt
 from prompt_tuning_jax.prompts.peft import write_adapter
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
@@ -340,3 +340,19 @@ def test_reading_never_unpickles(tmp_path):
         (tmp_path / "p.npy").write_bytes(content)
         refused(tmp_path / "p.npy")
         assert not harm.exists()
+
+
+def test_gradients_of_the_rows_are_summed_in_the_prompts_dtype():
+    """In bfloat16 activations a sum of 1 and 255 times 2**-8 would be 1, or what the order of adding makes of it."""
+    rows = np.full((256, 2, 4), 2.0**-8, np.float32)
+    rows[0] = 1.0
+    weights = jnp.asarray(rows, jnp.bfloat16)
+
+    def loss(prompt):
+        return jnp.sum(
+            prepend_prompt(jnp.zeros((256, 3, 4), jnp.bfloat16), prompt)[:, :2].astype(jnp.float32) * weights
+        )
+
+    gradient = jax.grad(loss)(jnp.ones((2, 4), jnp.float32))
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, np.full((2, 4), 1 + 255 / 256, np.float32))

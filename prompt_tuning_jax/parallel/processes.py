@@ -133,12 +133,13 @@ class PeerWatch:
     With one process there is nothing to watch.
 
     Attributes:
-      saved_step: that another start goes on from.
+      saved_step: that another start goes on from; None where nothing is saved.
       last_work: when there was something to do, by `time.monotonic`.
     """
 
     def __init__(self):
-        self.saved_step, self.last_work = 0, time.monotonic()
+        self.saved_step: int | None = None
+        self.last_work = time.monotonic()
         self._over, self._watches = threading.Event(), jax.process_count() > 1
 
     def __enter__(self) -> "PeerWatch":
@@ -157,7 +158,8 @@ class PeerWatch:
                 self._leave(f"no batch was finished in {idle:.0f} s: another process is stuck")
 
     def _leave(self, reason: str) -> None:
-        leave(LOST_PEER, f"error: {reason}; start all processes again, they go on from step {self.saved_step}")
+        from_step = "" if self.saved_step is None else f", they go on from step {self.saved_step}"
+        leave(LOST_PEER, f"error: {reason}; start all processes again{from_step}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         self._over.set()

@@ -37,5 +37,6 @@ def prepend_prompt(
     embedded: Float[Array, "B T D"], prompt: Float[Array, "P D"] | Float[Array, "B P D"]
 ) -> Float[Array, "B P+T D"]:
     """Puts `prompt` before each row of `embedded`; a [B, P, D] prompt gives each row its own (figure 2)."""
-    prompt = jnp.broadcast_to(prompt.astype(embedded.dtype), (embedded.shape[0], *prompt.shape[-2:]))
+    # One a row, and then narrowed: the rows' gradients are summed in the prompt's own float32.
+    prompt = jnp.broadcast_to(prompt, (embedded.shape[0], *prompt.shape[-2:])).astype(embedded.dtype)
     return jnp.concatenate([prompt, embedded], axis=1)

@@ -1,11 +1,14 @@
 """Which mesh a run takes: the one that is asked for, or one by the size of the model and the memory of the devices."""
 
+import functools
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 
 from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.training.memory_plan import resident_bytes
 from prompt_tuning_jax.training.run import TrainConfig
 
@@ -18,35 +21,54 @@ def partitioner_for(config: TrainConfig) -> Partitioner | None:
     Raises:
       ValueError: the mesh that is asked for does not fit the devices or the batch.
     """
-    devices = jax.devices()
-    if config.mesh is None and config.num_partitions is None:
-        if len(devices) == 1:
-            return None
-        statistics = jax.local_devices()[0].memory_stats() or {}
-        shape = mesh_for(config, len(devices), statistics.get("bytes_limit"))
-    else:
-        shape = mesh_shape(config.mesh, config.num_partitions, len(devices))
-    if len(devices) == 1:
-        return None
-    partitioner = Partitioner(make_mesh(shape, devices), config.model.config)
-    check_batch(config, partitioner)
+    rows, resident = config.train_dataset.batch_size, functools.partial(resident_bytes, config)
+    partitioner = partitioner_of(config.model.config, config.mesh, config.num_partitions, rows, resident)
+    if partitioner is not None:
+        check_batch(config, partitioner)
     return partitioner
 
 
-def mesh_for(config: TrainConfig, devices: int, device_bytes: int | None) -> MeshShape:
+def partitioner_of(
+    size: T5Config,
+    mesh: Mapping[str, int] | None,
+    num_partitions: int | None,
+    batch_size: int,
+    resident: Callable[[], tuple[int, int]],
+) -> Partitioner | None:
+    """Of the mesh that is asked for, or of `mesh_for`; None on one device.
+
+    Args:
+      mesh, num_partitions: see `parallel.mesh.mesh_shape`.
+      resident: bytes, as `mesh_for` takes them; asked where the memory of a device is known.
+
+    Raises:
+      ValueError: the mesh that is asked for does not fit the devices.
+    """
+    devices = jax.devices()
+    if mesh is not None or num_partitions is not None:
+        shape = mesh_shape(mesh, num_partitions, len(devices))
+    elif len(devices) > 1:
+        device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        parameters, activations = (0, 0) if device_bytes is None else resident()
+        shape = mesh_for(len(devices), batch_size, device_bytes, parameters, activations)
+    return None if len(devices) == 1 else Partitioner(make_mesh(shape, devices), size)
+
+
+def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters: int, activations: int) -> MeshShape:
     """The mesh where none is asked for.
 
     The batch is divided by as many devices as can share its rows equally, and a layer's products by what is left over.
-    Parameters are whole on each device where base, state and activations fit, and else divided by the least power of
-    two with which they do.
+    Parameters are whole on each device where they and its activations fit, and else divided by the least power of two
+    with which they do.
 
     Args:
       device_bytes: the memory of a device; None where it is not known, and then all fits.
+      parameters: bytes of all that is there from step to step.
+      activations: bytes that a step makes of the whole batch.
     """
-    rows = math.gcd(devices, config.train_dataset.batch_size)
+    rows = math.gcd(devices, batch_size)
     model, fsdp = devices // rows, 1
     if device_bytes is not None:
-        parameters, activations = resident_bytes(config)
         room = SPARE_MEMORY * device_bytes - activations / rows
         while parameters / (model * fsdp) > room and rows % (2 * fsdp) == 0:
             fsdp *= 2

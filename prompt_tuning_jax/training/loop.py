@@ -46,6 +46,7 @@ def _train(config: TrainConfig, watch: PeerWatch) -> dict[str, Any]:
     frozen_fingerprint = fingerprint(run.frozen)
     run.open()
     run.go_back(max(run.saved_steps, default=0))
+    watch.saved_step = run.saved_step
     train_step = make_train_step(
         run.model, config.optimizer, config.z_loss, config.num_microbatches, partitioner, run.state_shardings
     )
@@ -56,9 +57,9 @@ def _train(config: TrainConfig, watch: PeerWatch) -> dict[str, Any]:
         tqdm(total=config.train_steps, initial=run.step, disable=quiet, unit="step") as bar,
     ):
         for batch in run.batches_to_come():
-            watch.saved_step = run.saved_step
             state, metrics = train_step(run.state, run.frozen, run.placed(batch))
             run.after_step(state, batch.ids, metrics, evaluator, lambda line: say(line, bar))
+            watch.saved_step = run.saved_step
             bar.update()
             if run.over:
                 break

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,21 @@ from jaxtyping import Array, Float
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
-from prompt_tuning_jax.checkpoints.base import load_base, open_vocabulary
+from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary
 from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
+from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import embedding_table
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, judge, takes_scores
+from prompt_tuning_jax.training.layout import partitioner_of
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 from prompt_tuning_jax.training.step import PROMPT
 from prompt_tuning_jax.training.submission import start_submission, write_file
@@ -41,6 +46,8 @@ def evaluate_prompt(
     prompt_text: str | None = None,
     vocabulary: str | None = None,
     base_dtype: str | None = "auto",
+    num_partitions: int | None = None,
+    mesh: Mapping[str, int] | None = None,
     samples: int = 0,
     submission: str | None = None,
     model_dir: str | None = None,
@@ -54,6 +61,7 @@ def evaluate_prompt(
       prompt_text: a prompt in words, whose pieces are put before each row's inputs (prompt design).
       vocabulary: None for the one beside the base.
       base_dtype: of the base in memory; see `checkpoints.base.load_base`.
+      num_partitions, mesh: the mesh, as of `run.TrainConfig`; of several prompts one device answers alone.
       samples: how many right and how many wrong answers of each task to show on stderr.
       submission: a folder for the files that a benchmark's server scores; nothing is scored here.
       model_dir: a folder for summary.json, what is returned; None to leave nothing.
@@ -85,12 +93,17 @@ def evaluate_prompt(
         check_labelled(tasks, dataset.split)
     else:
         files = start_submission(submission, tasks, dataset.split)
-    base = load_base(initial_checkpoint_path, model.config, base_dtype)
+    partitioner = None if several else evaluation_partitioner(model.config, dataset, mesh, num_partitions, base_dtype)
+    place = None if partitioner is None else partitioner.parameter
+    base = load_base(initial_checkpoint_path, model.config, base_dtype, place)
     if prompt_text is not None:
-        prompt = written_prompt(prompt_text, embedding_table(base.params), words)
+        table = embedding_table(base.params) if partitioner is None else partitioner.gather_table(base.params)
+        prompt = written_prompt(prompt_text, table, words)
         prompts[PROMPT] = prompt
         model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=prompt.shape[0]))
-    evaluator = Evaluator(model, words)
+    if partitioner is not None:
+        prompts = partitioner.replicate(prompts)
+    evaluator = Evaluator(model, words, partitioner)
     result: dict[str, Any] = {
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
@@ -108,6 +121,7 @@ def evaluate_prompt(
         written = [
             write_file(Path(submission), file, name, tasks[name].examples, predicted[name])
             for name, file in files.items()
+            if is_writer()
         ]
         return left(model_dir, result | {"submission": written})
     results = {}
@@ -115,16 +129,33 @@ def evaluate_prompt(
         found = evaluator.judged(prompts, base.params, batches)
         ranking = evaluator.rank_metrics(prompts, base.params, batches)
         results[name] = task_result(batches, found, ranking)
-        if samples:
+        if samples and is_writer():
             show_samples(name, found.samples(batches.examples, samples))
     if len(results) == 1:
         return left(model_dir, result | results.popitem()[1])
     return left(model_dir, result | {"tasks": results} | suite_result(results))
 
 
+def evaluation_partitioner(
+    size: T5Config,
+    dataset: DatasetConfig,
+    mesh: Mapping[str, int] | None,
+    num_partitions: int | None,
+    base_dtype: str | None,
+) -> Partitioner | None:
+    """Of the mesh that an evaluation takes; None on one device."""
+
+    def resident() -> tuple[int, int]:
+        numbers = sum(math.prod(shape) for shape in expected_shapes(size).values())
+        held = auto_dtype() if base_dtype == "auto" else base_dtype
+        return numbers * jnp.dtype(held or jnp.float32).itemsize, 0
+
+    return partitioner_of(size, mesh, num_partitions, dataset.batch_size, resident)
+
+
 def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
     """The result, which is then also in summary.json of a folder."""
-    if model_dir is not None:
+    if model_dir is not None and is_writer():
         Path(model_dir).mkdir(parents=True, exist_ok=True)
         write_text(Path(model_dir, "summary.json"), json.dumps(result, indent=1) + "\n")
     return result

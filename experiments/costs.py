@@ -1,0 +1,61 @@
+"""What a SuperGLUE task costs: chip-hours of the paper's 30,000 steps, from the arithmetic of a step.
+
+    python -m experiments.costs [--share=0.4] [--price=1.20]
+
+Batch 32, 512 input and 16 target tokens, P=100. A TPU chip is taken to do `--share` of its peak in bfloat16: none was
+at hand to measure. The H100's column is measured (experiments/results/gpu_h100.json), on 8 target tokens. With
+`--price`, of a chip-hour, it prints money instead of hours. One evaluation every 1,000 steps comes on top.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.benchmarks.flop import Shape, step_flop
+from prompt_tuning_jax.t5.config import SIZES
+
+STEPS, SHAPE = 30_000, Shape(32, 512, 16, 100)
+# Peak products in bfloat16, FLOP/s a chip (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
+PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+H100 = Path(__file__).parent / "results" / "gpu_h100.json"
+
+
+def chip_hours(size: str, chip: str, share: float) -> float:
+    """Of one task, on however many chips: hours times chips."""
+    return STEPS * step_flop(SIZES[size], SHAPE, trains_model=False) / (share * PEAKS[chip]) / 3600
+
+
+def measured_hours() -> dict[str, float]:
+    """Of one task on one H100, by size, as its measured steps would take."""
+    runs = [
+        record
+        for record in json.loads(H100.read_text())
+        if record.get("attention") == "cudnn" and "contenders" in record
+    ]
+    rates = {record["size"]: record["contenders"]["ours"]["examples_per_second"] for record in runs}
+    return {size: STEPS * SHAPE.batch / rate / 3600 for size, rate in rates.items()}
+
+
+def table(share: float, price: float | None = None) -> str:
+    """Markdown: a line a size, a column a chip."""
+    rows, measured = (
+        [f"| | {' | '.join(PEAKS)} | H100, measured |", "|---|" + "---|" * (len(PEAKS) + 1)],
+        measured_hours(),
+    )
+    for size in ("small", "base", "large", "xl", "xxl"):
+        hours = [chip_hours(size, chip, share) for chip in PEAKS] + [measured.get(size)]
+        cells = ["" if value is None else f"{value * (price or 1):.2f}" for value in hours]
+        rows.append(f"| {size} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.4, help="of a chip's peak that a step reaches")
+    parser.add_argument("--price", type=float, help="of a chip-hour")
+    args = parser.parse_args()
+    print(table(args.share, args.price))
+
+
+if __name__ == "__main__":
+    main()
