@@ -2,7 +2,7 @@
 
     python -m experiments.scaling --size=xxl --devices=16 --mesh="{'fsdp': 16}"
     python -m experiments.scaling --size=xxl --topology=v5e:4x4 --mesh="{'fsdp': 16}"     # with libtpu: jax[tpu]
-    python -m experiments.scaling --page                                # all of PAGE, to experiments/results/scaling.md
+    python -m experiments.scaling --page     # all of PAGE that results/scaling.json lacks, to results/scaling.md
 
 The devices are described: CPU devices of this process, however many, or with --topology a TPU slice, for which the
 TPU's own compiler lays out the step. Prompt tuning of T5 1.1 in bfloat16 with a prompt of 100, and the remat policy
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,22 +250,30 @@ def start(flags: Sequence[str], devices: int) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def page(cases: Sequence[Case]) -> str:
-    """The page, measured anew."""
+def page(cases: Sequence[Case], records: Path) -> str:
+    """The page. What `records` already has is not measured again."""
+    found = json.loads(records.read_text()) if records.exists() else {}
     lines = [HEAD]
     for case in cases:
-        found = start(case.flags, 1 if case.topology else case.devices)
-        print(json.dumps(found), flush=True)
-        shape, temporary = found["mesh"], found["temporary_bytes"]
-        mesh = " x ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "one device"
-        sent = "; ".join(f"{kind} {numbers * 2 / 1e9:.4f}" for kind, (_, numbers, _) in found["sent"].items())
-        off = found["planned_bytes"] / found["frozen_bytes"] - 1
-        gigabytes = [f"{found[name] / 1e9:.3f}" for name in ("frozen_bytes", "planned_bytes")]
-        lines.append(
-            f"| {case.size} | {case.topology or case.devices} | {mesh} | {found['batch']} | {' | '.join(gigabytes)} "
-            f"| {off:+.2%} | {'' if temporary is None else f'{temporary / 1e9:.1f}'} | {sent or 'nothing'} |"
-        )
+        key = " ".join(case.flags)
+        if key not in found:
+            found[key] = start(case.flags, 1 if case.topology else case.devices)
+            print(json.dumps(found[key]), flush=True)
+            records.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        lines.append(line(case, found[key]))
     return "\n".join(lines) + "\n"
+
+
+def line(case: Case, found: Mapping[str, Any]) -> str:
+    """A case as a line of the page's table."""
+    mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"
+    sent = "; ".join(f"{kind} {numbers * 2 / 1e9:.4f}" for kind, (_, numbers, _) in found["sent"].items())
+    temporary, off = found["temporary_bytes"], found["planned_bytes"] / found["frozen_bytes"] - 1
+    gigabytes = [f"{found[name] / 1e9:.3f}" for name in ("frozen_bytes", "planned_bytes")]
+    return (
+        f"| {case.size} | {case.topology or case.devices} | {mesh} | {found['batch']} | {' | '.join(gigabytes)} "
+        f"| {off:+.2%} | {'' if temporary is None else f'{temporary / 1e9:.1f}'} | {sent or 'nothing'} |"
+    )
 
 
 HEAD = """# Before you rent: what a step needs on each device
@@ -299,7 +307,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.page:
-        (RESULTS / "scaling.md").write_text(page(PAGE), encoding="utf-8")
+        (RESULTS / "scaling.md").write_text(page(PAGE, RESULTS / "scaling.json"), encoding="utf-8")
     elif args.here:
         print(json.dumps(measure(args)))
     else:

@@ -11,13 +11,13 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import parse, user_errors
-from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, start_processes
+from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
 from prompt_tuning_jax.training import score
 
 
 def main() -> None:
     keep_compiled_programs()
-    with user_errors():
+    with leaving_alone(), user_errors():
         flags = parse(sys.argv[1:], flags=("submission", *FLAGS))
         start_processes(flags)
         if flags.get("submission") is True:

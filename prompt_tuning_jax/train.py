@@ -14,13 +14,13 @@ import gin
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, parse, user_errors
-from prompt_tuning_jax.parallel.processes import FLAGS, is_writer, start_processes
+from prompt_tuning_jax.parallel.processes import FLAGS, is_writer, leaving_alone, start_processes
 from prompt_tuning_jax.training import loop, memory_table, run
 
 
 def main() -> None:
     keep_compiled_programs()
-    with user_errors():
+    with leaving_alone(), user_errors():
         flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan", *FLAGS))
         start_processes(flags)
         config = gin.get_configurable(run.TrainConfig)

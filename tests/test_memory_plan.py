@@ -19,12 +19,13 @@ from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_p
 
 from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.parallel.mesh import MeshShape
 from prompt_tuning_jax.prompts.initializers import random_uniform
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training import memory_plan
-from prompt_tuning_jax.training.memory_plan import largest_batch, plan, start_shapes, step_memory
+from prompt_tuning_jax.training.memory_plan import device_part, largest_batch, plan, start_shapes, step_memory
 from prompt_tuning_jax.training.memory_table import read_size
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig
@@ -241,6 +242,25 @@ def test_a_batch_that_does_not_fit_is_told_from_a_run_that_does_not(command, mon
     assert code == 2
     assert out.startswith("batch 8")
     assert re.fullmatch(r"error: a batch of 1 does not fit: its step takes .+, .+ more than the 9.00 kB .+\n", err)
+
+
+def test_a_mesh_is_planned_without_its_devices(command):
+    """Halves of what the model axis divides, and all of the norms; the prompt on every device."""
+    code, out, err = command("--memory-plan=1GB", NUM_PARTITIONS=2)
+    assert (code, err) == (0, "")
+    assert "on each of 2 devices, data 1 x fsdp 1 x model 2" in out and "largest batch" not in out
+    config, whole = run_of(num_partitions=2), plan(run_of())
+    part = device_part(config, MeshShape(model=2))
+    assert whole.frozen.bytes / 2 < part.frozen < 0.6 * whole.frozen.bytes
+    assert part.state == whole.trainable.bytes + whole.optimizer.bytes + 3 * 4  # its key and step
+    assert device_part(config, MeshShape(fsdp=2, model=2)).frozen < 0.35 * whole.frozen.bytes
+    assert device_part(config, MeshShape(data=8)).activations == part.activations // 8
+
+
+def test_a_mesh_on_which_it_does_not_fit(command):
+    code, _, err = command("--memory-plan=10kB", MESH={"fsdp": 2})
+    assert code == 2
+    assert re.fullmatch(r"error: .+ are missing on each device: set MESH with a larger fsdp or model axis.+\n", err)
 
 
 @pytest.mark.parametrize("flag", ["80", "0GB", "0.0GB", "GB", "-1GB", "80 gigabytes", "1e3GB"])

@@ -400,6 +400,29 @@ def test_a_peer_that_stands_still_ends_the_other(tiny, tmp_path):
     assert "lost another" in said or "another task died" in said
 
 
+@pytest.mark.slow
+def test_a_mistake_of_one_process_ends_it_and_the_other(tiny, tmp_path):
+    def arguments(flags):
+        base = {"INITIAL_CHECKPOINT_PATH": "/no/where"} if "--process_index=1" in flags else {}
+        return settings(tiny, tmp_path / "run", **base) + flags
+
+    group = start_group(tiny, ["-m", "prompt_tuning_jax.train"], arguments, 2, 1)
+    said = [process.communicate(timeout=90)[1] for process in group]
+    assert group[1].returncode == 2 and re.search("(?m)^error: no base model at /no/where", said[1])
+    assert group[0].returncode in (LOST_PEER, -6)
+    assert "lost another" in said[0] or "another task died" in said[0]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_said_by_each(tiny, tmp_path):
+    arguments = settings(tiny, tmp_path / "run", INITIAL_CHECKPOINT_PATH="/no/where")
+    group = start_group(tiny, ["-m", "prompt_tuning_jax.train"], lambda flags: arguments + flags, 2, 1)
+    said = [process.communicate(timeout=90)[1] for process in group]
+    assert [process.returncode for process in group] == [2, 2]
+    assert all(re.search("(?m)^error: no base model at /no/where", text) for text in said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_peer_that_lives_and_does_nothing_is_told_by_time(monkeypatch):
     left = []
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)

@@ -4,13 +4,14 @@ A process is found by flags, by JAX_COORDINATOR_ADDRESS (as this project's JobSe
 job step, or by the TPU machine that it runs on; else there is one.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 FLAGS = ("coordinator_address", "process_count", "process_index")
 START_SECONDS = 300  # to wait for all processes
 HEARTBEAT_SECONDS = 60  # without a sign of life a process is taken for dead, and JAX ends the others
+LAST_SECONDS = 5  # between the errors of processes that all end with one
 STUCK_SECONDS = 1_800  # without a batch a run is taken for stuck: more than any compilation or pause between two takes
 OF_PEERS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 LOST_PEER = 75  # exit code: another process is gone, start all of them again (EX_TEMPFAIL)
@@ -118,11 +120,26 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def leave(code: int, line: str) -> None:
+def leave(code: int, line: str = "") -> None:
     """Ends this process at once, without the meeting at the end, which the others would not come to."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, end="\n" if line else "", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def leaving_alone() -> Iterator[None]:
+    """Lets one of several processes end with exit code 2 while the others go on, who then lose it.
+
+    It waits for a moment: most often what is wrong is wrong for all, and each is to say so itself.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == 2 and jax.process_count() > 1:
+            time.sleep(LAST_SECONDS)
+            leave(2)
+        raise
 
 
 class PeerWatch:
