@@ -11,8 +11,9 @@ the same. Prints one JSON object:
 
     frozen_bytes       of the parameters on each device, as compiled; `planned_bytes` by the memory plan, which is exact
     state_bytes        of the prompt and its optimiser, likewise
-    temporary_bytes    what the step makes on the way, of a TPU. The CPU's compiler lets gathered weights pile up, which
-                       says nothing of an accelerator: null
+    temporary_bytes    what the step makes on the way: of a TPU and with --whole, null elsewhere. Its compiler takes the
+                       memory that there is for speed, so that it cannot be told from shallow models; and the CPU's
+                       lets gathered weights pile up
     sent               of the step's collectives, by kind: how many, the numbers in their results, and their bytes; in
                        float32 on a CPU, in bfloat16 elsewhere
 """
@@ -45,11 +46,12 @@ class Case(NamedTuple):
     devices: int
     mesh: dict[str, int]
     topology: str | None = None
+    whole: bool = False
 
     @property
     def flags(self) -> list[str]:
         more = [f"--topology={self.topology}"] if self.topology else [f"--devices={self.devices}"]
-        return [f"--size={self.size}", f"--mesh={self.mesh}", *more]
+        return [f"--size={self.size}", f"--mesh={self.mesh}", *more, *(["--whole"] if self.whole else [])]
 
 
 PAGE = (
@@ -71,7 +73,7 @@ PAGE = (
     Case("large", 8, {}, "v5e:2x4"),
     Case("xl", 8, {}, "v5e:2x4"),
     Case("xl", 8, {"fsdp": 8}, "v5e:2x4"),
-    Case("xxl", 16, {"fsdp": 16}, "v5e:4x4"),
+    Case("xxl", 16, {"fsdp": 16}, "v5e:4x4", whole=True),
     Case("xxl", 16, {"model": 16}, "v5e:4x4"),
     Case("xxl", 8, {"fsdp": 8}, "v6e:2x4"),
 )
@@ -133,13 +135,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from prompt_tuning_jax.training.step import make_train_step
 
     shape = mesh_shape(args.mesh, None, len(devices))
-    mesh, whole, found, seconds = make_mesh(shape, devices), None, [], time.monotonic()
+    mesh, found, seconds = make_mesh(shape, devices), [], time.monotonic()
     batch_size = args.batch or LEAST_BATCH * max(1, math.ceil(shape.data * shape.fsdp / LEAST_BATCH))
-    for layers in (None, *SHALLOW):
+    whole = run_config(args, None, batch_size)
+    for layers in (None,) if args.whole else SHALLOW:
         config = run_config(args, layers, batch_size)
-        if layers is None:
-            whole = config
-            continue
         partitioner = Partitioner(mesh, config.model.config)
         state, frozen = start_shapes(config)
         shardings = partitioner.state(state)
@@ -156,11 +156,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for leaf in jax.tree.leaves((placed, rows.inputs, rows.targets))
         )
         found.append({"frozen": memory.argument_size_in_bytes - others, "temporary": memory.temp_size_in_bytes, **flat})
-    assert whole is not None
     config = whole.model.config
-    deep = config.num_encoder_layers, config.num_decoder_layers
+    deep = (2, 2) if args.whole else (config.num_encoder_layers, config.num_decoder_layers)
     total = {
-        name: at_depth(deep, *(one.get(name, 0) for one in found)) for name in {key for one in found for key in one}
+        name: at_depth(deep, *(one.get(name, 0) for one in (found * 3)[:3]))
+        for name in {key for one in found for key in one}
     }
     part = device_part(whole, shape)
     return {
@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "frozen_bytes": total["frozen"],
         "planned_bytes": part.frozen,
         "state_bytes": part.state,
-        "temporary_bytes": total["temporary"] if args.topology else None,
+        "temporary_bytes": total["temporary"] if args.topology and args.whole else None,
         "sent": {kind: [total[f"{kind} {field}"] for field in Sent._fields] for kind in sorted(_kinds(total))},
         "compile_seconds": round(time.monotonic() - seconds, 1),
     }
@@ -280,8 +280,9 @@ HEAD = """# Before you rent: what a step needs on each device
 
 Written by `python -m experiments.scaling --page` (that module says what is measured; its last lines need libtpu):
 prompt tuning of T5 1.1, bfloat16, P=100, 512 input and 16 target tokens, compiled for so many devices and never run.
-All of it in GB on each device: the base as compiled and as the memory plan has it; what the step makes on the way (TPUs
-alone); and the results of its collectives, at two bytes a number. A `v5e` chip has 16 GB, a `v6e` chip 32 GB.
+All of it in GB on each device: the base as compiled and as the memory plan has it; what the step makes on the way (of a
+TPU, compiled at its whole depth); and the results of its collectives, at two bytes a number. A `v5e` chip has 16 GB, a
+`v6e` chip 32 GB.
 
 | size | devices | mesh | batch | base, compiled | base, planned | off | temporaries | sent |
 |---|---|---|---|---|---|---|---|---|"""
@@ -299,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-length", type=int, default=512)
     parser.add_argument("--target-length", type=int, default=16)
     parser.add_argument("--remat-policy", choices=("none", "minimal", "full"))
+    parser.add_argument("--whole", action="store_true", help="compile the size's own depth: minutes")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser

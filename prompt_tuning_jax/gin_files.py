@@ -130,9 +130,10 @@ def _check_macros(config: str) -> None:
 
 
 def config_text() -> str:
-    """The parsed configuration, as gin writes it, without what says only where: MODEL_DIR, and the mesh, on which
-    nothing depends but the last digits. A run goes on with others."""
-    return re.sub(r"(?m)^(MODEL_DIR|MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", "", gin.config_str())
+    """The parsed configuration, as gin writes it, without what says only where: MODEL_DIR is left out, and no mesh is
+    asked for, on which nothing depends but the last digits. A run goes on on another."""
+    text = re.sub(r"(?m)^MODEL_DIR = .*\n(?:    .*\n)*", "", gin.config_str())
+    return re.sub(r"(?m)^(MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", r"\1 = None\n", text)
 
 
 @contextlib.contextmanager

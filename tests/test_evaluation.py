@@ -276,7 +276,7 @@ def test_a_split_without_labels_is_not_scored(split):
 class Splits:
     """What `DatasetConfig` is to `evaluate_prompt`, over splits that are at hand."""
 
-    split, mixture_or_task_name = "validation", "by_hand"
+    split, mixture_or_task_name, batch_size = "validation", "by_hand", 32
 
     def __init__(self, tasks):
         self._tasks = tasks

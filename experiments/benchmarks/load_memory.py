@@ -33,7 +33,7 @@ def write(folder: Path, kind: str, size: str) -> None:
     rng = np.random.default_rng(0)
 
     def draw(shape: tuple[int, ...]) -> StoredArray:
-        return StoredArray(shape, np.dtype(np.float32), lambda: rng.standard_normal(shape, np.float32))
+        return StoredArray(shape, np.dtype(np.float32), lambda index: rng.standard_normal(shape, np.float32)[index])
 
     params = {path: draw(shape) for path, shape in expected_shapes(SIZES[size]).items()}
     if kind.startswith("huggingface"):

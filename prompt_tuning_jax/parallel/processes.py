@@ -1,6 +1,6 @@
 """Many processes as one program: how they find each other, who writes, and how one leaves that the others have left.
 
-A process is found by flags, by JAX_COORDINATOR_ADDRESS (as this project's JobSets set it), by Slurm's variables of a
+A process is found by flags, by JAX_COORDINATOR_ADDRESS and its neighbours (docs/gpu.md), by Slurm's variables of a
 job step, or by the TPU machine that it runs on; else there is one.
 """
 

@@ -44,6 +44,8 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         list(config.trainable) != PROMPT_ONLY
         or not config.initial_checkpoint_path
         or not config.train_dataset.use_cached
+        or config.mesh is not None
+        or config.num_partitions is not None
     ):
         return None
     return (

@@ -26,8 +26,9 @@ class T5Config:
         it reads, "minimal" the products with weights, "full" the layer's input alone; the rest is computed again.
       attention: of the encoder's layers: "products", written out in `kernels.attend`; "cudnn", that library's fused
         attention on a GPU, which wants bfloat16; "xla", the same function of JAX without the library; or "auto",
-        cuDNN's where it runs (bfloat16, an NVIDIA GPU of compute capability 8 or more), products elsewhere. Rows with
-        hidden keys before visible ones, and odd numbers of positions, take products whatever it is.
+        cuDNN's where it is known to be right and faster (bfloat16, one NVIDIA GPU of compute capability 8 or more: how
+        JAX divides it over several was never tried), products elsewhere. Rows with hidden keys before visible ones, and
+        odd numbers of positions, take products whatever it is.
     """
 
     vocab_size: int
@@ -65,8 +66,8 @@ class T5Config:
 
 
 def has_cudnn_attention() -> bool:
-    """Whether the first device is one that cuDNN's fused attention runs on: NVIDIA's, Ampere or later."""
-    if jax.default_backend() != "gpu":
+    """Whether the one device is one that cuDNN's fused attention runs on: NVIDIA's, Ampere or later."""
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; of an AMD GPU "gfx90a"
     return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8

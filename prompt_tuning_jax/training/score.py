@@ -93,7 +93,9 @@ def evaluate_prompt(
         check_labelled(tasks, dataset.split)
     else:
         files = start_submission(submission, tasks, dataset.split)
-    partitioner = None if several else evaluation_partitioner(model.config, dataset, mesh, num_partitions, base_dtype)
+    partitioner = (
+        None if several else evaluation_partitioner(model.config, dataset.batch_size, mesh, num_partitions, base_dtype)
+    )
     place = None if partitioner is None else partitioner.parameter
     base = load_base(initial_checkpoint_path, model.config, base_dtype, place)
     if prompt_text is not None:
@@ -138,7 +140,7 @@ def evaluate_prompt(
 
 def evaluation_partitioner(
     size: T5Config,
-    dataset: DatasetConfig,
+    batch_size: int,
     mesh: Mapping[str, int] | None,
     num_partitions: int | None,
     base_dtype: str | None,
@@ -150,7 +152,7 @@ def evaluation_partitioner(
         held = auto_dtype() if base_dtype == "auto" else base_dtype
         return numbers * jnp.dtype(held or jnp.float32).itemsize, 0
 
-    return partitioner_of(size, mesh, num_partitions, dataset.batch_size, resident)
+    return partitioner_of(size, mesh, num_partitions, batch_size, resident)
 
 
 def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
