@@ -3,6 +3,8 @@
 The shapes and types in the package's signatures are checked at run time: `--jaxtyping-packages` in pyproject.toml.
 """
 
+import contextlib
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.t5.config import T5Config
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")  # of torch's CUDA builds: loaded after TensorFlow, it crashes
 
 # Compilation makes a first example slow, and a red build must be red again when it is looked into.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
