@@ -16,7 +16,7 @@ import gin
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import open_model
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.gin_files import config_text, parse, user_errors
+from prompt_tuning_jax.gin_files import config_text, configured, parse, user_errors
 from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
@@ -31,9 +31,9 @@ SPLITS = {"validation": "sentences never seen", "unseen_words": "sentiment words
 def main() -> None:
     keep_compiled_programs()
     with user_errors():
-        flags = parse(["--gin_file=runs/demo.gin", *sys.argv[1:]], flags=("allow_other_config",))
+        flags = parse(["--gin_file=runs/demo.gin", *sys.argv[1:]], flags=("allow_other_config",), about=__doc__)
         folder = Path(gin.query_parameter("%MODEL_DIR"))
-        config = gin.get_configurable(run.TrainConfig)
+        config = configured(run.TrainConfig, "runs/prompt_tune.gin")
         allow_other_config = bool(flags.get("allow_other_config"))
         summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
         prompt_file = folder / "best" / "prompt.npy"

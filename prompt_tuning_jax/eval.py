@@ -7,10 +7,8 @@ It takes a mesh of all devices, and many processes, as `train` does.
 import json
 import sys
 
-import gin
-
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.gin_files import parse, user_errors
+from prompt_tuning_jax.gin_files import configured, parse, user_errors
 from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
 from prompt_tuning_jax.training import score
 
@@ -18,12 +16,12 @@ from prompt_tuning_jax.training import score
 def main() -> None:
     keep_compiled_programs()
     with leaving_alone(), user_errors():
-        flags = parse(sys.argv[1:], flags=("submission", *FLAGS))
+        flags = parse(sys.argv[1:], flags=("submission", *FLAGS), about=__doc__)
         start_processes(flags)
         if flags.get("submission") is True:
             raise ValueError("--submission has no folder: expected --submission=DIR")
         with PeerWatch():
-            result = gin.get_configurable(score.evaluate_prompt)(submission=flags.get("submission"))
+            result = configured(score.evaluate_prompt, "runs/eval.gin")(submission=flags.get("submission"))
     if is_writer():
         print(json.dumps(result, indent=1))
 

@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 
@@ -17,12 +20,13 @@ _PACKAGE = Path(__file__).parent
 SEARCH_PATHS = [path for path in (_PACKAGE.parent / "gin_configs", _PACKAGE / "gin_configs") if path.is_dir()]
 
 
-def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | bool]:
+def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = None) -> dict[str, str | bool]:
     """Parses the gin files and bindings of a command line, in T5X's order: files first, then bindings.
 
     Args:
       argv: without the program's name.
       flags: other flags the command knows, without dashes; `--name` or `--name=value`.
+      about: what the command does; `--help` prints it, the gin files and the macros of those given, and exits.
 
     Returns:
       The other flags that were given.
@@ -30,7 +34,7 @@ def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | boo
     Raises:
       ValueError: an unknown flag, file, macro or binding, or a macro that must be set and is not.
     """
-    bindings, given = _parse_files(argv, flags)
+    bindings, given = _parse_files(argv, flags, about)
     for binding in bindings:
         with _explained(f"--gin.{binding}"):
             gin.parse_config(binding)
@@ -40,14 +44,16 @@ def parse(argv: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str | boo
     return given
 
 
-def split_bindings(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def split_bindings(
+    argv: Sequence[str], flags: Sequence[str] = (), about: str | None = None
+) -> tuple[list[str], list[str]]:
     """Divides a command line: what these gin files know, and the texts "NAME=value" of macros that they do not.
 
     Raises:
       ValueError: as `parse`, of the files.
     """
-    bindings, _ = _parse_files(argv, flags)
-    known = set(re.findall(r"(?m)^([A-Za-z_]\w*) = ", gin.config_str()))
+    bindings, _ = _parse_files(argv, flags, about)
+    known = _macros(gin.config_str())
     gin.clear_config()
     others = [text for text in bindings if "." not in _bound(text) and _bound(text) not in known]
     return [argument for argument in argv if argument.removeprefix("--gin.") not in others], others
@@ -57,9 +63,12 @@ def _bound(binding: str) -> str:
     return binding.partition("=")[0].strip()
 
 
-def _parse_files(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
+def _parse_files(
+    argv: Sequence[str], flags: Sequence[str], about: str | None
+) -> tuple[list[str], dict[str, str | bool]]:
     """Parses the files alone; returns the bindings and the other flags."""
     files, bindings, given = [], [], {}
+    wants_help = about is not None and "--help" in argv
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--gin_file="):
@@ -70,8 +79,16 @@ def _parse_files(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], 
             bindings.append(argument.removeprefix("--gin."))
         elif argument.startswith("--") and name in flags:
             given[name] = value or True
+        elif wants_help and argument == "--help":
+            continue
         else:
-            known = ["--gin_file=FILE", "--gin_search_paths=DIR", "--gin.NAME=VALUE", *(f"--{flag}" for flag in flags)]
+            known = [
+                "--gin_file=FILE",
+                "--gin_search_paths=DIR",
+                "--gin.NAME=VALUE",
+                *(f"--{flag}" for flag in flags),
+                "--help",
+            ]
             raise ValueError(f"unknown argument {argument!r}; expected {', '.join(known)}")
     for path in SEARCH_PATHS:
         gin.add_config_file_search_path(str(path))
@@ -79,11 +96,36 @@ def _parse_files(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], 
     gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
     for file in files:
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
-            there = {str(found.relative_to(path)) for path in SEARCH_PATHS for found in path.rglob("*.gin")}
-            raise ValueError(f"no gin file {file}; {_near(file, there)}")
+            raise ValueError(f"no gin file {file}; {_near(file, _files())}")
         with _explained(file):
             gin.parse_config_file(file)
+    if wants_help:
+        print(_help(about or "", files))
+        sys.exit()
     return bindings, given
+
+
+def _files() -> set[str]:
+    """All gin files that can be named, `models/nano.gin`."""
+    return {str(found.relative_to(path)) for path in SEARCH_PATHS for found in path.rglob("*.gin")}
+
+
+def _help(about: str, files: Sequence[str]) -> str:
+    """What `--help` prints, once these files are parsed."""
+    lines = [about.strip(), "", "--gin_file=FILE, of --gin_search_paths=DIR,... or of the project's own:", ""]
+    for folder, found in itertools.groupby(sorted(map(Path, _files())), lambda file: file.parent):
+        text = " ".join(file.name for file in found)
+        lines += textwrap.wrap(f"{folder}/ {text}", 118, initial_indent="  ", subsequent_indent=" " * 6)
+    lines += ["", f"--gin.NAME=VALUE, of {' and '.join(files) or 'the files given'}:", ""]
+    for name in sorted(_macros(gin.config_str())):
+        value = repr(gin.query_parameter(f"%{name}"))
+        lines.append(f"  {name}" + (", which must be set" if value == "%gin.REQUIRED" else f" = {value}"))
+    return "\n".join(lines if files else lines[:-3])
+
+
+def _macros(config: str) -> dict[str, str]:
+    """The macros that a configuration sets, each with the first line of its value."""
+    return dict(re.findall(r"(?m)^([A-Za-z_]\w*) = (.*)$", config))
 
 
 @contextlib.contextmanager
@@ -120,13 +162,30 @@ def _check_macros(config: str) -> None:
     """gin takes a macro that nothing reads in silence: a misspelt one would change nothing."""
     code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)  # a "%" in a text is no macro
     read = set(re.findall(r"%([A-Za-z_]\w*)", code)) - {"gin"}  # %gin.REQUIRED
-    macros = dict(re.findall(r"(?m)^([A-Za-z_]\w*) = (.*)$", code))
+    macros = _macros(code)
     for name in sorted(macros):
         if name not in read:
             raise ValueError(f"no macro {name} in these gin files; {_near(name, read)}")
     missing = sorted(name for name in read if macros.get(name, "%gin.REQUIRED") == "%gin.REQUIRED")
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be set: --gin.{missing[0]}=...")
+
+
+def configured(what: Callable[..., Any], file: str) -> Callable[..., Any]:
+    """`what`, with the arguments that the parsed files give it.
+
+    Args:
+      file: one that sets it up, to be named where none of those given does.
+
+    Raises:
+      ValueError: none does.
+    """
+    try:
+        return gin.get_configurable(what)
+    except ValueError:
+        raise ValueError(
+            f"no gin file given sets up {what.__name__}: add --gin_file={file}, say; --help lists them"
+        ) from None
 
 
 def config_text() -> str:

@@ -23,7 +23,7 @@ import gin
 import jax
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.gin_files import config_text, parse, split_bindings, user_errors
+from prompt_tuning_jax.gin_files import config_text, configured, parse, split_bindings, user_errors
 from prompt_tuning_jax.sweeps import spec, status
 from prompt_tuning_jax.sweeps.joint_step import joint_key
 from prompt_tuning_jax.sweeps.plan import most_together, plan
@@ -50,9 +50,9 @@ def main() -> None:
 
 def sweep(argv: Sequence[str]) -> int:
     """Does what a command line says; returns the exit code."""
-    own, texts = split_bindings(argv, FLAGS)
+    own, texts = split_bindings(argv, FLAGS, __doc__)
     flags = parse(own, FLAGS)
-    settings = gin.get_configurable(spec.Sweep)()
+    settings = configured(spec.Sweep, "sweeps/demo.gin")()
     launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
     if flags.get("launcher") != "here":
         jax.config.update("jax_platforms", "cpu")  # in this process: the accelerators are for those that it starts
@@ -108,7 +108,11 @@ def checked(trial: Trial) -> run.TrainConfig | None:
     gin.clear_config()
     try:
         parse(trial.arguments)
-        return gin.get_configurable(run.TrainConfig)(config=config_text()) if trial.command == "train" else None
+        return (
+            configured(run.TrainConfig, "runs/prompt_tune.gin")(config=config_text())
+            if trial.command == "train"
+            else None
+        )
     except ValueError as error:
         raise ValueError(f"trial {trial.name}: {error}") from None
 
@@ -148,7 +152,7 @@ def train_or_evaluate(trials: Sequence[Trial], most: int | None) -> dict[str, st
     try:
         config = checked(trial)
         if config is None:
-            gin.get_configurable(score.evaluate_prompt)()
+            configured(score.evaluate_prompt, "runs/eval.gin")()
         else:
             loop.train(config)
     except (ValueError, OSError) as error:

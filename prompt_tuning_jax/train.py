@@ -10,10 +10,8 @@ command would need.
 
 import sys
 
-import gin
-
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.gin_files import config_text, parse, user_errors
+from prompt_tuning_jax.gin_files import config_text, configured, parse, user_errors
 from prompt_tuning_jax.parallel.processes import FLAGS, is_writer, leaving_alone, start_processes
 from prompt_tuning_jax.training import loop, memory_table, run
 
@@ -21,9 +19,9 @@ from prompt_tuning_jax.training import loop, memory_table, run
 def main() -> None:
     keep_compiled_programs()
     with leaving_alone(), user_errors():
-        flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan", *FLAGS))
+        flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan", *FLAGS), about=__doc__)
         start_processes(flags)
-        config = gin.get_configurable(run.TrainConfig)
+        config = configured(run.TrainConfig, "runs/prompt_tune.gin")
         if "memory-plan" in flags:
             memory_table.show_plan(config(), flags["memory-plan"])
             return

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import gin
 import pytest
 
-from prompt_tuning_jax import gin_files
+from prompt_tuning_jax import demo, eval, gin_files, sweep, train
 from prompt_tuning_jax.batches import dataset
 from prompt_tuning_jax.t5 import config, network
 
@@ -231,6 +232,35 @@ def test_a_mistake_in_a_users_file_names_the_file(tmp_path, text, part):
     (tmp_path / "own.gin").write_text(text)
     message = refused(*ARGUMENTS, f"--gin_file={tmp_path / 'own.gin'}")
     assert "own.gin" in message and part in message
+
+
+COMMANDS = {train: "runs/prompt_tune.gin", eval: "runs/eval.gin", sweep: "sweeps/demo.gin", demo: "runs/demo.gin"}
+
+
+@pytest.mark.parametrize("command, file", COMMANDS.items())
+def test_help_says_what_a_command_does_and_what_can_be_set(command, file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command.__name__, f"--gin_file={file}", "--help"])
+    monkeypatch.setattr(command, "keep_compiled_programs", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code in (0, None)
+    said = capsys.readouterr().out
+    assert said.startswith(command.__doc__.strip())
+    files, macros = said.removeprefix(command.__doc__.strip()).split("--gin.NAME=VALUE")
+    folder, name = file.split("/")
+    assert f" {name}" in files.split(f"  {folder}/")[1]
+    own = dict(re.findall(r"(?m)^([A-Z_]+) = (.*)$", (CONFIGS / file).read_text()))
+    shown = dict(re.findall(r"(?m)^  ([A-Z_]+)(?: = |, )(.*)$", macros))
+    assert own.keys() <= shown.keys()
+    required = re.findall(r"(?m)^([A-Z_]+) = %gin.REQUIRED$", gin.config_str())
+    assert sorted(required) == [name for name, value in shown.items() if value == "which must be set"]
+
+
+@pytest.mark.parametrize("command, file", list(COMMANDS.items())[:3])  # the demo has its own
+def test_a_command_without_its_gin_file_names_one(command, file):
+    done = subprocess.run([sys.executable, "-m", command.__name__], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no gin file given sets up ") and f"add --gin_file={file}" in done.stderr
 
 
 def test_other_flags_are_the_commands_own():
