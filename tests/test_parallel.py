@@ -262,6 +262,16 @@ def test_a_tuned_model_is_the_same_on_any_mesh(tiny, folder):
             np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
+def test_a_prompt_on_an_int8_base_is_the_same_on_a_mesh(tiny, folder, alone):
+    """A scale is of an output's whole column, which the mesh divides."""
+    int8 = {"BASE_DTYPE": "int8"}
+    many_trainings(tiny, {folder / "int8": int8}, 1, 1)
+    many_trainings(tiny, {folder / "int8-1x8": int8 | MESHES["mixed"]}, 1, 8)
+    np.testing.assert_allclose(prompt(folder / "int8-1x8"), prompt(folder / "int8"), rtol=0, atol=1e-5)
+    assert np.abs(prompt(folder / "int8") - prompt(alone)).max() > 1e-4
+
+
 # --- what goes between devices
 
 
