@@ -1,0 +1,63 @@
+"""Errors about a setting: what was found, what was expected, and which setting to change.
+
+A library file names a setting by its canonical name, T5X's macro in lower case: `Setting("prompt_file")`. Each front end
+writes that name in its own way: Python as the argument's name, gin as the macro, a command line as the flag.
+
+    >>> error = SettingError(Setting("batch_size"), " is 0, expected at least 1")
+    >>> str(error), error.setting
+    ('`batch_size` is 0, expected at least 1', 'batch_size')
+    >>> error.text(str.upper)
+    'BATCH_SIZE is 0, expected at least 1'
+"""
+
+from collections.abc import Callable
+
+# The arguments of the Python functions that are not called by their canonical names.
+ARGUMENTS = {
+    "initial_checkpoint_path": "where",
+    "prompt_file": "prompt",
+    "train_steps": "steps",
+    "eval_period": "eval_every",
+    "random_seed": "seed",
+    "model_dir": "folder",
+    "task_feature_lengths": "lengths",
+    "prompt_length": "length",
+    "class_labels": "labels",
+    "base_dtype": "dtype",
+}
+
+
+class Setting(str):
+    """The canonical name of a setting, as one part of an error's message."""
+
+
+class SettingError(ValueError):
+    """A setting, or what it names, is not as it must be.
+
+    Attributes:
+      parts: the message in pieces, those that are a `Setting` to be written in the front end's way.
+      setting: the canonical name of the first setting that the message names; None if it names none.
+    """
+
+    def __init__(self, *parts: str):
+        self.parts = parts
+        self.setting = next((str(part) for part in parts if isinstance(part, Setting)), None)
+        super().__init__(self.text(in_python))
+
+    def text(self, spell: Callable[[str], str]) -> str:
+        """Returns the message with each setting's name as `spell(canonical name)` writes it."""
+        return "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
+
+    def __reduce__(self):
+        return type(self), self.parts
+
+
+def in_python(name: str) -> str:
+    """Returns a setting as the name of a Python argument."""
+    return f"`{ARGUMENTS.get(name, name)}`"
+
+
+def prefixed(prefix: str, error: ValueError) -> SettingError:
+    """Returns `error` with words in front of its message, its settings kept."""
+    parts = error.parts if isinstance(error, SettingError) else (str(error),)
+    return SettingError(prefix, *parts)
