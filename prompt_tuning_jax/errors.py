@@ -10,7 +10,8 @@ writes that name in its own way: Python as the argument's name, gin as the macro
     'BATCH_SIZE is 0, expected at least 1'
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 
 # The arguments of the Python functions that are not called by their canonical names.
 ARGUMENTS = {
@@ -61,3 +62,12 @@ def prefixed(prefix: str, error: ValueError) -> SettingError:
     """Returns `error` with words in front of its message, its settings kept."""
     parts = error.parts if isinstance(error, SettingError) else (str(error),)
     return SettingError(prefix, *parts)
+
+
+def near_misses(name: str, known: Iterable[str], few: int = 8) -> str:
+    """Returns what `name` may have been meant for, or what there is: the end of a message about an unknown name."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=3)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(names[:few])}{', ...' if len(names) > few else ''}" if names else "there are none"

@@ -1,23 +1,19 @@
 """Several prompts of one task as one model (section 6): every example once a prompt in one pass, then a vote."""
 
 import collections
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from prompt_tuning_jax.batches.loader import Batch, Batches
-from prompt_tuning_jax.inference.bank import PromptBank, Prompts
+from prompt_tuning_jax.inference.bank import PromptBank, take
+from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.labels import label_table, written_labels
-from prompt_tuning_jax.prompts.module import SoftPrompt
-from prompt_tuning_jax.t5.decoding import greedy
-from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores
+from prompt_tuning_jax.methods.method import Injection, Params
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks import postprocessors
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
@@ -47,55 +43,55 @@ def vote(texts: Sequence[str], scores: Sequence[float] | Float[np.ndarray, " N"]
 
 
 class Ensemble:
-    """N prompts of one base, which answer every example together: a batch of B examples is one pass of N x B rows."""
+    """N prompts of one base model, which answer every example together: a batch of B examples is one pass of N x B
+    rows."""
 
-    def __init__(self, model: Transformer, vocabulary: Vocabulary, prompts: Sequence[Float[np.ndarray, "P D"]]):
+    def __init__(self, size: T5Config, tokenizer: Vocabulary, prompts: Sequence[Float[np.ndarray, "P D"]]):
         """Puts the prompts into one array; compiles nothing yet.
 
         Args:
-          model: without a prompt of its own.
+          size: of the base model.
           prompts: of any lengths.
         """
-        self._vocabulary = vocabulary
-        bank = PromptBank(model.config.emb_dim, capacity=len(prompts))
+        self._tokenizer, self._engine = tokenizer, engine_of(size)
+        bank = PromptBank(size.emb_dim, capacity=len(prompts))
         for number, prompt in enumerate(prompts):
             bank.add(str(number), prompt)
-        rows = np.array([bank.row(str(number)) for number in range(len(prompts))], np.int32)
-        model = model.clone(prompt_factory=functools.partial(SoftPrompt, length=1))  # its length is never read
-
-        def replicated(program: Callable, params: Any, prompts: Prompts, inputs: Int[Array, "B T"], *more: Any) -> Any:
-            prompt, mask = prompts.take(jnp.repeat(rows, inputs.shape[0]))
-            whole = program(model, params, jnp.tile(inputs, (len(rows), 1)), *more, prompt=prompt, prompt_mask=mask)
-            return jax.tree.map(lambda x: x.reshape(len(rows), -1, *x.shape[1:]), whole)
-
         self._prompts = bank.prompts
-        self._generate = jax.jit(functools.partial(replicated, greedy), static_argnums=3)
-        self._rank = jax.jit(functools.partial(replicated, choice_scores))
+        self._rows = np.array([bank.row(str(number)) for number in range(len(prompts))], np.int32)
 
-    def generated(self, params: Mapping[str, jax.Array], batches: Batches) -> Ballots:
-        """The greedy answers; one that is a label, as the task writes it."""
-        tree = unflatten_dict(dict(params), sep="/")
-        written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._vocabulary)
+    def _replicated(self, inputs: Int[np.ndarray, "B T"]) -> tuple[Injection, Int[np.ndarray, "NB T"], Any]:
+        """Returns each prompt with each of the inputs, as an engine's programs take them."""
+        prompt, mask = take(self._prompts, np.repeat(self._rows, len(inputs)))
+        return Injection(prompt=prompt), np.tile(inputs, (len(self._rows), 1)), mask
+
+    def _by_prompt(self, answers: Any) -> Any:
+        """Returns arrays with a row for each prompt and example, [N, B, ...]."""
+        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self._rows), -1, *x.shape[1:]), answers)
+
+    def generated(self, frozen: Params, batches: Batches) -> Ballots:
+        """Returns the greedy answers; one that is a label, as the task writes it."""
+        written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
         def answer(batch: Batch) -> tuple[Sequence[Sequence[str]], Float[np.ndarray, "N B"]]:
-            tokens, scores = jax.device_get(
-                self._generate(tree, self._prompts, batch.inputs, batches.lengths["targets"])
-            )
-            texts = [[self._vocabulary.decode(row) for row in rows] for rows in tokens]
+            injection, inputs, mask = self._replicated(batch.inputs)
+            found = self._engine.greedy(injection, frozen, inputs, mask, batches.lengths["targets"])
+            tokens, scores = self._by_prompt(found)
+            texts = [[self._tokenizer.decode(row) for row in rows] for rows in tokens]
             return [[written.get(text, text) for text in row] for row in texts], scores
 
         return _collect(batches, answer)
 
-    def ranked(self, params: Mapping[str, jax.Array], batches: Batches) -> Ballots | None:
-        """The best-scored labels; None for a task whose answers are no closed set."""
+    def ranked(self, frozen: Params, batches: Batches) -> Ballots | None:
+        """Returns the best-scored labels; None for a task whose answers are no closed set."""
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
             return None
-        tree = unflatten_dict(dict(params), sep="/")
-        table = label_table(labels, self._vocabulary)[None]
+        table = label_table(labels, self._tokenizer)[None]
 
         def answer(batch: Batch) -> tuple[Sequence[Sequence[str]], Float[np.ndarray, "N B"]]:
-            scores = np.asarray(self._rank(tree, self._prompts, batch.inputs, table))
+            injection, inputs, mask = self._replicated(batch.inputs)
+            scores = self._by_prompt(self._engine.rank(injection, frozen, inputs, mask, table))
             best = scores.argmax(axis=2)
             return [[labels[place] for place in row] for row in best], scores.max(axis=2)
 

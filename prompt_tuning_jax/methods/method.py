@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.t5.config import T5Config
@@ -80,6 +81,16 @@ class Injection(NamedTuple):
                 return prompt.shape[-2]
         return 0
 
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """The prompts, as `Transformer.encode` takes them."""
+        return {"prompt": self.prompt, "layer_prompts": self.layer_prompts}
+
+
+def merge(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
+    """Returns the nested parameters that a model is applied to, `parameters` before frozen ones of the same path."""
+    return unflatten_dict({**frozen, **parameters}, sep="/")
+
 
 class Method:
     """What is trained, and what the frozen model runs with.
@@ -107,7 +118,3 @@ class Method:
         Args:
           input_length: the most tokens of inputs, end of sequence included.
         """
-
-    def describe(self) -> dict[str, Any]:
-        """Returns the method by value: its class and its fields, as JSON can hold them."""
-        raise NotImplementedError

@@ -115,6 +115,17 @@ class Partitioner:
 
         return jax.tree.map(place, tree)
 
+    def place(self, parameters: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Parameters by path, each where the rules put it; what lies on the mesh already is not moved."""
+
+        def placed(path: str, value: Any) -> jax.Array:
+            sharding = self.parameter(path, value.shape)
+            if isinstance(value, jax.Array) and value.sharding == sharding:
+                return value
+            return self.replicate(value) if sharding == self.replicated else jax.device_put(value, sharding)
+
+        return {path: placed(path, value) for path, value in parameters.items()}
+
     def gather(self, tree: Any) -> Any:
         """Arrays that may lie on devices of other processes, on the host. All processes call this together."""
         return jax.tree.map(np.asarray, self.jit(lambda x: x, out_shardings=self.replicated)(tree))
@@ -135,9 +146,9 @@ class _OnMesh:
     def __init__(self, partitioner: Partitioner, jitted: Any):
         self._mesh, self._rules, self._jitted = partitioner.mesh, partitioner.rules, jitted
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with jax.set_mesh(self._mesh), logical_axis_rules(self._rules):
-            return self._jitted(*args)
+            return self._jitted(*args, **kwargs)
 
     def lower(self, *args: Any) -> Any:
         with jax.set_mesh(self._mesh), logical_axis_rules(self._rules):

@@ -1,108 +1,143 @@
-"""How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a string, or a file.
+"""How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a text, or a file.
 
-Each is a function `(key, (P, D), *, embeddings, encode, ...) -> float32 [P, D]`, where `embeddings` [V, D] is the
-frozen base's table and `encode` turns a text into its pieces' ids, with no end of sequence. What is after them is the
-initialiser's own and set by gin or `functools.partial`.
+Each is a frozen dataclass that is called with `(key, length, model)` and returns a prompt, float32 [P, D]. `model` is
+the frozen base model, of which it may read `config`, `embeddings` [V, D] and `tokenizer`. A function of these three
+arguments is an initialiser, too.
+
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(config=SimpleNamespace(emb_dim=4))
+    >>> RandomUniform()(jax.random.key(0), 3, model).shape
+    (3, 4)
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import read_prompt
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
 UNKNOWN = 2
 
 Encode = Callable[[str], Sequence[int]]
+Initializer = Callable[..., jax.Array]  # (key, length, model) -> [P, D]
 
 
-def random_uniform(
-    key: jax.Array, shape: tuple[int, int], *, minval: float = -0.5, maxval: float = 0.5, **_
-) -> Float[Array, "P D"]:
-    """Uniform over [minval, maxval): the paper's random initialisation."""
-    return jax.random.uniform(key, shape, jnp.float32, minval, maxval)
+@dataclasses.dataclass(frozen=True)
+class RandomUniform:
+    """Uniform over [minval, maxval): the paper's random initialisation is over [-0.5, 0.5)."""
+
+    minval: float = -0.5
+    maxval: float = 0.5
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        return jax.random.uniform(key, (length, model.config.emb_dim), jnp.float32, self.minval, self.maxval)
 
 
-def official_random_uniform(key: jax.Array, shape: tuple[int, int], **_) -> Float[Array, "P D"]:
+@dataclasses.dataclass(frozen=True)
+class OfficialRandomUniform(RandomUniform):
     """Uniform over [0, 0.5): what the official runs used, since Flax's `uniform(scale)` starts at 0."""
-    return random_uniform(key, shape, minval=0.0, maxval=0.5)
+
+    minval: float = 0.0
 
 
-def sampled_vocabulary(
-    key: jax.Array, shape: tuple[int, int], *, embeddings: Float[Array, "V D"], population: int = 5_000, **_
-) -> Float[Array, "P D"]:
-    """Embeddings of distinct tokens, drawn from the `population` first ids: the most common ones, specials left out.
+@dataclasses.dataclass(frozen=True)
+class SampledVocabulary:
+    """Embeddings of distinct tokens, drawn from the `population` first ids: the most common ones, no special ones.
 
-    Drawn with replacement only where P exceeds the population. The official code leaves <pad>, </s> and <unk> in.
+    They are drawn with replacement only if the prompt is longer than the population. The official code also draws
+    <pad>, </s> and <unk>.
     """
-    if population <= SPECIAL_TOKENS:
-        raise ValueError(f"population is {population}, expected more than the {SPECIAL_TOKENS} special tokens")
-    ids = jnp.arange(SPECIAL_TOKENS, min(population, embeddings.shape[0]))
-    drawn = jax.random.choice(key, ids, (shape[0],), replace=shape[0] > len(ids))
-    return jnp.asarray(embeddings)[drawn].astype(jnp.float32)
+
+    population: int = 5_000
+
+    def __post_init__(self):
+        if self.population <= SPECIAL_TOKENS:
+            raise ValueError(f"population is {self.population}, expected more than the {SPECIAL_TOKENS} special tokens")
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        table = jnp.asarray(model.embeddings)
+        ids = jnp.arange(SPECIAL_TOKENS, min(self.population, table.shape[0]))
+        drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
+        return table[drawn].astype(jnp.float32)
 
 
-def class_labels(
-    key: jax.Array,
-    shape: tuple[int, int],
-    *,
-    embeddings: Float[Array, "V D"],
-    encode: Encode,
-    labels: Sequence[str],
-    population: int = 5_000,
-    **_,
-) -> Float[Array, "P D"]:
-    """Position i is label i, the mean over its pieces; the positions left are sampled vocabulary.
+@dataclasses.dataclass(frozen=True)
+class ClassLabels:
+    """Position i is label i, the mean over its subwords' embeddings; sampled vocabulary fills the other positions.
 
-    Raises:
-      ValueError: there is no label, or one is empty or has a piece that the vocabulary does not know.
+    Called raises SettingError if a label is empty or has a subword that the tokenizer does not know.
     """
-    if not labels:
-        raise ValueError("CLASS_LABELS is empty: set it to the task's labels, or take another initialisation")
-    rows = [jnp.mean(_embed(label, embeddings, encode, "CLASS_LABELS"), axis=0) for label in labels]
-    return _overwrite(
-        sampled_vocabulary(key, shape, embeddings=embeddings, population=population), rows, "class labels"
-    )
+
+    labels: Sequence[str]
+    population: int = 5_000
+
+    def __post_init__(self):
+        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+            raise SettingError(Setting("class_labels"), f" is {self.labels!r}, expected a list of texts")
+        if not self.labels:
+            raise SettingError(
+                Setting("class_labels"), " is empty: set it to the task's labels, or take another initialisation"
+            )
+        object.__setattr__(self, "labels", tuple(self.labels))
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        rows = [jnp.mean(_embed(label, model, "class_labels"), axis=0) for label in self.labels]
+        return _overwrite(SampledVocabulary(self.population)(key, length, model), rows, "class labels")
 
 
-def string(
-    key: jax.Array,
-    shape: tuple[int, int],
-    *,
-    embeddings: Float[Array, "V D"],
-    encode: Encode,
-    text: str,
-    population: int = 5_000,
-    **_,
-) -> Float[Array, "P D"]:
-    """Position j is piece j of `text`; the positions left are sampled vocabulary."""
-    rows = list(_embed(text, embeddings, encode, "PROMPT_TEXT"))
-    return _overwrite(sampled_vocabulary(key, shape, embeddings=embeddings, population=population), rows, "pieces")
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Position j is the embedding of subword j of `text`; sampled vocabulary fills the other positions."""
+
+    text: str
+    population: int = 5_000
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        rows = list(_embed(self.text, model, "prompt_text"))
+        return _overwrite(SampledVocabulary(self.population)(key, length, model), rows, "subwords")
 
 
-def from_file(key: jax.Array, shape: tuple[int, int], *, path: str, **_) -> Float[Array, "P D"]:
-    """The prompt in a file, which must have the shape asked for."""
-    del key
-    prompt = read_prompt(path)
-    if prompt.shape != tuple(shape):
-        raise ValueError(
-            f"prompt {path} is [{prompt.shape[0]}, {prompt.shape[1]}], expected [{shape[0]}, {shape[1]}]: "
-            "set PROMPT_LENGTH to its length, and INITIAL_CHECKPOINT_PATH to the base it was trained on"
-        )
-    return jnp.asarray(prompt)
+@dataclasses.dataclass(frozen=True)
+class FromFile:
+    """The prompt in a file of any format that `prompts.files.read_prompt` knows; its shape must be the one asked for."""
+
+    path: str
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        del key
+        prompt, width = read_prompt(self.path), model.config.emb_dim
+        if prompt.shape != (length, width):
+            raise SettingError(
+                f"prompt {self.path} is [{prompt.shape[0]}, {prompt.shape[1]}], expected [{length}, {width}]: set ",
+                Setting("prompt_length"),
+                " to its length, and ",
+                Setting("initial_checkpoint_path"),
+                " to the base model it was trained on",
+            )
+        return jnp.asarray(prompt)
 
 
-def _embed(text: str, embeddings: Float[Array, "V D"], encode: Encode, macro: str) -> Float[Array, "n D"]:
-    ids = np.asarray(encode(text), np.int32)
+def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:
+    """Returns the prompt whose positions are the subwords of a text: in front of the inputs it is that text."""
+    return _embed(text, model, "prompt_text")
+
+
+def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
+    ids = np.asarray(model.tokenizer.encode(text), np.int32)
     if not len(ids) or UNKNOWN in ids:
         found = "nothing" if not len(ids) else "<unk>"
-        raise ValueError(f"{text!r} tokenises to {found}: set {macro} to words that the vocabulary can write")
-    return jnp.asarray(embeddings)[ids].astype(jnp.float32)
+        raise SettingError(
+            f"{text!r} tokenises to {found}: set ", Setting(setting), " to words that the tokenizer knows"
+        )
+    return jnp.asarray(model.embeddings)[ids].astype(jnp.float32)
 
 
 def _overwrite(prompt: Float[Array, "P D"], rows: list[jax.Array], what: str) -> Float[Array, "P D"]:

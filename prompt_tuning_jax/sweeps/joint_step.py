@@ -1,83 +1,90 @@
-"""One program for many prompt-tuning runs: a prompt, a batch and a key each, one frozen base for all.
+"""One program for many runs: an injection, a batch and a key for each, and one frozen base model for all.
 
-Some of the runs at a time share a forward and a backward pass, and there every product with the base's weights; each
-run's own optimiser then updates its prompt.
+Some of the runs at a time share a forward and a backward pass, and in these every matmul with the base model's weights;
+each run's own method and optimiser then update what it trains.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
 
 from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import expected_shapes
+from prompt_tuning_jax.methods.method import Injection, Method, Params
+from prompt_tuning_jax.methods.shapes import start_shapes
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.loop import States, Step
 from prompt_tuning_jax.training.loss import LossSums
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.step import (
-    PROMPT,
-    Params,
     StepMetrics,
     TrainState,
     batch_loss,
     compile_step,
-    merge,
     micro_batch,
     summed_gradients,
 )
 
-PROMPT_ONLY = ["encoder/prompt/.*"]
-
-States = tuple[TrainState, ...]
-
 
 def joint_key(config: TrainConfig) -> Hashable | None:
-    """Runs of one key can share a program. None: this run cannot share one.
+    """Returns a key that is equal for runs that can share a program; None if this run cannot share one.
 
-    They may differ in all that a run has for itself: seed, learning rate and the rest of the optimiser, initialisation,
-    prompt length, task, split, length of the inputs, TRAIN_STEPS and its periods.
+    The runs may differ in all that a run has for itself: seed, learning rate and the rest of the optimiser, task, split,
+    length of the inputs, TRAIN_STEPS and its periods; and in the method, as long as it gives the model the same kinds of
+    things: all methods that give one prompt share a program, whatever their prompts' lengths.
     """
     if (
-        list(config.trainable) != PROMPT_ONLY
-        or not config.initial_checkpoint_path
+        not (config.initial_checkpoint_path or config.model)
         or not config.train_dataset.use_cached
         or config.mesh is not None
         or config.num_partitions is not None
     ):
         return None
+    base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected_shapes(config.size).items()}
+    trained, frozen = start_shapes(config.method, config.size, base)
+    injection = jax.eval_shape(config.method.apply, trained, frozen)
     return (
         config.initial_checkpoint_path,
+        id(config.model),
         config.held_dtype,
         config.vocabulary,
-        config.model.config,
+        config.size,
         config.z_loss,
         config.train_dataset.batch_size,
         config.num_microbatches,
-        config.prompt_length if config.model.config.dropout_rate else None,  # see `joint_step`
+        injection.prompt is None,
+        injection.layer_prompts is None,
+        tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
+        tuple(sorted(path for path in trained if path in base)),
+        injection.length if config.size.dropout_rate else None,  # see `joint_step`
     )
 
 
 def joint_step(
     model: Transformer,
+    methods: Sequence[Method],
     optimizers: Sequence[optax.GradientTransformation],
     lengths: Sequence[int],
     at_once: int,
     z_loss: float = 1e-4,
     num_microbatches: int | None = None,
 ) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
-    """The compiled `(states, frozen, inputs [R, B, T], targets [R, B, U]) -> (states, metrics)`, states given up.
+    """Returns the compiled `(states, frozen, inputs [R, B, T], targets [R, B, U]) -> (states, metrics)`.
 
-    A shorter prompt stands behind masked positions, which T5's relative positions make equal to the shorter one alone.
-    Dropout would draw other bits for positions so moved: with dropout all lengths must be one.
+    The states are donated. A shorter prompt is put behind masked positions, which with T5's relative positions equals
+    the shorter prompt alone. Dropout would draw other bits for positions so moved: with dropout all lengths must be
+    equal.
 
     Args:
-      model: with a prompt as long as the longest.
-      optimizers: of each run.
-      lengths: of each run's prompt, P.
-      at_once: runs that share a pass. With 1, where no run is padded, each gets the bits that it would get alone.
+      methods, optimizers: of each run.
+      lengths: positions in front of the inputs, of each run.
+      at_once: runs that share a pass. With 1, if no run is padded, each gets the bits that it would get alone.
       num_microbatches: of each run's batch; see `training.step.micro_batch`.
     """
     longest = max(lengths)
@@ -88,42 +95,46 @@ def joint_step(
 
     def gradient(
         frozen: Params,
-        prompt: Float[Array, "P D"],
+        injection: Injection,
         state_key: UInt32[Array, "2"],
         step: Int[Array, ""],
         mask: Bool[Array, " P"],
         inputs: Int[Array, "B T"],
         targets: Int[Array, "B U"],
-    ) -> tuple[Float[Array, "P D"], LossSums]:
+    ) -> tuple[Injection, LossSums]:
         def loss(
-            prompt: Float[Array, "P D"],
+            injection: Injection,
             inputs: Int[Array, "b T"],
             targets: Int[Array, "b U"],
             numbers: Int[Array, " b"],
         ) -> tuple[jax.Array, LossSums]:
             prompt_mask = jnp.broadcast_to(mask, (len(inputs), longest)) if uneven else None
-            params = merge({PROMPT: prompt}, frozen)
-            sums = batch_loss(model, params, inputs, targets, key, z_loss, prompt_mask, numbers)
+            sums = batch_loss(model, injection, frozen, inputs, targets, key, z_loss, prompt_mask, numbers)
             return sums.loss, sums
 
         key = jax.random.fold_in(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
-        return summed_gradients(loss, prompt, inputs, targets, rows)
+        return summed_gradients(loss, injection, inputs, targets, rows)
 
     def step(
         states: States, frozen: Params, inputs: Int[Array, "R B T"], targets: Int[Array, "R B U"]
     ) -> tuple[States, tuple[StepMetrics, ...]]:
-        prompts = [state.trainable[PROMPT] for state in states]
-        padded = jnp.stack([jnp.pad(prompt, ((longest - len(prompt), 0), (0, 0))) for prompt in prompts])
+        injections, pull_backs = [], []
+        for state, method in zip(states, methods, strict=True):
+            apply = functools.partial(_apply, method, frozen)
+            injection, pull_back = jax.vjp(apply, state.trainable)
+            injections.append(_padded(injection, longest))
+            pull_backs.append(pull_back)
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *injections)
         keys, steps = (jnp.stack([getattr(state, name) for state in states]) for name in ("key", "step"))
-        each = (padded, keys, steps, masks, inputs, targets)
+        each = (stacked, keys, steps, masks, inputs, targets)
         if at_once == 1:
             gradients, sums = jax.lax.map(lambda own: gradient(frozen, *own), each)
         else:
             gradients, sums = jax.lax.map(lambda own: gradient(frozen, *own), each, batch_size=at_once)
         new, metrics = [], []
-        for run, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
-            own = {PROMPT: gradients[run, longest - len(prompts[run]) :]}
+        for run, (state, optimizer, pull_back) in enumerate(zip(states, optimizers, pull_backs, strict=True)):
+            (own,) = pull_back(_unpadded(jax.tree.map(lambda x, run=run: x[run], gradients), longest - lengths[run]))
             updates, opt_state = optimizer.update(own, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
             new.append(TrainState(state.step + 1, trainable, opt_state, state.key))
@@ -133,16 +144,51 @@ def joint_step(
     return compile_step(step)
 
 
+def _apply(method: Method, frozen: Params, trained: Params) -> Injection:
+    return method.apply(trained, frozen)
+
+
+def _padded(injection: Injection, longest: int) -> Injection:
+    """Returns the injection with positions in front, as many as it lacks of `longest`."""
+
+    def pad(prompt: jax.Array | None) -> jax.Array | None:
+        if prompt is None:
+            return None
+        return jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 2) + [(longest - prompt.shape[-2], 0), (0, 0)])
+
+    return injection._replace(prompt=pad(injection.prompt), layer_prompts=pad(injection.layer_prompts))
+
+
+def _unpadded(injection: Injection, before: int) -> Injection:
+    """Returns the injection without its first positions."""
+    prompt, layer_prompts = (
+        None if prompt is None else prompt[..., before:, :] for prompt in (injection.prompt, injection.layer_prompts)
+    )
+    return injection._replace(prompt=prompt, layer_prompts=layer_prompts)
+
+
+def program_of(runs: Sequence[Run], at_once: int) -> Step:
+    """Returns the step of these runs, for the training loop."""
+    step = step_of(runs, at_once)
+
+    def together(
+        states: States, frozen: Params, batches: Sequence[Batch]
+    ) -> tuple[States, Sequence[StepMetrics]]:
+        return step(states, frozen, *stacked(batches))
+
+    return together
+
+
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
-    """The `joint_step` of these runs."""
-    lengths = [run.config.prompt_length for run in runs]
-    longest = runs[int(np.argmax(lengths))].model
-    optimizers, first = [run.config.optimizer for run in runs], runs[0].config
-    return joint_step(longest, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
+    """Returns the `joint_step` of these runs."""
+    methods, optimizers = ([getattr(run.config, name) for run in runs] for name in ("method", "optimizer"))
+    lengths, first = [run.prompt_length for run in runs], runs[0].config
+    model = Transformer(runs[0].size)
+    return joint_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
 
 
 def stacked(batches: Sequence[Batch]) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"]]:
-    """The runs' batches, padded to the widest: padding changes no row's loss."""
+    """Returns the runs' batches, padded to the widest: padding changes no row's loss."""
 
     def stack(name: str) -> Int[np.ndarray, "R B _"]:
         arrays = [getattr(batch, name) for batch in batches]

@@ -1,4 +1,4 @@
-"""Which runs share a program, and how many of them a pass: such as pad each other little, as memory allows."""
+"""Groups sweep runs into compiled programs, limiting padding and memory."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.sweeps.joint_step import step_of
-from prompt_tuning_jax.training.memory_plan import free_bytes
+from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, free_bytes
 from prompt_tuning_jax.training.run import Run
 
 # Positions that a program computes for all its runs, over those that the runs would alone. An accelerator is not full
@@ -17,14 +17,6 @@ from prompt_tuning_jax.training.run import Run
 MOST_PADDING = 2.0
 MOST_PADDING_ON_CPU = 1.1
 PLANNED = 64  # batches that padding is estimated from
-SPARE_MEMORY = 0.9  # of what is free
-
-
-def program_size(active: int) -> int:
-    """How many places a program for so many runs may keep: 1, 2, 3, 4, 6, 8, 12, ... A program of another size is
-    another compilation, which one run less does not pay for."""
-    sizes = sorted({2**n for n in range(12)} | {3 * 2**n for n in range(12)})
-    return next(size for size in sizes if size >= active)
 
 
 class Program(NamedTuple):
@@ -45,7 +37,7 @@ def programs(runs: Sequence[Run], most: int | None = None) -> Iterator[Program]:
     limit = np.inf if most is not None else MOST_PADDING_ON_CPU if cpu else MOST_PADDING
     shapes = {run: np.array(run.batches.shapes(PLANNED)) for run in runs}  # [batches, 2]: T and U
     together: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: run.config.prompt_length + shapes[run][:, 0].mean()):
+    for run in sorted(runs, key=lambda run: run.prompt_length + shapes[run][:, 0].mean()):
         if not together or padding([*together[-1], run], shapes) > limit:
             together.append([])
         together[-1].append(run)
@@ -57,7 +49,7 @@ def programs(runs: Sequence[Run], most: int | None = None) -> Iterator[Program]:
 def padding(runs: Sequence[Run], shapes: Mapping[Run, np.ndarray]) -> float:
     """Encoder positions of the runs' batches padded to each other, over those of their own batches."""
     widths = np.array([shapes[run][:, 0] for run in runs])
-    lengths = np.array([[run.config.prompt_length] for run in runs])
+    lengths = np.array([[run.prompt_length] for run in runs])
     joint = len(runs) * np.sum(lengths.max() + widths.max(axis=0))
     return float(joint / np.sum(lengths + widths))
 

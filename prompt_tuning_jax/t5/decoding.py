@@ -16,33 +16,27 @@ from prompt_tuning_jax.t5.network import Transformer
 EOS = 1
 COLDEST = 1e-4  # T5X's: a temperature below it is 0
 
-Prompt = Float[Array, "P D"] | Float[Array, "B P D"] | None
-PromptMask = Bool[Array, "B P"] | None
 Cache = Any
 Step = Callable[[Int[Array, " B"], Cache], tuple[Float[Array, "B V"], Cache]]
 
 
-def encode_once(
-    model: Transformer, params: Any, inputs: Int[Array, "B T"], prompt: Prompt = None, prompt_mask: PromptMask = None
-) -> Callable[..., Any]:
+def encode_once(model: Transformer, params: Any, inputs: Int[Array, "B T"], **prompts: Any) -> Callable[..., Any]:
     """The decoder of these inputs, `Transformer.decode` with all but its tokens given.
 
     Args:
       params: of the model, without the "params" level.
       inputs: tokens, 0 is padding.
-      prompt, prompt_mask: see `Transformer.encode`.
+      prompts: `prompt`, `layer_prompts` and `prompt_mask`, as `Transformer.encode` takes them.
 
     Returns:
       `decode(tokens [B, Q], cache={}, **options)`.
     """
     variables = {"params": params}
-    encoded = model.apply(
-        variables, inputs, enable_dropout=False, prompt=prompt, prompt_mask=prompt_mask, method="encode"
-    )
+    encoded = model.apply(variables, inputs, enable_dropout=False, **prompts, method="encode")
     keys = model.apply(variables, encoded, method="project_encoded")
 
     def decode(tokens: Int[Array, "B Q"], cache: Cache = None, **options) -> Any:
-        options |= {"enable_dropout": False, "prompt_mask": prompt_mask, "method": "decode"}
+        options |= {"enable_dropout": False, "prompt_mask": prompts.get("prompt_mask"), "method": "decode"}
         return model.apply(variables | (cache or {}), keys, inputs, tokens, tokens, **options)
 
     return decode
@@ -53,19 +47,18 @@ def greedy(
     params: Any,
     inputs: Int[Array, "B T"],
     max_length: int,
-    prompt: Prompt = None,
-    prompt_mask: PromptMask = None,
+    **prompts: Any,
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
     """The most likely next token, again and again.
 
     Args:
-      model, params, inputs, prompt, prompt_mask: see `encode_once`.
+      model, params, inputs, prompts: see `encode_once`.
       max_length: U, the number of tokens a row gets, end of sequence included.
 
     Returns:
       Tokens int32, 0 after a row's end of sequence (id 1), and the sum of the log-probabilities of each row's tokens.
     """
-    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), inputs.shape[0], max_length)
+    step, cache = _begin(encode_once(model, params, inputs, **prompts), inputs.shape[0], max_length)
     return _one_by_one(step, cache, (inputs.shape[0], max_length), lambda log_probs, _: jnp.argmax(log_probs, axis=-1))
 
 
@@ -78,13 +71,12 @@ def sample(
     temperature: Float[Array, " B"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
-    prompt: Prompt = None,
-    prompt_mask: PromptMask = None,
+    **prompts: Any,
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
     """Tokens drawn at random, each row by its own settings. All settings are traced: no value compiles anew.
 
     Args:
-      model, params, inputs, max_length, prompt, prompt_mask: see `greedy`.
+      model, params, inputs, max_length, prompts: see `greedy`.
       seeds: a row's draws depend on its own seed alone, not on the batch, nor on the row's place in it.
       temperature: divides the logits; 0 is greedy.
       top_k: draw from the `top_k` likeliest tokens; 0 for all.
@@ -106,7 +98,7 @@ def sample(
         noisy = jnp.where(likeliest(heated, top_k, top_p), heated + jax.vmap(draw)(keys), -jnp.inf)
         return jnp.argmax(jnp.where(cold[:, None], log_probs, noisy), axis=-1)
 
-    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), inputs.shape[0], max_length)
+    step, cache = _begin(encode_once(model, params, inputs, **prompts), inputs.shape[0], max_length)
     return _one_by_one(step, cache, (inputs.shape[0], max_length), choose)
 
 
@@ -127,16 +119,15 @@ def beam_search(
     params: Any,
     inputs: Int[Array, "B T"],
     max_length: int,
-    prompt: Prompt = None,
-    prompt_mask: PromptMask = None,
     *,
     beams: int = 4,
     brevity: float = 0.6,
+    **prompts: Any,
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
     """T5X's beam search (its decoding.py).
 
     Args:
-      model, params, inputs, max_length, prompt, prompt_mask: see `greedy`.
+      model, params, inputs, max_length, prompts: see `greedy`.
       beams: K, how many beginnings go on in each step, and how many answers a row gets.
       brevity: an answer's score is its log-probability over ((5 + length) / 6) ** brevity; at least 0.
 
@@ -145,7 +136,7 @@ def beam_search(
       padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their log-probabilities.
     """
     batch, shape = inputs.shape[0], (inputs.shape[0], beams, max_length)
-    step, cache = _begin(encode_once(model, params, inputs, prompt, prompt_mask), batch, max_length)
+    step, cache = _begin(encode_once(model, params, inputs, **prompts), batch, max_length)
     # Mapped over the beams, which are so many more queries of one row's keys: nothing of the encoder's is repeated.
     axes = jax.tree.map(lambda x: 1 if x.ndim else None, cache)
     step = jax.vmap(step, in_axes=(1, axes), out_axes=(1, axes))

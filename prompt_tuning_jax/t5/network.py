@@ -26,6 +26,8 @@ from prompt_tuning_jax.t5.layers import (
 Mask = Bool[Array, "#B 1 #Q K"]
 EncodedMask = Bool[Array, "#B 1 #Q S"]
 Bias = Float[Array, "1 H Q K"]
+Prompt = Float[Array, "P D"] | Float[Array, "B P D"] | None
+LayerPrompts = Float[Array, "L P D"] | Float[Array, "B L P D"] | None
 
 
 class EncoderLayer(nn.Module):
@@ -92,11 +94,11 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder stack. It owns the soft prompt, which enters here and nowhere else.
+    """The encoder stack. Prompts enter here and nowhere else.
 
     Attributes:
-      prompt_factory: builds the module that puts the prompt before the embedded inputs, called as
-        `module(embedded [B, T, D], prompt or None) -> [B, P+T, D]`; None for a model without prompts.
+      prompt_factory: builds the module that owns a prompt, called as `module(embedded [B, T, D]) -> [P, D]`; None for a
+        model that is given its prompts.
     """
 
     config: T5Config
@@ -115,20 +117,27 @@ class Encoder(nn.Module):
         self,
         embedded: Float[Array, "B T D"],
         mask: Bool[Array, "B 1 #T T"],
-        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt: Prompt = None,
+        layer_prompts: LayerPrompts = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         rows: Rows = None,
     ) -> Float[Array, "B S D"]:
         x = embedded
-        if self.prompt_factory is not None:
-            x = with_logical_constraint(self.prompt(embedded, prompt), RESIDUAL)
-            prompt_length = x.shape[1] - embedded.shape[1]
+        if prompt is None and self.prompt_factory is not None:
+            prompt = self.prompt(embedded)
+        first = prompt if prompt is not None or layer_prompts is None else layer_prompts[..., 0, :, :]
+        if first is not None:
+            x = with_logical_constraint(prepend_prompt(embedded, first), RESIDUAL)
+            prompt_length = first.shape[-2]
             mask = extend_over_prompt(mask, prompt_length, prompt_mask)
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
         bias = self.relpos_bias(x.shape[1], x.shape[1])
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if layer_prompts is not None:
+                own = layer_prompts[..., number, :, :]
+                x = prepend_prompt(x[:, own.shape[-2] :], own) if prompt is None else add_to_prompt(x, own)
             x = layer(x, bias, mask, lengths, rows)
         return self.dropout(self.encoder_norm(x), rows)
 
@@ -182,12 +191,13 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """An encoder-decoder T5 1.1 with, where `prompt_factory` is given, a soft prompt before the encoder's input.
+    """An encoder-decoder T5 1.1, which runs with the prompts it is given.
 
-    `encode`, `decode` and `__call__` take what T5X's models pass to its own network; `prompt` alone is new.
+    `encode`, `decode` and `__call__` take what T5X's models pass to its own network, and prompts by keyword.
 
     Attributes:
-      prompt_factory: see `Encoder`. With gin: `network.Transformer.prompt_factory = @module.SoftPrompt`.
+      prompt_factory: see `Encoder`; under T5X, where the prompt is a parameter of the model:
+        `network.Transformer.prompt_factory = @module.SoftPrompt`.
     """
 
     config: T5Config
@@ -205,7 +215,8 @@ class Transformer(nn.Module):
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         enable_dropout: bool = True,
         *,
-        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt: Prompt = None,
+        layer_prompts: LayerPrompts = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
@@ -214,21 +225,23 @@ class Transformer(nn.Module):
         Args:
           encoder_input_tokens: 0 is padding, and never attended to.
           encoder_segment_ids: of packed examples; only without a prompt.
-          prompt: used in place of the model's own, one for all rows or one a row.
+          prompt: in front of the inputs, in place of the model's own if it has one; one for all rows or one per row.
+          layer_prompts: one for each encoder layer, for all rows or per row. With a `prompt` each is added to the
+            prompt's positions as they enter the layer; without one it takes their place (Google's
+            extended/train/per_layer.py).
           prompt_mask: false where a prompt position is padding, which belongs in front of a shorter prompt: T5's
             positions are relative, so the row is then what it would be with the shorter prompt alone.
           row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
         """
-        if prompt is not None and self.prompt_factory is None:
-            raise ValueError("a prompt was given to a model without one: set Transformer.prompt_factory")
         mask = (encoder_input_tokens > 0)[:, None, None, :]
         if encoder_segment_ids is not None:
-            if self.prompt_factory is not None:
+            if not (self.prompt_factory is None and prompt is None and layer_prompts is None):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
         lengths = _lengths(encoder_input_tokens) if encoder_segment_ids is None else None
-        return self.encoder(embedded, mask, prompt, prompt_mask, lengths, _rows(embedded, enable_dropout, row_numbers))
+        rows = _rows(embedded, enable_dropout, row_numbers)
+        return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, lengths, rows)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
@@ -288,14 +301,16 @@ class Transformer(nn.Module):
         *,
         enable_dropout: bool = True,
         decode: bool = False,
-        prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
+        prompt: Prompt = None,
+        layer_prompts: LayerPrompts = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B U V"]:
         """Teacher-forced logits, float32."""
         del encoder_positions
         own = {"prompt_mask": prompt_mask, "row_numbers": row_numbers}
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout, prompt=prompt, **own)
+        prompts = {"prompt": prompt, "layer_prompts": layer_prompts}
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout, **prompts, **own)
         return self.decode(
             encoded,
             encoder_input_tokens,
@@ -316,6 +331,26 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
         return layer
     policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
+
+
+def prepend_prompt(
+    embedded: Float[Array, "B T D"], prompt: Float[Array, "P D"] | Float[Array, "B P D"]
+) -> Float[Array, "B P+T D"]:
+    """Puts `prompt` before each row of `embedded`; a [B, P, D] prompt gives each row its own (figure 2)."""
+    return jnp.concatenate([_per_row(prompt, embedded), embedded], axis=1)
+
+
+def add_to_prompt(
+    x: Float[Array, "B S D"], delta: Float[Array, "P D"] | Float[Array, "B P D"]
+) -> Float[Array, "B S D"]:
+    """Adds `delta` to the first P positions of each row."""
+    length = delta.shape[-2]
+    return jnp.concatenate([x[:, :length] + _per_row(delta, x), x[:, length:]], axis=1)
+
+
+def _per_row(prompt: Float[Array, "P D"] | Float[Array, "B P D"], x: Float[Array, "B _ D"]) -> Float[Array, "B P D"]:
+    # Broadcast before it is cast: the rows' gradients are then summed in the prompt's own float32.
+    return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[-2:])).astype(x.dtype)
 
 
 def extend_over_prompt(

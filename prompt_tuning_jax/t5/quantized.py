@@ -9,7 +9,7 @@ base in every step, and which leaves embedding tables as they are; nor by AQT, w
 a model that is there in floats first.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -58,21 +58,3 @@ def embedding_table(params: Mapping[str, Array]) -> Float[Array, "V D"]:
     table = params[TABLE]
     scale = params.get(scale_path(TABLE))
     return table if scale is None else table.astype(jnp.float32) * scale[:, None]
-
-
-def check_trainable(trained: Iterable[str], params: Mapping[str, Array]) -> None:
-    """Refuses to train what an int8 base is made of.
-
-    Args:
-      trained: the paths of what is to be trained.
-      params: all of the model's.
-
-    Raises:
-      ValueError: something of the base is trained, and the base is int8.
-    """
-    of_base = sorted(path for path in trained if not path.startswith("encoder/prompt/"))
-    if of_base and scale_path(TABLE) in params:
-        raise ValueError(
-            f"{of_base[0]} is to be trained, but the base is int8, which is only read, expected a prompt alone: set "
-            "BASE_DTYPE to 'float32' or 'bfloat16'"
-        )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.network import Transformer
@@ -23,10 +23,10 @@ def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"]) -
 
 
 def target_scores(
-    model: Transformer, params: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B U"]
+    model: Transformer, params: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B U"], **prompts: Any
 ) -> Float[Array, " B"]:
-    """The log-probability of each row's targets."""
-    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False)
+    """The log-probability of each row's targets; `prompts` as of `decoding.encode_once`."""
+    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False, **prompts)
     return jnp.sum(token_log_probs(logits, targets), axis=1)
 
 
@@ -35,21 +35,20 @@ def choice_scores(
     params: Any,
     inputs: Int[Array, "B T"],
     choices: Int[Array, "#B C L"],
-    prompt: Float[Array, "P D"] | Float[Array, "B P D"] | None = None,
-    prompt_mask: Bool[Array, "B P"] | None = None,
     count: Int[Array, ""] | None = None,
+    **prompts: Any,
 ) -> Float[Array, "B C"]:
     """The log-likelihood of each choice after each input: one pass of the encoder, then choice by choice.
 
     Args:
-      model, params, inputs, prompt, prompt_mask: see `decoding.encode_once`.
+      model, params, inputs, prompts: see `decoding.encode_once`.
       choices: tokens, end of sequence included, 0 after it; the same for all rows, or each row's own.
       count: how many are scored, C where it is None. Traced: programs for 3 and for 4 choices can be the same one.
 
     Returns:
       Nats, float32; -inf for the choices from `count` on, and for those without a token.
     """
-    decode = encode_once(model, params, inputs, prompt, prompt_mask)
+    decode = encode_once(model, params, inputs, **prompts)
     targets = jnp.broadcast_to(choices, (inputs.shape[0], *choices.shape[1:]))
 
     def score(place: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from t5x.examples.t5 import layers, network  # pyright: ignore[reportMissingImports]
 
+from prompt_tuning_jax.t5.network import prepend_prompt
+
 
 class Transformer(network.Transformer):
     """T5X's minimal T5, prompted: its parameters keep their names, the prompt's is `encoder/prompt/prompt`.
@@ -37,7 +39,7 @@ class Transformer(network.Transformer):
             if not isinstance(context.module, layers.Embed) or context.method_name != "__call__":
                 return embed(*args, **kwargs)
             embedded = embed(args[0][:, length:])
-            return self.prompt_factory(parent=self.encoder, name="prompt")(embedded)
+            return prepend_prompt(embedded, self.prompt_factory(parent=self.encoder, name="prompt")(embedded))
 
         with nn.intercept_methods(embed_after_prompt):
             return super().encode(_with_prompt(encoder_input_tokens, length), None, enable_dropout)

@@ -1,26 +1,27 @@
 """What a model makes of a split: decoded answers, label scores, and the loss with and without the right inputs."""
 
 import collections
-import functools
 import inspect
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.batches.cache import Examples
 from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.errors import prefixed
+from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.labels import label_table, written_labels
+from prompt_tuning_jax.methods.method import Injection, Params
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
-from prompt_tuning_jax.t5.decoding import greedy
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores, target_scores
 from prompt_tuning_jax.tasks import metrics, postprocessors
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.training.step import Params, batch_loss, merge
+from prompt_tuning_jax.training.step import batch_loss
 
 
 class Judged(NamedTuple):
@@ -96,98 +97,90 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
         try:
             written_labels(postprocessors.answers(batches.examples.postprocess) or (), vocabulary)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise prefixed(f"{name}: ", error) from None
 
 
 class Evaluator:
-    """Evaluates one model; compiled once a shape, for any parameters."""
+    """Evaluates what a method gives one model; compiled once per shape."""
 
-    def __init__(self, model: Transformer, vocabulary: Vocabulary, partitioner: Partitioner | None = None):
-        """With a `partitioner` the rows of a batch are shared by the devices of its mesh, and each process, which has
-        read all of them, gets all answers."""
-        self._vocabulary, self._partitioner = vocabulary, partitioner
-        jit: Any = jax.jit
-        if partitioner is not None:
-            jit = functools.partial(partitioner.jit, out_shardings=partitioner.replicated)
+    def __init__(
+        self, size: T5Config, tokenizer: Vocabulary, partitioner: Partitioner | OneDevice = ONE_DEVICE
+    ):
+        """The devices of the partitioner's mesh share the rows of a batch; each process, which has read all of them,
+        gets all answers."""
+        model = Transformer(size)
+        self._tokenizer, self._partitioner, self._engine = tokenizer, partitioner, engine_of(size, partitioner)
 
-        def losses(trainable: Params, frozen: Params, inputs, targets):
-            params = merge(trainable, frozen)
-            true = batch_loss(model, params, inputs, targets)
+        def losses(injection: Injection, frozen: Params, inputs, targets):
+            true = batch_loss(model, injection, frozen, inputs, targets)
             # Every row with the inputs of the row before: what is lost is what the encoder had to say.
-            other = batch_loss(model, params, jnp.roll(inputs, 1, axis=0), targets)
+            other = batch_loss(model, injection, frozen, jnp.roll(inputs, 1, axis=0), targets)
             return true, other
 
-        def tokens(trainable: Params, frozen: Params, inputs, length: int):
-            return greedy(model, merge(trainable, frozen), inputs, length)[0]
-
-        self._losses = jit(losses)
-        self._tokens = jit(tokens, static_argnums=3)
-        self._label_scores = jit(
-            lambda trainable, frozen, inputs, labels: choice_scores(model, merge(trainable, frozen), inputs, labels)
-        )
-        self._target_scores = jit(
-            lambda trainable, frozen, inputs, targets: target_scores(model, merge(trainable, frozen), inputs, targets)
-        )
+        self._losses = partitioner.jit(losses, out_shardings=partitioner.replicated)
 
     def _placed(self, *arrays: np.ndarray) -> Sequence[Any]:
-        """A batch's arrays, on the mesh where there is one."""
-        return arrays if self._partitioner is None else self._partitioner.spread(arrays, len(arrays[0]))
+        """Returns a batch's arrays on the mesh."""
+        return self._partitioner.spread(arrays, len(arrays[0]))
 
-    def answers(self, trainable: Params, frozen: Params, batches: Batches) -> list[str]:
-        """The greedy answer to each row of the split, in order; one that is a label, as the task writes it."""
-        written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._vocabulary)
+    def answers(self, injection: Injection, frozen: Params, batches: Batches) -> list[str]:
+        """Returns the greedy answer to each row of the split, in order; one that is a label, as the task writes it."""
+        written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
         def answer(batch) -> list[str]:
             (inputs,) = self._placed(batch.inputs)
-            rows = np.asarray(self._tokens(trainable, frozen, inputs, batches.lengths["targets"]))
-            texts = map(self._vocabulary.decode, rows)
+            tokens, _ = self._engine.greedy(injection, frozen, inputs, None, batches.lengths["targets"])
+            texts = map(self._tokenizer.decode, np.asarray(tokens))
             return [written.get(text, text) for text in texts]
 
         return batches.in_order(answer)
 
-    def ranked(self, trainable: Params, frozen: Params, batches: Batches) -> list[str] | None:
-        """The best-scored label for each row of the split, in order; None where the answers are no closed set."""
+    def ranked(self, injection: Injection, frozen: Params, batches: Batches) -> list[str] | None:
+        """Returns the best-scored label for each row of the split, in order; None if the answers are no closed set."""
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
             return None
-        table = label_table(labels, self._vocabulary)[None]
+        table = label_table(labels, self._tokenizer)[None]
 
         def best(batch) -> list[str]:
             (inputs,) = self._placed(batch.inputs)
-            scores = np.asarray(self._label_scores(trainable, frozen, inputs, table))
-            return [labels[place] for place in scores.argmax(axis=1)]
+            scores = np.asarray(self._engine.rank(injection, frozen, inputs, None, table))
+            return [labels[index] for index in scores.argmax(axis=1)]
 
         return batches.in_order(best)
 
-    def likelihoods(self, trainable: Params, frozen: Params, batches: Batches) -> list[float]:
-        """The log-probability of each row's own targets, end of sequence included, in nats."""
+    def likelihoods(self, injection: Injection, frozen: Params, batches: Batches) -> list[float]:
+        """Returns the log-probability of each row's own targets, end of sequence included, in nats."""
         return batches.in_order(
-            lambda batch: self._target_scores(trainable, frozen, *self._placed(batch.inputs, batch.targets)).tolist()
+            lambda batch: self._engine.score(injection, frozen, *self._placed(batch.inputs, batch.targets)).tolist()
         )
 
-    def judged(self, trainable: Params, frozen: Params, batches: Batches) -> Judged:
-        """The answers to the split, generated, or scored where the task's metrics take scores."""
+    def predictions(self, injection: Injection, frozen: Params, batches: Batches) -> Judged:
+        """Returns the answers to the split, generated, or scored if the task's metrics take scores."""
         examples = batches.examples
         predict = self.likelihoods if takes_scores(examples) else self.answers
-        return judge(examples, predict(trainable, frozen, batches))
+        return judge(examples, predict(injection, frozen, batches))
 
-    def metrics(self, trainable: Params, frozen: Params, batches: Batches) -> tuple[dict[str, float], dict[str, int]]:
-        """The task's metrics of the greedy answers, and the commonest answers that are no label."""
-        found = self.judged(trainable, frozen, batches)
+    def metrics(
+        self, injection: Injection, frozen: Params, batches: Batches
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """Returns the task's metrics of the greedy answers, and the commonest answers that are no label."""
+        found = self.predictions(injection, frozen, batches)
         return found.metrics(batches.examples), dict(found.no_label().most_common(5))
 
-    def rank_metrics(self, trainable: Params, frozen: Params, batches: Batches) -> dict[str, float] | None:
-        """The task's metrics where the answer is the label of the highest score; None where it has no labels."""
-        texts = self.ranked(trainable, frozen, batches)
+    def rank_metrics(self, injection: Injection, frozen: Params, batches: Batches) -> dict[str, float] | None:
+        """Returns the task's metrics if the answer is the label of the highest score; None if it has no labels."""
+        texts = self.ranked(injection, frozen, batches)
         return None if texts is None else judge(batches.examples, texts).metrics(batches.examples)
 
-    def losses(self, trainable: Params, frozen: Params, batches: Batches, limit: int) -> dict[str, float]:
-        """Nats a target token over the first `limit` batches: the loss, and `encoder_use`, by how much it grows when
-        each row is given another row's inputs. A model that ignores its encoder has an `encoder_use` of 0."""
+    def losses(self, injection: Injection, frozen: Params, batches: Batches, limit: int) -> dict[str, float]:
+        """Returns nats per target token over the first `limit` batches: the loss, and `encoder_use`, by how much it
+        grows when each row is given another row's inputs. A model that ignores its encoder has an `encoder_use` of 0.
+        """
         sums = np.zeros(4)
         for number in range(min(limit, len(batches))):
             batch = batches[number]
-            true, other = self._losses(trainable, frozen, *self._placed(batch.inputs, batch.targets))
+            true, other = self._losses(injection, frozen, *self._placed(batch.inputs, batch.targets))
             sums += np.array([true.loss, other.loss, true.tokens, true.correct], np.float64)
         loss, other, tokens, correct = sums
         return {

@@ -7,23 +7,23 @@ from collections.abc import Callable, Mapping
 import jax
 
 from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.training.memory_plan import resident_bytes
+from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, resident_bytes
 from prompt_tuning_jax.training.run import TrainConfig
 
-SPARE_MEMORY = 0.9  # of a device, as in a memory plan
 
-
-def partitioner_for(config: TrainConfig) -> Partitioner | None:
-    """Of the mesh that the run takes; None on one device, where nothing is divided.
+def partitioner_for(config: TrainConfig) -> Partitioner | OneDevice:
+    """Returns the run's partitioner.
 
     Raises:
       ValueError: the mesh that is asked for does not fit the devices or the batch.
     """
     rows, resident = config.train_dataset.batch_size, functools.partial(resident_bytes, config)
-    partitioner = partitioner_of(config.model.config, config.mesh, config.num_partitions, rows, resident)
-    if partitioner is not None:
+    partitioner = partitioner_of(config.size, config.mesh, config.num_partitions, rows, resident)
+    if not isinstance(partitioner, OneDevice):
         check_batch(config, partitioner)
     return partitioner
 
@@ -34,8 +34,8 @@ def partitioner_of(
     num_partitions: int | None,
     batch_size: int,
     resident: Callable[[], tuple[int, int]],
-) -> Partitioner | None:
-    """Of the mesh that is asked for, or of `mesh_for`; None on one device.
+) -> Partitioner | OneDevice:
+    """Returns the partitioner of the mesh that is asked for, or of `mesh_for`.
 
     Args:
       mesh, num_partitions: see `parallel.mesh.mesh_shape`.
@@ -51,7 +51,7 @@ def partitioner_of(
         device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         parameters, activations = (0, 0) if device_bytes is None else resident()
         shape = mesh_for(len(devices), batch_size, device_bytes, parameters, activations)
-    return None if len(devices) == 1 else Partitioner(make_mesh(shape, devices), size)
+    return ONE_DEVICE if len(devices) == 1 else Partitioner(make_mesh(shape, devices), size)
 
 
 def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters: int, activations: int) -> MeshShape:
@@ -81,7 +81,9 @@ def check_batch(config: TrainConfig, partitioner: Partitioner) -> None:
     parts, shards = config.num_microbatches or 1, partitioner.batch_shards
     rows = config.train_dataset.batch_size // parts
     if rows % shards:
-        raise ValueError(
-            f"NUM_MICROBATCHES is {parts}, {rows} rows each, which the {shards} parts that the mesh divides them into "
-            "cannot share equally: set it lower, or MESH"
+        raise SettingError(
+            Setting("num_microbatches"),
+            f" is {parts}, {rows} rows each, which the {shards} parts that the mesh divides them into cannot share "
+            "equally: set it lower, or ",
+            Setting("mesh"),
         )

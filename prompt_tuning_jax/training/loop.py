@@ -1,94 +1,256 @@
-"""The training run, as a recipe: read everything, then step, evaluate, save, and at the end say what came out."""
+"""The training loop, as a recipe: read everything, then step, evaluate, save, and at the end say what came out.
 
+One run takes a program of its own, and several runs may share one: `take_steps` is the loop of both.
+"""
+
+import contextlib
+import functools
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from prompt_tuning_jax.checkpoints.base import Base, fingerprint, load_base, open_vocabulary, random_base
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base
+from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.parallel.mesh import MeshShape
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import PeerWatch, is_writer
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.layout import partitioner_for
-from prompt_tuning_jax.training.progress import Terminated
-from prompt_tuning_jax.training.run import Run, TrainConfig
-from prompt_tuning_jax.training.step import Params, make_train_step
+from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
+from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
 
-TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
-
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains, and leaves in MODEL_DIR what `RunFolder` lists. A run that was interrupted goes on where it was saved.
-
-    Returns:
-      The summary, as in summary.json.
-
-    On more than one device the run lies on a mesh, see `layout`. Of several processes, all call this.
-
-    Raises:
-      ValueError: something given does not fit, known before the first step; or the loss is not finite.
-    """
-    with PeerWatch() as watch:
-        return _train(config, watch)
+States = tuple[TrainState, ...]
+Batches = Sequence[Batch]
+# (states, frozen, batches) -> (states, metrics), of all runs of a program
+Step = Callable[[States, Params, Batches], tuple[States, Sequence[StepMetrics]]]
+Stop = Callable[[int], bool]  # whether to save and leave after a step
 
 
-def _train(config: TrainConfig, watch: PeerWatch) -> dict[str, Any]:
-    folder = config.open_folder()
-    partitioner = partitioner_for(config)
-    if partitioner is not None:
-        say(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
-        partitioner.on_batch = watch.work
-    base, words = open_base(config, partitioner)
-    run = Run(config, folder, base, words, partitioner)
-    del base  # where all of it is trained, the state's copy is the only one
-    frozen_fingerprint = fingerprint(run.frozen)
-    run.open()
-    run.go_back(max(run.saved_steps, default=0))
-    watch.saved_step = run.saved_step
-    train_step = make_train_step(
-        run.model, config.optimizer, config.z_loss, config.num_microbatches, partitioner, run.state_shardings
-    )
-    evaluator = Evaluator(run.model, words, partitioner)
-    quiet = None if is_writer() else True
-    with (
-        Terminated() as terminated,
-        tqdm(total=config.train_steps, initial=run.step, disable=quiet, unit="step") as bar,
-    ):
-        for batch in run.batches_to_come():
-            state, metrics = train_step(run.state, run.frozen, run.placed(batch))
-            run.after_step(state, batch.ids, metrics, evaluator, lambda line: say(line, bar))
-            watch.saved_step = run.saved_step
-            bar.update()
-            if run.over:
-                break
-            if terminated.after(run.step):
-                run.save()
-                say(f"terminated, saved at step {run.step}: the same command goes on from there")
-                sys.exit(TERMINATED)
-    if run.stop_reason:
-        say(f"stopped at step {run.step}: {run.stop_reason}")
-    check_unchanged(run.frozen, frozen_fingerprint)
-    return run.finish()
+class Stopped(Exception):
+    """Training was asked to stop, and all runs are saved: the same call goes on from there."""
 
 
-def say(line: str, bar: tqdm | None = None) -> None:
-    """Says it on stderr, above the bar where there is one; of several processes one does."""
+def say_on_stderr(line: str, bar: tqdm | None = None) -> None:
+    """Shows a line on stderr, above the bar if there is one; with several processes one of them does."""
     if is_writer():
         (bar or tqdm).write(line, file=sys.stderr)
 
 
-def open_base(config: TrainConfig, partitioner: Partitioner | None = None) -> tuple[Base, Vocabulary]:
-    """The base that a run trains on, in its place on the mesh, and its vocabulary."""
-    words = open_vocabulary(config.vocabulary, config.initial_checkpoint_path, config.model.config)
-    size, place = config.model.config, None if partitioner is None else partitioner.parameter
+class Member:
+    """A run's place in a program.
+
+    Attributes:
+      active: false once its run is over or has failed; its slot in the program then computes on, for nothing.
+      failure: why it failed.
+    """
+
+    def __init__(self, run: Run, name: str = "", on_end: Callable[["Member"], None] = lambda member: None):
+        """`on_end` is called once the run is over or has failed."""
+        self.run, self.name, self._on_end = run, name, on_end
+        self.active = True
+        self.failure: Exception | None = None
+        self.summary: dict[str, Any] = {}
+
+    def start(self) -> None:
+        self.state, self._stream = self.run.state, self.run.batches_to_come()
+        if self.run.over:
+            self.end()
+
+    def next_batch(self) -> Batch:
+        if self.active:
+            self.batch = next(self._stream)
+        return self.batch
+
+    def after_step(self, metrics: StepMetrics, evaluator: Evaluator, say: Say) -> None:
+        self.run.after_step(self.state, self.batch.ids, metrics, evaluator, self.named(say))
+        if self.run.over:
+            self.end()
+
+    def named(self, say: Say) -> Say:
+        """Returns `say` with the run's name in front of each line."""
+        return (lambda line: say(f"{self.name}: {line}")) if self.name else say
+
+    def end(self) -> None:
+        self.active = False
+        self.summary = self.run.finish()
+        self._on_end(self)
+
+    @contextlib.contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """What goes wrong with this run ends it, and no other."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.active, self.failure = False, error
+            self.run.close()
+            self._on_end(self)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    say: Say | None = say_on_stderr,
+    on_record: Callable[[Record], None] = lambda record: None,
+    warn: Say | None = None,
+    progress: bool = True,
+    stop: Stop = lambda step: False,
+    watch: PeerWatch | None = None,
+) -> Run:
+    """Trains one run, and leaves in MODEL_DIR what `RunFolder` lists. A run that was interrupted is resumed.
+
+    With more than one device the run lies on a mesh, see `layout`. With several processes, every process calls this.
+
+    Args:
+      say: shows a line of what happens; None for nothing but the progress bar.
+      on_record: is given every record of metrics.jsonl as it is made.
+      warn: is told what of the data does not fit; None for stderr.
+      progress: whether to show a progress bar.
+      stop: asked after each step whether to save the run and raise `Stopped`.
+      watch: of the other processes, is told what was done.
+
+    Returns:
+      The finished run.
+
+    Raises:
+      ValueError: something given does not fit, known before the first step; or the loss is not finite.
+      Stopped: `stop` returned true, and the run is saved.
+    """
+    folder = config.open_folder()
+    partitioner = partitioner_for(config)
+    if not isinstance(partitioner, OneDevice):
+        (say or say_nothing)(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
+        if watch is not None:
+            partitioner.on_batch = watch.work
+    run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
+    before = fingerprint(run.frozen)
+    for line in run.open():
+        (say or say_nothing)(line)
+    run.go_back(max(run.saved_steps, default=0))
+    member = Member(run)
+    member.start()
+    evaluator = Evaluator(run.size, run.tokenizer, partitioner)
+    take_steps(
+        [member],
+        functools.partial(_own_program, partitioner=partitioner),
+        lambda _: evaluator,
+        say=say,
+        progress=progress,
+        stop=stop,
+        saved=lambda: None if watch is None else setattr(watch, "saved_step", run.saved_step),
+    )
+    if member.failure is not None:
+        raise member.failure
+    if run.stop_reason:
+        (say or say_nothing)(f"stopped at step {run.step}: {run.stop_reason}")
+    check_unchanged(run.frozen, before)
+    return run
+
+
+def _own_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> Step:
+    """Returns the program of one run."""
+    (run,) = runs
+    config = run.config
+    step = make_train_step(
+        Transformer(run.size),
+        config.method,
+        config.optimizer,
+        config.z_loss,
+        config.num_microbatches,
+        partitioner,
+        run.state_shardings,
+    )
+
+    def alone(states: States, frozen: Params, batches: Batches) -> tuple[States, Sequence[StepMetrics]]:
+        state, metrics = step(states[0], frozen, run.placed(batches[0]))
+        return (state,), (metrics,)
+
+    return alone
+
+
+def take_steps(
+    members: Sequence[Member],
+    program_of: Callable[[Sequence[Run]], Step],
+    evaluator_of: Callable[[Run], Evaluator],
+    *,
+    say: Say | None,
+    progress: bool,
+    stop: Stop,
+    saved: Callable[[], None] = lambda: None,
+) -> None:
+    """Trains runs that share a program until each is over or has failed. The program shrinks as runs end.
+
+    Args:
+      members: the runs, each where it was saved.
+      program_of: returns the step of runs; they are those left of the members, or fewer.
+      evaluator_of: returns what evaluates a run.
+      say, progress, stop: as of `train`.
+      saved: is called after each step, when the runs may have been saved.
+
+    Raises:
+      Stopped: `stop` returned true, and all runs are saved.
+    """
+    slots, step = [member for member in members if member.active], None
+    steps = max((member.run.config.train_steps for member in slots), default=0)
+    first = max((member.run.step for member in slots), default=0)
+    hidden = None if progress and is_writer() else True  # None: shown if stderr is a terminal
+    with tqdm(total=steps, initial=first, disable=hidden, unit="step") as bar:
+        show = say_nothing if say is None else functools.partial(_show, say, bar)
+        while active := [member for member in slots if member.active]:
+            if step is None or program_size(len(active)) < len(slots):
+                slots = active
+                step = program_of([member.run for member in slots])
+            batches = [member.next_batch() for member in slots]
+            states, metrics = step(tuple(member.state for member in slots), slots[0].run.frozen, batches)
+            for member, state, own in zip(slots, states, metrics, strict=True):
+                member.state = state
+                if member.active:
+                    with member.failing_alone():
+                        member.after_step(own, evaluator_of(member.run), show)
+            saved()
+            taken = max(member.run.step for member in active)
+            bar.update(taken - bar.n)
+            left = [member for member in slots if member.active]
+            if left and stop(taken):
+                for member in left:
+                    with member.failing_alone():
+                        member.run.save()
+                raise Stopped(f"terminated, saved at step {taken}: the same command goes on from there")
+
+
+def _show(say: Say, bar: tqdm, line: str) -> None:
+    if say is say_on_stderr:
+        say_on_stderr(line, bar)
+    else:
+        say(line)
+
+
+def program_size(active: int) -> int:
+    """Returns how many slots a program for so many runs may keep: 1, 2, 3, 4, 6, 8, 12, ... A program of another size
+    is another compilation, which one run less does not pay for."""
+    sizes = sorted({2**n for n in range(12)} | {3 * 2**n for n in range(12)})
+    return next(size for size in sizes if size >= active)
+
+
+def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_DEVICE) -> Model:
+    """Returns the base model that a run trains on, in its place on the mesh, with its tokenizer."""
+    size, held = config.size, config.model
+    if held is not None:
+        parameters = partitioner.place(held.parameters)
+        return Model(held.path, size, parameters, held.tokenizer, held.fingerprint, partitioner.gather_table)
+    tokenizer = open_vocabulary(config.vocabulary, config.initial_checkpoint_path, size)
     if config.initial_checkpoint_path:
-        return load_base(config.initial_checkpoint_path, size, config.held_dtype, place), words
-    return random_base(size, config.random_seed, place), words
+        base = load_base(config.initial_checkpoint_path, size, config.held_dtype, partitioner.parameter)
+    else:
+        base = random_base(size, config.random_seed, partitioner.parameter)
+    return Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
 
 
 def check_unchanged(frozen: Params, before: str) -> None:
-    """Raises RuntimeError where the frozen parameters no longer have the fingerprint `before`."""
+    """Raises RuntimeError if the frozen parameters no longer have the fingerprint `before`."""
     if fingerprint(frozen) != before:
         raise RuntimeError("the frozen parameters changed in memory")

@@ -18,21 +18,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import check_base_dtype, expected_shapes
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape
+from prompt_tuning_jax.methods import shapes
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.partitioner import Partitioner
-from prompt_tuning_jax.t5.quantized import check_trainable, quantized
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.run import TrainConfig
-from prompt_tuning_jax.training.step import (
-    PROMPT,
-    TrainState,
-    batch_loss,
-    make_train_step,
-    merge,
-    micro_batch,
-    split_trainable,
-)
+from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_step, micro_batch
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
 
+SPARE_MEMORY = 0.9  # of what a device has or has free: its runtime, and the pieces between buffers, take the rest
 COMPILED_WHOLE = 24  # layers of both stacks; three shallow programs compile faster than one of more
 # Layers of encoder and decoder, of which the first and the last are like no other.
 SHALLOW = ((2, 2), (3, 2), (2, 3))
@@ -128,9 +124,9 @@ def plan(config: TrainConfig) -> MemoryPlan:
     config.check()
     batch = _batch(config, config.train_dataset.batch_size)
     (batch_size, input_length), target_length = batch.inputs.shape, batch.targets.shape[1]
-    prompt_length = 0 if config.prompt_init is None else config.prompt_length
-    rows = micro_batch(batch.inputs.shape, prompt_length, config.num_microbatches)
     state, frozen = start_shapes(config)
+    prompt_length = injection_shapes(config, state, frozen).length
+    rows = micro_batch(batch.inputs.shape, prompt_length, config.num_microbatches)
     activations, copies = _kept(config, state, frozen, _batch(config, rows))
     return MemoryPlan(
         batch_size=batch_size,
@@ -143,7 +139,7 @@ def plan(config: TrainConfig) -> MemoryPlan:
         optimizer=_part(state.opt_state),
         activations=activations,
         copies=copies,
-        logits=rows * target_length * config.model.config.vocab_size * 4,
+        logits=rows * target_length * config.size.vocab_size * 4,
         step=step_memory(config, batch_size),
     )
 
@@ -151,30 +147,36 @@ def plan(config: TrainConfig) -> MemoryPlan:
 def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """`(state, frozen)` as a run starts with them, every array as its shape and dtype.
 
-    The base is not opened: where BASE_DTYPE leaves the dtype to its file, it is taken to be float32, the widest.
+    The base model is not opened: where BASE_DTYPE leaves the dtype to its file, it is taken to be float32, the widest.
 
     Raises:
-      ValueError: a pattern of what is trained matches nothing, or something of an int8 base.
+      ValueError: the method does not fit the model, or trains parameters of an int8 base model.
     """
     dtype = base_dtype(config)
-    shapes = expected_shapes(config.model.config)
 
-    def start() -> tuple[TrainState, dict[str, jax.Array]]:
+    def base() -> dict[str, jax.Array]:
         params = {}
-        for name, shape in shapes.items():
+        for name, shape in expected_shapes(config.size).items():
             if dtype == "int8":
                 params |= quantized(name, jnp.zeros(shape))
             else:
                 params[name] = jnp.zeros(shape, dtype)
-        if config.prompt_init is not None:
-            params[PROMPT] = jnp.zeros((config.prompt_length, config.model.config.emb_dim))
-        trainable, frozen = split_trainable(params, config.trainable)
-        check_trainable(trainable, params)
-        trainable = {name: value.astype(jnp.float32) for name, value in trainable.items()}
-        key = jax.random.key_data(jax.random.key(0))
-        return TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key), frozen
+        return params
 
-    return jax.eval_shape(start)
+    params = jax.eval_shape(base)
+    trainable, frozen = shapes.start_shapes(config.method, config.size, params)
+    shapes.check_not_int8(trainable, params)
+
+    def start(trainable: dict[str, jax.Array]) -> TrainState:
+        key = jax.random.key_data(jax.random.key(0))
+        return TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key)
+
+    return jax.eval_shape(start, trainable), frozen
+
+
+def injection_shapes(config: TrainConfig, state: TrainState, frozen: Shapes) -> Injection:
+    """Returns what the model runs with, every array as its shape and dtype."""
+    return jax.eval_shape(config.method.apply, state.trainable, frozen)
 
 
 class DevicePart(NamedTuple):
@@ -193,7 +195,7 @@ class DevicePart(NamedTuple):
 def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
     """What lies on each device of a mesh; no device is needed, and nothing is compiled."""
     mesh = AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    partitioner = Partitioner(mesh, config.model.config)
+    partitioner = Partitioner(mesh, config.size)
     state, frozen = start_shapes(config)
 
     def bytes_of(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
@@ -228,7 +230,7 @@ def base_dtype(config: TrainConfig) -> str:
 
 def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
     """Bytes of a step on `batch_size` rows of full length."""
-    cfg = config.model.config
+    cfg = config.size
     deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
     if sum(deep) <= COMPILED_WHOLE or not _uniform(config):
         return _compile(config, batch_size)
@@ -288,7 +290,8 @@ def _batch(config: TrainConfig, batch_size: int) -> Batch:
 
 def _compile(config: TrainConfig, batch_size: int) -> StepMemory:
     state, frozen = start_shapes(config)
-    step = make_train_step(config.prompted_model, config.optimizer, config.z_loss, config.num_microbatches)
+    model = Transformer(config.size)
+    step = make_train_step(model, config.method, config.optimizer, config.z_loss, config.num_microbatches)
     found = step.lower(state, frozen, _batch(config, batch_size)).compile().memory_analysis()
     return StepMemory(
         found.argument_size_in_bytes,
@@ -300,8 +303,8 @@ def _compile(config: TrainConfig, batch_size: int) -> StepMemory:
 
 
 def _with_layers(config: TrainConfig, encoder: int, decoder: int) -> TrainConfig:
-    size = dataclasses.replace(config.model.config, num_encoder_layers=encoder, num_decoder_layers=decoder)
-    return dataclasses.replace(config, model=config.model.clone(config=size))
+    size = dataclasses.replace(config.size, num_encoder_layers=encoder, num_decoder_layers=decoder)
+    return dataclasses.replace(config, size=size)
 
 
 def _at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
@@ -313,7 +316,7 @@ def _at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) 
 
 def _uniform(config: TrainConfig) -> bool:
     """Whether all layers of a stack are trained, or all frozen, so that what is trained of shallow models continues."""
-    cfg = config.model.config
+    cfg = config.size
     deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
     if min(deep) < 2:
         return False
@@ -341,11 +344,12 @@ def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) 
 
     A parameter that is kept as it is takes nothing. Constants, which are kept as well, are never laid out.
     """
-    model = config.prompted_model
+    model, method = Transformer(config.size), config.method
 
     def forward(trainable: Any, frozen: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> list[jax.Array]:
         def loss(trainable: Any) -> jax.Array:
-            return batch_loss(model, merge(trainable, frozen), inputs, targets, key, config.z_loss).loss
+            injection = method.apply(trainable, frozen)
+            return batch_loss(model, injection, frozen, inputs, targets, key, config.z_loss).loss
 
         return jax.tree.leaves(jax.vjp(loss, trainable)[1])
 

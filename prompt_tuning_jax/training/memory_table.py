@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.parallel.mesh import mesh_shape
 from prompt_tuning_jax.training.memory_plan import (
+    SPARE_MEMORY,
     MemoryPlan,
     StepMemory,
     device_part,
@@ -19,7 +20,6 @@ from prompt_tuning_jax.training.memory_plan import (
 from prompt_tuning_jax.training.run import TrainConfig
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SPARE_MEMORY = 0.9  # of the device: its runtime, and the pieces between buffers, take the rest
 
 
 def read_size(text: str) -> int:
@@ -111,7 +111,7 @@ def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
     stored = ", ".join(found.frozen.dtypes)
     if config.initial_checkpoint_path and config.held_dtype is None:
         stored += " (at most: BASE_DTYPE leaves it to the file, which is not read)"
-    kept = f"{jnp.dtype(config.model.config.dtype).name}; of {found.rows} rows at once, kept for their backward pass"
+    kept = f"{jnp.dtype(config.size.dtype).name}; of {found.rows} rows at once, kept for their backward pass"
     lines = [shape, f"{'':26}{'numbers':>16}{'bytes':>14}"]
     for name, part, note in (
         ("frozen parameters", found.frozen, stored),

@@ -1,18 +1,17 @@
 """What a run reports of itself while it goes on, and the signal that ends it early."""
 
 import signal
-import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import preempted
-from prompt_tuning_jax.training.step import PROMPT, Params, StepMetrics
+from prompt_tuning_jax.training.step import StepMetrics
 
 
 class Window:
@@ -36,9 +35,10 @@ class Window:
             values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
             odd = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
             if odd:
-                raise ValueError(
-                    f"{odd[0]} at step {step}, examples {ids.tolist()}: "
-                    "lower LEARNING_RATE, or look at these examples; earlier checkpoints stand"
+                raise SettingError(
+                    f"{odd[0]} at step {step}, examples {ids.tolist()}: lower ",
+                    Setting("learning_rate"),
+                    ", or look at these examples; earlier checkpoints stand",
                 )
 
     def close(self) -> dict[str, float]:
@@ -83,14 +83,10 @@ class Terminated:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def prompt_metrics(trainable: Params, start: jax.Array | None) -> dict[str, float]:
-    if start is None or PROMPT not in trainable:
+def moved(injection: Injection, start: Injection) -> dict[str, float]:
+    """Returns the mean norm of a prompt's positions, and how far the prompt has moved in units of its start's norm."""
+    prompt, before = (one.prompt if one.prompt is not None else one.layer_prompts for one in (injection, start))
+    if prompt is None or before is None:
         return {}
-    prompt = trainable[PROMPT]
-    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=1)))
-    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - start) / jnp.linalg.norm(start))}
-
-
-def say(bar: tqdm, step: int, split: str, record: Mapping[str, float], more: str = "") -> None:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-    bar.write(f"step {step} {split}: {numbers}{more}", file=sys.stderr)
+    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))
+    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - before) / jnp.linalg.norm(before))}

@@ -1,6 +1,6 @@
-"""One training run between its steps: what it starts from, where it stands, and what it leaves after each step.
+"""One training run between its steps: what it starts from, how far it is, and what it leaves after each step.
 
-`loop.train` takes the steps of one run, `sweeps.vectorized` those of many in one program; a run cannot tell which.
+`loop` takes the steps, of one run or of several in one program; a run cannot tell which.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,22 +20,30 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batch, Batches
-from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import Base, auto_dtype
+from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes
+from prompt_tuning_jax.checkpoints.model import Model
+from prompt_tuning_jax.checkpoints.tuned import read_tuned, write_tuned
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.identity import describe
+from prompt_tuning_jax.methods.fold import make_fold
+from prompt_tuning_jax.methods.method import Injection, Method, Params
+from prompt_tuning_jax.methods.shapes import check_injection, check_not_int8, start_shapes, trains_base
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import barrier
-from prompt_tuning_jax.prompts.files import write_prompt
-from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.quantized import check_trainable, embedding_table
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
-from prompt_tuning_jax.training.progress import Window, prompt_metrics
-from prompt_tuning_jax.training.run_folder import RunFolder, write_text
-from prompt_tuning_jax.training.start import check_prompt_length, start_prompt
-from prompt_tuning_jax.training.step import PROMPT, PROMPT_PATHS, Params, StepMetrics, TrainState, split_trainable
+from prompt_tuning_jax.training.progress import Window, moved
+from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
+from prompt_tuning_jax.training.step import StepMetrics, TrainState
 
 Say = Callable[[str], None]
+Record = dict[str, Any]
+
+
+def say_nothing(line: str) -> None:
+    """Takes a line of progress, and does not show it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,45 +51,44 @@ class TrainConfig:
     """All settings of a run.
 
     Attributes:
-      model_dir: MODEL_DIR, where `RunFolder` says what is left.
-      model: with a `prompt_factory` where `prompt_init` is given.
-      initial_checkpoint_path: the base; None for random weights.
-      trainable: patterns of the paths to train: ["encoder/prompt/.*"] for prompt tuning, [".*"] for everything.
+      size: the model's size and numerics, dropout among them.
+      initial_checkpoint_path: the base model; None for random weights.
+      model: the base model in memory, if it is there already; it is then not read again.
+      train_dataset, eval_dataset: the rows to train on and to evaluate on.
+      method: what is trained; see `methods`.
       optimizer: over the trainable parameters.
       train_steps: updates in all.
       eval_period: updates between two evaluations, each of which is also a checkpoint.
-      prompt_init: see `prompts.initializers`.
-      prompt_length: P.
-      vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base.
-      random_seed: of the prompt, the order of the data and dropout.
+      model_dir: MODEL_DIR, a folder for what `RunFolder` lists; None to write nothing.
+      vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base model.
+      random_seed: of the start, the order of the data and dropout.
       z_loss: see `loss.cross_entropy`.
-      num_microbatches: that a batch is divided into, so that less has to be in memory at once; see `step.micro_batch`.
+      num_microbatches: how many parts a batch is divided into, which take less memory; see `step.micro_batch`.
       log_period: updates between two records of the training loss.
       loss_eval_steps: batches that a task without metrics is evaluated on.
       encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
       early_stop_evals: a run is stopped after so many evaluations in a row without a better one; None for never.
-      keep_checkpoints: how many to leave; all where None.
-      base_dtype: of the base in memory; see `checkpoints.base.load_base`. "auto" keeps the file's own on accelerators
-        where more than the prompt is trained. What is trained is float32 whatever it is.
-      num_partitions: devices that share each parameter and the products with it (T5X's name).
-      mesh: sizes of the axes data, fsdp and model; see `parallel.mesh`. None, and no `num_partitions`: by the size of
-        the model and the memory of the devices, see `layout.mesh_for`.
-      export_dtype: of the model written where more than the prompt is trained.
-      config: the run's configuration as text, kept in config.gin.
+      keep_checkpoints: how many to leave; None for all.
+      base_dtype: of the base model in memory; see `checkpoints.base.load_base`. "auto" keeps the file's own dtype on
+        accelerators if the base model's own parameters are trained. What is trained is always float32.
+      num_partitions: devices that share each parameter and the matmuls with it (T5X's name).
+      mesh: sizes of the axes data, fsdp and model; see `parallel.mesh`. If it is None and so is `num_partitions`, the
+        model's size and the devices' memory decide; see `layout.mesh_for`.
+      export_dtype: of the model written if the base model's parameters are trained.
+      config: the run's gin configuration as text, kept in config.gin; nothing is compared with it.
       allow_other_config: go on with a run that had another configuration.
     """
 
-    model_dir: str
-    model: Transformer
+    size: T5Config
     initial_checkpoint_path: str | None
+    model: Model | None = None
     train_dataset: DatasetConfig
     eval_dataset: DatasetConfig
-    trainable: Sequence[str]
+    method: Method
     optimizer: optax.GradientTransformation
     train_steps: int
     eval_period: int
-    prompt_init: Callable[..., jax.Array] | None = None
-    prompt_length: int = 0
+    model_dir: str | None = None
     vocabulary: str | None = None
     random_seed: int = 0
     z_loss: float = 1e-4
@@ -99,121 +105,173 @@ class TrainConfig:
     config: str = ""
     allow_other_config: bool = False
 
-    def open_folder(self) -> RunFolder:
-        """The run's folder; nothing is read or written yet.
+    def open_folder(self) -> RunFolder | NoFolder:
+        """Returns the run's folder; nothing is read or written yet.
 
         Raises:
           ValueError: a setting is impossible by itself, or the folder cannot be written or holds another run.
         """
-        folder = RunFolder(self.model_dir, self.config, allow_other_config=self.allow_other_config)
         self.check()
-        return folder
+        if self.model_dir is None:
+            return NoFolder()
+        return RunFolder(
+            self.model_dir, self.identity(), self.config, allow_other_config=self.allow_other_config
+        )
 
     def check(self) -> None:
-        """Raises ValueError where a setting is impossible by itself."""
-        if min(self.train_steps, self.eval_period) < 1:
-            raise ValueError(
-                f"TRAIN_STEPS is {self.train_steps} and EVAL_PERIOD {self.eval_period}, expected at least 1"
-            )
-        if self.early_stop_evals is not None and self.early_stop_evals < 1:
-            raise ValueError(f"EARLY_STOP_EVALS is {self.early_stop_evals}, expected at least 1, or None")
+        """Raises ValueError if a setting is impossible by itself."""
+        at_least_one = {"train_steps": self.train_steps, "eval_period": self.eval_period, "log_period": self.log_period}
+        if self.early_stop_evals is not None:
+            at_least_one["early_stop_evals"] = self.early_stop_evals
+        for name, value in at_least_one.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingError(Setting(name), f" is {value!r}, expected a whole number of at least 1")
         parts, batch_size = self.num_microbatches, self.train_dataset.batch_size
         if parts is not None and (parts < 1 or batch_size % parts):
-            raise ValueError(f"NUM_MICROBATCHES is {parts}, expected a divisor of BATCH_SIZE, {batch_size}, or None")
-        check_prompt_length(self.prompt_init, self.prompt_length, self.train_dataset)
+            raise SettingError(
+                Setting("num_microbatches"),
+                f" is {parts}, expected a divisor of ",
+                Setting("batch_size"),
+                f", {batch_size}, or None",
+            )
+        self.method.check(self.size, self.train_dataset.task_feature_lengths.get("inputs", 0))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what makes this run this run, by value; the fingerprints of model and data are not among it.
+
+        The folder, the mesh and the periods of logging are left out: they change no result but for rounding.
+        """
+        lengths = self.train_dataset.task_feature_lengths
+        return {
+            "method": describe(self.method),
+            "optimizer": describe(self.optimizer),
+            "train_steps": self.train_steps,
+            "eval_period": self.eval_period,
+            "batch_size": self.train_dataset.batch_size,
+            "random_seed": self.random_seed,
+            "task_feature_lengths": describe(lengths),
+            "model": describe(self.size),
+            "base_dtype": describe(self.base_dtype),
+            "z_loss": self.z_loss,
+            "num_microbatches": self.num_microbatches,
+            "loss_eval_steps": self.loss_eval_steps,
+            "encoder_use_by": self.encoder_use_by,
+            "early_stop_evals": self.early_stop_evals,
+            "export_dtype": describe(self.export_dtype),
+        }
+
+    @functools.cached_property
+    def trains_base(self) -> bool:
+        """Whether parameters of the base model itself are trained."""
+        base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected_shapes(self.size).items()}
+        return trains_base(start_shapes(self.method, self.size, base)[0], base)
+
+    @functools.cached_property
+    def trains_parameters(self) -> bool:
+        """Whether the method gives the model other parameters, and not prompts alone."""
+        base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected_shapes(self.size).items()}
+        return bool(jax.eval_shape(self.method.apply, *start_shapes(self.method, self.size, base)).parameters)
 
     @property
     def held_dtype(self) -> Any:
         """`base_dtype`, "auto" resolved by what is trained."""
-        if self.base_dtype != "auto":
-            return self.base_dtype
-        return auto_dtype(only_read=all(pattern.startswith(PROMPT_PATHS) for pattern in self.trainable))
-
-    @property
-    def prompted_model(self) -> Transformer:
-        """The model, where it has a prompt with one of `prompt_length`."""
-        if self.prompt_init is None:
-            return self.model
-        factory = functools.partial(self.model.prompt_factory, length=self.prompt_length)
-        return self.model.clone(prompt_factory=factory)
+        return auto_dtype(only_read=not self.trains_base) if self.base_dtype == "auto" else self.base_dtype
 
 
 class Run:
     """A run that has read everything, and goes on where it was saved.
 
     Attributes:
-      model: with a prompt of this run's length.
+      size: of the model, with the numerics of this run.
       frozen: the parameters that are only read.
       state: after `step` updates.
-      saved_step: that it would go on from if it ended here.
-      stop_reason: why it ends before TRAIN_STEPS; None where it does not.
+      saved_step: the step that it would go on from if it ended here.
+      stop_reason: why it ends before TRAIN_STEPS; None if it does not.
+      summary: what summary.json holds, once the run is finished.
     """
+
+    summary: dict[str, Any]
 
     def __init__(
         self,
         config: TrainConfig,
-        folder: RunFolder,
-        base: Base,
-        words: Vocabulary,
-        partitioner: Partitioner | None = None,
+        folder: RunFolder | NoFolder,
+        model: Model,
+        partitioner: Partitioner | OneDevice = ONE_DEVICE,
+        *,
+        on_record: Callable[[Record], None] = lambda record: None,
+        warn: Say | None = None,
     ):
-        """Reads the data, and the state of a run already there.
+        """Reads the data, and checks that everything fits together.
 
         Args:
           folder: of `config.open_folder`.
-          base: may be shared with other runs: it is only read.
-          partitioner: of the mesh that the base lies on; None on one device.
+          model: may be shared with other runs: it is only read.
+          partitioner: of the mesh that the model lies on.
+          on_record: is given every record of metrics.jsonl as it is made.
+          warn: is told what of the data does not fit, such as rows that are truncated; None for stderr.
 
         Raises:
           ValueError: something does not fit. Nothing has been written then.
         """
-        self.config, self.words, self._folder, self._partitioner = config, words, folder, partitioner
-        self._base = base._replace(params={})  # what is trained of it is held once, by the state
+        self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
+        self.tokenizer, self.size, method = model.tokenizer, config.size, config.method
+        # The model itself is not kept: what is trained of it is then held once, by the state.
+        self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
-        self.model, params = config.prompted_model, base.params
-        if config.prompt_init is not None:
-            table = embedding_table(params) if partitioner is None else partitioner.gather_table(params)
-            prompt = start_prompt(config.prompt_init, config.prompt_length, table, words, config.random_seed)
-            params = params | {PROMPT: prompt if partitioner is None else partitioner.replicate(prompt)}
-        self._start = params.get(PROMPT)
-        trained, self.frozen = split_trainable(params, config.trainable)
-        check_trainable(trained, params)
-        index, count = (0, 1) if partitioner is None else partitioner.own_rows(config.train_dataset.batch_size)
-        self.batches = config.train_dataset.batches(
-            words, seed=config.random_seed, shuffle=True, process_index=index, process_count=count
-        )
-        self._eval_batches = config.eval_dataset.eval_batches(words)
-        check_labels(self._eval_batches, words)
+        trained = method.init(jax.random.fold_in(jax.random.key(config.random_seed), 1), model)
+        check_not_int8(trained, model.parameters)
+        self.frozen = {path: value for path, value in model.parameters.items() if path not in trained}
+        check_injection(method, jax.eval_shape(method.apply, trained, self.frozen), config.size, model.parameters)
+        trained = partitioner.place(trained)
+        self._fold = make_fold(method, trained, self.frozen, partitioner.jit)
+
+        say: dict[str, Any] = {} if warn is None else {"say": warn}
+        index, count = partitioner.own_rows(config.train_dataset.batch_size)
+        options: dict[str, Any] = {"process_index": index, "process_count": count, **say}
+        self.batches = config.train_dataset.batches(self.tokenizer, seed=config.random_seed, shuffle=True, **options)
+        self._eval_batches = config.eval_dataset.eval_batches(self.tokenizer, **say)
+        check_labels(self._eval_batches, self.tokenizer)
 
         start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
-        if partitioner is None:
-            self.state = start(trained)
-        else:
-            self.state = partitioner.jit(start, out_shardings=partitioner.state(jax.eval_shape(start, trained)))(
-                trained
-            )
+        shardings = partitioner.state(jax.eval_shape(start, trained))
+        self.state = partitioner.jit(start, out_shardings=shardings)(trained) if shardings else start(trained)
+        self._start = self._fold(self.state.trainable, self.frozen)._replace(parameters={})
+        self._start = jax.tree.map(np.asarray, self._start)  # the state's memory is donated
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
         self._best: dict[str, Any] | None = None
+        self._best_injection: Injection | None = None
         self._evals: list[dict[str, Any]] = []
         self._window = Window()
 
-    def open(self) -> None:
-        """Makes the folder.
+    def open(self) -> list[str]:
+        """Makes the folder; returns what there is to say of the run that is there already.
 
         Raises:
-          ValueError: the run there is on another base.
+          ValueError: the run there is on another base model, tokenizer or data.
         """
-        has_base = self.config.initial_checkpoint_path is not None
-        self._folder.open(self.config.keep_checkpoints, self._base.fingerprint if has_base else None)
+        read = {
+            # Random weights are a function of the seed.
+            "base_fingerprint": self._fingerprint if self.config.initial_checkpoint_path or self.config.model else None,
+            "tokenizer": self.tokenizer.fingerprint,
+            "train_data": self.batches.fingerprint(),
+            "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
+        }
+        return self._folder.open(self.config.keep_checkpoints, read)
+
+    @property
+    def prompt_length(self) -> int:
+        """The positions in front of the encoder's input, P; 0 if the method gives no prompt."""
+        return self._start.length
 
     @property
     def saved_steps(self) -> list[int]:
-        """Of the checkpoints in the folder, which is open."""
+        """The steps of the checkpoints in the folder, which is open."""
         return self._folder.states.steps()
 
     def go_back(self, step: int) -> None:
-        """Takes the run up at a step that was saved, or at 0, and forgets what came after.
+        """Restores the run as it was at a step that was saved, or at 0, and forgets what came after.
 
         Raises:
           ValueError: its state cannot be read.
@@ -223,7 +281,7 @@ class Run:
         if step:
             self.state = folder.states.restore(step, self.state)
         records = folder.rewind(self.step)
-        if self._start is not None and not self.step:
+        if not self.step:
             folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
@@ -234,12 +292,10 @@ class Run:
     @property
     def state_shardings(self) -> TrainState | None:
         """Where the state lies on the mesh; None on one device."""
-        return None if self._partitioner is None else self._partitioner.state(self.state)
+        return self._partitioner.state(self.state)
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, of which this process has its rows, on the mesh where there is one."""
-        if self._partitioner is None:
-            return batch
+        """Returns the batch, of which this process has its rows, on the mesh."""
         return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
 
     @property
@@ -247,13 +303,13 @@ class Run:
         return self.step >= self.config.train_steps or self.stop_reason is not None
 
     def batches_to_come(self) -> Iterator[Batch]:
-        """The batches from where it stands to TRAIN_STEPS."""
+        """Yields the batches from this step to TRAIN_STEPS."""
         return self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
 
     def after_step(
         self, state: TrainState, ids: Int[np.ndarray, " B"], metrics: StepMetrics, evaluator: Evaluator, say: Say
     ) -> None:
-        """Takes note of a step, and logs, evaluates and saves where it is time to.
+        """Takes note of a step, and logs, evaluates and saves when it is time to.
 
         Args:
           ids: of the batch's examples.
@@ -266,41 +322,55 @@ class Run:
         self.state, self.step = state, self.step + 1
         self._window.add(self.step, ids, metrics)
         evaluates = self.step % config.eval_period == 0 or self.step == config.train_steps
-        if self.step % config.log_period == 0 or evaluates:
-            self._log("train", self._window.close() | prompt_metrics(state.trainable, self._start), say)
+        logs = self.step % config.log_period == 0 or evaluates
+        if not logs:
+            return
+        injection = self._fold(state.trainable, self.frozen)
+        self._log("train", self._window.close() | moved(injection, self._start), say)
         if evaluates:
-            self._evaluate(evaluator, say)
+            self._evaluate(injection, evaluator, say)
             self._folder.states.save(self.step, state)
             self.saved_step = self.step
             self._window.restart()
 
-    def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> dict[str, Any]:
-        record = {**values, "seconds": time.time() - self._clock}
-        self._folder.log(self.step, split, record)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> Record:
+        record = {"step": self.step, "split": split, **values, "seconds": time.time() - self._clock}
+        self._folder.log(record)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in ("step", "split"))
         say(f"step {self.step} {split}: {numbers}{more}")
-        return {"step": self.step, "split": split, **record}
+        self._on_record(record)
+        return record
 
-    def _evaluate(self, evaluator: Evaluator, say: Say) -> None:
-        config, trainable = self.config, self.state.trainable
-        values, odd = evaluate(evaluator, trainable, self.frozen, self._eval_batches, config.loss_eval_steps)
+    def _evaluate(self, injection: Injection, evaluator: Evaluator, say: Say) -> None:
+        config = self.config
+        values, odd = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
         record = self._log("eval", values, say, f"; no label: {odd}" if odd else "")
         self._evals.append(record)
-        if PROMPT in trainable:
-            self._folder.keep_prompt(self.step, trainable[PROMPT])
+        self._folder.keep_prompt(self.step, injection)
         if self._best is None or record_score(record) > record_score(self._best):
             self._best = record
-            self._export()
+            self._export(injection)
         self.stop_reason = stop_reason(self._evals, config)
 
-    def _export(self) -> None:
-        """Leaves what is trained in best/."""
-        trainable, frozen = self.state.trainable, self.frozen
-        if self._partitioner is not None and set(trainable) - {PROMPT}:
-            trainable, frozen = self._partitioner.gather((trainable, frozen))
+    def _export(self, injection: Injection) -> None:
+        """Keeps the best evaluation's injection: in best/, or in memory if there is no folder."""
+        if isinstance(self._folder, NoFolder):
+            self._best_injection = self._partitioner.gather(injection)
+            return
+        frozen = self.frozen
+        if injection.parameters:
+            injection, frozen = self._partitioner.gather((injection, frozen))
         if self._folder.writes:
-            best = self._folder.path / "best"
-            export(best, trainable, frozen, self.model, self.words, self.config.export_dtype)
+            tuned = {"config": self.size, "vocabulary": self.tokenizer.path, "dtype": self.config.export_dtype}
+            write_tuned(self._folder.path / "best", injection, frozen, base=self._path, **tuned)
+
+    @property
+    def best_injection(self) -> Injection:
+        """What the model ran with at the best evaluation, on the host."""
+        if self._best_injection is not None:
+            return self._best_injection
+        assert isinstance(self._folder, RunFolder)
+        return read_tuned(self._folder.path / "best")
 
     def save(self) -> None:
         """Saves the state between two evaluations, and closes the folder: the process is about to end."""
@@ -316,13 +386,16 @@ class Run:
         """Writes summary.json, and returns what is in it."""
         config, best = self.config, self._best
         if best is None:
-            raise ValueError(f"{config.model_dir} has its last checkpoint but no evaluation: set another MODEL_DIR")
+            raise SettingError(
+                f"{config.model_dir} has its last checkpoint but no evaluation: set another ", Setting("model_dir")
+            )
         summary = {
             "task": config.train_dataset.mixture_or_task_name,
             "train_split": config.train_dataset.split,
             "eval_split": config.eval_dataset.split,
-            "base": self._base.path,
-            "base_fingerprint": self._base.fingerprint,
+            "method": type(config.method).__name__,
+            "base": self._path,
+            "base_fingerprint": self._fingerprint,
             "seed": config.random_seed,
             "steps": self.step,
             "stopped_early": self.stop_reason is not None,
@@ -333,6 +406,7 @@ class Run:
             "seconds": time.time() - self._clock,
             "versions": versions(),
         }
+        self.summary = summary
         self._folder.close()
         if self._folder.writes:
             write_text(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -341,25 +415,25 @@ class Run:
 
 
 def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Before the first update. The parameters are copies: the step gives its state's memory up."""
+    """Returns the state before the first update. The parameters are copies: the step donates its state's memory."""
     trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
 
 
 def evaluate(
-    evaluator: Evaluator, trainable: Params, frozen: Params, tasks: Mapping[str, Batches], loss_eval_steps: int
+    evaluator: Evaluator, injection: Injection, frozen: Params, tasks: Mapping[str, Batches], loss_eval_steps: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Each task's metrics and the answers that are no label; the loss for a task without metrics.
+    """Returns each task's metrics and its answers that are no label; the loss for a task without metrics.
 
-    Of several tasks the metrics are called "task/metric", and the answers stand under their task.
+    The metrics of several tasks are called "task/metric", and the answers stand under their task.
     """
     record, odd = {}, {}
     for name, batches in tasks.items():
         if batches.examples.metrics:
-            metrics, answers = evaluator.metrics(trainable, frozen, batches)
+            metrics, answers = evaluator.metrics(injection, frozen, batches)
         else:
-            metrics, answers = evaluator.losses(trainable, frozen, batches, loss_eval_steps), {}
+            metrics, answers = evaluator.losses(injection, frozen, batches, loss_eval_steps), {}
         if len(tasks) == 1:
             return metrics, answers
         record |= {f"{name}/{metric}": value for metric, value in metrics.items()}
@@ -368,7 +442,7 @@ def evaluate(
 
 
 def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:
-    """Why a run of these evaluations is to end now; None where it is to go on."""
+    """Returns why a run of these evaluations is to end now; None if it is to go on."""
     by, period = config.encoder_use_by, config.eval_period
     for record in evals:
         if by and by <= record["step"] < by + period and record.get("encoder_use", 1.0) < 0.02:
@@ -381,18 +455,8 @@ def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str 
     return None
 
 
-def export(
-    folder: Path, trainable: Params, frozen: Params, model: Transformer, vocabulary: Vocabulary, dtype: str
-) -> None:
-    """Writes `prompt.npy`, and the whole model where more than the prompt was trained."""
-    if PROMPT in trainable:
-        write_prompt(folder / "prompt.npy", np.asarray(trainable[PROMPT]))
-    if set(trainable) - {PROMPT}:
-        huggingface.write(folder / "model", model.config, frozen | trainable, vocabulary.path, dtype)
-
-
 def versions() -> dict[str, str]:
-    """Of this project and what its numbers depend on."""
+    """Returns the versions of this project and of what its numbers depend on."""
     packages = ("prompt_tuning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": sys.version.split()[0]}
     for name in packages:

@@ -1,9 +1,10 @@
 """What a run leaves in MODEL_DIR, and how it finds its place again.
 
-config.gin, metrics.jsonl, checkpoints/<step>/, prompts/<step>.npy, best/, summary.json, and TensorBoard events.
+run.json (what the run is, by value), config.gin (where gin configured it), metrics.jsonl, checkpoints/<step>/,
+prompts/<step>.npy, best/, summary.json, and TensorBoard events.
 """
 
-import difflib
+import itertools
 import json
 import os
 import sys
@@ -13,73 +14,135 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax import Array
 
 from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.identity import differences
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import barrier, is_writer
 from prompt_tuning_jax.prompts.files import write_prompt
 
-_BASE = "\n# The base's fingerprint: "
+IDENTITY = "run.json"
+
+
+class NoFolder:
+    """Stands for the folder of a run that writes nothing."""
+
+    writes = False
+
+    def __init__(self):
+        self.states = _NoStates()
+
+    def open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        return []
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def keep_prompt(self, step: int, injection: Injection) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _NoStates:
+    def steps(self) -> list[int]:
+        return []
+
+    def save(self, step: int, state: Any) -> None:
+        pass
 
 
 class RunFolder:
     """MODEL_DIR of one run. Nothing is written before `open`.
 
-    Of several processes, which see one file system, process 0 alone writes; all of them call all of this.
+    With several processes, process 0 alone writes; every process must call every method, and they must share a file
+    system.
 
     Attributes:
       writes: whether this process does.
     """
 
-    def __init__(self, path: str | os.PathLike, config: str = "", *, allow_other_config: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        identity: Mapping[str, Any],
+        config: str = "",
+        *,
+        allow_other_config: bool = False,
+    ):
         """Checks that the run may write to `path`.
 
         Args:
-          config: the run's configuration, compared to that of a run already there.
-          allow_other_config: go on with a run of another configuration.
+          identity: what the run is, by value, as far as it is known before anything is read; compared with the run that
+            is there already. More steps than before are no other run.
+          config: the gin configuration, for config.gin.
+          allow_other_config: go on with a run of another identity.
 
         Raises:
           ValueError: the folder cannot be written, or holds another run.
         """
-        self.path, self._config, self.writes = Path(path), config, is_writer()
+        self.path, self._identity, self._config, self.writes = Path(path), dict(identity), config, is_writer()
+        self._forced = allow_other_config
         self.states: Any = None  # a StateStore, once it is open
         check_writable(self.path)
-        kept = self.path / "config.gin"
-        self._base = None  # the fingerprint of the base of a run already there
-        if kept.exists() and not allow_other_config:
-            text, _, base = kept.read_text(encoding="utf-8").partition(_BASE)
-            self._base = base.strip() or None
-            line = _first_difference(text, config)
-            if line:
-                raise ValueError(
-                    f"{path} holds a run of another configuration ({line}): set another MODEL_DIR, "
-                    "or give --allow_other_config to go on with this one"
-                )
+        self._kept = _read_identity(self.path)
+        if self._kept is None and (self.path / "checkpoints").is_dir() and not allow_other_config:
+            raise SettingError(
+                f"{path} holds a run without {IDENTITY}, so that nobody can tell whether it is this one: set another ",
+                Setting("model_dir"),
+                ", or give --allow_other_config to go on with it",
+            )
+        self._compare(self._identity)
 
-    def open(self, keep: int | None, base_fingerprint: str | None = None) -> None:
+    def _compare(self, now: Mapping[str, Any]) -> None:
+        """Raises SettingError if the run that is there already is another one."""
+        if self._kept is None or self._forced:
+            return
+        kept = {name: self._kept.get(name) for name in now}
+        if _extends(kept, now):
+            kept["train_steps"] = now["train_steps"]
+        found = [*itertools.islice(differences(kept, now), 2)]
+        if found:
+            what = "; ".join(f"{path} was {_short(was)}, is {_short(value)}" for path, was, value in found)
+            raise SettingError(
+                f"{self.path} holds another run ({what}): set another ",
+                Setting("model_dir"),
+                ", or give --allow_other_config to go on with this one",
+            )
+
+    def open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
         """Makes the folder.
 
         Args:
-          keep: the number of checkpoints to leave, all where None.
-          base_fingerprint: of the base's weights; None for random ones.
+          keep: the number of checkpoints to leave; None for all.
+          read: what else the run is: the fingerprints of all that it reads.
+
+        Returns:
+          Lines to say: that a run is extended.
 
         Raises:
-          ValueError: the run already there is on other weights.
+          ValueError: the run that is there already reads something else.
         """
-        if base_fingerprint and self._base and self._base != base_fingerprint:
-            raise ValueError(
-                f"{self.path} holds a run on a base of fingerprint {self._base}, now it is {base_fingerprint}: "
-                "set INITIAL_CHECKPOINT_PATH to the base that it began with, or set another MODEL_DIR"
-            )
+        self._compare(read)
         barrier("compared")  # every process has read what lies there
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            base = f"{_BASE}{base_fingerprint}\n" if base_fingerprint else ""
-            write_text(self.path / "config.gin", self._config + base)
+            write_text(self.path / IDENTITY, json.dumps(self._identity | dict(read), indent=1) + "\n")
+            if self._config:
+                write_text(self.path / "config.gin", self._config)
             (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
         barrier("opened")
         self.states = StateStore(self.path / "checkpoints", keep)
         self._events = None
+        if self._kept is not None and _extends(self._kept, self._identity):
+            steps = f"from {self._kept['train_steps']:,} to {self._identity['train_steps']:,} steps"
+            return [f"{self.path} is extended {steps}: it goes on from its last checkpoint"]
+        return []
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Forgets what was logged after `step`, whose checkpoint is the newest whole one; returns what stays."""
@@ -90,20 +153,22 @@ class RunFolder:
             write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Adds a record to metrics.jsonl and to TensorBoard's events."""
         if not self.writes:
             return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            file.write(json.dumps(record) + "\n")
         if self._events is None:
             self._events = _event_writer(self.path)
-        for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        for name, value in record.items():
+            if name not in ("step", "split"):
+                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
-    def keep_prompt(self, step: int, prompt: Array) -> None:
-        """Writes prompts/<step>.npy."""
-        if self.writes:
+    def keep_prompt(self, step: int, injection: Injection) -> None:
+        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt."""
+        prompt = injection.prompt if injection.prompt is not None else injection.layer_prompts
+        if self.writes and prompt is not None:
             write_prompt(self.path / "prompts" / f"{step}.npy", np.asarray(prompt))
 
     def close(self) -> None:
@@ -114,9 +179,9 @@ class RunFolder:
 
 
 def _event_writer(path: Path):
-    """TensorBoard's; it imports much, so not before the first record."""
+    """Returns TensorBoard's writer; it imports much, so not before the first record."""
     absent = "torch" not in sys.modules
-    if absent:  # tensorboardX would import it, where it is installed, for nothing
+    if absent:  # tensorboardX would import it, where it is installed, for nothing; forgotten again below
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         from tensorboardX import SummaryWriter
@@ -124,6 +189,30 @@ def _event_writer(path: Path):
         if absent:
             del sys.modules["torch"]
     return SummaryWriter(str(path))
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """Returns what the run in a folder is; None if there is none."""
+    try:
+        found = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path / IDENTITY} cannot be read ({error}): set another ", Setting("model_dir")) from None
+    if not isinstance(found, dict):
+        raise SettingError(f"{path / IDENTITY} holds no object: set another ", Setting("model_dir"))
+    return found
+
+
+def _extends(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Returns whether the run is the one that is there, with more steps."""
+    was, steps = kept.get("train_steps"), now.get("train_steps")
+    return isinstance(was, int) and isinstance(steps, int) and steps > was
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,7 +232,7 @@ def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError where nothing can be written to `path`, which need not be there yet."""
+    """Raises SettingError if nothing can be written to `path`, which need not be there yet."""
     try:
         parent = path
         while not parent.exists():
@@ -153,10 +242,6 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to {path} ({reason}): set MODEL_DIR to a folder that can be written") from None
-
-
-def _first_difference(kept: str, new: str) -> str:
-    lines = difflib.unified_diff(kept.splitlines(), new.splitlines(), lineterm="", n=0)
-    changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    return "; ".join(f"{'was' if line[0] == '-' else 'is'} {line[1:].strip()}" for line in changed[:2])
+        raise SettingError(
+            f"cannot write to {path} ({reason}): set ", Setting("model_dir"), " to a folder that can be written"
+        ) from None

@@ -1,30 +1,26 @@
-"""One update of the trainable parameters: the same for prompt tuning, model tuning and pre-training.
+"""One update of the trainable parameters: the same for every method.
 
-Parameters are flat: `{"encoder/layers_0/mlp/wi_0/kernel": array}`. The trainable half is differentiated and donated,
-the frozen half is an argument that is only read.
+Parameters are flat: `{"encoder/layers_0/mlp/wi_0/kernel": array}`. The trainable ones are donated, the frozen ones are
+an argument that is only read. What the model runs with is the method's `Injection`: the loss is differentiated with
+respect to the injection, and the method's own derivative takes the gradient back to what is trained.
 """
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.methods.method import Injection, Method, Params, merge
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.loss import LossSums, cross_entropy
-
-Params = dict[str, jax.Array]
-
-PROMPT = "encoder/prompt/prompt"  # the path of the soft prompt
-PROMPT_PATHS = "encoder/prompt/"  # what such paths, and patterns of nothing else, begin with
 
 # By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.
 CPU_COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
@@ -54,28 +50,10 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, ""]
 
 
-def split_trainable(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """`(trainable, frozen)`: a parameter is trained where a pattern matches its whole path.
-
-    Raises:
-      ValueError: a pattern matches nothing.
-    """
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in params):
-            raise ValueError(f"no parameter's path matches {pattern!r}; paths are like {next(iter(params))!r}")
-    chosen = {path for path in params if any(re.fullmatch(pattern, path) for pattern in patterns)}
-    trainable = {path: value for path, value in params.items() if path in chosen}
-    return trainable, {path: value for path, value in params.items() if path not in chosen}
-
-
-def merge(trainable: Params, frozen: Params) -> dict:
-    """The nested parameters that a model is applied to."""
-    return unflatten_dict({**frozen, **trainable}, sep="/")
-
-
 def batch_loss(
     model: Transformer,
-    params: dict,
+    injection: Injection,
+    frozen: Params,
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B U"],
     dropout_key: jax.Array | None = None,
@@ -83,13 +61,14 @@ def batch_loss(
     prompt_mask: Bool[Array, "B P"] | None = None,
     row_numbers: Int[Array, " B"] | None = None,
 ) -> LossSums:
-    """The loss of a batch, with dropout where a key is given; for the masks and numbers see `Transformer.encode`."""
+    """Returns the loss of a batch, with dropout if a key is given; masks and numbers as of `Transformer.encode`."""
     logits = model.apply(
-        {"params": params},
+        {"params": merge(injection.parameters, frozen)},
         inputs,
         shift_right(targets),
         targets,
         enable_dropout=dropout_key is not None,
+        **injection.prompts,
         prompt_mask=prompt_mask,
         row_numbers=row_numbers,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
@@ -121,27 +100,29 @@ def micro_batch(
 
 def summed_gradients(
     loss_fn: Callable[..., tuple[jax.Array, LossSums]],
-    trainable: Any,
+    injection: Any,
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B U"],
     rows: int,
 ) -> tuple[Any, LossSums]:
-    """The gradient of `loss_fn(trainable, inputs, targets, row_numbers) -> (loss, sums)`, and the sums, over all rows.
+    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers) -> (loss, sums)` and the sums.
+
+    Both are over all rows of the batch.
 
     Args:
-      rows: that it is computed for at once; a divisor of B.
+      rows: how many pass through the model at once; a divisor of B.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     numbers = jnp.arange(len(inputs))
     if rows == len(inputs):
-        return gradient(trainable, inputs, targets, numbers)
+        return gradient(injection, inputs, targets, numbers)
 
     def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(trainable, *part)), None
+        return jax.tree.map(jnp.add, total, gradient(injection, *part)), None
 
-    # Part n has every so-maniest row, so that a batch that is divided over devices stays divided over them.
+    # Micro-batch n takes every k-th row, so that it stays evenly sharded over the batch axis.
     parts = tuple(x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1) for x in (inputs, targets, numbers))
-    shapes = jax.eval_shape(gradient, trainable, *(part[0] for part in parts))
+    shapes = jax.eval_shape(gradient, injection, *(part[0] for part in parts))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, nothing, parts)[0]
 
@@ -149,7 +130,7 @@ def summed_gradients(
 def compile_step(
     step: Callable[..., Any], jit: Callable[..., Any] = jax.jit, out_shardings: Any = None
 ) -> Callable[..., Any]:
-    """`jax.jit` of a step that gives its first argument up. A setting that XLA_FLAGS names is left to it."""
+    """Returns `jax.jit` of a step whose first argument is donated. XLA_FLAGS wins over the settings made here."""
     options = {}
     if jax.default_backend() == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
@@ -159,34 +140,34 @@ def compile_step(
 
 def make_train_step(
     model: Transformer,
+    method: Method,
     optimizer: optax.GradientTransformation,
     z_loss: float = 1e-4,
     num_microbatches: int | None = None,
-    partitioner: Partitioner | None = None,
+    partitioner: Partitioner | OneDevice = ONE_DEVICE,
     state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is given up.
+    """Returns the compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is donated.
 
     Args:
       num_microbatches: see `micro_batch`.
-      partitioner: of the mesh that all of it lies on; None on one device.
-      state_shardings: of the state on the mesh.
+      partitioner: of the mesh that all of it lies on.
+      state_shardings: of the state on that mesh.
     """
-    shards = 1 if partitioner is None else partitioner.batch_shards
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
+        injection, pull_back = jax.vjp(lambda trained: method.apply(trained, frozen), state.trainable)
 
         def loss_fn(
-            trainable: Params, inputs: Int[Array, "b T"], targets: Int[Array, "b U"], numbers: Int[Array, " b"]
+            injection: Injection, inputs: Int[Array, "b T"], targets: Int[Array, "b U"], numbers: Int[Array, " b"]
         ) -> tuple[jax.Array, LossSums]:
-            params = merge(trainable, frozen)
-            sums = batch_loss(model, params, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
+            sums = batch_loss(model, injection, frozen, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
             return sums.loss, sums
 
-        prompt_length = state.trainable[PROMPT].shape[0] if PROMPT in state.trainable else 0
-        rows = micro_batch(batch.inputs.shape, prompt_length, num_microbatches, shards)
-        gradients, sums = summed_gradients(loss_fn, state.trainable, batch.inputs, batch.targets, rows)
+        rows = micro_batch(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
+        of_injection, sums = summed_gradients(loss_fn, injection, batch.inputs, batch.targets, rows)
+        (gradients,) = pull_back(of_injection)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         return (
@@ -194,6 +175,4 @@ def make_train_step(
             StepMetrics(sums, optax.tree.norm(gradients)),
         )
 
-    if partitioner is None:
-        return compile_step(train_step)
     return compile_step(train_step, partitioner.jit, (state_shardings, partitioner.replicated))

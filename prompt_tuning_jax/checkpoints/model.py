@@ -1,0 +1,79 @@
+"""A base model by its name or path alone: size, parameters, tokenizer and fingerprint, all read from its files."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.quantized import embedding_table
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A base model in memory, which is only read.
+
+    Attributes:
+      path: its folder or URL; None for random weights.
+      config: its size, and the numerics that it runs with.
+      parameters: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 model with scales, see `t5.quantized`.
+      tokenizer: its own, or the one that was asked for.
+      fingerprint: 16 hexadecimal digits that change with its values; the same in whatever dtype they are in memory.
+      gather: how the embedding table is read where the parameters lie on a mesh.
+    """
+
+    path: str | None
+    config: T5Config
+    parameters: Mapping[str, jax.Array]
+    tokenizer: Vocabulary
+    fingerprint: str
+    gather: Callable[[Mapping[str, jax.Array]], Any] = embedding_table
+
+    @functools.cached_property
+    def embeddings(self) -> Float[Array, "V D"]:
+        """The embedding table, in floats."""
+        return self.gather(self.parameters)
+
+    def __repr__(self) -> str:
+        cfg, count = self.config, sum(array.size for array in self.parameters.values())
+        layers = f"{cfg.num_encoder_layers}+{cfg.num_decoder_layers}"
+        dtypes = " and ".join(sorted({str(array.dtype) for array in self.parameters.values()}))
+        return (
+            f"Model({self.path}: T5 with d_model {cfg.emb_dim}, {layers} layers, {cfg.vocab_size:,} table rows, "
+            f"{count:,} parameters in {dtypes}, fingerprint {self.fingerprint})"
+        )
+
+
+def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Model:
+    """Loads a base model.
+
+    Args:
+      where: "nano", the embedded model; or the path or `gs://` URL of a folder, in Hugging Face's layout or T5X's.
+      dtype: of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto", which is
+        float32 on a CPU and bfloat16 on an accelerator.
+      vocabulary: a SentencePiece `.model` file, or "bytes" for ByT5; None for the tokenizer beside the model.
+
+    Raises:
+      ValueError: no model is there, it is not whole, or its tokenizer is missing or another model's.
+
+    >>> load("nano").config.emb_dim
+    128
+    """
+    found = open_model(where).config
+    if found is None:
+        raise SettingError(
+            f"{where} does not say its model's size, since parameters are missing: set ",
+            Setting("initial_checkpoint_path"),
+            " to a whole checkpoint",
+        )
+    config = dataclasses.replace(found, dtype="auto", attention="auto")
+    tokenizer = open_vocabulary(vocabulary, where, config)
+    base = load_base(where, config, dtype)
+    parameters: Params = base.params
+    return Model(base.path, config, parameters, tokenizer, base.fingerprint)

@@ -1,0 +1,131 @@
+"""What is trained, on disk: a prompt, prompts per layer, an adapter, or a whole model. No method is known by name."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints.adapters import is_adapter, merged, read_adapter, write_adapter
+from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
+from prompt_tuning_jax.t5.config import T5Config
+
+PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
+
+
+def write_tuned(
+    folder: str | os.PathLike,
+    injection: Injection,
+    frozen: Mapping[str, jax.Array | np.ndarray],
+    *,
+    config: T5Config,
+    vocabulary: str | os.PathLike | None,
+    base: str | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes what a model runs with.
+
+    prompt.npy is a prompt [P, D], or one per encoder layer [L, P, D]; where both are there, layer_prompts.npy has the
+    second. adapter/ is a PEFT folder of LoRA or IA3. model/ is a folder in Hugging Face's layout, with all parameters.
+
+    Args:
+      frozen: the base model's parameters; those that the injection replaces may be missing.
+      base: the base model's path, which an adapter names.
+      dtype: of model/.
+    """
+    folder = Path(folder)
+    first, second = injection.prompt, injection.layer_prompts
+    if first is None:
+        first, second = second, None
+    for name, prompt in ((PROMPT, first), (LAYER_PROMPTS, second)):
+        if prompt is not None:
+            write_prompt(folder / name, np.asarray(prompt))
+    if is_adapter(injection.parameters):
+        write_adapter(folder / ADAPTER, injection.parameters, config, base)
+    elif injection.parameters:
+        whole = dict(frozen) | merged(injection.parameters, frozen)
+        huggingface.write(folder / MODEL, config, whole, vocabulary, dtype)
+
+
+def read_tuned(folder: str | os.PathLike) -> Injection:
+    """Reads what `write_tuned` wrote.
+
+    Raises:
+      ValueError: a file is damaged, or there is none.
+    """
+    folder = Path(folder)
+    prompt, layer_prompts = (
+        read_prompt(folder / name, (2, 3)) if (folder / name).is_file() else None for name in (PROMPT, LAYER_PROMPTS)
+    )
+    if prompt is not None and prompt.ndim == 3:
+        prompt, layer_prompts = None, prompt
+    parameters = {}
+    if (folder / ADAPTER).is_dir():
+        parameters = read_adapter(folder / ADAPTER)
+    elif (folder / MODEL).is_dir():
+        parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
+    if prompt is None and layer_prompts is None and not parameters:
+        raise ValueError(f"{folder} holds no {PROMPT}, {ADAPTER} or {MODEL}: nothing that was trained")
+    return Injection(prompt, layer_prompts, parameters)
+
+
+def injection_of(tuned: Any, config: T5Config) -> Injection:
+    """Returns what a model of this size is to run with.
+
+    Args:
+      tuned: a prompt [P, D] or prompts per layer [L, P, D]; an `Injection`; or a path: of a prompt file of any format,
+        of a PEFT adapter's folder, or of a run's folder, whose best evaluation is taken.
+
+    Raises:
+      SettingError: there is nothing of that kind, or it is of another model size.
+    """
+    where = f"prompt {tuned}" if isinstance(tuned, (str, os.PathLike)) else "the prompt"
+    if isinstance(tuned, (str, os.PathLike)):
+        found = read_injection(tuned, config)
+    elif isinstance(tuned, Injection):
+        found = tuned
+    else:
+        array = np.asarray(tuned)
+        if array.ndim not in (2, 3) or array.dtype.kind != "f":
+            raise SettingError(
+                Setting("prompt_file"),
+                f" is an array of {array.dtype} {list(array.shape)}, expected floats [P, D] or [L, P, D]",
+            )
+        found = Injection(prompt=array) if array.ndim == 2 else Injection(layer_prompts=array)
+    for prompt in (found.prompt, found.layer_prompts):
+        if prompt is not None:
+            check_width(where, prompt.shape, config)
+    return found
+
+
+def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
+    """Reads a prompt file, an adapter's folder, or a run's folder."""
+    folder = Path(path)
+    if (folder / "best").is_dir():
+        return read_tuned(folder / "best", config)
+    if (folder / peft.CONFIG).is_file() and adapter_kind(folder) in (LORA, IA3):
+        return read_adapter(folder, config)
+    prompt = read_prompt(path, (2, 3))
+    return Injection(prompt=prompt) if prompt.ndim == 2 else Injection(layer_prompts=prompt)
+
+
+def check_width(what: str, shape: tuple[int, ...], config: T5Config) -> None:
+    """Raises SettingError if a prompt was trained on another model size."""
+    if shape[-1] != config.emb_dim:
+        raise SettingError(
+            f"{what} is {list(shape)}, but the base model has d_model {config.emb_dim}: it was trained on another model "
+            "size. Set ",
+            Setting("initial_checkpoint_path"),
+            " to the base model it was trained on",
+        )
+    if len(shape) == 3 and shape[0] != config.num_encoder_layers:
+        raise SettingError(
+            f"{what} is {list(shape)}, but the base model has {config.num_encoder_layers} encoder layers: it was "
+            "trained on another model size. Set ",
+            Setting("initial_checkpoint_path"),
+            " to the base model it was trained on",
+        )

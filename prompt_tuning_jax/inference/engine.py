@@ -1,0 +1,69 @@
+"""The programs that answer, compiled once per shape: what evaluation, ensembles and prediction share.
+
+Each is called as `program(injection, frozen, inputs, prompt_mask, ...)`. The injection's prompts may be one for all
+rows, or one per row with a mask that hides the padding in front of shorter ones.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from prompt_tuning_jax.methods.method import Injection, Params, merge
+from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
+from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.scoring import choice_scores, target_scores
+
+
+class Engine:
+    """One model's programs.
+
+    Attributes:
+      greedy: `(..., length)`, see `decoding.greedy`; `length` is compiled in, as in the next two.
+      sample: `(..., length, seeds=, temperature=, top_k=, top_p=)`, see `decoding.sample`.
+      beam: `(..., length)`, see `decoding.beam_search`.
+      rank: `(..., choices, count=None)`, see `scoring.choice_scores`.
+    """
+
+    def __init__(self, model: Transformer, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4):
+        """Compiles nothing yet.
+
+        Args:
+          partitioner: of the mesh that the frozen parameters lie on; every process gets the whole answer.
+          beams: of `beam`.
+        """
+
+        def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            def run(injection: Injection, frozen: Params, inputs: Any, prompt_mask: Any, *more: Any, **named: Any) -> Any:
+                params = merge(injection.parameters, frozen)
+                return function(model, params, inputs, *more, **injection.prompts, prompt_mask=prompt_mask, **named)
+
+            return partitioner.jit(run, out_shardings=partitioner.replicated, **options)
+
+        def beam(*arguments: Any, **prompts: Any) -> Any:
+            return beam_search(*arguments, **prompts, beams=beams)
+
+        self.greedy = program(greedy, static_argnums=4)
+        self.sample = program(sample, static_argnums=4)
+        self.beam = program(beam, static_argnums=4)
+        self.rank = program(choice_scores)
+        self._score = program(target_scores)
+
+    def score(self, injection: Injection, frozen: Params, inputs: Any, targets: Any) -> Any:
+        """Returns the log-probability of each row's targets; see `scoring.target_scores`."""
+        return self._score(injection, frozen, inputs, None, targets)
+
+
+def engine_of(
+    size: T5Config, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4
+) -> Engine:
+    """Returns the engine of models of this size; the same one for the same arguments, with all it has compiled."""
+    return _engine_of(dataclasses.replace(size, dropout_rate=0.0), partitioner, beams)
+
+
+@functools.lru_cache(maxsize=8)
+def _engine_of(size: T5Config, partitioner: Partitioner | OneDevice, beams: int) -> Engine:
+    return Engine(Transformer(size), partitioner, beams)

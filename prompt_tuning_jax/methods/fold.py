@@ -1,0 +1,40 @@
+"""From trained parameters to what the model runs with, once: what is evaluated, saved and served."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from prompt_tuning_jax.methods.method import Injection, Method, Params
+
+
+def make_fold(
+    method: Method, trained: Any, frozen: Any, jit: Callable[..., Any] = jax.jit
+) -> Callable[[Params, Params], Injection]:
+    """Returns the compiled `method.apply`; a parameter that it passes on as it is, is not copied.
+
+    Args:
+      trained, frozen: arrays or their shapes.
+      jit: `jax.jit`, or a mesh's.
+    """
+    closed, shape = jax.make_jaxpr(method.apply, return_shape=True)(trained, frozen)
+    out_tree = jax.tree.structure(shape)
+    places = {variable: place for place, variable in enumerate(closed.jaxpr.invars)}
+    # Literals, which are constants of the method, have no place and are computed with the rest.
+    passed = [places.get(out) if not hasattr(out, "val") else None for out in closed.jaxpr.outvars]
+    if all(place is not None for place in passed):
+        compute: Callable[..., list] = lambda *_: []  # noqa: E731
+    else:
+
+        def computed(trained: Params, frozen: Params) -> list[jax.Array]:
+            leaves = jax.tree.leaves(method.apply(trained, frozen))
+            return [leaf for leaf, place in zip(leaves, passed, strict=True) if place is None]
+
+        compute = jit(computed)
+
+    def fold(trained: Params, frozen: Params) -> Injection:
+        given, made = jax.tree.leaves((trained, frozen)), iter(compute(trained, frozen))
+        leaves = [next(made) if place is None else given[place] for place in passed]
+        return jax.tree.unflatten(out_tree, leaves)
+
+    return fold

@@ -1,0 +1,43 @@
+"""Model tuning, the paper's baseline: the base model's own parameters are trained, all of them or some."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelTuning(Method):
+    """Trains the parameters whose paths match a pattern, from the base model's values.
+
+    Attributes:
+      parameters: regular expressions of whole paths; (r".*layer_norm/scale",) trains the norms alone.
+    """
+
+    parameters: Sequence[str] = (".*",)
+
+    def __post_init__(self):
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        chosen = matching(model.parameters, self.parameters)
+        return {path: value for path, value in model.parameters.items() if path in chosen}
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        return Injection(parameters=trained)
+
+
+def matching(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """Returns the paths that a pattern matches as a whole.
+
+    Raises:
+      ValueError: a pattern matches none of them.
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(f"no parameter's path matches {pattern!r}; paths are like {paths[0]!r}")
+    return {path for path in paths if any(re.fullmatch(pattern, path) for pattern in patterns)}

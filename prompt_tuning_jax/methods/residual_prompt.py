@@ -1,0 +1,76 @@
+"""Residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; formula and settings from arazd/ResidualPrompts).
+
+    P'_i = P_i + LayerNorm(W_up ReLU(W_down P_i + b_down) + b_up)
+
+One network serves all positions. After training P' is the prompt: the network is folded in and gone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.prompts.initializers import Initializer, SampledVocabulary
+from prompt_tuning_jax.t5.config import T5Config
+
+EPSILON = 1e-5  # torch's LayerNorm
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ResidualPrompt(Method):
+    """A prompt and a residual network over its positions.
+
+    Attributes:
+      length: positions, P.
+      bottleneck: width of the hidden layer, m. The authors' code uses 800; 400 fits the paper's parameter count.
+      initializer: how P starts; see `prompts.initializers`.
+    """
+
+    length: int
+    bottleneck: int
+    initializer: Initializer
+
+    def __init__(self, length: int = 100, bottleneck: int = 800, init: Initializer = SampledVocabulary()):
+        object.__setattr__(self, "length", length)
+        object.__setattr__(self, "bottleneck", bottleneck)
+        object.__setattr__(self, "initializer", init)
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        of_prompt, of_down, of_up = jax.random.split(key, 3)
+        prompt = self.initializer(of_prompt, self.length, model)
+        width = prompt.shape[1]
+        down, down_bias = _linear(of_down, width, self.bottleneck)
+        up, up_bias = _linear(of_up, self.bottleneck, width)
+        return {
+            "prompt": prompt,
+            "down": down,
+            "down_bias": down_bias,
+            "up": up,
+            "up_bias": up_bias,
+            "norm_scale": jnp.ones(width),
+            "norm_bias": jnp.zeros(width),
+        }
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        prompt = trained["prompt"]
+        hidden = jax.nn.relu(prompt @ trained["down"] + trained["down_bias"])
+        residual = hidden @ trained["up"] + trained["up_bias"]
+        centred = residual - jnp.mean(residual, axis=1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True) + EPSILON)
+        return Injection(prompt=prompt + normed * trained["norm_scale"] + trained["norm_bias"])
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)
+        if isinstance(self.bottleneck, bool) or not isinstance(self.bottleneck, int) or self.bottleneck < 1:
+            raise SettingError(Setting("bottleneck"), f" is {self.bottleneck!r}, expected a whole number of at least 1")
+
+
+def _linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
+    """Weights [inputs, outputs] and bias, drawn as torch.nn.Linear draws them: uniform within inputs ** -0.5 of 0."""
+    of_weights, of_bias = jax.random.split(key)
+    bound = inputs**-0.5
+    weights = jax.random.uniform(of_weights, (inputs, outputs), jnp.float32, -bound, bound)
+    return weights, jax.random.uniform(of_bias, (outputs,), jnp.float32, -bound, bound)

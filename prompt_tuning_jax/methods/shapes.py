@@ -1,0 +1,123 @@
+"""What a method makes of a base model, told from shapes alone, and whether that can be."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, scale_path
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+BESIDE_KERNELS = ("lora_a", "lora_b", "input_scale", "output_scale")  # what `t5.layers.Dense` reads beside its kernel
+
+
+class AnyTokenizer:
+    """Stands for a tokenizer where only shapes count: every text is one token, and no special one."""
+
+    def encode(self, text: str) -> list[int]:
+        return [SPECIAL_TOKENS]
+
+
+class ShapeModel(NamedTuple):
+    """Stands for a base model in `Method.init`, with arrays that are being traced."""
+
+    config: T5Config
+    parameters: Mapping[str, Any]
+    tokenizer: Any = AnyTokenizer()
+
+    @property
+    def embeddings(self) -> Any:
+        return embedding_table(self.parameters)
+
+
+def start_shapes(method: Method, config: T5Config, base: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns `(trained, frozen)` by name, what is trained in float32; no array is made.
+
+    Args:
+      base: the base model's parameters by path.
+    """
+
+    def start(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        trained = method.init(jax.random.key(0), ShapeModel(config, parameters))
+        return {name: jnp.asarray(value, jnp.float32) for name, value in trained.items()}
+
+    trained = jax.eval_shape(start, dict(base))
+    return trained, {path: value for path, value in base.items() if path not in trained}
+
+
+def check_injection(method: Method, injection: Injection, config: T5Config, base: Shapes) -> None:
+    """Checks what a method gives the model; a network would ignore a parameter that it does not have.
+
+    Args:
+      injection: of arrays or their shapes.
+      base: the base model's parameters by path, those that are trained among them.
+
+    Raises:
+      ValueError: a shape does not fit, or there is no such parameter.
+    """
+    name, wide = type(method).__name__, config.emb_dim
+    prompt, deep = injection.prompt, injection.layer_prompts
+    if prompt is not None and (len(prompt.shape) != 2 or prompt.shape[1] != wide):
+        raise ValueError(f"{name} gives a prompt of shape {list(prompt.shape)}, expected [P, {wide}]")
+    if deep is not None:
+        layers = config.num_encoder_layers
+        length = "P" if prompt is None else prompt.shape[0]
+        if len(deep.shape) != 3 or (deep.shape[0], deep.shape[2]) != (layers, wide) or length not in ("P", deep.shape[1]):
+            raise ValueError(
+                f"{name} gives layer prompts of shape {list(deep.shape)}, expected [{layers}, {length}, {wide}]"
+            )
+    for path, value in injection.parameters.items():
+        expected = expected_shape(path, base)
+        if expected is None:
+            raise ValueError(f"{name} gives a parameter {path}, which the model has not; {near_misses(path, base)}")
+        fits = len(value.shape) == len(expected) and all(
+            size in (None, found) for size, found in zip(expected, value.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("r" if size is None else str(size) for size in expected)
+            raise ValueError(f"{name} gives {path} of shape {list(value.shape)}, expected [{wanted}]")
+        if path in base and scale_path(path) in base:
+            raise ValueError(f"{name} replaces {path}, but the base model is int8, which is only read")
+    ranks = {path: value.shape for path, value in injection.parameters.items() if path.endswith(("lora_a", "lora_b"))}
+    for path, shape in ranks.items():
+        other = ranks.get(path[:-1] + ("b" if path.endswith("a") else "a"))
+        if other is None or {"a": shape[1] == other[0], "b": shape[0] == other[1]}[path[-1]] is False:
+            raise ValueError(f"{name} gives {path} of shape {list(shape)} without its other half of the same rank")
+
+
+def expected_shape(path: str, base: Shapes) -> tuple[int | None, ...] | None:
+    """Returns the shape of a parameter of the model, or of what may stand beside a kernel, its rank as None.
+
+    Returns:
+      None if the model has no such parameter.
+    """
+    if path in base:
+        return tuple(base[path].shape)
+    module, _, leaf = path.rpartition("/")
+    kernel = base.get(f"{module}/kernel")
+    if kernel is None or leaf not in BESIDE_KERNELS:
+        return None
+    inputs, outputs = kernel.shape
+    return dict(zip(BESIDE_KERNELS, ((inputs, None), (None, outputs), (inputs,), (outputs,)), strict=True))[leaf]
+
+
+def trains_base(trained: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Returns whether parameters of the base model itself are trained."""
+    return any(path in base for path in trained)
+
+
+def check_not_int8(trained: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raises SettingError if parameters of a base model are trained whose matrices are int8: these are only read."""
+    own = sorted(path for path in trained if path in base)
+    if own and scale_path(TABLE) in base:
+        raise SettingError(
+            f"{own[0]} is to be trained, but the base model is int8, which is only read: set ",
+            Setting("base_dtype"),
+            " to 'float32' or 'bfloat16'",
+        )

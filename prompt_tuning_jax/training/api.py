@@ -1,0 +1,227 @@
+"""`train` and `evaluate` as a notebook calls them: rows in memory or tasks, no gin, and no file unless one is named."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from prompt_tuning_jax.batches.data import dataset_of, default_lengths
+from prompt_tuning_jax.checkpoints import huggingface
+from prompt_tuning_jax.checkpoints.adapters import is_adapter, merged, write_adapter
+from prompt_tuning_jax.checkpoints.model import Model
+from prompt_tuning_jax.checkpoints.tuned import injection_of
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.prompts.files import write_prompt
+from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
+from prompt_tuning_jax.training.loop import train as train_run
+from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.run import Record, TrainConfig
+from prompt_tuning_jax.training.score import check_labelled, results_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What a run came to, at its best evaluation.
+
+    Attributes:
+      model: the base model.
+      injection: what it runs with.
+      metrics: of that evaluation, in per cent, by name.
+      trainable_parameters: how many numbers were trained.
+      summary: what a run's folder has in summary.json.
+    """
+
+    model: Model
+    injection: Injection
+    metrics: dict[str, float]
+    trainable_parameters: int
+    summary: dict[str, Any]
+
+    @property
+    def prompt(self) -> Float[np.ndarray, "P D"] | Float[np.ndarray, "L P D"] | None:
+        """The prompt, [P, D], or [L, P, D] of prompts per layer; None if the method gives none."""
+        prompt = self.injection.prompt if self.injection.prompt is not None else self.injection.layer_prompts
+        return None if prompt is None else np.asarray(prompt)
+
+    def merged(self) -> Model:
+        """Returns a model of its own with the trained parameters in place of the base model's."""
+        if not self.injection.parameters:
+            raise ValueError("the method trained a prompt, which is no part of a model's parameters")
+        changed = merged(self.injection.parameters, self.model.parameters)
+        parameters = {**self.model.parameters, **{path: jax.numpy.asarray(value) for path, value in changed.items()}}
+        return dataclasses.replace(self.model, path=None, parameters=parameters)
+
+    def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
+        """Writes what was trained, whole or not at all.
+
+        A prompt becomes a `.npy` file, LoRA and IA3 a folder that `peft` loads, and a tuned model a folder that
+        `transformers` loads.
+
+        Args:
+          merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
+        """
+        parameters, prompt = self.injection.parameters, self.prompt
+        if prompt is not None and not parameters:
+            if self.injection.prompt is not None and self.injection.layer_prompts is not None:
+                raise ValueError("a prompt with additions per layer fits no single file: train with `folder`")
+            write_prompt(path, prompt)
+        elif is_adapter(parameters) and not merge:
+            write_adapter(path, parameters, self.model.config, self.model.path)
+        else:
+            model = self.merged()
+            huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
+
+
+def train(
+    model: Model,
+    method: Method,
+    train: Any,
+    validation: Any,
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation | None = None,
+    batch_size: int = 32,
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    lengths: Mapping[str, int] | None = None,
+    eval_every: int | None = None,
+    eval_batch_size: int = 128,
+    log_every: int = 50,
+    seed: int = 0,
+    dropout_rate: float = 0.0,
+    folder: str | os.PathLike | None = None,
+    on_record: Callable[[Record], None] = lambda record: None,
+    progress: bool = True,
+    **more: Any,
+) -> Result:
+    """Trains what a method trains on a frozen model.
+
+    Args:
+      model: of `load`; it is not changed.
+      method: what is trained, `PromptTuning(length=100)` for instance.
+      train, validation: rows, a sequence of `{"inputs": text, "targets": text}`; or a `task` or `files`, whose splits
+        of these names are taken unless one is chosen, `data["train[:-500]"]`.
+      steps: updates in all.
+      optimizer: of optax. None for the paper's Adafactor at learning rate 0.3, which is meant for prompts.
+      batch_size: rows per update.
+      labels: the answers, if they are a closed set; they are then ranked, too.
+      metrics: by name; None for accuracy.
+      lengths: the most tokens of "inputs" and "targets", end of sequence included; longer rows are truncated. None for
+        512 and the longest target.
+      eval_every: updates between two evaluations; None for ten in all.
+      eval_batch_size: rows per evaluation batch.
+      log_every: updates between two records of the training loss.
+      seed: of the start, the order of the rows and dropout.
+      dropout_rate: of the frozen model while training; the official runs train with 0.1.
+      folder: for checkpoints, metrics and the best prompt. The same call resumes the run that is there; another one
+        raises ValueError. None to write nothing.
+      on_record: is called with each record of losses or metrics, a dictionary, as it is made.
+      progress: whether to show a progress bar.
+      more: further fields of `training.run.TrainConfig`: early_stop_evals, keep_checkpoints, num_microbatches, z_loss,
+        num_partitions, mesh, ...
+
+    Returns:
+      The result at the best evaluation.
+
+    Raises:
+      ValueError: something does not fit, said before the first step; or the loss is not finite.
+
+    Example:
+
+        model = pt.load("nano")
+        rows = [{"inputs": "sentence: a joy", "targets": "positive"}, ...]
+        result = pt.train(model, pt.PromptTuning(20), rows, rows, steps=100, labels=["negative", "positive"])
+        result.save("prompt.npy")
+    """
+    if lengths is None:
+        lengths = default_lengths(train, validation, model.tokenizer, labels)
+    scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
+    config = TrainConfig(
+        size=dataclasses.replace(model.config, dropout_rate=dropout_rate),
+        initial_checkpoint_path=model.path or "",
+        model=model,
+        train_dataset=dataset_of(train, "train", batch_size=batch_size, **scored),
+        eval_dataset=dataset_of(validation, "validation", batch_size=eval_batch_size, **scored),
+        method=method,
+        optimizer=adafactor(0.3) if optimizer is None else optimizer,
+        train_steps=steps,
+        eval_period=max(steps // 10, 1) if eval_every is None else eval_every,
+        log_period=log_every,
+        random_seed=seed,
+        model_dir=None if folder is None else os.fspath(folder),
+        **more,
+    )
+    if optimizer is None and config.trains_parameters:
+        raise SettingError(
+            Setting("optimizer"),
+            f" must be given for {type(method).__name__}: the default's learning rate of 0.3 is meant for prompts",
+        )
+    run = train_run(config, say=None, on_record=on_record, warn=warn, progress=progress)
+    summary = run.summary
+    return Result(model, run.best_injection, summary["best"], summary["trainable_parameters"], summary)
+
+
+def evaluate(
+    model: Model,
+    data: Any,
+    *,
+    prompt: Any = None,
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    lengths: Mapping[str, int] | None = None,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Returns the metrics of a model on data, in per cent.
+
+    Args:
+      model: of `load`.
+      data: as of `train`; the split "validation" of a task or of files, unless one is chosen.
+      prompt: an array, [P, D] or [L, P, D]; a path of a prompt, an adapter or a run's folder; a `Result`, or its
+        `injection`; None for the model alone.
+      labels, metrics, lengths: as of `train`.
+      batch_size: rows per batch.
+
+    Returns:
+      The metrics of the generated answers by name, "accuracy" for instance; "ranking", the metrics if the answer is the
+      label of the highest score, for data with labels; "examples"; "no_label", the commonest answers that are no label,
+      and "no_label_count". For a mixture of several tasks, "tasks", that by name, and "score".
+
+    Raises:
+      ValueError: something does not fit.
+
+    Example:
+
+        pt.evaluate(model, rows, prompt="prompt.npy", labels=["negative", "positive"])["accuracy"]
+    """
+    if lengths is None:
+        lengths = default_lengths(None, data, model.tokenizer, labels)
+    scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
+    dataset = dataset_of(data, "validation", batch_size=batch_size, **scored)
+    given = prompt.injection if isinstance(prompt, Result) else prompt
+    injection = Injection() if given is None else injection_of(given, model.config)
+    tasks = dataset.eval_batches(model.tokenizer, say=warn)
+    check_labels(tasks, model.tokenizer)
+    check_labelled(tasks, dataset.split)
+    found = results_of(Evaluator(model.config, model.tokenizer), injection, dict(model.parameters), tasks)
+    if "tasks" in found:
+        return found | {"tasks": {name: _flat(one) for name, one in found["tasks"].items()}}
+    return _flat(found)
+
+
+def _flat(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a task's result with its generated answers' metrics by name."""
+    rest = {name: value for name, value in result.items() if name not in ("generation", "score", "ranking_score")}
+    return {**result["generation"], **rest}
+
+
+def warn(line: str) -> None:
+    """Warns of what of the data does not fit, at the caller's own line of code."""
+    warnings.warn(line, stacklevel=3)
