@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.parallel.partitioner import Partitioner
