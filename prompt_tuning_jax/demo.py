@@ -21,6 +21,7 @@ from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.tasks.reviews import Reviews
 from prompt_tuning_jax.training import loop, run
 from prompt_tuning_jax.training.run_folder import write_text
 from prompt_tuning_jax.training.score import evaluate_prompt
@@ -62,7 +63,7 @@ def score_splits(base: str, prompt_file: Path) -> dict[tuple[str, str], dict[str
         (split, prompted): evaluate_prompt(
             model=model,
             initial_checkpoint_path=base,
-            dataset=DatasetConfig(task, split, 128, lengths),
+            dataset=DatasetConfig(task, split, 128, lengths, source=Reviews()),
             prompt_file=path,
         )
         for split in SPLITS

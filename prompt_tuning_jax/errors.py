@@ -24,6 +24,13 @@ ARGUMENTS = {
     "task_feature_lengths": "lengths",
     "prompt_length": "length",
     "class_labels": "labels",
+    "mixture_or_task_name": "name",
+    "mixture_or_task_module": "module",
+    "task_files": "mapping",
+    "inputs_column": "inputs",
+    "targets_column": "targets",
+    "train_split": "train",
+    "eval_split": "validation",
     "base_dtype": "dtype",
 }
 

@@ -8,7 +8,6 @@ Exit code 2 and one line on stderr is the user's error; what it does is said on 
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import os
 import shutil
@@ -32,10 +31,10 @@ from prompt_tuning_jax.batches.cache import (
     with_split,
 )
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
+from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.batches.lock import lock
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import find, makes_lengths, with_vocabulary
-from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # NumPy's own error of a short write has no number
 
@@ -147,13 +146,11 @@ def _files_read(request: TaskRequest, cache: Path) -> Iterator[Callable[[], dict
     """
     global _opened
     folders = [os.path.realpath(request.data_dir)] if request.data_dir else []
-    files = request.files.paths(request.data_dir) if request.files else {}
-    own = {os.path.realpath(path) for path in files.values()}
 
     def read() -> dict[str, Any]:
         paths = {os.path.realpath(path) for path in _opened or ()}
         paths = {path for path in paths if not Path(path).is_relative_to(os.path.realpath(cache))}
-        theirs = {path for path in paths if path in own or any(Path(path).is_relative_to(top) for top in folders)}
+        theirs = {path for path in paths if any(Path(path).is_relative_to(top) for top in folders)}
         return {path: file_state(path) for path in sorted(theirs)}
 
     _opened = set()
@@ -169,9 +166,6 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
     Raises:
       ValueError: no such task or mixture, one whose examples cannot be kept, or a rate or split that cannot be told.
     """
-    if request.files is not None:
-        task = find_task(request)
-        return {task.name: Held(1.0, tuple(task.splits))}
     provider = find(request.name, request.modules)
     for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
         _check_features(task)
@@ -203,29 +197,10 @@ def find_task(request: TaskRequest) -> seqio.Task:
     Raises:
       ValueError: no such task, with near misses; or no such module.
     """
-    if request.files is not None:
-        return request.files.task(request.name, seqio_vocabulary(request.vocabulary), request.data_dir)
     task = find(request.name, request.modules)
     if isinstance(task, seqio.Mixture):
         raise ValueError(f"{task.name} is a mixture of tasks: set MIXTURE_OR_TASK_NAME to one of them")
     return with_vocabulary(task, request.vocabulary)
-
-
-def describe(function: Callable) -> dict[str, Any]:
-    """A function, or a partial of one, by name and options, as `cache` calls it again.
-
-    Raises:
-      ValueError: it is no function of a module.
-    """
-    options: dict[str, Any] = {}
-    while isinstance(function, functools.partial):
-        if function.args:
-            raise ValueError(f"{function} has positional options: bind them by name so that a cache can record them")
-        options = function.keywords | options
-        function = function.func
-    if "<" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} is local: move it to a module so that a cache can name it")
-    return {"function": f"{function.__module__}:{function.__qualname__}", "options": options}
 
 
 def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Callable[[], dict[str, Any]]) -> None:

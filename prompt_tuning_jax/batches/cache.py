@@ -15,21 +15,20 @@ that TensorFlow's memory and start-up are paid once and never by a training host
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 import prompt_tuning_jax
 from prompt_tuning_jax.batches.child import Child
-from prompt_tuning_jax.tasks.user_files import TaskFiles
+from prompt_tuning_jax.batches.examples import Examples, Ragged, combined
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 FORMAT = 2
@@ -45,7 +44,6 @@ class TaskRequest:
       feature_lengths: TASK_FEATURE_LENGTHS, "inputs" and "targets", end of sequence included.
       data_dir: the benchmark's own files; None for TFDS.
       modules: imported to register tasks, beside this project's own.
-      files: the rows of a task that no module registers; None for one that is registered.
     """
 
     name: str
@@ -53,7 +51,6 @@ class TaskRequest:
     feature_lengths: Mapping[str, int]
     data_dir: str | None = None
     modules: tuple[str, ...] = ()
-    files: TaskFiles | None = None
 
     def order(self, **more: Any) -> dict[str, Any]:
         """As JSON can hold it, with what else a child must know."""
@@ -61,34 +58,28 @@ class TaskRequest:
 
     @classmethod
     def from_order(cls, fields: Mapping[str, Any]) -> "TaskRequest":
-        files = fields["files"] and TaskFiles(**fields["files"])
-        return cls(**{**fields, "modules": tuple(fields["modules"]), "files": files})
+        return cls(**{**fields, "modules": tuple(fields["modules"])})
 
     def fingerprint(self) -> str:
         """Changes with the task, the vocabulary, the lengths, the place of the files and the code that reads them.
 
-        What lies in the files is compared where a split is read: `Examples.is_current`.
+        What lies in the files is compared where a split is read: `CachedExamples.is_current`.
         """
         place = self.data_dir and os.path.realpath(self.data_dir)
         lengths = sorted(self.feature_lengths.items())
-        return _digest(self._definition(), Vocabulary(self.vocabulary).fingerprint, lengths, place)
+        return combined(self._definition(), Vocabulary(self.vocabulary).fingerprint, lengths, place)
 
     def names_fingerprint(self) -> str:
         """Changes with what may change the tasks of a name."""
-        return _digest(self._definition())
+        return combined(self._definition())
 
     def _definition(self) -> list:
         code = hashlib.sha256()
         for path in sorted(Path(prompt_tuning_jax.__file__).parent.glob("tasks/*.py")):
             if path.name != "__main__.py":
                 code.update(path.read_bytes())
-        files = self.files and dataclasses.asdict(self.files)
         modules = [(name, _source_fingerprint(name)) for name in self.modules]
-        return [FORMAT, self.name, modules, files, code.hexdigest()]
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return [FORMAT, self.name, modules, code.hexdigest()]
 
 
 def _source_fingerprint(module: str) -> str | None:
@@ -108,30 +99,8 @@ def file_state(path: str | os.PathLike) -> list[int] | None:
     return [0 if os.path.isdir(path) else found.st_size, found.st_mtime_ns]
 
 
-class Ragged:
-    """Rows of different lengths in one memory-mapped array."""
-
-    def __init__(self, folder: Path, name: str):
-        self._flat = np.load(folder / f"{name}.npy", mmap_mode="r")
-        ends = np.load(folder / f"{name}_ends.npy")
-        self._starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        self.lengths: Int[np.ndarray, " n"] = ends - self._starts
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int | np.integer) -> Int[np.ndarray, " length"]:
-        start = self._starts[row]
-        return self._flat[start : start + self.lengths[row]]
-
-
-class Examples:
-    """A split, or a slice of one: tokens by position, and what scores them.
-
-    Attributes:
-      inputs, targets: token ids, end of sequence included, before any cut.
-      rows: which rows of them, in order.
-    """
+class CachedExamples(Examples):
+    """Examples in the files of a cache, whose tokens are memory-mapped."""
 
     def __init__(self, folder: Path, rows: slice = slice(None)):
         """Opens the files in `folder`.
@@ -142,22 +111,16 @@ class Examples:
         self._folder = folder
         try:
             self._task = json.loads((folder / "task.json").read_text())
-            self.inputs, self.targets = Ragged(folder, "inputs"), Ragged(folder, "targets")
+            super().__init__(_ragged(folder, "inputs"), _ragged(folder, "targets"), self._task, rows)
             whole = len(self.inputs) == len(self.targets) == self._task["examples"]
             whole &= all((folder / name).stat().st_size == size for name, size in self._task.get("sizes", {}).items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the cache {folder} cannot be read ({error}): delete the folder") from None
         if not whole:
             raise ValueError(f"the cache {folder} is not whole: delete the folder")
-        self.rows = np.arange(len(self.inputs))[rows]
-        self._slice = rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: slice) -> "Examples":
-        """A slice of the whole split."""
-        return Examples(self._folder, rows)
+    def __getitem__(self, rows: slice) -> "CachedExamples":
+        return CachedExamples(self._folder, rows)
 
     @property
     def is_current(self) -> bool:
@@ -166,50 +129,24 @@ class Examples:
 
     @functools.cached_property
     def fields(self) -> list[dict[str, Any]]:
-        """What the task keeps of each example beside its tokens; "targets_pretokenized" among it."""
-        path = self._folder / "fields.jsonl"
-        if not path.exists():
-            return [{} for _ in self.rows]
-        with open(path, encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines][self._slice]
+        lines = self._field_lines()
+        return [{} for _ in self.rows] if lines is None else [json.loads(line) for line in lines]
 
-    @functools.cached_property
-    def postprocess(self) -> Callable[..., Any]:
-        """The task's postprocessor, `(text, example=...) -> what the metrics compare`."""
-        return _function(self._task["postprocessor"]) if self._task["postprocessor"] else lambda text, **_: text
+    def _field_lines(self) -> list[bytes] | None:
+        """The lines of this slice's rows; None where the task keeps no fields."""
+        try:
+            with open(self._folder / "fields.jsonl", "rb") as lines:
+                return [*lines][self._slice]
+        except FileNotFoundError:
+            return None
 
-    @functools.cached_property
-    def metrics(self) -> list[Callable[[Sequence, Sequence], dict[str, float]]]:
-        """Each `(targets, predictions) -> {name: per cent}`; none for a pre-training task."""
-        return [_function(spec) for spec in self._task["metrics"]]
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """The closed set of answers, where the task has one."""
-        spec = self._task["postprocessor"]
-        return tuple(spec["options"]["labels"]) if spec and "labels" in spec["options"] else None
-
-    def score(self, predictions: Sequence[str]) -> dict[str, float]:
-        """The task's metrics of decoded texts, one for each row in order."""
-        pairs = [
-            (self.postprocess(fields["targets_pretokenized"], example=fields, is_target=True), fields, text)
-            for fields, text in zip(self.fields, predictions, strict=True)
-        ]
-        targets = [target for target, _, _ in pairs]
-        answers = [self.postprocess(text, example=fields, is_target=False) for _, fields, text in pairs]
-        return {name: value for metric in self.metrics for name, value in metric(targets, answers).items()}
-
-    def cut(self, lengths: Mapping[str, int]) -> dict[str, int]:
-        """How many rows' inputs and targets are longer than `lengths`."""
-        return {
-            name: int((part.lengths[self.rows] > lengths[name]).sum())
-            for name, part in (("inputs", self.inputs), ("targets", self.targets))
-        }
+    def _fields_digest(self) -> str:
+        # All of them: a task's own postprocessor may read any.
+        return hashlib.sha256(b"".join(self._field_lines() or [])).hexdigest()
 
 
-def _function(spec: Mapping[str, Any]) -> Callable:
-    module, name = spec["function"].rsplit(":", 1)
-    return functools.partial(getattr(importlib.import_module(module), name), **spec["options"])
+def _ragged(folder: Path, name: str) -> Ragged:
+    return Ragged(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_ends.npy"))
 
 
 class Part(NamedTuple):
@@ -223,8 +160,18 @@ class Part(NamedTuple):
     examples: Examples
 
 
+def to_stderr(line: str) -> None:
+    """Prints a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def load_tasks(
-    request: TaskRequest, split: str, cache_dir: str | os.PathLike | None = None, *, to_train: bool = False
+    request: TaskRequest,
+    split: str,
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    to_train: bool = False,
+    say: Callable[[str], None] | None = to_stderr,
 ) -> dict[str, Part]:
     """The examples of `split` of every task that has it, tokenised first where the cache has not got them.
 
@@ -232,6 +179,7 @@ def load_tasks(
       split: a split's name, or a slice of one as in TFDS: "train[:-2000]".
       cache_dir: `default_cache_dir()` where None.
       to_train: leave out tasks of rate 0.
+      say: is told, in a line, of what is tokenised; None for nobody.
 
     Raises:
       ValueError: a task, split or data is not there or not sound; the message says what to set.
@@ -239,40 +187,45 @@ def load_tasks(
     name, rows = split_rows(split)
     root = Path(cache_dir or default_cache_dir())
     if request.data_dir is not None and not os.path.isdir(request.data_dir):
-        raise ValueError(f"no folder {request.data_dir}: set DATA_DIR to the folder that holds the task's files")
+        raise SettingError(
+            f"no folder {request.data_dir}: set ", Setting("data_dir"), " to the folder that holds the task's files"
+        )
     found = _find(request, name, root, to_train)
     if found is None:
         order = request.order(split=name, cache_dir=str(root), to_train=to_train)
-        Child("prompt_tuning_jax.batches.build", order, f"tokenising {request.name}, {name}").finish()
+        child = Child("prompt_tuning_jax.batches.build", order, f"tokenising {request.name}, {name}", pipe=True)
+        for line in child.stdout:
+            if say:
+                say(line.decode(errors="replace").rstrip("\n"))
+        child.finish()
         found = _find(request, name, root, to_train)
         if found is None:
             raise ValueError(f"the files of {request.name} change while they are tokenised: start again when they rest")
     parts = {task: Part(rate, examples[rows]) for task, (rate, examples) in found.items()}
     for task, part in parts.items():
         if not len(part.examples):
-            raise ValueError(f"split {split!r} of {task} is empty: set TRAIN_SPLIT and EVAL_SPLIT to splits with rows")
+            raise empty_split(task, split)
     return parts
 
 
-def load_split(request: TaskRequest, split: str, cache_dir: str | os.PathLike | None = None) -> Examples:
-    """The examples of `split` of the one task that has it: `load_tasks`.
+_EITHER_SPLIT = (Setting("train_split"), " or ", Setting("eval_split"))
 
-    Raises:
-      ValueError: also where several tasks of a mixture have it.
-    """
-    parts = load_tasks(request, split, cache_dir)
-    if len(parts) > 1:
-        raise ValueError(f"{request.name} has several tasks with {split}: set MIXTURE_OR_TASK_NAME to one of them")
-    return next(iter(parts.values())).examples
+
+def no_split(task: str, split: str, there: Iterable[str]) -> SettingError:
+    """Returns the error about a split that a task does not have."""
+    return SettingError(f"{task} has no split {split!r}, only {', '.join(there)}: set ", *_EITHER_SPLIT)
+
+
+def empty_split(task: str, split: str) -> SettingError:
+    """Returns the error about a slice without rows."""
+    return SettingError(f"split {split!r} of {task} is empty: set ", *_EITHER_SPLIT, " to a split with rows")
 
 
 def split_rows(split: str) -> tuple[str, slice]:
     """A split's name, and which of its rows."""
     match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
     if not match:
-        raise ValueError(
-            f"split {split!r}, expected a name or a slice such as train[:-2000]: set TRAIN_SPLIT or EVAL_SPLIT"
-        )
+        raise SettingError(f"split {split!r}, expected a name or a slice such as train[:-2000]: set ", *_EITHER_SPLIT)
     name, start, stop = match.groups()
     return name, slice(int(start) if start else None, int(stop) if stop else None)
 
@@ -308,21 +261,20 @@ def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_tr
     """
     having = {task: one for task, one in held.items() if split in one.splits}
     if not having:
-        there = dict.fromkeys(name for one in held.values() for name in one.splits)
-        raise ValueError(
-            f"{request.name} has no split {split!r}, only {', '.join(there)}: set TRAIN_SPLIT or EVAL_SPLIT"
-        )
+        raise no_split(request.name, split, dict.fromkeys(name for one in held.values() for name in one.splits))
     if to_train:
         having = {task: one for task, one in having.items() if one.rate > 0}
         if not having:
-            raise ValueError(f"{request.name} gives no task with {split!r} a rate above 0: set MIXTURE_OR_TASK_NAME")
+            raise SettingError(
+                f"{request.name} gives no task with {split!r} a rate above 0: set ", Setting("mixture_or_task_name")
+            )
     return having
 
 
-def open_current(folder: Path) -> Examples | None:
+def open_current(folder: Path) -> CachedExamples | None:
     """The split in `folder`; None where there is none that is whole and of the files as they are."""
     try:
-        examples = Examples(folder)
+        examples = CachedExamples(folder)
     except ValueError:
         return None
     return examples if examples.is_current else None

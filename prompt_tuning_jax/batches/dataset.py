@@ -1,13 +1,16 @@
 """One split of a task or mixture as a run names it: what to read, how long, in batches of how many."""
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from prompt_tuning_jax.batches.cache import Part, TaskRequest, load_tasks, split_rows
+from prompt_tuning_jax.batches.cache import Part, TaskRequest, empty_split, load_tasks, no_split, split_rows, to_stderr
+from prompt_tuning_jax.batches.examples import combined, tokenize_rows
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches, Planned, StreamedBatches
-from prompt_tuning_jax.tasks.user_files import TaskFiles
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.tasks.rows import RowSource, scoring
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,9 @@ class DatasetConfig:
       buckets: input lengths to pad to; None for powers of two and the lengths midway between them.
       use_cached: tokenise once and keep the tokens; False for a corpus too large for it, which is then tokenised as
         training reads it. Evaluation always keeps them.
-      files: a user's own files, which MIXTURE_OR_TASK_NAME then names; None for a registered task.
+      source: gives rows of text, which are tokenised in this process each time: no SeqIO task, child process or cache.
+        MIXTURE_OR_TASK_NAME then names what it gives, and `data_dir`, `cache_dir` and `use_cached` do not matter. None
+        for a registered task.
     """
 
     mixture_or_task_name: str
@@ -35,7 +40,7 @@ class DatasetConfig:
     cache_dir: str | None = None
     buckets: Sequence[int] | None = None
     use_cached: bool = True
-    files: TaskFiles | None = None
+    source: RowSource | None = None
 
     def batches(
         self,
@@ -45,16 +50,19 @@ class DatasetConfig:
         shuffle: bool = False,
         process_index: int = 0,
         process_count: int = 1,
+        say: Say | None = to_stderr,
     ) -> Planned:
-        """The batches to train on, tokenised first where they are not yet. Says on stderr how many rows are cut.
+        """Returns the batches to train on, after tokenising what is not tokenised yet.
 
         A mixture of several tasks is drawn by rate, and so always shuffled; so is what is not cached.
 
         Args:
           process_index, process_count: which of how many processes this is: each has its rows of the same batches.
+          say: is told, in lines, what is tokenised and how many rows are truncated. None for nobody: then no progress
+            bar is shown either.
 
         Raises:
-          ValueError: the task, split or data is not there or not sound.
+          ValueError: the task, split or data is not there or invalid.
         """
         lengths = self.checked_lengths()
         options = {
@@ -63,24 +71,32 @@ class DatasetConfig:
             "process_index": process_index,
             "process_count": process_count,
         }
-        if not self.use_cached:
+        if not self.use_cached and self.source is None:
             name, rows = split_rows(self.split)
             if rows != slice(None):
-                raise ValueError(
-                    f"split {self.split!r} is a slice, which USE_CACHED_TASKS=False cannot read: "
-                    "set TRAIN_SPLIT to a whole split"
-                )
+                raise SettingError(
+                    f"split {self.split!r} is a slice, which ", Setting("use_cached_tasks"), "=False cannot read: set ",
+                    Setting("train_split"), " to a whole split",
+                )  # fmt: skip
             return StreamedBatches(self._request(vocabulary), name, self.batch_size, lengths, **options)
-        parts = self._load(vocabulary, to_train=True)
+        parts = self._load(vocabulary, to_train=True, say=say)
         if len(parts) > 1:
             return MixedBatches(parts, self.batch_size, lengths, **options)
         examples = next(iter(parts.values())).examples
         return Batches(examples, self.batch_size, lengths, shuffle=shuffle, **options)
 
     def eval_batches(
-        self, vocabulary: Vocabulary, *, process_index: int = 0, process_count: int = 1
+        self,
+        vocabulary: Vocabulary,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        say: Say | None = to_stderr,
     ) -> dict[str, Batches]:
-        """One pass over the split of each task that has it, by the task's name.
+        """Returns one pass over the split of each task that has it, by the task's name.
+
+        Args:
+          process_index, process_count, say: as in `batches`.
 
         Raises:
           ValueError: as `batches`.
@@ -89,31 +105,65 @@ class DatasetConfig:
         options = {"buckets": self.buckets, "process_index": process_index, "process_count": process_count}
         return {
             name: Batches(part.examples, self.batch_size, lengths, shuffle=False, **options)
-            for name, part in self._load(vocabulary, to_train=False).items()
+            for name, part in self._load(vocabulary, to_train=False, say=say).items()
         }
 
     def checked_lengths(self) -> dict[str, int]:
+        """Returns `task_feature_lengths`.
+
+        Raises:
+          SettingError: they, or the batch size, are impossible.
+        """
         if self.batch_size < 1:
-            raise ValueError(f"BATCH_SIZE is {self.batch_size}, expected at least 1")
+            raise SettingError(Setting("batch_size"), f" is {self.batch_size}, expected at least 1")
         missing = [name for name in ("inputs", "targets") if self.task_feature_lengths.get(name, 0) < 1]
         if missing:
-            raise ValueError(f"TASK_FEATURE_LENGTHS gives no length for {' and '.join(missing)}")
+            raise SettingError(Setting("task_feature_lengths"), f" gives no length for {' and '.join(missing)}")
         return {name: int(self.task_feature_lengths[name]) for name in ("inputs", "targets")}
 
     def _request(self, vocabulary: Vocabulary) -> TaskRequest:
         modules = (self.module,) if self.module else ()
         lengths = self.checked_lengths()
-        return TaskRequest(self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules, self.files)
+        return TaskRequest(self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules)
 
-    def _load(self, vocabulary: Vocabulary, to_train: bool) -> dict[str, Part]:
+    def load(self, vocabulary: Vocabulary, *, to_train: bool = False, say: Say | None = to_stderr) -> dict[str, Part]:
+        """Returns the tokenised rows of each task that has the split, by the task's name.
+
+        Args:
+          to_train: leave out tasks of rate 0.
+          say: as in `batches`.
+
+        Raises:
+          ValueError: as `batches`.
+        """
+        if self.source is None:
+            return load_tasks(self._request(vocabulary), self.split, self.cache_dir, to_train=to_train, say=say)
+        if self.module:
+            raise SettingError(
+                Setting("mixture_or_task_module"), f" is {self.module!r}, but the rows are those of ",
+                f"{type(self.source).__name__}, not of a SeqIO task: leave it out",
+            )  # fmt: skip
+        name, rows = split_rows(self.split)
+        if name not in self.source.splits:
+            raise no_split(self.mixture_or_task_name, name, self.source.splits)
+        postprocess, metrics = scoring(self.source.labels, self.source.metrics)
+        texts = self.source.rows(name)[rows]
+        if not texts:
+            raise empty_split(self.mixture_or_task_name, self.split)
+        examples = tokenize_rows(texts, vocabulary, postprocess, metrics, quiet=say is None)
+        return {self.mixture_or_task_name: Part(1.0, examples)}
+
+    def _load(self, vocabulary: Vocabulary, to_train: bool, say: Say | None) -> dict[str, Part]:
         lengths = self.checked_lengths()
-        parts = load_tasks(self._request(vocabulary), self.split, self.cache_dir, to_train=to_train)
+        parts = self.load(vocabulary, to_train=to_train, say=say)
         for task, (_, examples) in parts.items():
             cut = {name: count for name, count in examples.cut(lengths).items() if count}
-            if cut:
+            if cut and say:
                 what = " and ".join(f"{name} of {count}" for name, count in cut.items())
-                print(
-                    f"{task} {self.split}: TASK_FEATURE_LENGTHS {lengths} cuts {what} of {len(examples)} examples",
-                    file=sys.stderr,
-                )
+                say(f"{task} {self.split}: TASK_FEATURE_LENGTHS {lengths} cuts {what} of {len(examples)} examples")
         return parts
+
+
+def fingerprint_of(tasks: Mapping[str, Batches]) -> str:
+    """Returns a hash of the data that `DatasetConfig.eval_batches` gave: 16 hexadecimal digits."""
+    return combined([batches.fingerprint() for batches in tasks.values()])

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.cache import Examples, Part, TaskRequest
+from prompt_tuning_jax.batches.cache import Part, TaskRequest
 from prompt_tuning_jax.batches.child import Child
+from prompt_tuning_jax.batches.examples import Examples, combined
 from prompt_tuning_jax.batches.mixing import Mixing
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.vocabularies import trim
 
 MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
@@ -68,9 +70,10 @@ class Planned(abc.ABC):
     ):
         """Raises ValueError where the processes cannot share a batch equally."""
         if batch_size % process_count:
-            raise ValueError(
-                f"BATCH_SIZE is {batch_size}, which {process_count} processes cannot share equally: "
-                f"set it to a multiple of {process_count}"
+            raise SettingError(
+                Setting("batch_size"),
+                f" is {batch_size}, which {process_count} processes cannot share equally: "
+                f"set it to a multiple of {process_count}",
             )
         self.batch_size, self.lengths = batch_size, dict(lengths)
         self.buckets = tuple(buckets or default_buckets(lengths["inputs"]))
@@ -97,6 +100,10 @@ class Planned(abc.ABC):
     @abc.abstractmethod
     def examples_before(self, step: int) -> int:
         """Examples in batches 0 to `step - 1`, of all processes."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a hash of the data that the batches are made of, whatever it is called: 16 hexadecimal digits."""
 
     def _bucket_of(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self.buckets, np.minimum(self._input_lengths(ids), self.lengths["inputs"]))
@@ -193,6 +200,9 @@ class Batches(Planned):
         epochs, place = divmod(step, self.window)
         return epochs * len(self.examples) + sum(map(len, self._batches_of(epochs)[:place]))
 
+    def fingerprint(self) -> str:
+        return self.examples.fingerprint()
+
 
 class MixedBatches(Planned):
     """The batches of several tasks, drawn by rate.
@@ -255,6 +265,9 @@ class MixedBatches(Planned):
 
     def examples_before(self, step: int) -> int:
         return step * self.batch_size
+
+    def fingerprint(self) -> str:
+        return combined([(part.rate, part.examples.fingerprint()) for part in self.parts.values()])
 
 
 class StreamedBatches(Planned):
@@ -319,6 +332,10 @@ class StreamedBatches(Planned):
 
     def examples_before(self, step: int) -> int:
         return step * self.batch_size
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the task, the folder of its files and the split: the tokens are not read for it."""
+        return combined(self._request.fingerprint(), self._split)
 
 
 class _Stretch:

@@ -4,18 +4,17 @@ A task's name is the same whichever it is: `set_data_dir` decides when the rows 
 """
 
 import contextlib
-import gzip
 import json
-import lzma
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import seqio
 import tensorflow as tf
+
+from prompt_tuning_jax.tasks import lines
 
 _data_dir: str | None = None
 
@@ -179,18 +178,10 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
       ValueError: a line is not UTF-8, or the file not whole; it names the line.
     """
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    number = 0
     try:
-        with opener(path, "rb") as lines:
-            for line in lines:
-                number += 1
-                text = line.decode("utf-8")
-                yield text.removeprefix("\ufeff") if number == 1 else text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); {MEND}") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path}, after line {number}: cannot be read ({error}); {MEND}") from None
+        yield from lines.read_lines(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {MEND}") from None
 
 
 def read_tsv(

@@ -7,107 +7,100 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.tasks import metrics, postprocessors
-
-# The functions of `metrics` for answers of each kind.
-_OF_LABELS = ("accuracy", "f1", "mean_f1", "matthews")
-_OF_TEXTS = ("accuracy", "rouge")
-_OF_NUMBERS = ("pearson", "spearman")
+from prompt_tuning_jax.errors import Setting, SettingError, prefixed
+from prompt_tuning_jax.tasks.lines import read_lines
+from prompt_tuning_jax.tasks.rows import Row, check_answers, target_of, text_of
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
-    """Where the rows of a task are that no module registers, and how its answers are scored.
+    """A `RowSource` of files, which are read again whenever rows are asked for.
 
     Attributes:
-      files: TASK_FILES, of each split, .jsonl or .tsv with a header, also with .gz or .xz behind; under DATA_DIR where
-        that is set.
+      files: TASK_FILES, the file of each split, .jsonl or .tsv with a header, also with .gz or .xz behind.
       inputs: INPUTS_COLUMN.
-      targets: TARGETS_COLUMN. With `labels` it holds one of them, or its place among them.
-      labels: LABELS, where the answers are a closed set; they are then ranked beside being generated.
+      targets: TARGETS_COLUMN. With `labels` it holds one of them, or its index.
+      labels: LABELS, if the answers are a closed set; they are then ranked beside being generated.
       metrics: METRICS, by name: accuracy, f1 (of the second of two labels), mean_f1 and matthews of labels; accuracy
-        (exact match) and rouge of texts; pearson and spearman of numbers. None where only the loss is evaluated.
+        (exact match) and rouge of texts; pearson and spearman of numbers. [] if only the loss is evaluated; None for
+        accuracy.
+      data_dir: DATA_DIR, the folder that relative paths start from; None for the working directory.
     """
 
     files: Mapping[str, str]
     inputs: str = "inputs"
     targets: str = "targets"
     labels: Sequence[str] | None = None
-    metrics: Sequence[str] = ("accuracy",)
+    metrics: Sequence[str] | None = None
+    data_dir: str | None = None
 
-    def paths(self, data_dir: str | None) -> dict[str, Path]:
-        """The file of each split."""
-        return {split: Path(data_dir or "", path) for split, path in self.files.items()}
+    def __post_init__(self):
+        if not isinstance(self.files, Mapping) or not self.files:
+            example = "{'train': 'train.jsonl'}"
+            raise SettingError(Setting("task_files"), f" is {self.files!r}, expected the file of each split: {example}")
+        check_answers(self.labels, self.metrics)
 
-    def rows(self, path: Path) -> Iterator[dict[str, str]]:
-        """The rows of a file as `inputs` and `targets`.
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    def path(self, split: str) -> Path:
+        """Returns the file of a split."""
+        return Path(self.data_dir or "", self.files[split])
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Returns the rows of the file of `split` as "inputs" and "targets"; lines without a character are skipped.
 
         Raises:
-          ValueError: the file is not there, or a row of it not sound; it names the line.
+          SettingError: the file is not there, has no rows, or an invalid one; the message names the line.
         """
-        from prompt_tuning_jax.tasks.sources import read_lines
+        rows = list(self._read(path := self.path(split)))
+        if not rows:
+            raise SettingError(f"{path} has no rows: set ", Setting("task_files"))
+        return rows
 
+    def _read(self, path: Path) -> Iterator[Row]:
         if not path.is_file():
-            raise ValueError(f"no file {path}: set TASK_FILES, and DATA_DIR where they are under it")
+            data_dir = Setting("data_dir")
+            raise SettingError(f"no file {path}: set ", Setting("task_files"), ", and ", data_dir, " if it is under it")
         reader = {".jsonl": _jsonl, ".tsv": _tsv}.get(Path(path.name.removesuffix(".gz").removesuffix(".xz")).suffix)
         if reader is None:
-            raise ValueError(f"{path} is neither .jsonl nor .tsv: set TASK_FILES to files of these two formats")
-        number = 0
-        for number, line in enumerate(read_lines(path), 1):
+            raise SettingError(
+                f"{path} is neither .jsonl nor .tsv: set ", Setting("task_files"), " to files of these two formats"
+            )
+        for number, line in enumerate(self._lines(path), 1):
+            if not line.rstrip("\r\n"):
+                continue
             try:
                 row = reader(line)
                 if row is None:  # a header
                     header = line.rstrip("\r\n").split("\t")
-                    self._check_columns(header)
+                    self._check_header(header)
                     reader = functools.partial(_tsv, header=header)
                     continue
                 self._check_columns(row)
-                yield {"inputs": _text(self.inputs, row[self.inputs]), "targets": self._target(row[self.targets])}
+                targets = target_of(row[self.targets], self.labels, self.targets)
+                yield {"inputs": text_of(self.inputs, row[self.inputs]), "targets": targets}
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise prefixed(f"{path}, line {number}: ", error) from None
+
+    def _lines(self, path: Path) -> Iterator[str]:
+        try:
+            yield from read_lines(path)
+        except ValueError as error:
+            raise SettingError(f"{error}: mend the file, or set ", Setting("task_files")) from None
+
+    def _check_header(self, header: Sequence[str]) -> None:
+        self._check_columns(header)
+        twice = [name for name in (self.inputs, self.targets) if header.count(name) > 1]
+        if twice:
+            raise ValueError(f"two columns {twice[0]!r}, expected one")
 
     def _check_columns(self, there: Any) -> None:
-        for macro, name in (("INPUTS_COLUMN", self.inputs), ("TARGETS_COLUMN", self.targets)):
+        for setting, name in (("inputs_column", self.inputs), ("targets_column", self.targets)):
             if name not in there:
-                raise ValueError(f"no column {name!r}, there are {', '.join(map(repr, there))}: set {macro}")
-
-    def _target(self, value: Any) -> str:
-        if self.labels is None or value in self.labels:
-            return _text(self.targets, value)
-        place = str(value)
-        if place.isdecimal() and int(place) < len(self.labels) and not isinstance(value, bool):
-            return self.labels[int(place)]
-        known = ", ".join(map(repr, self.labels))
-        raise ValueError(f"{self.targets} {value!r} is none of {known}, nor the place of one: set LABELS")
-
-    def task(self, name: str, vocabulary: Any, data_dir: str | None):
-        """A SeqIO task of these files, whose rows are read when it is asked for them (imports TensorFlow).
-
-        Raises:
-          ValueError: a metric that is not there, or not for such answers.
-        """
-        import seqio
-        import tensorflow as tf
-
-        paths = self.paths(data_dir)
-
-        def rows(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-            found = list(self.rows(paths[split]))
-            if not found:
-                raise ValueError(f"{paths[split]} has no rows: set TASK_FILES")
-            columns = {column: [row[column] for row in found] for column in ("inputs", "targets")}
-            dataset = tf.data.Dataset.from_tensor_slices(columns)
-            return dataset.shuffle(len(found), seed=seed) if shuffle_files else dataset
-
-        labels = self.labels and tuple(self.labels)
-        return seqio.Task(
-            name,
-            source=seqio.FunctionDataSource(rows, splits=tuple(paths)),
-            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-            output_features={name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")},
-            postprocess_fn=_postprocessor(self.metrics, labels),
-            metric_fns=[_metric(metric, labels) for metric in self.metrics],
-        )
+                known = ", ".join(map(repr, there))
+                raise SettingError(f"no column {name!r}, there are {known}: set ", Setting(setting))
 
 
 def _jsonl(line: str) -> dict[str, Any]:
@@ -115,42 +108,18 @@ def _jsonl(line: str) -> dict[str, Any]:
         row = json.loads(line.strip())
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON at character {error.pos + 1}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep, expected an object with a field for each column") from None
     if not isinstance(row, dict):
         raise ValueError(f"{row!r}, expected an object with a field for each column")
     return row
 
 
 def _tsv(line: str, header: Sequence[str] | None = None) -> dict[str, str] | None:
-    """The cells of a line by column, quotes not special; None for the header itself."""
+    """Returns the cells of a line by column, quotes not special; None for the header itself."""
     if header is None:
         return None
     cells = line.rstrip("\r\n").split("\t")
     if len(cells) != len(header):
         raise ValueError(f"{len(cells)} columns, expected {len(header)}")
     return dict(zip(header, cells, strict=True))
-
-
-def _text(column: str, value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{column} is {value!r}, expected some text")
-    return value
-
-
-def _metric(name: str, labels: tuple[str, ...] | None) -> Any:
-    there = _OF_LABELS if labels else (*_OF_TEXTS, *_OF_NUMBERS)
-    if name not in there:
-        without = "" if labels else "out"
-        raise ValueError(f"no metric {name!r} with{without} LABELS, there are {', '.join(there)}: set METRICS")
-    function = getattr(metrics, name)
-    return functools.partial(function, classes=len(labels)) if name == "mean_f1" and labels else function
-
-
-def _postprocessor(names: Sequence[str], labels: tuple[str, ...] | None) -> Any:
-    if labels:
-        return functools.partial(postprocessors.label_index, labels=labels)
-    numbers = [name in _OF_NUMBERS for name in names]
-    if any(numbers) and not all(numbers):
-        raise ValueError(f"{' and '.join(names)} do not go together, some are of numbers: set METRICS")
-    return postprocessors.number if any(numbers) else None

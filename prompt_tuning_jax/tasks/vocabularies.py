@@ -67,6 +67,12 @@ class Vocabulary:
         """The ids of `text`, without an end of sequence; a sentinel at the start of a word is one id."""
         return self._pieces.encode(text)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, as `encode` gives them, on all processor cores."""
+        if isinstance(self._pieces, _Bytes):
+            return [*map(self._pieces.encode, texts)]
+        return self._pieces.encode(list(texts))
+
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out.
 

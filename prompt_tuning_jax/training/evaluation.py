@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.errors import prefixed
 from prompt_tuning_jax.inference.engine import engine_of

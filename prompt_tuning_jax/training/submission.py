@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.tasks import postprocessors
 from prompt_tuning_jax.training.evaluation import Judged

@@ -1,0 +1,231 @@
+"""What a Python caller may train and evaluate on: a SeqIO task, files, or rows in memory.
+
+    >>> data = files({"train": "train.jsonl"}, labels=["negative", "positive"])
+    >>> data["train[:-500]"].split
+    'train[:-500]'
+
+Nothing is read before batches are asked for, except rows in memory, which are checked at once.
+"""
+
+import dataclasses
+import os
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prompt_tuning_jax.batches.cache import no_split, split_rows
+from prompt_tuning_jax.batches.dataset import DatasetConfig, Say
+from prompt_tuning_jax.errors import Setting, SettingError, prefixed
+from prompt_tuning_jax.tasks.postprocessors import answers
+from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
+from prompt_tuning_jax.tasks.user_files import TaskFiles
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+INPUT_LENGTH, MOST_TARGETS = 512, 512  # tokens, end of sequence included
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Data by name, which `task` and `files` make. `data["train[:-500]"]` is the same data with that split chosen.
+
+    Attributes:
+      name: the SeqIO task or mixture; or what the rows of `source` are called in a run's records.
+      split: a split's name or a slice of one; None if none is chosen.
+      source: gives rows of text; None for a SeqIO task.
+      data_dir, module, cache_dir: of a SeqIO task, as in `DatasetConfig`.
+    """
+
+    name: str
+    split: str | None = None
+    source: RowSource | None = None
+    data_dir: str | None = None
+    module: str | None = None
+    cache_dir: str | None = None
+
+    def __getitem__(self, split: str) -> "Data":
+        """Returns the same data with `split` chosen.
+
+        Raises:
+          SettingError: it is no split's name or slice, or a source of rows does not have it.
+        """
+        if not isinstance(split, str):
+            raise SettingError(f"split {split!r}, expected a name or a slice as text: data['train[:-500]']")
+        name, _ = split_rows(split)
+        if self.source is not None and name not in self.source.splits:
+            raise no_split(self.name, name, self.source.splits)
+        return dataclasses.replace(self, split=split)
+
+    __iter__ = None  # else Python would iterate by `__getitem__`
+
+
+def task(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    module: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Data:
+    """Returns a registered SeqIO task or mixture, which is tokenised once, in a child process, and kept in a cache.
+
+    Args:
+      name: of this project's tasks (`python -m prompt_tuning_jax.tasks` lists them), or one that `module` registers.
+      data_dir: the folder of the benchmark's own files; None for TFDS.
+      module: imported to register the task.
+      cache_dir: where tokens are kept; None for the user's cache.
+    """
+    if not isinstance(name, str):
+        raise SettingError(Setting("mixture_or_task_name"), f" is {reprlib.repr(name)}, expected a task's name")
+    folders = (None if folder is None else os.fspath(folder) for folder in (data_dir, cache_dir))
+    return Data(name, module=module, **dict(zip(("data_dir", "cache_dir"), folders, strict=True)))
+
+
+def files(
+    mapping: Mapping[str, str | os.PathLike],
+    *,
+    inputs: str = "inputs",
+    targets: str = "targets",
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> Data:
+    """Returns the rows of JSONL or TSV files, which are tokenised in this process.
+
+    Args:
+      mapping: the file of each split, {"train": "train.jsonl", "validation": "dev.tsv.gz"}: .jsonl, or .tsv with a
+        header, also with .gz or .xz behind.
+      inputs, targets: the columns. With `labels`, targets are labels or their indices.
+      labels: the answers, if they are a closed set.
+      metrics: by name: accuracy, f1, mean_f1, matthews (with labels); accuracy, rouge (texts); pearson, spearman
+        (numbers). [] for the loss alone; None for accuracy.
+      data_dir: the folder that relative paths start from; None for the working directory.
+
+    Raises:
+      SettingError: an argument is impossible by itself. The files are read later.
+    """
+    if isinstance(mapping, Mapping):
+        mapping = {split: os.fspath(path) for split, path in mapping.items()}
+    folder = None if data_dir is None else os.fspath(data_dir)
+    return Data("files", source=TaskFiles(mapping, inputs, targets, labels, metrics, folder))
+
+
+def dataset_of(
+    data: Any,
+    default_split: str,
+    *,
+    batch_size: int,
+    lengths: Mapping[str, int],
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    setting: str | None = None,
+) -> DatasetConfig:
+    """Returns what a run reads of `data`.
+
+    Args:
+      data: a `Data`, or a sequence of rows, mappings with "inputs" and "targets".
+      default_split: the split of a `Data` that has none chosen.
+      lengths: the most tokens of "inputs" and "targets", end of sequence included.
+      labels: the answers, if they are a closed set: only for rows, and for files without labels of their own.
+      metrics: the same, by name.
+      setting: the canonical name of the argument that `data` is, for errors; None for `default_split`.
+
+    Raises:
+      SettingError: it is anything else, or a row is invalid; or labels or metrics are given beside data that has its
+        own.
+    """
+    argument = Setting(setting or default_split)
+    if not isinstance(data, Data):
+        _check_sequence(data, argument)
+        check_answers(labels, metrics)
+        try:
+            rows = Rows(data, labels, metrics, default_split)
+        except ValueError as error:
+            raise SettingError(argument, ", ", *prefixed("", error).parts) from None
+        if not rows.rows(default_split):
+            raise SettingError(argument, " has no rows, expected one or more")
+        return DatasetConfig("rows", default_split, batch_size, lengths, source=rows)
+    source = data.source
+    for name, given in (("labels", labels), ("metrics", metrics)):
+        if given is None:
+            continue
+        if source is None:
+            raise SettingError(Setting(name), f" is given, but the task {data.name} has its own: leave it out")
+        if getattr(source, name) is not None:
+            raise SettingError(Setting(name), f" is given twice, also with the {data.name}: leave out one")
+    if labels is not None or metrics is not None:
+        given = {"labels": labels, "metrics": metrics}
+        source = dataclasses.replace(source, **{name: value for name, value in given.items() if value is not None})
+    return DatasetConfig(
+        data.name,
+        data.split or data[default_split].split,
+        batch_size,
+        lengths,
+        module=data.module,
+        data_dir=data.data_dir,
+        cache_dir=data.cache_dir,
+        source=source,
+    )
+
+
+def default_lengths(
+    train: Any,
+    validation: Any,
+    vocabulary: Vocabulary,
+    labels: Sequence[str] | None = None,
+    *,
+    say: Say | None = None,
+) -> dict[str, int]:
+    """Returns the lengths of a run that names none: 512 tokens of inputs, and room for the longest target.
+
+    "targets" is the most tokens of a target, or of a label, end of sequence included; at most 512. A SeqIO task is
+    tokenised for this, and again if the lengths turn out to be others: name them where that takes long.
+
+    Args:
+      train, validation: as `dataset_of` takes them.
+      say: as in `DatasetConfig.batches`.
+
+    Raises:
+      ValueError: as `dataset_of` and `DatasetConfig.batches`.
+    """
+    most = {"inputs": INPUT_LENGTH, "targets": MOST_TARGETS}
+    longest = 1
+    for data, split in ((train, "train"), (validation, "validation")):
+        own_labels = None if isinstance(data, Data) and (data.source is None or data.source.labels) else labels
+        config = dataset_of(data, split, batch_size=1, lengths=most, labels=own_labels)
+        if config.source is None:
+            for part in config.load(vocabulary, to_train=split == "train", say=say).values():
+                examples = part.examples
+                texts = answers(examples.postprocess) or ()
+                longest = max(longest, int(examples.targets.lengths[examples.rows].max()))
+        else:
+            name, rows = split_rows(config.split)
+            texts = {row["targets"] for row in config.source.rows(name)[rows]} | {*(config.source.labels or ())}
+        longest = max([longest, *(len(ids) + 1 for ids in vocabulary.encode_all(sorted(texts)))])
+    return {"inputs": INPUT_LENGTH, "targets": min(longest, MOST_TARGETS)}
+
+
+def _check_sequence(data: Any, argument: Setting) -> None:
+    """Raises `SettingError` if `data` cannot be a sequence of rows, and says what to give instead."""
+    rows = "a sequence of rows {'inputs': ..., 'targets': ...}, or pt.task(...) or pt.files(...)"
+    if isinstance(data, str | bytes | os.PathLike):
+        kind, text = ("a path" if isinstance(data, os.PathLike) else "a text"), os.fspath(data)
+        if isinstance(text, bytes):
+            text = text.decode(errors="replace")
+        raise SettingError(
+            argument, f" is {kind}, {text!r}: for a file write pt.files({{'{argument}': {text!r}}}), for a SeqIO task "
+            f"pt.task({text!r}); expected {rows}",
+        )  # fmt: skip
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+        records = "to_dicts()" if hasattr(data, "to_dicts") else "to_dict('records')"
+        raise SettingError(argument, f" is a {type(data).__name__}: give its rows, frame.{records}")
+    if isinstance(data, Mapping):
+        if {"inputs", "targets"} <= {*data}:
+            hint = "if they are columns, give their rows: [dict(zip(data, row)) for row in zip(*data.values())]"
+        else:
+            hint = "choose one of its values, or write pt.files({...}) for files"
+        raise SettingError(
+            argument, f" is a mapping with the keys {', '.join(map(repr, data))}: {hint}; expected {rows}"
+        )  # fmt: skip
+    if isinstance(data, Iterator):
+        raise SettingError(argument, f" is a {type(data).__name__}, which can be read only once: give list(...) of it")
+    if not isinstance(data, Iterable):
+        raise SettingError(argument, f" is {reprlib.repr(data)}, expected {rows}")

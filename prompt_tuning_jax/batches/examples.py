@@ -1,0 +1,222 @@
+"""Tokenised rows of a split, and what scores them: NumPy alone.
+
+`Examples` is what batches and evaluations read. Its tokens lie in memory, made from rows of text by `tokenize_rows`, or
+in the files of a cache (`cache.CachedExamples`).
+"""
+
+import abc
+import functools
+import hashlib
+import importlib
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+
+CHUNK = 4096  # texts that are tokenised in one call
+PATIENCE = 2.0  # seconds before a progress bar is shown
+
+
+class Ragged:
+    """Rows of different lengths, one after another in one array."""
+
+    def __init__(self, flat: Int[np.ndarray, " tokens"], ends: Int[np.ndarray, " n"]):
+        self._flat = flat
+        self._starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        self.lengths: Int[np.ndarray, " n"] = ends - self._starts
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int | np.integer) -> Int[np.ndarray, " length"]:
+        start = self._starts[row]
+        return self._flat[start : start + self.lengths[row]]
+
+    def update(self, digest: Any, rows: Int[np.ndarray, " n"]) -> None:
+        """Adds the lengths and the tokens of neighbouring rows, in order, to a hash."""
+        lengths = self.lengths[rows].astype("<i8")
+        start = self._starts[rows[0]] if len(rows) else 0
+        digest.update(lengths.tobytes())
+        digest.update(np.ascontiguousarray(self._flat[start : start + lengths.sum()], "<i4").data)
+
+
+class Examples(abc.ABC):
+    """A split, or a slice of one: tokens by index, and what scores them.
+
+    Attributes:
+      inputs, targets: token ids of the whole split, end of sequence included, before any truncation.
+      rows: the indices of this slice's rows in them: neighbours, in order.
+    """
+
+    def __init__(self, inputs: Ragged, targets: Ragged, scoring: Mapping[str, Any], rows: slice = slice(None)):
+        """`scoring` has the "postprocessor" and the "metrics" as `describe` gives them; `rows` has no step."""
+        self.inputs, self.targets = inputs, targets
+        self._scoring = {name: scoring[name] for name in ("postprocessor", "metrics")}
+        self._slice = rows
+        self.rows: Int[np.ndarray, " n"] = np.arange(len(inputs))[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @abc.abstractmethod
+    def __getitem__(self, rows: slice) -> "Examples":
+        """Returns a slice of the whole split."""
+
+    @property
+    @abc.abstractmethod
+    def fields(self) -> list[dict[str, Any]]:
+        """What is kept of each example beside its tokens; "targets_pretokenized" among it."""
+
+    @abc.abstractmethod
+    def _fields_digest(self) -> str:
+        """A hash of those of `fields` that scoring may read."""
+
+    @functools.cached_property
+    def postprocess(self) -> Callable[..., Any]:
+        """The task's postprocessor, `(text, example=...) -> what the metrics compare`."""
+        spec = self._scoring["postprocessor"]
+        return call_again(spec) if spec else lambda text, **_: text
+
+    @functools.cached_property
+    def metrics(self) -> list[Callable[[Sequence, Sequence], dict[str, float]]]:
+        """Each `(targets, predictions) -> {name: per cent}`; none for a pre-training task."""
+        return [call_again(spec) for spec in self._scoring["metrics"]]
+
+    def cut(self, lengths: Mapping[str, int]) -> dict[str, int]:
+        """Returns how many rows' inputs and targets are longer than `lengths`."""
+        return {
+            name: int((part.lengths[self.rows] > lengths[name]).sum())
+            for name, part in (("inputs", self.inputs), ("targets", self.targets))
+        }
+
+    def token_fingerprint(self) -> str:
+        """Returns a hash of the rows' tokens in order, wherever they come from: 16 hexadecimal digits."""
+        digest = hashlib.sha256(np.int64(len(self)).tobytes())
+        for part in (self.inputs, self.targets):
+            part.update(digest, self.rows)
+        return digest.hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """Returns a hash of what training and evaluation make of the rows: 16 hexadecimal digits.
+
+        It covers the tokens, the rows' order, the fields that scoring reads, and the postprocessor and metrics with
+        their options. Names and paths are no part of it.
+        """
+        return combined(self.token_fingerprint(), self._fields_digest(), self._scoring)
+
+
+class MemoryExamples(Examples):
+    """Examples made of rows in this process."""
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        inputs: Ragged,
+        targets: Ragged,
+        scoring: Mapping[str, Any],
+        part: slice = slice(None),
+    ):
+        super().__init__(inputs, targets, scoring, part)
+        self._texts = rows
+
+    def __getitem__(self, rows: slice) -> "MemoryExamples":
+        return MemoryExamples(self._texts, self.inputs, self.targets, self._scoring, rows)
+
+    @functools.cached_property
+    def fields(self) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in row.items() if name not in ("inputs", "targets")}
+            | {f"{name}_pretokenized": row[name] for name in ("inputs", "targets")}
+            for row in self._texts[self._slice]
+        ]
+
+    def _fields_digest(self) -> str:
+        return texts_digest(self._texts[self._slice])
+
+
+_tokenized: weakref.WeakValueDictionary[str, MemoryExamples] = weakref.WeakValueDictionary()
+
+
+def tokenize_rows(
+    rows: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    postprocess: Callable[..., Any] | None = None,
+    metrics: Sequence[Callable[..., Any]] = (),
+    *,
+    quiet: bool = True,
+) -> Examples:
+    """Tokenises rows of text: each feature is its text's ids and an end of sequence, as SeqIO's `tokenize` gives them.
+
+    Rows that are already in memory in tokens are not tokenised again: the runs of a sweep share them.
+
+    Args:
+      rows: each with "inputs" and "targets"; what else a row has is kept in `fields`.
+      postprocess: a function of a module, or `functools.partial` of one by keyword; None for the text as it is.
+      metrics: the same.
+      quiet: show no progress bar, however long it takes.
+    """
+    scoring = {
+        "postprocessor": describe(postprocess) if postprocess else None,
+        "metrics": [describe(metric) for metric in metrics],
+    }
+    only_texts = all(len(row) == 2 for row in rows)
+    key = combined(vocabulary.fingerprint, texts_digest(rows), scoring)
+    if only_texts and (found := _tokenized.get(key)) is not None:
+        return found
+    with tqdm(total=len(rows), desc="tokenising", unit="row", delay=PATIENCE, leave=False, disable=quiet) as bar:
+        chunks: dict[str, list[np.ndarray]] = {"inputs": [], "targets": []}
+        ends: dict[str, list[int]] = {"inputs": [], "targets": []}
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            for name in chunks:
+                ids = vocabulary.encode_all([row[name] for row in chunk])
+                chunks[name].append(np.array([token for row in ids for token in (*row, EOS)], np.int32))
+                ends[name] += [len(row) + 1 for row in ids]
+            bar.update(len(chunk))
+    inputs, targets = (
+        Ragged(np.concatenate([np.zeros(0, np.int32), *chunks[name]]), np.cumsum(ends[name], dtype=np.int64))
+        for name in ("inputs", "targets")
+    )
+    examples = MemoryExamples(rows, inputs, targets, scoring)
+    if only_texts:
+        _tokenized[key] = examples
+    return examples
+
+
+def describe(function: Callable) -> dict[str, Any]:
+    """Returns a function, or a partial of one, by name and options, so that `call_again` finds it in any process.
+
+    Raises:
+      ValueError: it is no function of a module.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise ValueError(f"{function} has positional options: bind them by name so that a cache can record them")
+        options = function.keywords | options
+        function = function.func
+    if "<" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} is local: move it to a module so that a cache can name it")
+    return {"function": f"{function.__module__}:{function.__qualname__}", "options": options}
+
+
+def call_again(spec: Mapping[str, Any]) -> functools.partial:
+    """Returns the function that `describe` described."""
+    module, name = spec["function"].rsplit(":", 1)
+    return functools.partial(getattr(importlib.import_module(module), name), **spec["options"])
+
+
+def combined(*parts: Any) -> str:
+    """Returns a hash of values that JSON can hold: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def texts_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a hash of the inputs and targets of rows, in order."""
+    return combined([row["inputs"] for row in rows], [row["targets"] for row in rows])

@@ -1,0 +1,174 @@
+"""Rows of text that are tokenised in this process: what gives them, what each must hold, and how answers are scored.
+
+A SeqIO task needs none of this: it is tokenised by `batches.build`, in a process of its own.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.tasks import metrics, postprocessors
+
+# The functions of `metrics` for answers of each kind.
+OF_LABELS = ("accuracy", "f1", "mean_f1", "matthews")
+OF_TEXTS = ("accuracy", "rouge")
+OF_NUMBERS = ("pearson", "spearman")
+DEFAULT_METRICS = ("accuracy",)  # exact match, where the answers are no closed set
+
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Gives the rows of a task's splits.
+
+    Attributes:
+      labels: the closed set of answers; None if answers are free text.
+      metrics: names of `OF_LABELS`, `OF_TEXTS` or `OF_NUMBERS`; none if only the loss is evaluated. None for accuracy.
+    """
+
+    @property
+    def labels(self) -> Sequence[str] | None: ...
+    @property
+    def metrics(self) -> Sequence[str] | None: ...
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        ...
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Returns the rows of a whole split, each with "inputs" and "targets" as text, and whatever else it has.
+
+        Raises:
+          ValueError: a row is invalid; the message says which.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows in memory: one split.
+
+    The rows are checked, and copied, when this is made: changes of the given ones come too late.
+
+    >>> source = Rows([{"inputs": "a dull film", "targets": 0}], labels=["bad", "good"])
+    >>> source.rows("train")
+    [{'inputs': 'a dull film', 'targets': 'bad'}]
+
+    Attributes:
+      given: mappings with the keys "inputs" and "targets"; any iterable that can be read twice. Both are text, or
+        numbers, which are written as JSON writes them. With `labels`, targets are labels or their indices.
+      split: what the split is called.
+    """
+
+    given: Iterable[Mapping[str, Any]] = dataclasses.field(repr=False)
+    labels: Sequence[str] | None = None
+    metrics: Sequence[str] | None = None
+    split: str = "train"
+
+    def __post_init__(self):
+        check_answers(self.labels, self.metrics)
+        object.__setattr__(self, "given", [self._checked(at, row) for at, row in enumerate(self.given)])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (self.split,)
+
+    def rows(self, split: str) -> Sequence[Row]:
+        del split
+        return list(self.given)
+
+    def _checked(self, at: int, row: Any) -> Row:
+        if not isinstance(row, Mapping):
+            found = reprlib.repr(row)
+            raise ValueError(f"row {at} is {found}, expected a mapping with the keys 'inputs' and 'targets'")
+        missing = [name for name in ("inputs", "targets") if name not in row]
+        if missing:
+            there = ", ".join(repr(name) for name in row) or "none"
+            raise ValueError(f"row {at} has no {' and no '.join(map(repr, missing))}; its keys are {there}")
+        try:
+            texts = {"inputs": text_of("inputs", row["inputs"]), "targets": target_of(row["targets"], self.labels)}
+        except SettingError as error:
+            raise SettingError(f"row {at}: ", *error.parts) from None
+        return {**row, **texts}
+
+
+def text_of(column: str, value: Any) -> str:
+    """Returns a cell as text; a number as JSON writes it.
+
+    Raises:
+      SettingError: it is neither, or blank; it names no setting.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return json.dumps(int(value) if isinstance(value, numbers.Integral) else float(value))
+    if not isinstance(value, str) or not value.strip():
+        raise SettingError(f"{column} is {reprlib.repr(value)}, expected some text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        at = error.start + 1
+        raise SettingError(f"{column} is no Unicode text: half of a surrogate pair at character {at}") from None
+    return value
+
+
+def target_of(value: Any, labels: Sequence[str] | None, column: str = "targets") -> str:
+    """Returns a target as text; with labels the one that it is, or the one that it is the index of.
+
+    Raises:
+      SettingError: it is neither.
+    """
+    if labels is None or (isinstance(value, str) and value in labels):
+        return text_of(column, value)
+    index = str(value)
+    if index.isdecimal() and int(index) < len(labels) and not isinstance(value, bool):
+        return labels[int(index)]
+    known = ", ".join(map(repr, labels))
+    raise SettingError(
+        f"{column} {reprlib.repr(value)} is none of {known}, nor the index of one: set ", Setting("labels")
+    )
+
+
+def check_answers(labels: Sequence[str] | None, names: Sequence[str] | None) -> None:
+    """Raises `SettingError` if labels or metrics are no lists of texts, or do not go together."""
+    if labels is not None:
+        if isinstance(labels, str) or not isinstance(labels, Sequence):
+            raise SettingError(Setting("labels"), f" is {labels!r}, expected a list of texts")
+        if not labels or any(not isinstance(label, str) or not label.strip() for label in labels):
+            raise SettingError(Setting("labels"), f" is {list(labels)!r}, expected texts that are not blank")
+    if isinstance(names, str) or not isinstance(names, Sequence | None):
+        raise SettingError(Setting("metrics"), f" is {names!r}, expected a list of names: [{names!r}]")
+    scoring(labels, names)
+
+
+def scoring(labels: Sequence[str] | None, names: Sequence[str] | None) -> tuple[Callable | None, list[Callable]]:
+    """Returns the postprocessor of answers, None for the text as it is, and the metrics of what it gives.
+
+    Raises:
+      SettingError: a metric does not exist, or not for such answers.
+    """
+    names = DEFAULT_METRICS if names is None else names
+    known = OF_LABELS if labels else (*OF_TEXTS, *OF_NUMBERS)
+    for name in names:
+        if name not in known:
+            raise SettingError(
+                f"no metric {name!r} with{'' if labels else 'out'} ", Setting("labels"),
+                f", there are {', '.join(known)}: set ", Setting("metrics"),
+            )  # fmt: skip
+    if labels:
+        functions = [
+            functools.partial(metrics.mean_f1, classes=len(labels)) if name == "mean_f1" else getattr(metrics, name)
+            for name in names
+        ]
+        return functools.partial(postprocessors.label_index, labels=tuple(labels)), functions
+    of_numbers = [name in OF_NUMBERS for name in names]
+    if any(of_numbers) and not all(of_numbers):
+        raise SettingError(
+            f"{' and '.join(names)} do not go together, some are of numbers: set ", Setting("metrics")
+        )  # fmt: skip
+    return postprocessors.number if any(of_numbers) else None, [getattr(metrics, name) for name in names]
