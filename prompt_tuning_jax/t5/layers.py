@@ -21,6 +21,7 @@ from flax.linen.spmd import with_logical_constraint
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from prompt_tuning_jax.t5.adapters import ADAPTERS
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import attend, gated_gelu, product, quantized_product
 
@@ -51,7 +52,12 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """A matrix, `[in, features]`, and nothing else; of an int8 base with its scales (see `quantized`)."""
+    """A matrix, `[in, features]`; with its scales if the base model is int8 (see `quantized`).
+
+    Adapters beside the matrix change what it computes: see `adapters` for the formula. They are float32 parameters.
+    The low-rank matrices are rounded to the activations' dtype, as all matrices are (PEFT turns the activations to
+    float32 there); a scale multiplies in float32, as in PEFT, because bfloat16 has nothing between 1 and 1.008.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -62,12 +68,25 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         shape = (x.shape[-1], self.features)
         kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.axes)
+        lora_a, lora_b, input_scale, output_scale = (self.get_variable("params", name) for name in ADAPTERS)
+        x = x if input_scale is None else _scaled(x, input_scale)
+        y = self._matmul(x, kernel)
+        if lora_a is not None:
+            low_rank = product(x.astype(self.dtype), lora_a.astype(self.dtype), self.dtype)
+            y = y + product(low_rank, lora_b.astype(self.dtype), self.dtype)
+        return y if output_scale is None else _scaled(y, output_scale)
+
+    def _matmul(self, x: Float[Array, "*B d_in"], kernel: Array) -> Float[Array, "*B d_out"]:
         scale = self.get_variable("params", "kernel_scale")
         if scale is not None:
             return quantized_product(x, kernel, scale, self.dtype)
         # Logits are float32, but a bfloat16 kernel is not copied for them: products of bfloat16 are exact in float32.
         operands = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype == jnp.float32 else self.dtype
         return product(x.astype(operands), kernel.astype(operands), self.dtype)
+
+
+def _scaled(x: Float[Array, "*B d"], scale: Float[Array, " d"]) -> Float[Array, "*B d"]:
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Embed(nn.Module):

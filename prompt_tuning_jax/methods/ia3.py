@@ -1,0 +1,56 @@
+"""IA3: vectors that scale activations of a frozen model (Liu et al. 2022, T-Few, section 3.3), with PEFT's names."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.targets import PEFT_NAMES, as_peft_names, check_targets, targeted_modules
+from prompt_tuning_jax.t5.adapters import INPUT_SCALE, OUTPUT_SCALE, split_path
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3(Method):
+    """Trains one scale per feature of each target, from 1: of its output, or of its input if it is in `feedforward`.
+
+        >>> IA3()
+        IA3(targets=('k', 'v', 'wo'), feedforward=('wo',))
+
+    The defaults are the paper's definition and PEFT's for T5: the keys and values of every attention, and what the
+    feed-forward layer's last matrix reads. Google's `extended/train/ia3.py` has the same: it scales one of the two
+    projections of a gated layer, and their product is then scaled.
+
+    Attributes:
+      targets: matrices by PEFT's names for T5 or T5X's, see `LoRA`.
+      feedforward: those of the targets whose input is scaled.
+    """
+
+    targets: Sequence[str] = ("k", "v", "wo")
+    feedforward: Sequence[str] = ("wo",)
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", as_peft_names(self.targets))
+        object.__setattr__(self, "feedforward", as_peft_names(self.feedforward))
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_targets(self.targets, config)
+        for name in self.feedforward:
+            if name not in self.targets:
+                expected = f", expected some of {', '.join(self.targets)}, the names in "
+                raise SettingError(Setting("feedforward"), f" has {name!r:.60}{expected}", Setting("targets"))
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        trained = {}
+        for module, (inputs, outputs) in targeted_modules(self.targets, model.parameters).items():
+            if PEFT_NAMES[split_path(module)[1]] in self.feedforward:
+                trained[f"{module}/{INPUT_SCALE}"] = jnp.ones(inputs, jnp.float32)
+            else:
+                trained[f"{module}/{OUTPUT_SCALE}"] = jnp.ones(outputs, jnp.float32)
+        return trained
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        return Injection(parameters=trained)

@@ -1,0 +1,69 @@
+"""LoRA: a low-rank change to frozen matrices (Hu et al. 2021, section 4.1), with PEFT's names, defaults and start."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.targets import as_peft_names, check_targets, matrix_shapes, targeted_modules
+from prompt_tuning_jax.t5.adapters import LORA_A, LORA_B
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    """Trains A and B of W + (alpha / rank) A B for each target W; A starts random, B at zero.
+
+        >>> LoRA(rank=4, targets=("query", "value"))
+        LoRA(rank=4, alpha=8.0, targets=('q', 'v'))
+
+    The defaults are PEFT's for T5. As there, `alpha` does not follow `rank`: another rank then needs no other learning
+    rate.
+
+    Attributes:
+      rank: columns of A and rows of B, r.
+      alpha: the change is multiplied by alpha / rank.
+      targets: matrices by PEFT's names for T5 (q k v o wi_0 wi_1 wo; `wi` in T5 1.0) or T5X's (query key value out), in
+        every attention and feed-forward layer of both stacks.
+    """
+
+    rank: int = 8
+    alpha: float | int = 8.0
+    targets: Sequence[str] = ("q", "v")
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", as_peft_names(self.targets))
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_targets(self.targets, config)
+        shapes = matrix_shapes(config)
+        narrow = min(self.targets, key=lambda name: min(shapes[name]))
+        most = min(shapes[narrow])
+        if type(self.rank) is not int or not 1 <= self.rank <= most:
+            wide = f"the smaller side of {narrow}, which is {list(shapes[narrow])}"
+            raise SettingError(Setting("rank"), f" is {self.rank!r:.60}, expected a number from 1 to {most}, {wide}")
+        known = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not known or not math.isfinite(self.alpha) or self.alpha == 0:
+            raise SettingError(Setting("alpha"), f" is {self.alpha!r:.60}, expected a finite number other than 0")
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        modules = targeted_modules(self.targets, model.parameters)
+        trained = {}
+        for module_key, (module, (inputs, outputs)) in zip(
+            jax.random.split(key, len(modules)), modules.items(), strict=True
+        ):
+            bound = inputs**-0.5  # torch's default for a linear layer: kaiming_uniform_ with a = sqrt(5)
+            shape = (inputs, self.rank)
+            trained[f"{module}/{LORA_A}"] = jax.random.uniform(module_key, shape, jnp.float32, -bound, bound)
+            trained[f"{module}/{LORA_B}"] = jnp.zeros((self.rank, outputs), jnp.float32)
+        return trained
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        factor = self.alpha / self.rank
+        return Injection(
+            parameters={path: factor * value if path.endswith(LORA_B) else value for path, value in trained.items()}
+        )

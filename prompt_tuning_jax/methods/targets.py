@@ -1,0 +1,60 @@
+"""Which matrices a parameter method changes: by PEFT's names for T5, or T5X's, in every layer of both stacks."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.t5.adapters import split_path
+from prompt_tuning_jax.t5.config import T5Config
+
+# PEFT's names, which are Hugging Face's, and T5X's. `wi` is the one projection of T5 1.0, `wi_0` and `wi_1` are the two
+# of T5 1.1. Neither the logits' matrix nor the embedding table is among them.
+T5X_NAMES = {"q": "query", "k": "key", "v": "value", "o": "out", "wi": "wi", "wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
+PEFT_NAMES = {ours: theirs for theirs, ours in T5X_NAMES.items()}
+
+
+def as_peft_names(targets: Any) -> Any:
+    """Returns targets in PEFT's spelling and one order, so that equal methods have equal fields.
+
+    Names that no T5 has are kept for `check_targets` to refuse.
+    """
+    if isinstance(targets, str):
+        targets = (targets,)
+    names = [str(PEFT_NAMES.get(str(name), name)) for name in targets]
+    known = [name for name in T5X_NAMES if name in names]
+    return (*known, *(name for name in dict.fromkeys(names) if name not in T5X_NAMES))
+
+
+def matrix_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
+    """Returns the [in, out] of every matrix that can be a target, by PEFT's name."""
+    width, joined, hidden = config.emb_dim, config.num_heads * config.head_dim, config.mlp_dim
+    branches = len(config.mlp_activations)
+    projections = ["wi"] if branches == 1 else [f"wi_{i}" for i in range(branches)]
+    shapes = dict.fromkeys("qkv", (width, joined)) | {"o": (joined, width)}
+    return shapes | dict.fromkeys(projections, (width, hidden)) | {"wo": (hidden, width)}
+
+
+def check_targets(targets: tuple[str, ...], config: T5Config) -> None:
+    """Raises SettingError if `targets` is empty or has a name that this model has not."""
+    shapes = matrix_shapes(config)
+    setting = Setting("targets")
+    expected = f"expected some of {', '.join(shapes)}"
+    if not targets:
+        raise SettingError(setting, f" is empty, {expected}")
+    for name in targets:
+        if name not in shapes:
+            near = difflib.get_close_matches(name, [*shapes, *(T5X_NAMES[known] for known in shapes)], n=2)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise SettingError(setting, f" has {name!r:.60}, which is no matrix of this model, {expected}{hint}")
+
+
+def targeted_modules(targets: tuple[str, ...], parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Returns the [in, out] of every module whose kernel is a target, by the module's path, sorted."""
+    names = {T5X_NAMES[target] for target in targets}
+    modules = {}
+    for path in sorted(parameters):
+        module, name = split_path(path)
+        if name == "kernel" and split_path(module)[1] in names:
+            modules[module] = tuple(parameters[path].shape)
+    return modules
