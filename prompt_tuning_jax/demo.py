@@ -20,9 +20,9 @@ from prompt_tuning_jax.gin_files import config_text, configured, parse, user_err
 from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
-from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.reviews import Reviews
 from prompt_tuning_jax.training import loop, run
+from prompt_tuning_jax.training.progress import stopping_on_sigterm
 from prompt_tuning_jax.training.run_folder import write_text
 from prompt_tuning_jax.training.score import evaluate_prompt
 
@@ -36,7 +36,9 @@ def main() -> None:
         folder = Path(gin.query_parameter("%MODEL_DIR"))
         config = configured(run.TrainConfig, "runs/prompt_tune.gin")
         allow_other_config = bool(flags.get("allow_other_config"))
-        summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
+        with stopping_on_sigterm() as stop:
+            made = config(config=config_text(), allow_other_config=allow_other_config)
+            summary = loop.train(made, stop=stop).summary
         prompt_file = folder / "best" / "prompt.npy"
         scores = score_splits(summary["base"], prompt_file)
         fingerprint = {row["base_fingerprint"] for row in scores.values()}
@@ -57,11 +59,11 @@ def main() -> None:
 
 def score_splits(base: str, prompt_file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """`evaluate_prompt` of both splits, without a prompt and with it."""
-    model = Transformer(open_model(base).config)
+    size = open_model(base).config
     task, lengths = (gin.query_parameter(f"%{name}") for name in ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"))
     return {
         (split, prompted): evaluate_prompt(
-            model=model,
+            size=size,
             initial_checkpoint_path=base,
             dataset=DatasetConfig(task, split, 128, lengths, source=Reviews()),
             prompt_file=path,

@@ -31,6 +31,7 @@ from prompt_tuning_jax.sweeps.record import check_record, write_record
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.sweeps.vectorized import leave_failure, train_together
 from prompt_tuning_jax.training import loop, run, score
+from prompt_tuning_jax.training.progress import stopping_on_sigterm
 
 LAUNCHERS = {
     "print": "print_commands.Print",
@@ -134,10 +135,11 @@ def run_here(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
     with contextlib.ExitStack() as marks:
         for trial in trials:
             marks.enter_context(status.running(trial.folder))
-        return train_or_evaluate(trials, most)
+        stop = marks.enter_context(stopping_on_sigterm())
+        return train_or_evaluate(trials, most, stop)
 
 
-def train_or_evaluate(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
+def train_or_evaluate(trials: Sequence[Trial], most: int | None, stop: loop.Stop) -> dict[str, str]:
     """`run_here`, once the trials' folders are this process's."""
     if len(trials) > 1:
 
@@ -147,14 +149,14 @@ def train_or_evaluate(trials: Sequence[Trial], most: int | None) -> dict[str, st
                 assert config is not None  # only what trains shares a job
                 yield trial.name, config
 
-        return train_together(configs(), most)
+        return train_together(configs(), most, stop=stop)
     (trial,) = trials
     try:
         config = checked(trial)
         if config is None:
             configured(score.evaluate_prompt, "runs/eval.gin")()
         else:
-            loop.train(config)
+            loop.train(config, stop=stop)
     except (ValueError, OSError) as error:
         failure = " ".join(str(error).split())
         leave_failure(trial.name, str(trial.folder), failure)

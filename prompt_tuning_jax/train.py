@@ -12,8 +12,9 @@ import sys
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, configured, parse, user_errors
-from prompt_tuning_jax.parallel.processes import FLAGS, is_writer, leaving_alone, start_processes
+from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
 from prompt_tuning_jax.training import loop, memory_table, run
+from prompt_tuning_jax.training.progress import stopping_on_sigterm
 
 
 def main() -> None:
@@ -26,7 +27,9 @@ def main() -> None:
             memory_table.show_plan(config(), flags["memory-plan"])
             return
         allow_other_config = bool(flags.get("allow_other_config"))
-        summary = loop.train(config(config=config_text(), allow_other_config=allow_other_config))
+        with PeerWatch() as watch, stopping_on_sigterm() as stop:
+            made = config(config=config_text(), allow_other_config=allow_other_config)
+            summary = loop.train(made, watch=watch, stop=stop).summary
     if not is_writer():
         return
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())

@@ -3,15 +3,19 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.adapters import is_adapter, merged, read_adapter, write_adapter
+from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
+from prompt_tuning_jax.t5.adapters import is_adapter, merged
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
@@ -44,15 +48,22 @@ def write_tuned(
     for name, prompt in ((PROMPT, first), (LAYER_PROMPTS, second)):
         if prompt is not None:
             write_prompt(folder / name, np.asarray(prompt))
-    if is_adapter(injection.parameters):
-        write_adapter(folder / ADAPTER, injection.parameters, config, base)
+    if adapters_alone(injection.parameters):
+        write_adapter(folder / ADAPTER, injection, config, base)
     elif injection.parameters:
-        whole = dict(frozen) | merged(injection.parameters, frozen)
-        huggingface.write(folder / MODEL, config, whole, vocabulary, dtype)
+        huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
 
 
-def read_tuned(folder: str | os.PathLike) -> Injection:
+def adapters_alone(parameters: Mapping[str, Any]) -> bool:
+    """Returns whether there are parameters, and all of them are adapters beside kernels."""
+    return bool(parameters) and all(map(is_adapter, parameters))
+
+
+def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
     """Reads what `write_tuned` wrote.
+
+    Args:
+      config: the size of the base model.
 
     Raises:
       ValueError: a file is damaged, or there is none.
@@ -65,7 +76,7 @@ def read_tuned(folder: str | os.PathLike) -> Injection:
         prompt, layer_prompts = None, prompt
     parameters = {}
     if (folder / ADAPTER).is_dir():
-        parameters = read_adapter(folder / ADAPTER)
+        parameters = read_adapter(folder / ADAPTER, config).parameters
     elif (folder / MODEL).is_dir():
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
     if prompt is None and layer_prompts is None and not parameters:

@@ -133,6 +133,10 @@ def _replace_row(prompts: Prompts, row: Int[Array, ""], prompt: Float[Array, "P 
     return Prompts(prompts.values.at[row].set(prompt), prompts.lengths.at[row].set(length))
 
 
+# A program of its own: a bank that grows compiles this one anew, and not the model's.
+take = jax.jit(Prompts.take)
+
+
 def power_of_two(least: int) -> int:
     """The first power of two from `least` on."""
     return 1 << (least - 1).bit_length()

@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Method
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS
+from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, scale_path
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-
-BESIDE_KERNELS = ("lora_a", "lora_b", "input_scale", "output_scale")  # what `t5.layers.Dense` reads beside its kernel
 
 
 class AnyTokenizer:
@@ -72,39 +71,10 @@ def check_injection(method: Method, injection: Injection, config: T5Config, base
             raise ValueError(
                 f"{name} gives layer prompts of shape {list(deep.shape)}, expected [{layers}, {length}, {wide}]"
             )
-    for path, value in injection.parameters.items():
-        expected = expected_shape(path, base)
-        if expected is None:
-            raise ValueError(f"{name} gives a parameter {path}, which the model has not; {near_misses(path, base)}")
-        fits = len(value.shape) == len(expected) and all(
-            size in (None, found) for size, found in zip(expected, value.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("r" if size is None else str(size) for size in expected)
-            raise ValueError(f"{name} gives {path} of shape {list(value.shape)}, expected [{wanted}]")
+    for path in injection.parameters:
         if path in base and scale_path(path) in base:
             raise ValueError(f"{name} replaces {path}, but the base model is int8, which is only read")
-    ranks = {path: value.shape for path, value in injection.parameters.items() if path.endswith(("lora_a", "lora_b"))}
-    for path, shape in ranks.items():
-        other = ranks.get(path[:-1] + ("b" if path.endswith("a") else "a"))
-        if other is None or {"a": shape[1] == other[0], "b": shape[0] == other[1]}[path[-1]] is False:
-            raise ValueError(f"{name} gives {path} of shape {list(shape)} without its other half of the same rank")
-
-
-def expected_shape(path: str, base: Shapes) -> tuple[int | None, ...] | None:
-    """Returns the shape of a parameter of the model, or of what may stand beside a kernel, its rank as None.
-
-    Returns:
-      None if the model has no such parameter.
-    """
-    if path in base:
-        return tuple(base[path].shape)
-    module, _, leaf = path.rpartition("/")
-    kernel = base.get(f"{module}/kernel")
-    if kernel is None or leaf not in BESIDE_KERNELS:
-        return None
-    inputs, outputs = kernel.shape
-    return dict(zip(BESIDE_KERNELS, ((inputs, None), (None, outputs), (inputs,), (outputs,)), strict=True))[leaf]
+    check_parameters(injection.parameters, base)
 
 
 def trains_base(trained: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -17,10 +17,11 @@ IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
 EXPECTED = "a prompt, float32 [prompt length, d_model]: set PROMPT_FILE"
 
 
-def read_prompt(path: str | os.PathLike) -> Float[np.ndarray, "P D"]:
+def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> Float[np.ndarray, "*L P D"]:
     """Reads a prompt, whatever its format.
 
     Args:
+      dimensions: 2 for a prompt [P, D], 3 for one per encoder layer [L, P, D]; (2, 3) takes either.
       path: a `.npy` file, under any name; a folder with the official file; a PEFT adapter folder; or a T5X checkpoint,
         by path or URL.
 
@@ -41,7 +42,7 @@ def read_prompt(path: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     else:
         held = f"{OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise ValueError(f"no prompt file in {path}, which has no {held}; expected {EXPECTED}")
-    if prompt.ndim != 2 or prompt.dtype.kind not in "fV" or not prompt.size:  # V: bfloat16 is no type of NumPy's own
+    if prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size:  # V: bfloat16 is no type of NumPy's own
         raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {EXPECTED}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = prompt.astype(np.float32)
@@ -71,8 +72,8 @@ def _read_t5x(location: str | os.PathLike) -> np.ndarray:
     raise ValueError(f"{location} has no prompt among its parameters ({IN_T5X[0]}); expected {EXPECTED}")
 
 
-def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "P D"]) -> None:
-    """Writes a prompt, whole or not at all."""
+def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "*L P D"]) -> None:
+    """Writes a prompt, or one per encoder layer, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

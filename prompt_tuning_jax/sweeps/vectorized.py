@@ -13,7 +13,8 @@ from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.sweeps.joint_step import program_of
 from prompt_tuning_jax.sweeps.programs import programs
 from prompt_tuning_jax.training.evaluation import Evaluator
-from prompt_tuning_jax.training.loop import Member, Stop, check_unchanged, open_model, say_on_stderr, take_steps
+from prompt_tuning_jax.training.loop import Member, check_unchanged, open_model, say_on_stderr, take_steps
+from prompt_tuning_jax.training.progress import Stop
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.run_folder import write_text
 

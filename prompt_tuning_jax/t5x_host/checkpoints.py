@@ -14,9 +14,9 @@ import tensorflow as tf
 from flax.traverse_util import flatten_dict, unflatten_dict
 from t5x import checkpoints, state_utils  # pyright: ignore[reportMissingImports]
 
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, write_prompt
 from prompt_tuning_jax.t5x_host.optimizers import TRAINABLE, trained_paths
-from prompt_tuning_jax.training.step import PROMPT
 
 
 def restore_base(

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict
 from t5x import optimizers  # pyright: ignore[reportMissingImports]
 
-from prompt_tuning_jax.training.step import split_trainable
+from prompt_tuning_jax.methods.model_tuning import matching
 
 TRAINED, FROZEN = "trained", "frozen"
 TRAINABLE = ("encoder/prompt/.*",)
@@ -31,10 +30,8 @@ class ReplicatedStateWrapper(optimizers.OptaxWrapper):
 
 
 def trained_paths(paths: Iterable[str], trainable: Sequence[str]) -> set[str]:
-    """The paths that `training.step.split_trainable` puts in the trainable half; its errors are raised."""
-    # T5X has shapes where it wants arrays; only their paths count.
-    trained, _ = split_trainable(dict.fromkeys(paths, jnp.zeros(())), trainable)
-    return set(trained)
+    """Returns the paths that a pattern matches as a whole, as `methods.model_tuning.matching`, and raises its error."""
+    return matching(paths, trainable)
 
 
 def prompt_only(
@@ -47,7 +44,7 @@ def prompt_only(
 
     Args:
       optimizer: of optax, `training.optimizer.adafactor` for the paper's settings.
-      trainable: patterns of whole paths, as of `training.step.split_trainable`.
+      trainable: patterns of whole paths, as of `methods.model_tuning.matching`.
 
     Raises:
       ValueError: when T5X makes its state, a pattern matches no parameter.

@@ -1,6 +1,7 @@
 """The prompt before its first update: T5X gives an initialiser a key and a shape, ours want the base, too."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def prompt_init(
 
     Args:
       key: T5X's, used only where `seed` is None.
-      init: an initialiser with all but `embeddings` and `encode` bound.
+      init: an initialiser, called as `init(key, length, model)`.
       initial_checkpoint_path: of the base.
       vocabulary: the model's, SeqIO's or any with `encode`.
       seed: RANDOM_SEED; the prompt is then the one that `prompt_tuning_jax.train` starts from with the same seed.
@@ -46,5 +47,7 @@ def prompt_init(
     # T5X initialises inside a compiled function: computed there, the whole table would be a constant of the program.
     with jax.ensure_compile_time_eval():
         if seed is not None:
-            key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.start
-        return init(key, shape, embeddings=read_embeddings(initial_checkpoint_path), encode=vocabulary.encode)
+            key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.run
+        embeddings = read_embeddings(initial_checkpoint_path)
+        width = SimpleNamespace(emb_dim=embeddings.shape[1])
+        return init(key, shape[0], SimpleNamespace(config=width, embeddings=embeddings, tokenizer=vocabulary))

@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
 
-from prompt_tuning_jax.batches.data import dataset_of, default_lengths
+from prompt_tuning_jax.batches.data import Data, dataset_of, default_lengths
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.adapters import is_adapter, merged, write_adapter
+from prompt_tuning_jax.checkpoints.adapters import write_adapter
+from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import injection_of
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Method
 from prompt_tuning_jax.prompts.files import write_prompt
+from prompt_tuning_jax.t5.adapters import merged
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
@@ -55,9 +57,9 @@ class Result:
         """Returns a model of its own with the trained parameters in place of the base model's."""
         if not self.injection.parameters:
             raise ValueError("the method trained a prompt, which is no part of a model's parameters")
-        changed = merged(self.injection.parameters, self.model.parameters)
-        parameters = {**self.model.parameters, **{path: jax.numpy.asarray(value) for path, value in changed.items()}}
-        return dataclasses.replace(self.model, path=None, parameters=parameters)
+        changed = {path: jnp.asarray(value) for path, value in self.injection.parameters.items()}
+        parameters = merged(changed, self.model.parameters)
+        return dataclasses.replace(self.model, path=None, parameters=parameters, fingerprint=fingerprint(parameters))
 
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
@@ -73,8 +75,8 @@ class Result:
             if self.injection.prompt is not None and self.injection.layer_prompts is not None:
                 raise ValueError("a prompt with additions per layer fits no single file: train with `folder`")
             write_prompt(path, prompt)
-        elif is_adapter(parameters) and not merge:
-            write_adapter(path, parameters, self.model.config, self.model.path)
+        elif adapters_alone(parameters) and not merge:
+            write_adapter(path, self.injection, self.model.config, self.model.path)
         else:
             model = self.merged()
             huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
@@ -202,7 +204,7 @@ def evaluate(
         pt.evaluate(model, rows, prompt="prompt.npy", labels=["negative", "positive"])["accuracy"]
     """
     if lengths is None:
-        lengths = default_lengths(None, data, model.tokenizer, labels)
+        lengths = default_lengths(data["validation"] if isinstance(data, Data) and data.split is None else data, data, model.tokenizer, labels)
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     dataset = dataset_of(data, "validation", batch_size=batch_size, **scored)
     given = prompt.injection if isinstance(prompt, Result) else prompt

@@ -21,6 +21,7 @@ from prompt_tuning_jax.parallel.processes import PeerWatch, is_writer
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.layout import partitioner_for
+from prompt_tuning_jax.training.progress import Stop, Stopped
 from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
 from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
 
@@ -28,11 +29,6 @@ States = tuple[TrainState, ...]
 Batches = Sequence[Batch]
 # (states, frozen, batches) -> (states, metrics), of all runs of a program
 Step = Callable[[States, Params, Batches], tuple[States, Sequence[StepMetrics]]]
-Stop = Callable[[int], bool]  # whether to save and leave after a step
-
-
-class Stopped(Exception):
-    """Training was asked to stop, and all runs are saved: the same call goes on from there."""
 
 
 def say_on_stderr(line: str, bar: tqdm | None = None) -> None:

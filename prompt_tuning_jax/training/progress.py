@@ -1,17 +1,30 @@
 """What a run reports of itself while it goes on, and the signal that ends it early."""
 
+import contextlib
 import signal
+import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
-from prompt_tuning_jax.parallel.processes import preempted
+from prompt_tuning_jax.parallel.processes import is_writer, preempted
 from prompt_tuning_jax.training.step import StepMetrics
+
+
+TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
+
+Stop = Callable[[int], bool]  # whether to save and leave after a step
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and all runs are saved: the same call goes on from there."""
 
 
 class Window:
@@ -57,30 +70,27 @@ class Window:
         }
 
 
-class Terminated:
-    """Whether SIGTERM came while in this context; the loop then saves and leaves.
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[Stop]:
+    """Lets SIGTERM end a command line's training: it saves, says so, and exits with `TERMINATED`.
 
-    Of several processes all must save the same step: JAX takes the signal there, and names one.
+    With several processes all must save the same step: JAX takes the signal there, and agrees on a step.
+
+    Yields:
+      what `loop.train` asks after each step. With several processes, every process asks after each of its steps.
     """
-
-    by_signal = False
-
-    def __enter__(self) -> "Terminated":
-        self._alone = jax.process_count() == 1
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.by_signal = True
-
-    def after(self, step: int) -> bool:
-        """Whether to leave after this step. Of several processes, all ask after each of their steps."""
-        return self.by_signal if self._alone else preempted(step)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+    told = threading.Event()
+    alone = jax.process_count() == 1
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if alone else None
+    try:
+        yield lambda step: told.is_set() if alone else preempted(step)
+    except Stopped as stopped:
+        if is_writer():
+            tqdm.write(str(stopped), file=sys.stderr)
+        sys.exit(TERMINATED)
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
 
 
 def moved(injection: Injection, start: Injection) -> dict[str, float]:

@@ -370,7 +370,7 @@ class Run:
         if self._best_injection is not None:
             return self._best_injection
         assert isinstance(self._folder, RunFolder)
-        return read_tuned(self._folder.path / "best")
+        return read_tuned(self._folder.path / "best", self.size)
 
     def save(self) -> None:
         """Saves the state between two evaluations, and closes the folder: the process is about to end."""
