@@ -1,7 +1,7 @@
 """Values as JSON that says what they are, so that a run folder knows its run by value.
 
-    >>> describe(0.1), describe({"steps": 60}), describe(("a", None))
-    (0.1, {'steps': 60}, ['a', None])
+>>> describe(0.1), describe({"steps": 60}), describe(("a", None))
+(0.1, {'steps': 60}, ['a', None])
 """
 
 import dataclasses

@@ -15,10 +15,10 @@ import numpy as np
 
 from prompt_tuning_jax.arrays.stored import ArrayError
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
+from prompt_tuning_jax.checkpoints.tuned import check_width
 from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
-from prompt_tuning_jax.training.score import check_width
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
 MOST_SHARED = 5

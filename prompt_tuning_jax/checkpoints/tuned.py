@@ -109,7 +109,14 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
         found = Injection(prompt=array) if array.ndim == 2 else Injection(layer_prompts=array)
     for prompt in (found.prompt, found.layer_prompts):
         if prompt is not None:
-            check_width(where, prompt.shape, config)
+            check_width(where, prompt.shape, config.emb_dim)
+    if found.layer_prompts is not None and len(found.layer_prompts) != config.num_encoder_layers:
+        raise SettingError(
+            f"{where} is {list(found.layer_prompts.shape)}, but the base model has {config.num_encoder_layers} encoder "
+            "layers: it was trained on another model size. Set ",
+            Setting("initial_checkpoint_path"),
+            " to the base model it was trained on",
+        )
     return found
 
 
@@ -124,19 +131,12 @@ def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
     return Injection(prompt=prompt) if prompt.ndim == 2 else Injection(layer_prompts=prompt)
 
 
-def check_width(what: str, shape: tuple[int, ...], config: T5Config) -> None:
-    """Raises SettingError if a prompt was trained on another model size."""
-    if shape[-1] != config.emb_dim:
+def check_width(what: str, shape: tuple[int, ...], d_model: int) -> None:
+    """Raises SettingError if a prompt was trained on a model of another width."""
+    if shape[-1] != d_model:
         raise SettingError(
-            f"{what} is {list(shape)}, but the base model has d_model {config.emb_dim}: it was trained on another model "
-            "size. Set ",
-            Setting("initial_checkpoint_path"),
-            " to the base model it was trained on",
-        )
-    if len(shape) == 3 and shape[0] != config.num_encoder_layers:
-        raise SettingError(
-            f"{what} is {list(shape)}, but the base model has {config.num_encoder_layers} encoder layers: it was "
-            "trained on another model size. Set ",
+            f"{what} is {list(shape)}, but the base model has d_model {d_model}: it was trained on another "
+            "model size. Set ",
             Setting("initial_checkpoint_path"),
             " to the base model it was trained on",
         )

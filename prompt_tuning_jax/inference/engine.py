@@ -37,9 +37,9 @@ class Engine:
         """
 
         def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            def run(injection: Injection, frozen: Params, inputs: Any, prompt_mask: Any, *more: Any, **named: Any) -> Any:
+            def run(injection: Injection, frozen: Params, inputs: Any, mask: Any, *more: Any, **named: Any) -> Any:
                 params = merge(injection.parameters, frozen)
-                return function(model, params, inputs, *more, **injection.prompts, prompt_mask=prompt_mask, **named)
+                return function(model, params, inputs, *more, **injection.prompts, prompt_mask=mask, **named)
 
             return partitioner.jit(run, out_shardings=partitioner.replicated, **options)
 
@@ -57,9 +57,7 @@ class Engine:
         return self._score(injection, frozen, inputs, None, targets)
 
 
-def engine_of(
-    size: T5Config, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4
-) -> Engine:
+def engine_of(size: T5Config, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4) -> Engine:
     """Returns the engine of models of this size; the same one for the same arguments, with all it has compiled."""
     return _engine_of(dataclasses.replace(size, dropout_rate=0.0), partitioner, beams)
 

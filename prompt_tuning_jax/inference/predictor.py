@@ -1,7 +1,5 @@
 """One frozen model that answers rows of many tasks at once: each row of a batch has its own prompt (figure 2)."""
 
-import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,19 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
 from prompt_tuning_jax.batches.loader import default_buckets
-from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
-from prompt_tuning_jax.inference.bank import PromptBank, Prompts, power_of_two
+from prompt_tuning_jax.checkpoints.model import Model, load
+from prompt_tuning_jax.checkpoints.tuned import injection_of
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.inference.bank import PromptBank, power_of_two, take
+from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
-from prompt_tuning_jax.prompts.module import SoftPrompt
-from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
-from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.methods.method import Injection
+
+Prompts = Mapping[str, Any]
 
 WINDOW = 32  # batches whose rows are sorted by length together
 ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
@@ -30,11 +28,11 @@ ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "er
 class Predictor:
     """Answers rows `{"prompt": name, "inputs": text}`, those of all prompts in the same batches.
 
-    A row gets `"prediction"`, and `"score"`, its log-probability (of beam search divided by the brevity penalty).
+    A row gets `"prediction"`, and `"score"`, its log-probability (with beam search divided by the length penalty).
     With `"labels"` they are ranked: `"prediction"` is the best, `"scores"` and `"probabilities"` are of all. `"cut"` is
     there, and true, where the inputs were longer than `input_length`. See `requests.Reader` for all fields.
 
-        predictor = Predictor.load("nano", "prompts")
+        predictor = Predictor(load("nano"), {"sst2": "prompts/sst2.npy"})
         for answer in predictor.predict([{"prompt": "sst2", "inputs": "sentence: a joy"}]):
             print(answer["prediction"])
 
@@ -45,96 +43,58 @@ class Predictor:
 
     def __init__(
         self,
-        model: Transformer,
-        params: Mapping[str, jax.Array],
-        vocabulary: Vocabulary,
-        bank: PromptBank,
+        model: Model,
+        prompts: "Prompts | PromptFolder | str | os.PathLike | None" = None,
         *,
         input_length: int = 512,
         max_new_tokens: int = 32,
         batch_size: int = 32,
         decoding: Decoding | None = None,
         prompt: str | None = None,
-        fingerprint: str | None = None,
     ):
         """Compiles nothing yet: each shape is compiled where it is first met.
 
         Args:
-          params: of the model, by path.
-          input_length: tokens of inputs; longer ones are cut, their end of sequence kept.
+          model: of `load`.
+          prompts: arrays [P, D] by name, or what else `checkpoints.tuned.injection_of` takes; a folder of prompts, or
+            one prompt's file, which is then the default of rows that name none (`folder`); None for the model alone.
+          input_length: tokens of inputs; longer ones are truncated, their end of sequence kept.
           max_new_tokens: of an answer, end of sequence included.
           batch_size: rows of the largest batch.
           decoding: for rows that do not say.
           prompt: the name for rows that have no "prompt".
+
+        Raises:
+          ValueError: a setting is impossible, or a prompt does not fit the model.
         """
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+                raise SettingError(Setting(name), f" is {value}, expected at least 1")
         if input_length < 2:
-            raise ValueError(f"input_length is {input_length}, expected at least 2: one token and the end of sequence")
+            raise SettingError(
+                Setting("input_length"), f" is {input_length}, expected at least 2: one token and the end of sequence"
+            )
         decoding = decoding or Decoding()
-        self.bank, self.fingerprint, self.batch_size = bank, fingerprint, batch_size
-        self._params, self._vocabulary = unflatten_dict(dict(params), sep="/"), vocabulary
+        self.fingerprint, self.batch_size, self._length = model.fingerprint, batch_size, max_new_tokens
+        self._frozen, self._tokenizer = dict(model.parameters), model.tokenizer
         self._buckets = default_buckets(input_length)
-        self._reader = Reader(vocabulary, input_length, decoding, prompt)
+        self._engine = engine_of(model.config, beams=decoding.beams)
+        self.bank, single = fill_bank(model, prompts)
+        prompt = prompt or single
+        self._reader = Reader(model.tokenizer, input_length, decoding, prompt)
         if prompt is not None:
-            bank.row(prompt)
-        model = model.clone(
-            prompt_factory=functools.partial(SoftPrompt, length=1)
-        )  # of no length: each row brings its own
-        self._programs = {
-            "greedy": jax.jit(functools.partial(greedy, model, max_length=max_new_tokens)),
-            "sample": jax.jit(functools.partial(sample, model, max_length=max_new_tokens)),
-            "beam": jax.jit(functools.partial(beam_search, model, max_length=max_new_tokens, beams=decoding.beams)),
-            RANK: jax.jit(functools.partial(choice_scores, model)),
-        }
+            self.bank.row(prompt)
 
     @classmethod
     def load(
-        cls,
-        base: str = "nano",
-        prompts: str | os.PathLike | Mapping[str, Float[np.ndarray, "P D"]] | PromptFolder | None = None,
-        *,
-        vocabulary: str | None = None,
-        dtype: Any = "auto",
-        prompt: str | None = None,
-        **options: Any,
+        cls, base: str = "nano", prompts: Any = None, *, vocabulary: str | None = None, dtype: Any = "auto", **more: Any
     ) -> "Predictor":
-        """A predictor of files.
-
-        Args:
-          base: of any format, by its path; see `checkpoints.base.open_model`.
-          prompts: a folder of prompts, or one prompt, which is then the default of rows that name none (`folder`);
-            or arrays by name; or None for the base alone.
-          vocabulary: None for the one beside the base.
-          dtype: of the base in memory; see `checkpoints.base.load_base`.
-          options: of the constructor.
+        """Returns the predictor of a base model's files: `Predictor(load(base, dtype, vocabulary), prompts, **more)`.
 
         Raises:
-          ValueError: something is not there, or does not fit; of a folder's prompts one that does.
+          ValueError: something is not there, or does not fit.
         """
-        found = open_model(base).config
-        if found is None:
-            raise ValueError(f"{base} does not say its model's size: parameters are missing. Set --base to another")
-        config = dataclasses.replace(found, dtype="auto")
-        words = open_vocabulary(vocabulary, base, config)
-        folder = prompts if isinstance(prompts, PromptFolder) else None
-        if isinstance(prompts, (str, os.PathLike)):
-            folder = PromptFolder(prompts)
-        given = prompts if isinstance(prompts, Mapping) else {}
-        held = load_base(base, config, dtype)
-        count = len(folder.entries()) if folder else len(given)
-        bank = PromptBank(config.emb_dim, held.fingerprint, capacity=max(count, 1))
-        for name, values in given.items():
-            bank.add(name, np.asarray(values, np.float32))
-        if folder is not None:
-            changes = folder.sync(bank)
-            if folder.single and changes.broken:
-                raise ValueError(changes.broken[folder.single])
-            prompt = prompt or folder.single
-        return cls(
-            Transformer(config), held.params, words, bank, prompt=prompt, fingerprint=held.fingerprint, **options
-        )
+        return cls(load(base, dtype, vocabulary), prompts, **more)
 
     def request(self, row: Any, number: int = 0) -> Request:
         """A row, checked and tokenised: see `requests.Reader.request`."""
@@ -210,13 +170,13 @@ class Predictor:
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
             rows[place] = self.bank.row(request.prompt)
-        more: dict[str, Any] = {}
+        prompt, mask = take(self.bank.prompts, rows)
+        given = (Injection(prompt=prompt), self._frozen, inputs, mask)
+        if batch.method == RANK:
+            return self._engine.rank(*given, **_choices(requests, size))
         if batch.method == "sample":
-            more = _sampling_arrays(requests, size)
-        elif batch.method == RANK:
-            more = _choices(requests, size)
-        prompt, mask = _take(self.bank.prompts, rows)
-        return self._programs[batch.method](self._params, inputs, prompt=prompt, prompt_mask=mask, **more)
+            return self._engine.sample(*given, self._length, **_sampling_arrays(requests, size))
+        return getattr(self._engine, batch.method)(*given, self._length)
 
     def _finish(self, batch: "Planned", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
         found = jax.device_get(started)
@@ -228,11 +188,41 @@ class Predictor:
                 tokens, score = found[0][place], found[1][place]
                 if batch.method == "beam":
                     tokens, score = tokens[0], score[0]
-                answers[at] = {"prediction": self._vocabulary.decode(tokens), "score": float(score)}
+                answers[at] = {"prediction": self._tokenizer.decode(tokens), "score": float(score)}
                 if not np.isfinite(score):
                     answers[at] = {"error": f"the answer's score is {score}: the prompt or the base is broken"}
             if request.cut:
                 answers[at]["cut"] = True
+
+
+def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
+    """Returns the prompts of a model by name, and the name of the only one where one file was given.
+
+    Raises:
+      ValueError: one of them does not fit; of a folder's prompts, only if the path is that of one prompt.
+    """
+    folder = PromptFolder(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
+    size, fingerprint = model.config, model.fingerprint
+    if isinstance(folder, PromptFolder):
+        bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(folder.entries()), 1))
+        changes = folder.sync(bank)
+        if folder.single and changes.broken:
+            raise ValueError(changes.broken[folder.single])
+        return bank, folder.single
+    named: Mapping[str, Any] = prompts or {}
+    if not isinstance(named, Mapping):
+        raise SettingError(Setting("prompts"), f" is {prompts!r:.60}, expected prompts by name, or a folder of them")
+    bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(named), 1))
+    for name, values in named.items():
+        injection = injection_of(getattr(values, "injection", values), size)
+        if injection.prompt is None or injection.layer_prompts is not None or injection.parameters:
+            raise SettingError(
+                Setting("prompts"),
+                f" has {name!r}, which is no prompt of shape [P, D]: adapters and tuned models are used one at a time, "
+                "as a model of their own (`result.merged()`)",
+            )
+        bank.add(name, np.asarray(injection.prompt, np.float32))
+    return bank, None
 
 
 def asked(row: Any) -> dict[str, Any]:
@@ -246,10 +236,6 @@ class Planned(NamedTuple):
     method: str
     length: int
     places: list[int]
-
-
-# A program of its own: a bank that grows compiles this one anew, and not the model's.
-_take = jax.jit(Prompts.take)
 
 
 def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import Initializer, SampledVocabulary
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -26,7 +26,7 @@ class PerLayerPrompt(Method):
     length: int
     initializer: Initializer
 
-    def __init__(self, length: int = 20, init: Initializer = SampledVocabulary()):
+    def __init__(self, length: int = 20, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
 

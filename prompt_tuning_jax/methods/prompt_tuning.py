@@ -6,7 +6,7 @@ import jax
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
-from prompt_tuning_jax.prompts.initializers import Initializer, SampledVocabulary
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT = "encoder/prompt/prompt"  # where the prompt lies under T5X, and in a run's checkpoints
@@ -26,7 +26,7 @@ class PromptTuning(Method):
     initializer: Initializer
 
     # Written out, because the argument has the name of a method.
-    def __init__(self, length: int = 100, init: Initializer = SampledVocabulary()):
+    def __init__(self, length: int = 100, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
 

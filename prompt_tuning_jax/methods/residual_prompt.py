@@ -1,8 +1,9 @@
-"""Residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; formula and settings from arazd/ResidualPrompts).
+"""Residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937).
 
     P'_i = P_i + LayerNorm(W_up ReLU(W_down P_i + b_down) + b_up)
 
-One network serves all positions. After training P' is the prompt: the network is folded in and gone.
+One network serves all positions. Formula and settings are those of the authors' code (arazd/ResidualPrompts).
+After training P' is the prompt: the network is folded in and gone.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import Initializer, SampledVocabulary
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
 from prompt_tuning_jax.t5.config import T5Config
 
 EPSILON = 1e-5  # torch's LayerNorm
@@ -33,7 +34,7 @@ class ResidualPrompt(Method):
     bottleneck: int
     initializer: Initializer
 
-    def __init__(self, length: int = 100, bottleneck: int = 800, init: Initializer = SampledVocabulary()):
+    def __init__(self, length: int = 100, bottleneck: int = 800, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "bottleneck", bottleneck)
         object.__setattr__(self, "initializer", init)

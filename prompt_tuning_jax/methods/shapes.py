@@ -67,7 +67,11 @@ def check_injection(method: Method, injection: Injection, config: T5Config, base
     if deep is not None:
         layers = config.num_encoder_layers
         length = "P" if prompt is None else prompt.shape[0]
-        if len(deep.shape) != 3 or (deep.shape[0], deep.shape[2]) != (layers, wide) or length not in ("P", deep.shape[1]):
+        if (
+            len(deep.shape) != 3
+            or (deep.shape[0], deep.shape[2]) != (layers, wide)
+            or length not in ("P", deep.shape[1])
+        ):
             raise ValueError(
                 f"{name} gives layer prompts of shape {list(deep.shape)}, expected [{layers}, {length}, {wide}]"
             )

@@ -42,7 +42,9 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
     else:
         held = f"{OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise ValueError(f"no prompt file in {path}, which has no {held}; expected {EXPECTED}")
-    if prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size:  # V: bfloat16 is no type of NumPy's own
+    if (
+        prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size
+    ):  # V: bfloat16 is no type of NumPy's own
         raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {EXPECTED}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = prompt.astype(np.float32)

@@ -69,6 +69,9 @@ class SampledVocabulary:
         return table[drawn].astype(jnp.float32)
 
 
+SAMPLED_VOCABULARY = SampledVocabulary()  # the default of every method that starts from a prompt
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
     """Position i is label i, the mean over its subwords' embeddings; sampled vocabulary fills the other positions.
@@ -107,7 +110,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class FromFile:
-    """The prompt in a file of any format that `prompts.files.read_prompt` knows; its shape must be the one asked for."""
+    """The prompt in a file of any format that `prompts.files.read_prompt` knows, of the shape asked for."""
 
     path: str
 

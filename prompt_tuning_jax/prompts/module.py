@@ -1,5 +1,6 @@
 """The soft prompt: a learned matrix in front of the encoder's input (Lester et al. 2021, section 2)."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.prompts.initializers import random_uniform
+PAPER = functools.partial(jax.random.uniform, minval=-0.5, maxval=0.5)  # its random initialisation
 
 
 class SoftPrompt(nn.Module):
@@ -15,11 +16,11 @@ class SoftPrompt(nn.Module):
 
     Attributes:
       length: number of prompt positions, P.
-      prompt_init: called with (key, (P, D)); see `prompts.initializers`.
+      prompt_init: called with (key, (P, D)); `t5x_host.start` makes one of an initialiser of `prompts.initializers`.
     """
 
     length: int
-    prompt_init: Callable[..., jax.Array] = random_uniform
+    prompt_init: Callable[..., jax.Array] = PAPER
 
     @nn.compact
     def __call__(self, embedded: Float[Array, "B T D"]) -> Float[Array, "P D"]:

@@ -35,9 +35,9 @@ from prompt_tuning_jax.training.step import (
 def joint_key(config: TrainConfig) -> Hashable | None:
     """Returns a key that is equal for runs that can share a program; None if this run cannot share one.
 
-    The runs may differ in all that a run has for itself: seed, learning rate and the rest of the optimiser, task, split,
-    length of the inputs, TRAIN_STEPS and its periods; and in the method, as long as it gives the model the same kinds of
-    things: all methods that give one prompt share a program, whatever their prompts' lengths.
+    The runs may differ in all that a run has for itself: seed, optimiser, task, split, length of the inputs, number of
+    steps and its periods. They may differ in the method if the methods give the model the same kinds of things: all
+    methods that give one prompt can share a program, whatever the lengths of their prompts.
     """
     if (
         not (config.initial_checkpoint_path or config.model)
@@ -171,9 +171,7 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
     """Returns the step of these runs, for the training loop."""
     step = step_of(runs, at_once)
 
-    def together(
-        states: States, frozen: Params, batches: Sequence[Batch]
-    ) -> tuple[States, Sequence[StepMetrics]]:
+    def together(states: States, frozen: Params, batches: Sequence[Batch]) -> tuple[States, Sequence[StepMetrics]]:
         return step(states, frozen, *stacked(batches))
 
     return together

@@ -204,7 +204,8 @@ def evaluate(
         pt.evaluate(model, rows, prompt="prompt.npy", labels=["negative", "positive"])["accuracy"]
     """
     if lengths is None:
-        lengths = default_lengths(data["validation"] if isinstance(data, Data) and data.split is None else data, data, model.tokenizer, labels)
+        chosen = data["validation"] if isinstance(data, Data) and data.split is None else data
+        lengths = default_lengths(chosen, chosen, model.tokenizer, labels)
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     dataset = dataset_of(data, "validation", batch_size=batch_size, **scored)
     given = prompt.injection if isinstance(prompt, Result) else prompt

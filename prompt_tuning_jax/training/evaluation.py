@@ -103,9 +103,7 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
 class Evaluator:
     """Evaluates what a method gives one model; compiled once per shape."""
 
-    def __init__(
-        self, size: T5Config, tokenizer: Vocabulary, partitioner: Partitioner | OneDevice = ONE_DEVICE
-    ):
+    def __init__(self, size: T5Config, tokenizer: Vocabulary, partitioner: Partitioner | OneDevice = ONE_DEVICE):
         """The devices of the partitioner's mesh share the rows of a batch; each process, which has read all of them,
         gets all answers."""
         model = Transformer(size)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.config import T5Config

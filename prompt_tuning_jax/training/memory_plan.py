@@ -17,9 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import check_base_dtype, expected_shapes
-from prompt_tuning_jax.parallel.mesh import AXES, MeshShape
 from prompt_tuning_jax.methods import shapes
 from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.parallel.mesh import AXES, MeshShape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized

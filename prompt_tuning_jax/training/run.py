@@ -114,9 +114,7 @@ class TrainConfig:
         self.check()
         if self.model_dir is None:
             return NoFolder()
-        return RunFolder(
-            self.model_dir, self.identity(), self.config, allow_other_config=self.allow_other_config
-        )
+        return RunFolder(self.model_dir, self.identity(), self.config, allow_other_config=self.allow_other_config)
 
     def check(self) -> None:
         """Raises ValueError if a setting is impossible by itself."""

@@ -96,9 +96,7 @@ def evaluate_prompt(
     model = Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
     if prompt_text is not None:
         injection = Injection(prompt=written_prompt(prompt_text, model))
-    injection = Injection(
-        *partitioner.replicate(injection[:2]), parameters=partitioner.place(injection.parameters)
-    )
+    injection = Injection(*partitioner.replicate(injection[:2]), parameters=partitioner.place(injection.parameters))
     result: dict[str, Any] = {
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
@@ -199,9 +197,7 @@ def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | 
     return result | {name: value for name, value in scores.items() if value is not None}
 
 
-def ensemble_result(
-    ensemble: Ensemble, names: Sequence[str], params: Params, batches: Batches
-) -> dict[str, Any]:
+def ensemble_result(ensemble: Ensemble, names: Sequence[str], params: Params, batches: Batches) -> dict[str, Any]:
     """What is said of one task and several prompts: table 3 of the paper.
 
     Returns:
