@@ -1,7 +1,7 @@
 """Errors about a setting: what was found, what was expected, and which setting to change.
 
-A library file names a setting by its canonical name, T5X's macro in lower case: `Setting("prompt_file")`. Each front end
-writes that name in its own way: Python as the argument's name, gin as the macro, a command line as the flag.
+A library file names a setting by its canonical name, T5X's macro in lower case: `Setting("prompt_file")`. Each front
+end writes that name in its own way: Python as the argument's name, gin as the macro, a command line as the flag.
 
     >>> error = SettingError(Setting("batch_size"), " is 0, expected at least 1")
     >>> str(error), error.setting
