@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prompt_tuning_jax.batches.cache import TaskRequest, load_split
+from prompt_tuning_jax.batches.cache import TaskRequest, load_tasks
 from prompt_tuning_jax.checkpoints.base import default_vocabulary
 
 RESULTS = Path(__file__).parent / "results"
@@ -160,7 +160,8 @@ def commonest_label(task: Task, data_dir: str) -> float:
     """The share of the dev rows that have the commonest label, in per cent; from the tokenised rows."""
     lengths = {"inputs": task.inputs, "targets": task.targets}
     vocabulary = default_vocabulary("nano")
-    examples = load_split(TaskRequest(task.name, str(vocabulary), lengths, data_dir), task.dev)
+    (part,) = load_tasks(TaskRequest(task.name, str(vocabulary), lengths, data_dir), task.dev).values()
+    examples = part.examples
     labels = [
         str(examples.postprocess(row["targets_pretokenized"], example=row, is_target=True)) for row in examples.fields
     ]

@@ -10,11 +10,12 @@ import gin
 import numpy as np
 import pytest
 import seqio
+from cached import load_split
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
 
 from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.build import build_split
-from prompt_tuning_jax.batches.cache import TaskRequest, load_split
+from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.tasks import glue, imdb, sources, text  # noqa: F401

@@ -19,16 +19,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from cached import load_split, score
 from tiny import LENGTHS, ROOT, make_tiny, train_vocabulary
 
 from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches.build import build_missing, build_split, find_task
-from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split, names_path, open_current, split_folder
+from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest, names_path, open_current, split_folder
 from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
 from prompt_tuning_jax.batches.stream import stream
 from prompt_tuning_jax.tasks import review_grammar, sources
-from prompt_tuning_jax.tasks.user_files import TaskFiles
+from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.vocabularies import trim
 
 TEXT_LENGTHS = {"inputs": 24, "targets": 12}
@@ -41,7 +42,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(tiny):
-    """The demo's validation split, tokenised by the process that `load_split` starts."""
+    """The demo's validation split, tokenised by the process that `load_tasks` starts."""
     return load_split(tiny.demo, "validation", tiny.folder / "cache" / "tasks")
 
 
@@ -67,7 +68,7 @@ def sst2_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def assert_is_seqios(examples: Examples, request: TaskRequest, split: str) -> None:
+def assert_is_seqios(examples: CachedExamples, request: TaskRequest, split: str) -> None:
     """Token for token and field for field what SeqIO gives for this task, once a batch has cut it."""
     sources.set_data_dir(request.data_dir)
     lengths = dict(request.feature_lengths)
@@ -82,15 +83,15 @@ def assert_is_seqios(examples: Examples, request: TaskRequest, split: str) -> No
 def test_what_is_cached_is_what_seqio_gives(tiny, demo):
     assert_is_seqios(demo, tiny.demo, "validation")
     assert demo.fields[0]["inputs_pretokenized"] == f"sentence: {review_grammar.sentences('validation')[0].text}"
-    assert demo.labels == ("negative", "positive")
+    assert answers(demo.postprocess) == ("negative", "positive")
 
 
 def test_pretraining_examples_are_what_seqio_gives(text, tmp_path):
     build_split(text, "train", tmp_path / "train")
-    examples = Examples(tmp_path / "train", slice(None))
+    examples = CachedExamples(tmp_path / "train", slice(None))
     assert_is_seqios(examples, text, "train")
     assert examples.cut(TEXT_LENGTHS) == {"inputs": 0, "targets": 0}
-    assert examples.metrics == [] and examples.labels is None
+    assert examples.metrics == [] and answers(examples.postprocess) is None
 
 
 def test_no_token_is_cut_before_it_is_counted(demo):
@@ -110,16 +111,16 @@ def test_a_slice_is_its_rows(tiny, demo, start, stop):
     part = load_split(tiny.demo, f"validation[{text}]", tiny.folder / "cache" / "tasks")
     assert list(part.rows) == list(range(500)[rows])
     assert part.fields == demo.fields[rows]
-    answers = [fields["targets_pretokenized"] for fields in demo.fields[rows]]
-    assert part.score(answers) == {"accuracy": 100.0}
+    right = [fields["targets_pretokenized"] for fields in demo.fields[rows]]
+    assert score(part, right) == {"accuracy": 100.0}
     assert part.cut(LENGTHS)["inputs"] == int((demo.inputs.lengths[rows] > LENGTHS["inputs"]).sum())
 
 
 @pytest.mark.parametrize(
     "split, message",
     [
-        ("validation[500:]", r"split 'validation\[500:\]' of demo_reviews is empty: set TRAIN_SPLIT and EVAL_SPLIT"),
-        ("validation[:10%]", r"split 'validation\[:10%\]', expected .* slice such as train\[:-2000\]: set TRAIN_SPLIT"),
+        ("validation[500:]", r"split 'validation\[500:\]' of demo_reviews is empty: set `train` or `validation` to"),
+        ("validation[:10%]", r"split 'validation\[:10%\]', expected .* slice such as train\[:-2000\]: set `train` or"),
     ],
 )
 def test_a_slice_of_nothing_is_refused(tiny, demo, split, message):
@@ -130,9 +131,9 @@ def test_a_slice_of_nothing_is_refused(tiny, demo, split, message):
 def test_answers_are_scored_by_the_tasks_own_metric(demo):
     right = [fields["targets_pretokenized"] for fields in demo.fields]
     wrong = [{"negative": "positive", "positive": "negative"}[text] for text in right]
-    assert demo.score(right) == {"accuracy": 100.0}
-    assert demo.score(wrong) == demo.score(["no label"] * 500) == demo.score([""] * 500) == {"accuracy": 0.0}
-    assert demo.score([*right[:125], *wrong[125:]]) == {"accuracy": 25.0}
+    assert score(demo, right) == {"accuracy": 100.0}
+    assert score(demo, wrong) == score(demo, ["no label"] * 500) == score(demo, [""] * 500) == {"accuracy": 0.0}
+    assert score(demo, [*right[:125], *wrong[125:]]) == {"accuracy": 25.0}
 
 
 def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
@@ -153,11 +154,11 @@ def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
         thread.join()
     assert not failed
     assert os.listdir(folder.parent) == ["train"]
-    assert len(Examples(folder, slice(None))) > 100
+    assert len(CachedExamples(folder, slice(None))) > 100
 
 
 def start_builder(tiny, request, split, cache, before="", **options):
-    """What `load_split` starts, after the statements `before`, in a process whose stdin must be kept open."""
+    """What `load_tasks` starts, after the statements `before`, in a process whose stdin must be kept open."""
     order = json.dumps(request.order(split=split, cache_dir=str(cache), to_train=True))
     program = (
         f"import sys; sys.argv[1:] = [{order!r}]; {before}\nfrom prompt_tuning_jax.batches import build; build.main()"
@@ -306,22 +307,21 @@ def test_what_decides_the_tokens_decides_the_cache(tiny, tmp_path):
         dataclasses.replace(request, feature_lengths={"inputs": 47, "targets": 8}),
         dataclasses.replace(request, modules=("a_module",)),
         dataclasses.replace(request, data_dir=None),
-        dataclasses.replace(request, files=TaskFiles({"train": "a.tsv"})),
-        dataclasses.replace(request, files=TaskFiles({"train": "a.tsv"}, labels=["a"])),
     ]
     assert len({first, *(each.fingerprint() for each in changed)}) == 1 + len(changed)
 
 
 @pytest.fixture
 def built_here(monkeypatch):
-    """Lets `load_split` tokenise in this process; gives the growing list of what it would have started."""
+    """Lets `load_tasks` tokenise in this process; gives the growing list of what it would have started."""
     started = []
 
-    def start(module, order, what):
+    def start(module, order, what, pipe):
+        assert pipe
         started.append(module)
         request = TaskRequest.from_order(order["request"])
         build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
-        return SimpleNamespace(finish=lambda: None)
+        return SimpleNamespace(stdout=[], finish=lambda: None)
 
     monkeypatch.setattr(cache_module, "Child", start)
     return started
@@ -396,7 +396,7 @@ def test_a_cache_that_is_not_whole_is_made_again(small, tmp_path, built_here, na
         path = split_folder(request, request.name, "train", cache).parent / name
     path.unlink() if damage is None else path.write_bytes(damage)
 
-    assert load_split(request, "train", cache).score(["negative", "positive", "negative"]) == {"accuracy": 100.0}
+    assert score(load_split(request, "train", cache), ["negative", "positive", "negative"]) == {"accuracy": 100.0}
     assert built_here == ["prompt_tuning_jax.batches.build"]
     assert {path: (cache / path).read_bytes() for path in files_of(cache)} == whole
     load_split(request, "train", cache)
@@ -531,7 +531,7 @@ def test_examples_that_are_no_lists_of_ids_are_refused(tiny, tmp_path, name):
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tiny, tmp_path):
-    message = "demo_reviews has no split 'test', only train, validation, unseen_words: set TRAIN_SPLIT or EVAL_SPLIT"
+    message = "demo_reviews has no split 'test', only train, validation, unseen_words: set `train` or `validation`"
     with pytest.raises(ValueError, match=message):
         build_split(tiny.demo, "test", tmp_path / "task" / "test")
     assert not os.listdir(tmp_path)
@@ -557,10 +557,10 @@ def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     request = TaskRequest("own_reviews", str(tiny.vocabulary), LENGTHS, None, ("own_reviews",))
     build_split(request, "train", tmp_path / "cache" / "train")
-    examples = Examples(tmp_path / "cache" / "train", slice(None))
+    examples = CachedExamples(tmp_path / "cache" / "train", slice(None))
     assert [fields["row"] for fields in examples.fields] == [7, 8]
     assert examples.postprocess("good", example={"row": 3}) == "GOOD!3"
-    assert examples.score(["good", "good"]) == {"matches": 10}
+    assert score(examples, ["good", "good"]) == {"matches": 10}
 
 
 def imported(source: str, tiny) -> set[str]:
@@ -577,9 +577,11 @@ HEAVY = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "torch
 
 def test_reading_and_scoring_a_cache_imports_no_tensorflow(tiny, demo):
     source = (
-        "from prompt_tuning_jax.batches.cache import TaskRequest, load_split\n"
+        f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n"
+        "from cached import load_split, score\n"
+        "from prompt_tuning_jax.batches.cache import TaskRequest\n"
         f"examples = load_split(TaskRequest('demo_reviews', {str(tiny.vocabulary)!r}, {LENGTHS}), 'validation')\n"
-        "assert examples.score(['positive'] * 500) == {'accuracy': 50.0}, examples.score(['positive'] * 500)"
+        "assert score(examples, ['positive'] * 500) == {'accuracy': 50.0}"
     )
     assert not imported(source, tiny) & HEAVY
 

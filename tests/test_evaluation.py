@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, LENGTHS, make_tiny, random_params
 
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.cache import CachedExamples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference.labels import written_labels
 from prompt_tuning_jax.t5.network import Transformer
@@ -77,7 +77,7 @@ def split(words, tmp_path):
             "metrics": [{"function": name if ":" in name else f"{METRICS}:{name}", "options": {}} for name in metrics],
         }
         (folder / "task.json").write_text(json.dumps(task))
-        return Batches(Examples(folder), rows, LENGTHS, shuffle=False)
+        return Batches(CachedExamples(folder), rows, LENGTHS, shuffle=False)
 
     return make
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cached import load_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
-from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split
+from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest
 from prompt_tuning_jax.batches.loader import Batches, default_buckets
 from prompt_tuning_jax.tasks.vocabularies import EOS
 
@@ -31,7 +32,7 @@ def make_examples(inputs, targets, rows=slice(None)):
             np.save(folder / f"{feature}_ends.npy", np.cumsum([len(tokens) for tokens in lists], dtype=np.int64))
         task = {"name": "by_hand", "examples": len(inputs), "postprocessor": None, "metrics": []}
         (folder / "task.json").write_text(json.dumps(task))
-        return Examples(folder, rows)
+        return CachedExamples(folder, rows)
 
 
 def tokens(length, mark):
@@ -211,10 +212,10 @@ def test_a_file_that_lost_its_end_is_refused(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.arange(2_000, dtype=np.int32))
         np.save(tmp_path / f"{name}_ends.npy", np.array([1_000, 2_000]))
     (tmp_path / "task.json").write_text(json.dumps({"examples": 2, "postprocessor": None, "metrics": []}))
-    assert len(Examples(tmp_path, slice(None))) == 2
+    assert len(CachedExamples(tmp_path, slice(None))) == 2
     (tmp_path / "inputs.npy").write_bytes((tmp_path / "inputs.npy").read_bytes()[:1_000])
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read .*: delete the folder"):
-        Examples(tmp_path, slice(None))
+        CachedExamples(tmp_path, slice(None))
 
 
 # Real data: SST-2 and RTE as GLUE gives them, and the vocabulary of T5.

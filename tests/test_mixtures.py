@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cached import score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import LENGTHS, assert_equal, make_examples, seeds, tokens
@@ -177,7 +178,7 @@ def in_process(monkeypatch):
     """Builds in this process, for speed; what it was asked for."""
     orders = []
 
-    def start(module, order, what):
+    def start(module, order, what, pipe):
         orders.append(order)
         build_missing(
             TaskRequest.from_order(order["request"]),
@@ -185,7 +186,7 @@ def in_process(monkeypatch):
             cache_module.Path(order["cache_dir"]),
             order["to_train"],
         )
-        return SimpleNamespace(finish=lambda: None)
+        return SimpleNamespace(stdout=[], finish=lambda: None)
 
     monkeypatch.setattr(cache_module, "Child", start)
     return orders
@@ -221,7 +222,7 @@ def test_a_mixture_trains_on_its_tasks_by_rate_and_evaluates_each(
 
     tasks = config(tmp_path, split="validation").eval_batches(words)
     assert {name: len(part.examples) for name, part in tasks.items()} == {"one": 4, "three": 6}
-    assert all(part.examples.score(["good"] * len(part.examples))["accuracy"] == 50 for part in tasks.values())
+    assert all(score(part.examples, ["good"] * len(part.examples))["accuracy"] == 50 for part in tasks.values())
     sliced = config(tmp_path, split="validation[:2]").eval_batches(words)
     assert {name: len(part.examples) for name, part in sliced.items()} == {"one": 2, "three": 2}
     assert len(in_process) == 2
@@ -237,9 +238,13 @@ def test_a_mixture_trains_on_its_tasks_by_rate_and_evaluates_each(
 @pytest.mark.parametrize(
     "name, split, message",
     [
-        ("outer", "test", "outer has no split 'test', only dev_only, train, validation: set TRAIN_SPLIT or EVAL_SPLIT"),
-        ("resting", "train", "resting gives no task with 'train' a rate above 0: set MIXTURE_OR_TASK_NAME"),
-        ("outer", "train[10:]", r"split 'train\[10:\]' of two is empty: set TRAIN_SPLIT and EVAL_SPLIT"),
+        ("outer", "test", "outer has no split 'test', only dev_only, train, validation: set `train` or `validation`"),
+        ("resting", "train", "resting gives no task with 'train' a rate above 0: set `name`"),
+        (
+            "outer",
+            "train[10:]",
+            r"split 'train\[10:\]' of two is empty: set `train` or `validation` to a split with rows",
+        ),
         ("outr", "train", "no task 'outr'; did you mean 'outer'"),
     ],
 )

@@ -25,11 +25,11 @@ from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import STREAM_WINDOW, StreamedBatches
 from prompt_tuning_jax.tasks import sources
-from prompt_tuning_jax.tasks.review_grammar import LABELS, sentences
-from prompt_tuning_jax.tasks.user_files import TaskFiles
+from prompt_tuning_jax.tasks.review_grammar import sentences
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 COUNT = 40
+NAME = "taskless_glue_sst2_v200"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,12 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def request_(tiny, tmp_path_factory):
     """A task of COUNT rows, whose inputs differ."""
-    path = tmp_path_factory.mktemp("rows") / "train.tsv"
-    lines = ["inputs\ttargets", *(f"{row.text}\t{LABELS[row.label]}" for row in sentences("train")[:COUNT])]
-    path.write_text("\n".join(lines) + "\n")
-    return TaskRequest("rows", str(tiny.vocabulary), TINY_LENGTHS, files=TaskFiles({"train": str(path)}))
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "SST-2").mkdir()
+    lines = ["sentence\tlabel", *(f"{row.text}\t{row.label}" for row in sentences("train")[:COUNT])]
+    for split in ("train", "dev"):
+        (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return TaskRequest(NAME, str(tiny.vocabulary), TINY_LENGTHS, str(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +147,7 @@ def test_the_stream_is_the_tasks_rows_without_end(tiny, request_):
     """In an order of the seed; the same from any start, after whatever it skips."""
     words = Vocabulary(tiny.vocabulary)
     whole = texts(words, itertools.islice(stream.stream(request_, "train", 5, 0), 10 * COUNT))
-    assert set(whole) == {words.written(row.text) for row in sentences("train")[:COUNT]}
+    assert set(whole) == {words.written(f"sentence: {row.text}") for row in sentences("train")[:COUNT]}
     assert texts(words, itertools.islice(stream.stream(request_, "train", 5, 370), 30)) == whole[370:]
     assert texts(words, itertools.islice(stream.stream(request_, "train", 6, 0), 10 * COUNT)) != whole
 
@@ -189,8 +191,8 @@ def test_a_reader_that_waits_is_waited_for():
 
 
 def config(request, **changed):
-    given = {"split": "train", "use_cached": False, "files": request.files} | changed
-    return DatasetConfig("rows", batch_size=8, task_feature_lengths=TINY_LENGTHS, **given)
+    given = {"split": "train", "use_cached": False, "data_dir": request.data_dir} | changed
+    return DatasetConfig(NAME, batch_size=8, task_feature_lengths=TINY_LENGTHS, **given)
 
 
 def test_the_process_gives_the_stream(tiny, request_, monkeypatch):
@@ -205,7 +207,7 @@ def test_the_process_gives_the_stream(tiny, request_, monkeypatch):
 
     # It ends the run with one line where it is killed, and is gone with its batches.
     os.kill(batches._child.pid, signal.SIGKILL)
-    message = rf"^tokenising rows, train: process {batches._child.pid} was killed by SIGKILL"
+    message = rf"^tokenising {NAME}, train: process {batches._child.pid} was killed by SIGKILL"
     with pytest.raises(ChildProcessError, match=message):
         for number in range(STREAM_WINDOW, 200 * STREAM_WINDOW):
             batches[number]
@@ -214,9 +216,11 @@ def test_the_process_gives_the_stream(tiny, request_, monkeypatch):
 def test_a_mistake_of_the_users_ends_a_run_with_its_one_line(tiny, request_, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", tiny.environment["PYTHONPATH"])
     words = Vocabulary(tiny.vocabulary)
-    with pytest.raises(ValueError, match=r"^rows has no split 'test', only train: set TRAIN_SPLIT"):
-        list(config(request_, split="test").batches(words).start_at(0, 3))
-    with pytest.raises(ValueError, match=r"^split 'train\[:9\]' is a slice, which USE_CACHED_TASKS=False cannot read"):
+    with pytest.raises(ValueError, match=rf"^{NAME} has no split 'dev', only train, validation, test: set `train`"):
+        list(config(request_, split="dev").batches(words).start_at(0, 3))
+    with pytest.raises(
+        ValueError, match=r"^split 'train\[:9\]' is a slice, which `use_cached_tasks`=False cannot read"
+    ):
         config(request_, split="train[:9]").batches(words)
 
 
@@ -224,9 +228,7 @@ ORPHAN = """
 import os, time
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.loader import StreamedBatches
-from prompt_tuning_jax.tasks.user_files import TaskFiles
-request = TaskRequest(**{request!r} | {{"files": TaskFiles({files!r})}})
-batches = StreamedBatches(request, "train", 4, {lengths!r})
+batches = StreamedBatches(TaskRequest(**{request!r}), "train", 4, {lengths!r})
 batches[0]
 import sys
 print(batches._child.pid, "tensorflow" in sys.modules or "seqio" in sys.modules, flush=True)
@@ -236,8 +238,7 @@ time.sleep(600)
 
 def test_no_process_is_left_when_a_run_is_killed(tiny, request_):
     """And the run itself has not imported TensorFlow."""
-    fields = {name: value for name, value in dataclasses.asdict(request_).items() if name != "files"}
-    program = ORPHAN.format(request=fields, files=dict(request_.files.files), lengths=TINY_LENGTHS)
+    program = ORPHAN.format(request=dataclasses.asdict(request_), lengths=TINY_LENGTHS)
     run = subprocess.Popen(
         [sys.executable, "-c", program], env=os.environ | tiny.environment, stdout=subprocess.PIPE, text=True
     )

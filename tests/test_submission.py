@@ -12,8 +12,8 @@ import sentencepiece
 from tiny import make_tiny
 
 from prompt_tuning_jax import eval as command
-from prompt_tuning_jax.batches.build import describe
-from prompt_tuning_jax.batches.cache import Examples
+from prompt_tuning_jax.batches.cache import CachedExamples
+from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
 from prompt_tuning_jax.training.evaluation import judge
@@ -86,7 +86,7 @@ def make_split(folder, task, fields):
     (folder / "cache" / "fields.jsonl").write_text("".join(f"{line}\n" for line in lines))
     spec = {"examples": len(fields), "postprocessor": describe(registered(task).postprocessor), "metrics": []}
     (folder / "cache" / "task.json").write_text(json.dumps(spec))
-    return Examples(folder / "cache")
+    return CachedExamples(folder / "cache")
 
 
 @pytest.mark.parametrize("task", GLUE)

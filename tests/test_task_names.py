@@ -13,8 +13,9 @@ import tensorflow as tf
 from conftest import FIXTURES
 from tiny import LENGTHS, ROOT, make_tiny
 
-from prompt_tuning_jax.batches.build import describe, find_task
+from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
+from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks import TASK_MODULES, metrics, module_for, postprocessors, sources
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 

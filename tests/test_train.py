@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cached import load_split
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
 
-from prompt_tuning_jax.batches.cache import load_split
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import default_vocabulary, load_base

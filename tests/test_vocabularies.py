@@ -13,8 +13,6 @@ from sentencepiece import sentencepiece_model_pb2
 from tiny import CONFIG
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from prompt_tuning_jax.batches.build import build_missing
-from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, default_vocabulary, expected_shapes, open_vocabulary
@@ -203,10 +201,9 @@ def test_a_base_that_reads_bytes_is_tuned(params, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"inputs": text, "targets": answer}) + "\n" for text, answer in rows))
     files = TaskFiles({"train": str(file)}, labels=["öde", "gut"])
-    base, cache, lengths = tmp_path / "base", tmp_path / "cache", {"inputs": 20, "targets": 6}
+    base, lengths = tmp_path / "base", {"inputs": 20, "targets": 6}
     huggingface.write(base, BYTE_CONFIG, params, BYTES)
-    build_missing(TaskRequest("mine", BYTES, lengths, files=files), "train", cache, True)
-    data = DatasetConfig("mine", "train", 2, lengths, cache_dir=str(cache), files=files)
+    data = DatasetConfig("mine", "train", 2, lengths, source=files)
     batch = data.batches(Vocabulary(BYTES))[0]
     for ids, text, answer in zip(batch.ids, batch.inputs, batch.targets, strict=True):
         read = [bytes((row[: np.argmax(row == EOS)] - 3).tolist()).decode() for row in (text, answer)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from prompt_tuning_jax.batches.cache import no_split, split_rows
 from prompt_tuning_jax.batches.dataset import DatasetConfig, Say
-from prompt_tuning_jax.errors import Setting, SettingError, prefixed
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
@@ -139,7 +139,8 @@ def dataset_of(
         try:
             rows = Rows(data, labels, metrics, default_split)
         except ValueError as error:
-            raise SettingError(argument, ", ", *prefixed("", error).parts) from None
+            parts = error.parts if isinstance(error, SettingError) else (str(error),)
+            raise SettingError(argument, ", ", *parts) from None
         if not rows.rows(default_split):
             raise SettingError(argument, " has no rows, expected one or more")
         return DatasetConfig("rows", default_split, batch_size, lengths, source=rows)

@@ -72,8 +72,8 @@ class Planned(abc.ABC):
         if batch_size % process_count:
             raise SettingError(
                 Setting("batch_size"),
-                f" is {batch_size}, which {process_count} processes cannot share equally: "
-                f"set it to a multiple of {process_count}",
+                f" is {batch_size}, which {process_count} processes cannot share equally: set it to a multiple of "
+                f"{process_count}",
             )
         self.batch_size, self.lengths = batch_size, dict(lengths)
         self.buckets = tuple(buckets or default_buckets(lengths["inputs"]))
