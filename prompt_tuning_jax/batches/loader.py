@@ -11,6 +11,7 @@ from jaxtyping import Int
 from prompt_tuning_jax.batches.cache import Examples, Part, TaskRequest
 from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.mixing import Mixing
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.vocabularies import trim
 
 MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
@@ -68,9 +69,10 @@ class Planned(abc.ABC):
     ):
         """Raises ValueError where the processes cannot share a batch equally."""
         if batch_size % process_count:
-            raise ValueError(
-                f"BATCH_SIZE is {batch_size}, which {process_count} processes cannot share equally: "
-                f"set it to a multiple of {process_count}"
+            raise SettingError(
+                Setting("batch_size"),
+                f" is {batch_size}, which {process_count} processes cannot share equally: set it to a multiple of "
+                f"{process_count}",
             )
         self.batch_size, self.lengths = batch_size, dict(lengths)
         self.buckets = tuple(buckets or default_buckets(lengths["inputs"]))

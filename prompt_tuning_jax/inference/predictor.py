@@ -130,7 +130,7 @@ class Predictor:
         if folder is not None:
             changes = folder.sync(bank)
             if folder.single and changes.broken:
-                raise ValueError(changes.broken[folder.single])
+                raise changes.broken[folder.single]
             prompt = prompt or folder.single
         return cls(
             Transformer(config), held.params, words, bank, prompt=prompt, fingerprint=held.fingerprint, **options

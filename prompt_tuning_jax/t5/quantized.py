@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from prompt_tuning_jax.errors import Setting, SettingError
+
 TABLE = "token_embedder/embedding"
 LARGEST = 127  # symmetric: -128 is not used
 
@@ -72,7 +74,8 @@ def check_trainable(trained: Iterable[str], params: Mapping[str, Array]) -> None
     """
     of_base = sorted(path for path in trained if not path.startswith("encoder/prompt/"))
     if of_base and scale_path(TABLE) in params:
-        raise ValueError(
-            f"{of_base[0]} is to be trained, but the base is int8, which is only read, expected a prompt alone: set "
-            "BASE_DTYPE to 'float32' or 'bfloat16'"
+        raise SettingError(
+            f"{of_base[0]} is to be trained, but the base is int8, which is only read, expected a prompt alone: set ",
+            Setting("base_dtype"),
+            " to 'float32' or 'bfloat16'",
         )
