@@ -240,7 +240,7 @@ def test_only_a_prompt_is_trained_on_it(tiny):
     params = load_base(folder, config, "int8").params | {PROMPT: jnp.zeros((2, config.emb_dim))}
     check_trainable([PROMPT], params)
     check_trainable(params, load_base(folder, config).params)
-    with pytest.raises(ValueError, match=r"encoder/encoder_norm/scale is .* int8.*: set BASE_DTYPE to 'float32'") as e:
+    with pytest.raises(ValueError, match=r"encoder/encoder_norm/scale is .* int8.*: set `dtype` to 'float32'") as e:
         check_trainable([PROMPT, "encoder/encoder_norm/scale"], params)
     assert "\n" not in str(e.value)
 
@@ -286,7 +286,5 @@ def test_its_memory_is_planned(tmp_path):
 
 
 def test_another_name_for_it_is_refused():
-    with pytest.raises(
-        ValueError, match="BASE_DTYPE is 'int4', expected 'auto', 'float32', 'bfloat16', 'int8' or None"
-    ):
+    with pytest.raises(ValueError, match="`dtype` is 'int4', expected 'auto', 'float32', 'bfloat16', 'int8' or None"):
         load_base("nano", NANO, "int4")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import is_writer
@@ -286,7 +287,9 @@ def read_fitting(path: str, model: Transformer) -> Float[np.ndarray, "P D"]:
 def check_width(path: str, shape: tuple[int, ...], d_model: int) -> None:
     """Raises ValueError where a prompt was trained on another model size."""
     if shape[1] != d_model:
-        raise ValueError(
+        raise SettingError(
             f"prompt {path} is [{shape[0]}, {shape[1]}], but the base has d_model {d_model}: "
-            "it was trained on another model size. Set INITIAL_CHECKPOINT_PATH to the base it was trained on"
+            "it was trained on another model size. Set ",
+            Setting("initial_checkpoint_path"),
+            " to the base it was trained on",
         )
