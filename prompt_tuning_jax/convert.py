@@ -27,7 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    with flag_errors({"INITIAL_CHECKPOINT_PATH": "SOURCE", "PROMPT_FILE": "SOURCE"}):
+    with flag_errors({"source": "SOURCE", "target": "TARGET"}):
         print(convert(**vars(parse(sys.argv[1:]))))
 
 

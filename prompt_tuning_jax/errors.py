@@ -10,8 +10,9 @@ end writes that name in its own way: Python as the argument's name, gin as the m
     'BATCH_SIZE is 0, expected at least 1'
 """
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 # The arguments of the Python functions that are not called by their canonical names.
 ARGUMENTS = {
@@ -65,16 +66,60 @@ def in_python(name: str) -> str:
     return f"`{ARGUMENTS.get(name, name)}`"
 
 
-def prefixed(prefix: str, error: ValueError) -> SettingError:
+def spelled(error: Exception, spell: Callable[[str], str]) -> str:
+    """Returns the message of any error, with each setting's name as `spell(canonical name)` writes it."""
+    return error.text(spell) if isinstance(error, SettingError) else str(error)
+
+
+def prefixed(prefix: str, error: ValueError) -> ValueError:
     """Returns `error` with words in front of its message, its settings kept."""
-    parts = error.parts if isinstance(error, SettingError) else (str(error),)
-    return SettingError(prefix, *parts)
+    return SettingError(prefix, *error.parts) if isinstance(error, SettingError) else ValueError(f"{prefix}{error}")
 
 
-def near_misses(name: str, known: Iterable[str], few: int = 8) -> str:
-    """Returns what `name` may have been meant for, or what there is: the end of a message about an unknown name."""
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Gives settings other canonical names in the errors that leave this context.
+
+    Args:
+      names: the new name of each setting that has one.
+
+    >>> with renamed(prompt_file="source"):
+    ...     raise SettingError("no prompt file x: set ", Setting("prompt_file"))
+    Traceback (most recent call last):
+    prompt_tuning_jax.errors.SettingError: no prompt file x: set `source`
+    """
+    try:
+        yield
+    except SettingError as error:
+        parts = (Setting(names.get(part, part)) if isinstance(part, Setting) else part for part in error.parts)
+        raise SettingError(*parts) from None
+
+
+def near_misses(
+    name: str,
+    known: Iterable[str],
+    few: int = 8,
+    *,
+    shown: Callable[[str], str] = str,
+    otherwise: str | None = None,
+) -> str:
+    """Returns what `name` may have been meant for, or what there is: the end of a message about an unknown name.
+
+    Args:
+      few: how many names are listed if none is similar.
+      shown: writes a name; `repr` to quote it.
+      otherwise: what to return if no name is similar; None for the list.
+
+    >>> near_misses("sts2", ["sst2", "rte"]), near_misses("x", ["sst2", "rte"])
+    ('did you mean sst2?', 'there are rte, sst2')
+    """
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3)
+    near = difflib.get_close_matches(name, names, n=6)
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # swapped letters, the most frequent slip, first
     if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(names[:few])}{', ...' if len(names) > few else ''}" if names else "there are none"
+        return f"did you mean {' or '.join(map(shown, near[:3]))}?"
+    if otherwise is not None:
+        return otherwise
+    return (
+        f"there are {', '.join(map(shown, names[:few]))}{', ...' * (len(names) > few)}" if names else "there are none"
+    )

@@ -1,24 +1,21 @@
-"""What the command lines share that read flags and no gin: one-line errors, and the flags of a base and its prompts."""
+"""What the command lines share that read flags and no gin: the parser, and errors in one line."""
 
 import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from prompt_tuning_jax.gin_files import user_errors
-from prompt_tuning_jax.inference.folder import PromptFolder
-from prompt_tuning_jax.inference.predictor import Predictor
-from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.command_line import one_line_errors
+from prompt_tuning_jax.errors import spelled
 
-# What a run names by a macro is a flag here.
+# The flags that are not called by their setting's canonical name.
 FLAGS = {
-    "INITIAL_CHECKPOINT_PATH": "--base",
-    "PROMPT_FILE": "--prompts",
-    "CLASS_LABELS": "--labels",
-    "VOCABULARY": "--vocabulary",
-    "BASE_DTYPE": "--dtype",
+    "initial_checkpoint_path": "--base",
+    "prompt_file": "--prompts",
+    "class_labels": "--labels",
+    "base_dtype": "--dtype",
 }
 
 
@@ -37,53 +34,24 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists what there is")
 
 
+def as_flag(name: str) -> str:
+    """Returns the flag of a setting, by its canonical name."""
+    return FLAGS.get(name, f"--{name}")
+
+
 @contextlib.contextmanager
 def flag_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """`user_errors`, macros called by their flags; and whoever reads stdout may have had enough.
+    """Turns a user's error into one line and exit code 2; and whoever reads stdout may stop reading.
 
     Args:
-      names: where a flag is not that of `FLAGS`.
+      names: how this command line calls a setting, where that is not `as_flag`'s.
     """
-    with user_errors():
+
+    def spell(name: str) -> str:
+        return (names or {}).get(name) or as_flag(name)
+
+    with one_line_errors(lambda error: spelled(error, spell)):
         try:
             yield
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except ValueError as error:
-            raise ValueError(as_flags(str(error), names)) from None
-
-
-def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
-    """A message in which macros are called by their flags."""
-    for name, flag in (FLAGS | dict(names or {})).items():
-        message = message.replace(name, flag)
-    return message
-
-
-def add_model_flags(parser: Parser) -> None:
-    """The flags of whatever answers with a base and prompts."""
-    parser.add_argument("--base", default="nano", help="a base of any format, by its path; the embedded one by default")
-    parser.add_argument("--prompts", help="a folder of prompts (NAME.npy, run folders, PEFT adapters), or one prompt")
-    parser.add_argument("--vocabulary", help="a SentencePiece model or 'bytes', where none lies beside the base")
-    parser.add_argument("--dtype", default="auto", help="of the base in memory: auto, float32, bfloat16, int8")
-    parser.add_argument("--input_length", type=int, default=512, help="tokens; longer inputs are cut, and flagged")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="of an answer, its end of sequence included")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows of the largest batch")
-    parser.add_argument("--beams", type=int, default=4, help='for "beam"')
-
-
-def load_predictor(
-    arguments: argparse.Namespace, decoding: Decoding | None = None, prompt: str | None = None
-) -> tuple[Predictor, PromptFolder | None]:
-    """The predictor that `add_model_flags` describe, and the folder that its prompts are from."""
-    folder = PromptFolder(arguments.prompts) if arguments.prompts else None
-    names = ("vocabulary", "dtype", "input_length", "max_new_tokens", "batch_size")
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    decoding = decoding or Decoding(beams=arguments.beams)
-    return Predictor.load(arguments.base, folder, prompt=prompt, decoding=decoding, **options), folder
-
-
-def say_broken(broken: Mapping[str, str]) -> None:
-    """Says on stderr which prompts are left out, and why."""
-    for name, message in broken.items():
-        print(f"prompt {name} is left out: {message}", file=sys.stderr)

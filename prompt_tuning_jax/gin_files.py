@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import difflib
+import functools
 import inspect
 import itertools
 import os
@@ -15,9 +15,14 @@ from typing import Any
 
 import gin
 
+from prompt_tuning_jax.command_line import one_line_errors
+from prompt_tuning_jax.errors import near_misses, spelled
+
 _PACKAGE = Path(__file__).parent
 # A checkout has gin_configs beside the package, a wheel inside it.
 SEARCH_PATHS = [path for path in (_PACKAGE.parent / "gin_configs", _PACKAGE / "gin_configs") if path.is_dir()]
+
+_near = functools.partial(near_misses, few=1_000)  # all of them: they are what can be said
 
 
 def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = None) -> dict[str, str | bool]:
@@ -92,17 +97,30 @@ def _parse_files(
             raise ValueError(f"unknown argument {argument!r}; expected {', '.join(known)}")
     for path in SEARCH_PATHS:
         gin.add_config_file_search_path(str(path))
-    # gin would also look for runs/train.gin inside a Python package called "runs", and stumbles over a folder of runs.
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
     for file in files:
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
             raise ValueError(f"no gin file {file}; {_near(file, _files())}")
-        with _explained(file):
+        with _explained(file), _files_alone():
             gin.parse_config_file(file)
     if wants_help:
         print(_help(about or "", files))
         sys.exit()
     return bindings, given
+
+
+@contextlib.contextmanager
+def _files_alone() -> Iterator[None]:
+    """Makes gin read files alone, while in this context.
+
+    gin would also look for runs/train.gin inside a Python package called "runs", and fails on a folder of runs.
+    """
+    readers = gin.config._FILE_READERS
+    kept = readers[:]
+    readers[:] = [(open, os.path.isfile)]
+    try:
+        yield
+    finally:
+        readers[:] = kept
 
 
 def _files() -> set[str]:
@@ -151,13 +169,6 @@ def _parameters(configurable: Callable) -> Iterable[str]:
     return inspect.signature(configurable).parameters
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    """What `name` may have been meant for."""
-    known = sorted(set(names))
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-
-
 def _check_macros(config: str) -> None:
     """gin takes a macro that nothing reads in silence: a misspelt one would change nothing."""
     code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)  # a "%" in a text is no macro
@@ -195,12 +206,11 @@ def config_text() -> str:
     return re.sub(r"(?m)^(MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", r"\1 = None\n", text)
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns a ValueError into its one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+def in_gin(error: Exception) -> str:
+    """Returns an error's message, with settings written as macros."""
+    return spelled(error, str.upper).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
+
+
+def user_errors() -> contextlib.AbstractContextManager[None]:
+    """Returns a context that turns a ValueError or OSError into its one line on stderr and exit code 2."""
+    return one_line_errors(in_gin)

@@ -21,9 +21,10 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.flags import Parser, add_model_flags, flag_errors, load_predictor, say_broken
+from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
 from prompt_tuning_jax.inference.requests import METHODS, Decoding
+from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, say_broken
 
 WAIT = 0.02  # seconds that a window waits for more lines once it has one
 SAY_EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
@@ -54,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     keep_compiled_programs()
-    with flag_errors({"decode is": "--decode is"}):
+    with flag_errors():
         run(parse(sys.argv[1:]))
 
 

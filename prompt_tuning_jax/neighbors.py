@@ -16,6 +16,7 @@ import numpy as np
 from prompt_tuning_jax.arrays.stored import ArrayError
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
 from prompt_tuning_jax.checkpoints.tuned import check_width
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
@@ -32,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
       ValueError: it is not one of this command's.
     """
     parser = Parser("prompt_tuning_jax.neighbors", __doc__)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's MODEL_DIR")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's folder")
     parser.add_argument("--base", help="what they were trained on; the runs' own where left out, or 'nano'")
     parser.add_argument(
         "--vocabulary", metavar="FILE", help="a SentencePiece model or 'bytes', where none lies beside the base"
@@ -53,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    with flag_errors({"PROMPT_FILE": "PROMPT"}):
+    with flag_errors({"prompt_file": "PROMPT"}):
         read(parse(sys.argv[1:]))
 
 
@@ -111,7 +112,9 @@ def open_table(base: str) -> StoredModel:
     """
     model = open_model(base)
     if model.config is None or TABLE not in model.arrays:
-        raise ValueError(f"{base} lacks {TABLE} or other arrays: set INITIAL_CHECKPOINT_PATH to a whole checkpoint")
+        raise SettingError(
+            f"{base} lacks {TABLE} or other arrays: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint"
+        )
     return model
 
 
@@ -125,7 +128,7 @@ def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequ
     try:
         table = np.asarray(model.arrays[TABLE])
     except ArrayError as error:
-        raise ValueError(f"{error}: set INITIAL_CHECKPOINT_PATH to a whole checkpoint") from None
+        raise SettingError(f"{error}: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint") from None
     return make_lexicon(table, words.size - words.sentinels, words.piece, words.encode, labels)
 
 

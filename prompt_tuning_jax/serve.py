@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.flags import Parser, add_model_flags, flag_errors, load_predictor
+from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.warm_up import warm_up
+from prompt_tuning_jax.model_flags import add_model_flags, in_flags, load_predictor
 
 GRACE = 10  # seconds that a shutdown leaves to the requests in progress
 
@@ -105,7 +106,12 @@ def run(arguments: argparse.Namespace) -> None:
         PromptFolder(arguments.prompts)  # missing: said before anything is loaded
     listening = listen(arguments.host, arguments.port)
     service = Service(
-        lambda: load(arguments), arguments.base, limits, wait=arguments.wait_ms / 1000, poll=arguments.poll
+        lambda: load(arguments),
+        arguments.base,
+        limits,
+        wait=arguments.wait_ms / 1000,
+        poll=arguments.poll,
+        text=in_flags,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn takes them, and raises them again once it has shut down

@@ -23,7 +23,8 @@ import gin
 import jax
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.gin_files import config_text, configured, parse, split_bindings, user_errors
+from prompt_tuning_jax.errors import prefixed
+from prompt_tuning_jax.gin_files import config_text, configured, in_gin, parse, split_bindings, user_errors
 from prompt_tuning_jax.sweeps import spec, status
 from prompt_tuning_jax.sweeps.joint_step import joint_key
 from prompt_tuning_jax.sweeps.plan import most_together, plan
@@ -115,7 +116,7 @@ def checked(trial: Trial) -> run.TrainConfig | None:
             else None
         )
     except ValueError as error:
-        raise ValueError(f"trial {trial.name}: {error}") from None
+        raise prefixed(f"trial {trial.name}: ", error) from None
 
 
 def shared_key(config: run.TrainConfig | None) -> Hashable | None:
@@ -158,7 +159,7 @@ def train_or_evaluate(trials: Sequence[Trial], most: int | None, stop: loop.Stop
         else:
             loop.train(config, stop=stop)
     except (ValueError, OSError) as error:
-        failure = " ".join(str(error).split())
+        failure = " ".join(in_gin(error).split())
         leave_failure(trial.name, str(trial.folder), failure)
         return {trial.name: failure}
     return {}

@@ -384,7 +384,7 @@ def test_a_compressed_file_that_lost_its_end_is_named(tmp_path, suffix, opener):
             f'{{"text": "{sentence.text}", "label": {sentence.label}}}\n' for sentence in sentences("train")
         )
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=rf"{path}, after line \d+: cannot be read \(.*\); mend it, or set DATA_DIR"):
+    with pytest.raises(ValueError, match=rf"{path}, after line \d+: cannot be read \(.*\); mend it, or set `data_dir`"):
         list(sources.read_jsonl(path, {"text": sources.text, "label": sources.label(2)}))
 
 
@@ -393,7 +393,7 @@ def test_a_line_of_plain_text_that_is_no_text_is_named(tiny, tmp_path):
     (tmp_path / "data" / "a.txt").write_bytes(b"a fine film with a plot\n" * 20 + b"caf\xe9 \n")
     request = TaskRequest("text_prefix_lm", str(tiny.vocabulary), LENGTHS, str(tmp_path / "data"))
     try:
-        with pytest.raises(ValueError, match=f"^{tmp_path / 'data' / 'a.txt'}, line 21: not UTF-8 .* set DATA_DIR"):
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'data' / 'a.txt'}, line 21: not UTF-8 .* set `data_dir`"):
             build_split(request, "train", tmp_path / "cache" / "train")
     finally:
         sources.set_data_dir(None)
@@ -403,7 +403,7 @@ def test_a_line_of_plain_text_that_is_no_text_is_named(tiny, tmp_path):
 def test_a_data_set_that_tfds_cannot_give_is_named_with_the_way_around():
     source = sources.FilesOrTfds("no_such_set:1.0.0", {"train": "no_such/train.tsv"}, sources.read_lines)
     with pytest.raises(
-        ValueError, match="TFDS cannot give no_such_set:1.0.0 .*: set DATA_DIR to the folder with no_such/"
+        ValueError, match="TFDS cannot give no_such_set:1.0.0 .*: set `data_dir` to the folder with no_such/"
     ):
         source.get_dataset("train")
 
@@ -434,10 +434,10 @@ def test_a_folder_without_the_tasks_files_is_named(tmp_path):
     try:
         for name, file in FILES.items():
             with pytest.raises(
-                ValueError, match=f"no {file} under DATA_DIR {tmp_path}: set DATA_DIR to the folder that"
+                ValueError, match=f"no {file} under `data_dir` {tmp_path}: set `data_dir` to the folder that"
             ):
                 seqio.TaskRegistry.get(name).source.get_dataset("train")
-        with pytest.raises(ValueError, match=f"no \\*.txt files under DATA_DIR {tmp_path}: set it to a folder of text"):
+        with pytest.raises(ValueError, match=f"no \\*.txt files under `data_dir` {tmp_path}: set it to a folder"):
             seqio.TaskRegistry.get("text_prefix_lm").source.get_dataset("train")
     finally:
         sources.set_data_dir(None)

@@ -82,7 +82,7 @@ def test_auto_holds_a_base_that_is_only_read_in_bfloat16_on_an_accelerator(folde
 
 @pytest.mark.parametrize("asked", ["float16", "int4", "bf16", "", 16])
 def test_another_dtype_is_refused(folder, asked):
-    refused(lambda: base.load_base(str(folder), CONFIG, asked), "BASE_DTYPE", "'auto', 'float32', 'bfloat16'")
+    refused(lambda: base.load_base(str(folder), CONFIG, asked), "`dtype`", "'auto', 'float32', 'bfloat16'")
 
 
 def test_a_base_is_the_same_in_every_layout(folder, tmp_path):
@@ -119,7 +119,7 @@ def test_integers_are_no_base(tmp_path):
     params = {name: np.asarray(value) for name, value in random_model(CONFIG)[1].items()}
     name = "encoder/encoder_norm/scale"
     t5x.write(tmp_path / "t5x", params | {name: np.ones(12, np.int32)})
-    refused(lambda: base.load_base(str(tmp_path / "t5x"), CONFIG), name, "int32", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: base.load_base(str(tmp_path / "t5x"), CONFIG), name, "int32", "`where`")
 
 
 def test_a_url_is_no_path():
@@ -140,20 +140,20 @@ def test_base_of_another_size_is_refused(folder):
         str(folder),
         "num_heads 3, not 2",
         "mlp_dim 20, not 24",
-        "INITIAL_CHECKPOINT_PATH",
+        "`where`",
         "models/*.gin",
     )
 
 
 def test_absent_bases_are_refused(tmp_path):
-    refused(lambda: base.load_base(str(tmp_path / "none"), CONFIG), str(tmp_path / "none"), "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: base.load_base(str(tmp_path / "none"), CONFIG), str(tmp_path / "none"), "`where`")
     refused(lambda: base.load_base("nanno", CONFIG), "nanno", "nano")
-    refused(lambda: base.load_base(str(tmp_path), CONFIG), str(tmp_path), "config.json", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: base.load_base(str(tmp_path), CONFIG), str(tmp_path), "config.json", "`where`")
 
 
 def test_base_without_weights_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    refused(lambda: base.load_base(str(tmp_path), CONFIG), "model.safetensors", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: base.load_base(str(tmp_path), CONFIG), "model.safetensors", "`where`")
 
 
 def test_tensors_that_do_not_fit_are_named():

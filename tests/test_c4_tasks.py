@@ -226,7 +226,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 def test_a_folder_without_the_split_is_refused(tmp_path):
     (tmp_path / "c4-train.json").write_text('{"text": "fine"}\n')
-    with pytest.raises(ValueError, match=r"no c4-validation.\*.json.gz under DATA_DIR .*: set DATA_DIR"):
+    with pytest.raises(ValueError, match=r"no c4-validation.\*.json.gz under `data_dir` .*: set `data_dir`"):
         texts(TASK, "validation", tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_a_slice_is_the_same_however_it_is_shuffled():
 
 
 def test_a_slice_of_too_little_is_refused():
-    with pytest.raises(ValueError, match=r"train\[:-500\] of 10 rows is empty: set DATA_DIR"):
+    with pytest.raises(ValueError, match=r"train\[:-500\] of 10 rows is empty: set `data_dir`"):
         numbers(Splits(Numbers(True), {"train": "train[:-500]"}), "train")
 
 

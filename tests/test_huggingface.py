@@ -377,7 +377,7 @@ def refused(folder, *expected, call=open_model):
         call(str(folder))
     message = str(error.value)
     assert "\n" not in message and len(message) < 700
-    for part in (str(folder), "INITIAL_CHECKPOINT_PATH", *expected):
+    for part in (str(folder), "`where`", *expected):
         assert part in message, message
     return message
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from prompt_tuning_jax.training.start import start_prompt
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints import huggingface
@@ -26,7 +27,6 @@ from prompt_tuning_jax.t5.quantized import TABLE, check_trainable, embedding_tab
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.memory_plan import start_shapes
 from prompt_tuning_jax.training.run import Run, TrainConfig
-from prompt_tuning_jax.training.start import start_prompt
 from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step
 
 NANO = open_model("nano").config
@@ -240,7 +240,7 @@ def test_only_a_prompt_is_trained_on_it(tiny):
     params = load_base(folder, config, "int8").params | {PROMPT: jnp.zeros((2, config.emb_dim))}
     check_trainable([PROMPT], params)
     check_trainable(params, load_base(folder, config).params)
-    with pytest.raises(ValueError, match=r"encoder/encoder_norm/scale is .* int8.*: set BASE_DTYPE to 'float32'") as e:
+    with pytest.raises(ValueError, match=r"encoder/encoder_norm/scale is .* int8.*: set `dtype` to 'float32'") as e:
         check_trainable([PROMPT, "encoder/encoder_norm/scale"], params)
     assert "\n" not in str(e.value)
 
@@ -286,7 +286,5 @@ def test_its_memory_is_planned(tmp_path):
 
 
 def test_another_name_for_it_is_refused():
-    with pytest.raises(
-        ValueError, match="BASE_DTYPE is 'int4', expected 'auto', 'float32', 'bfloat16', 'int8' or None"
-    ):
+    with pytest.raises(ValueError, match="`dtype` is 'int4', expected 'auto', 'float32', 'bfloat16', 'int8' or None"):
         load_base("nano", NANO, "int4")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_tuning_jax.training.start import start_prompt
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist, pdist
 from sklearn.metrics.pairwise import cosine_distances
@@ -33,7 +34,6 @@ from prompt_tuning_jax.prompts.neighbors import (
     shared,
     tightness,
 )
-from prompt_tuning_jax.training.start import start_prompt
 
 NANO = open_model("nano")
 WORDS = open_vocabulary(None, "nano", NANO.config)

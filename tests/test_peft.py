@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import load_base
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, read_adapter, write_adapter
 from prompt_tuning_jax.t5.config import T5Config
@@ -341,8 +342,9 @@ def damage(folder, config=ENCODER_ONLY, weights=WHOLE_WEIGHTS):
 
 def refused(folder):
     """The one line that a user gets."""
-    with pytest.raises(ValueError, match="PROMPT_FILE") as error:
+    with pytest.raises(SettingError) as error:
         read_adapter(folder)
+    assert error.value.setting == "prompt_file"
     message = str(error.value)
     assert "\n" not in message
     assert str(folder) in message
@@ -494,7 +496,7 @@ def test_the_line_that_converts_pickled_weights_works(peft, tmp_path):
     folder.mkdir()
     damage(folder, WHOLE_TEXT, weights=None)
     torch.save({"prompt_embeddings": torch.tensor(BOTH_STACKS)}, folder / "adapter_model.bin")  # as PEFT saves it
-    command = refused(folder).split("convert it where torch is: ")[1].split(" (PROMPT_FILE stays")[0]
+    command = refused(folder).split("convert it where torch is: ")[1].split(" (`prompt` stays")[0]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(command, shell=True, check=True, timeout=120, env=os.environ | {"PATH": path})
     np.testing.assert_array_equal(read_adapter(folder), BOTH_STACKS[:LENGTH])

@@ -311,9 +311,9 @@ def test_an_earlier_answer_in_a_row_is_forgotten(predictor):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"input_length": 1}, "input_length is 1"),
         ({"prompt": "none such"}, "no prompt 'none such'; there are none"),
-        ({"decoding": Decoding("best")}, "decode is 'best'"),
-        ({"decoding": Decoding(beams=0)}, "beams is 0, expected 1 to 64"),
-        ({"decoding": Decoding(temperature=-1.0)}, "temperature is -1.0"),
+        ({"decoding": Decoding("best")}, "`decode` is 'best'"),
+        ({"decoding": Decoding(beams=0)}, "`beams` is 0, expected 1 to 64"),
+        ({"decoding": Decoding(temperature=-1.0)}, "`temperature` is -1.0"),
         ({"decoding": Decoding(labels=("a", "a"))}, "the labels 'a' and 'a' are the same tokens"),
     ],
 )

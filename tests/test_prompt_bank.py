@@ -63,7 +63,7 @@ def test_a_row_is_used_again_and_the_capacity_doubles():
 
 def test_a_prompt_of_another_base_is_refused():
     bank = PromptBank(WIDTH, fingerprint="aaaa")
-    with pytest.raises(ValueError, match=r"prompt x is \[2, 5\], but the base has d_model 4.*Set --base"):
+    with pytest.raises(ValueError, match=r"prompt x is \[2, 5\], but the base has d_model 4.*Set `where`"):
         bank.add("x", np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match="prompt x was trained on a base of fingerprint bbbb, this one is aaaa"):
         bank.add("x", prompt_of(2, 1), "bbbb")
@@ -114,7 +114,7 @@ def test_a_broken_file_leaves_the_others_and_its_own_earlier_prompt(folder):
     bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
     (folder / "broken.npy").write_bytes(b"\x93NUMPY")
     changes = prompts.sync(bank)
-    assert [*changes.broken] == ["broken"] and str(folder / "broken.npy") in changes.broken["broken"]
+    assert [*changes.broken] == ["broken"] and str(folder / "broken.npy") in str(changes.broken["broken"])
     assert [*bank] == ["npy", "official", "peft", "run", "t5x"]
 
     (folder / "npy.npy").write_bytes(b"half")
@@ -132,8 +132,8 @@ def test_a_summary_beside_a_prompt_checks_the_base(folder):
     (folder / "npy.json").write_text('{"base_fingerprint": "cccc"}')
     (folder / "run" / "summary.json").write_text("[1]")
     broken = prompts.sync(bank).broken
-    assert "fingerprint cccc, this one is aaaa" in broken["npy"]
-    assert "expected the summary.json of a run" in broken["run"]
+    assert "fingerprint cccc, this one is aaaa" in str(broken["npy"])
+    assert "expected the summary.json of a run" in str(broken["run"])
     (folder / "npy.json").write_text('{"base_fingerprint": "aaaa"}')
     changes = prompts.sync(bank)
     assert changes.added == ["npy"] and [*changes.broken] == ["run"]
@@ -150,9 +150,9 @@ def test_one_prompt_is_a_folder_of_one(folder, path, name):
     if path in ("npy.npy", "t5x"):
         assert [*bank] == [name]
     else:  # its run's summary is found either way
-        assert "fingerprint aaaa, this one is bbbb" in broken[name]
+        assert "fingerprint aaaa, this one is bbbb" in str(broken[name])
 
 
-def test_a_missing_folder_is_an_error_with_its_flag(tmp_path):
-    with pytest.raises(ValueError, match="no folder of prompts at .*nowhere: set --prompts"):
+def test_a_missing_folder_is_an_error_with_its_argument(tmp_path):
+    with pytest.raises(ValueError, match="no folder of prompts at .*nowhere: set `prompts` "):
         PromptFolder(tmp_path / "nowhere")

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.module import SoftPrompt, prepend_prompt
@@ -240,8 +241,9 @@ def test_a_checkpoint_without_a_prompt_is_refused(tmp_path):
 
 def refused(path):
     """The one line that a user gets."""
-    with pytest.raises(ValueError, match="PROMPT_FILE") as error:
+    with pytest.raises(SettingError) as error:
         read_prompt(path)
+    assert error.value.setting == "prompt_file"
     message = str(error.value)
     assert "\n" not in message
     assert str(path) in message

@@ -248,7 +248,7 @@ def test_one_folder_serves_a_mixture(tmp_path):
         (
             "dev.jsonl",
             lines([FLAT_LINES[0] | {"answers": []}]),
-            r"dev.jsonl, line 1, question 'a1': no answer; .*DATA_DIR",
+            r"dev.jsonl, line 1, question 'a1': no answer; .*`data_dir`",
         ),
         ("dev.jsonl", lines([FLAT_LINES[0] | {"question": " "}]), r"dev.jsonl, line 1, question 'a1': an empty"),
         ("dev.jsonl", lines([{"context": "c", "question": "q"}]), r"dev.jsonl, line 1, question 0: no field 'answer'"),
@@ -267,7 +267,7 @@ def test_what_is_wrong_is_named(tmp_path, name, text, message):
 
 
 def test_a_missing_file_is_named_as_the_benchmark_calls_it(tmp_path):
-    with pytest.raises(ValueError, match=r"no train-v1.1.json under DATA_DIR .*: set DATA_DIR"):
+    with pytest.raises(ValueError, match=r"no train-v1.1.json under `data_dir` .*: set `data_dir`"):
         texts("squad_v010_allanswers_examples", "train", tmp_path)
-    with pytest.raises(ValueError, match=r"no dev/RACE.jsonl under DATA_DIR .*: set DATA_DIR"):
+    with pytest.raises(ValueError, match=r"no dev/RACE.jsonl under `data_dir` .*: set `data_dir`"):
         texts("mrqa_race_v100_examples", "validation", tmp_path)

@@ -153,7 +153,7 @@ def test_prompts_are_read_out_of_checkpoints(data_dir: Path):
     same(found, np.load(runs / "legacy" / "numpy_checkpoints" / "checkpoint_9" / "encoder.prompt.prompt.prompt"))
     same(read_prompt(runs / "orbax" / "checkpoint_9"), by_tensorstore(runs / "orbax" / "checkpoint_9")[PROMPT])
     assert np.abs(found).max() > 0.1
-    refused(lambda: read_prompt(data_dir / "t5" / LAYOUTS["tiny"]), "no prompt among its parameters", "PROMPT_FILE")
+    refused(lambda: read_prompt(data_dir / "t5" / LAYOUTS["tiny"]), "no prompt among its parameters", "`prompt`")
 
 
 def test_a_folder_of_checkpoints_hints_at_the_last(data_dir: Path, tmp_path: Path):
@@ -259,9 +259,9 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 def both_refuse(folder: Path, name: str) -> None:
     """As a base, or as a prompt, by the array's name."""
     if name in IN_T5X:
-        refused(lambda: read_prompt(folder), name, "PROMPT_FILE")
+        refused(lambda: read_prompt(folder), name, "`prompt`")
     else:
-        refused(lambda: load_base(str(folder), TINY), name, "INITIAL_CHECKPOINT_PATH")
+        refused(lambda: load_base(str(folder), TINY), name, "`where`")
     refused(lambda: read_all(folder), name)
 
 
@@ -407,7 +407,7 @@ def test_a_damaged_array_is_named(copy: Path, layout: str, damage):
 @pytest.mark.parametrize("layout", ["legacy", "orbax"], indirect=True)
 def test_a_damaged_prompt_is_named(copy: Path, layout: str, damage):
     damage(access(layout, copy, PROMPT))
-    refused(lambda: read_prompt(copy), PROMPT, "PROMPT_FILE")
+    refused(lambda: read_prompt(copy), PROMPT, "`prompt`")
 
 
 @pytest.mark.parametrize("damage", [a_truncated_chunk, a_lost_chunk, a_lost_array, another_shape])
@@ -472,10 +472,10 @@ def test_each_truncated_file_of_a_database_is_found(checkpoint: Path, copy: Path
 @pytest.mark.parametrize("layout", ["orbax"], indirect=True)
 def test_a_database_without_its_manifest_or_metadata(copy: Path):
     (copy / "state" / "manifest.ocdbt").rename(copy / "manifest")
-    refused(lambda: load_base(str(copy), TINY), "decoder/decoder_norm/scale", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: load_base(str(copy), TINY), "decoder/decoder_norm/scale", "`where`")
     (copy / "manifest").rename(copy / "state" / "manifest.ocdbt")
     (copy / "state" / "_METADATA").unlink()
-    refused(lambda: load_base(str(copy), TINY), "state/_METADATA names no parameters", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: load_base(str(copy), TINY), "state/_METADATA names no parameters", "`where`")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
@@ -483,7 +483,7 @@ def test_a_database_without_its_manifest_or_metadata(copy: Path):
 def test_a_truncated_index_is_refused(copy: Path, keep: int):
     index = copy / INDEX
     index.write_bytes(index.read_bytes()[:keep])
-    refused(lambda: open_model(str(copy)), "index of a T5X checkpoint", "INITIAL_CHECKPOINT_PATH")
+    refused(lambda: open_model(str(copy)), "index of a T5X checkpoint", "`where`")
 
 
 @pytest.mark.parametrize("layout", ["legacy"], indirect=True)
@@ -679,11 +679,11 @@ def test_absent_urls_are_one_line_at_once(buckets: Path, tmp_path: Path):
     model, bucket, prompt, name, scheme = lines[::2]
     assert model.startswith("gs://bucket/absent/checkpoint_9 is no base model")
     assert bucket.startswith("gs://no-such-bucket/tiny/checkpoint_9 ")
-    assert prompt.startswith("gs://bucket/absent/checkpoint_9 is no T5X checkpoint") and "PROMPT_FILE" in prompt
+    assert prompt.startswith("gs://bucket/absent/checkpoint_9 is no T5X checkpoint") and "`prompt`" in prompt
     assert name.startswith("gs://B/x cannot be opened")
     assert scheme.startswith("nowhere://bucket/x cannot be opened")
     for line in (model, bucket, name, scheme):
-        assert "INITIAL_CHECKPOINT_PATH" in line
+        assert "`where`" in line
     assert max(map(float, lines[1::2])) < 10
 
 
@@ -699,5 +699,5 @@ def test_a_storage_that_fails_is_given_up(buckets: Path, tmp_path: Path, unavail
     """
     with storage(buckets, unavailable) as (url, _):
         message, seconds = in_a_process(url, code, tmp_path).splitlines()
-    assert "cannot be" in message and "INITIAL_CHECKPOINT_PATH" in message, message
+    assert "cannot be" in message and "`where`" in message, message
     assert float(seconds) < 20

@@ -23,6 +23,7 @@ from fixtures.models import prompted, random_model, random_tokens, tree  # noqa:
 from flax.core import freeze, unfreeze  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from prompt_tuning_jax.training.start import start_prompt  # noqa: E402
 from t5x import decoding, models, partitioning, train_state, trainer, utils  # noqa: E402
 from t5x.examples.t5 import network as t5x_network  # noqa: E402
 from tensorflow.io import gfile  # noqa: E402
@@ -41,7 +42,6 @@ from prompt_tuning_jax.t5x_host.optimizers import prompt_only  # noqa: E402
 from prompt_tuning_jax.t5x_host.partitioning import prompt_axis_rules  # noqa: E402
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary  # noqa: E402
 from prompt_tuning_jax.training.optimizer import adafactor  # noqa: E402
-from prompt_tuning_jax.training.start import start_prompt  # noqa: E402
 from prompt_tuning_jax.training.step import (  # noqa: E402
     PROMPT,
     TrainState,

@@ -380,7 +380,7 @@ def test_a_pronoun_that_is_not_in_its_text_is_named(tiny, tmp_path):
     line = SUPER_GLUE_LINES["wsc_simple_eval"][1]
     write(tmp_path, "WSC/val.jsonl", json.dumps(line | {"target": SPANS | {"span2_text": "she"}}))
     request = TaskRequest("super_glue_wsc_v102_simple_eval", str(tiny.vocabulary), LENGTHS, str(tmp_path))
-    with pytest.raises(ValueError, match="^WSC: no 'she' in 'Mark told Pete lies. He lied'; set DATA_DIR to a sound"):
+    with pytest.raises(ValueError, match="^WSC: no 'she' in 'Mark told Pete lies. He lied'; set `data_dir` to a sound"):
         build_split(request, "validation", tmp_path / "cache" / "validation")
 
 
@@ -687,7 +687,7 @@ def test_a_vocabularys_fingerprint_is_its_contents(tiny, tmp_path):
     shutil.copy(tiny.vocabulary, path)
     assert Vocabulary(path).fingerprint == Vocabulary(tiny.vocabulary).fingerprint
     path.write_bytes(tiny.vocabulary.read_bytes() + b"\x00")
-    with pytest.raises(ValueError, match=f"{path} is not a SentencePiece model: set VOCABULARY"):
+    with pytest.raises(ValueError, match=f"{path} is not a SentencePiece model: set `vocabulary`"):
         Vocabulary(path)
 
 

@@ -145,8 +145,8 @@ def test_another_split_and_vocabulary(run, data_dir):
         (["show", "demo_reviews", "--vocabulary=absent"], "no vocabulary at absent (No such file or directory)"),
         (["show", "demo_reviews", "--rows=x"], "argument --rows: invalid int value: 'x'; see python -m"),
         (["show", "demo_reviews", "--inputs_length=0"], "--inputs_length and --targets_length must be at least 1"),
-        (["show", "glue_sst2_v200", "--data_dir=absent"], "no SST-2/train.tsv under DATA_DIR absent: set DATA_DIR"),
-        (["--module=absent"], "no module absent: set MIXTURE_OR_TASK_MODULE to one that Python finds"),
+        (["show", "glue_sst2_v200", "--data_dir=absent"], "no SST-2/train.tsv under --data_dir absent: set --data_dir"),
+        (["--module=absent"], "no module absent: set --module to one that Python finds"),
         (["--what"], "unrecognized arguments: --what; see python -m prompt_tuning_jax.tasks --help"),
     ],
 )

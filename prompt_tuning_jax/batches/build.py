@@ -8,6 +8,7 @@ Exit code 2 and one line on stderr is the user's error; what it does is said on 
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from prompt_tuning_jax.batches.cache import (
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.batches.lock import lock
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import find, makes_lengths, with_vocabulary
 
@@ -85,11 +87,13 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _NO_ROOM:
-            raise ValueError(
-                f"no room for the cache {folder} ({reason}): free some, or set CACHE_DIR to a disk that has it"
+            raise SettingError(
+                f"no room for the cache {folder} ({reason}): free some, or set ",
+                Setting("cache_dir"),
+                " to a disk that has it",
             ) from None
-        raise ValueError(
-            f"cannot write to {folder} ({reason}): set CACHE_DIR to a folder that can be written"
+        raise SettingError(
+            f"cannot write to {folder} ({reason}): set ", Setting("cache_dir"), " to a folder that can be written"
         ) from None
 
 
@@ -134,7 +138,10 @@ def _note(event: str, arguments: tuple) -> None:
         _opened.add(str(arguments[0]))
 
 
-sys.addaudithook(_note)
+@functools.cache
+def _watch_opens() -> None:
+    """Has `_note` called from now on, in this process, which is for this alone: a hook cannot be taken off again."""
+    sys.addaudithook(_note)
 
 
 @contextlib.contextmanager
@@ -153,6 +160,7 @@ def _files_read(request: TaskRequest, cache: Path) -> Iterator[Callable[[], dict
         theirs = {path for path in paths if any(Path(path).is_relative_to(top) for top in folders)}
         return {path: file_state(path) for path in sorted(theirs)}
 
+    _watch_opens()
     _opened = set()
     try:
         yield read
@@ -176,7 +184,9 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
         return {provider.name: Held(1.0, tuple(provider.splits))}
     except Exception as error:  # a rate or the splits may be asked of TFDS, which raises what its own libraries do
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the rates and splits of {request.name} cannot be told ({reason}): set DATA_DIR") from error
+        raise SettingError(
+            f"the rates and splits of {request.name} cannot be told ({reason}): set ", Setting("data_dir")
+        ) from error
 
 
 def _check_features(task: seqio.Task) -> None:
@@ -185,9 +195,10 @@ def _check_features(task: seqio.Task) -> None:
         feature = task.output_features.get(name)
         if feature is None or feature.rank != 1 or not feature.dtype.is_integer:
             found = f"{feature.dtype.name} of rank {feature.rank}" if feature else "absent"
-            raise ValueError(
-                f"the {name} of {task.name} are {found}, expected token ids (integers of rank 1): set "
-                "MIXTURE_OR_TASK_NAME to another task"
+            raise SettingError(
+                f"the {name} of {task.name} are {found}, expected token ids (integers of rank 1): set ",
+                Setting("mixture_or_task_name"),
+                " to another task",
             )
 
 
@@ -199,7 +210,9 @@ def find_task(request: TaskRequest) -> seqio.Task:
     """
     task = find(request.name, request.modules)
     if isinstance(task, seqio.Mixture):
-        raise ValueError(f"{task.name} is a mixture of tasks: set MIXTURE_OR_TASK_NAME to one of them")
+        raise SettingError(
+            f"{task.name} is a mixture of tasks: set ", Setting("mixture_or_task_name"), " to one of them"
+        )
     return with_vocabulary(task, request.vocabulary)
 
 

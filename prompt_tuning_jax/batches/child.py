@@ -10,6 +10,8 @@ import threading
 import weakref
 from typing import IO, Any
 
+from prompt_tuning_jax.errors import Setting, SettingError
+
 
 class Child:
     """`python -m MODULE ORDER`. What it writes to stderr is kept, and becomes our error.
@@ -47,7 +49,7 @@ class Child:
         """Waits for its end.
 
         Raises:
-          ValueError: the one line of a user's error.
+          ValueError: the user's error that the child ended with, its settings kept.
           ChildProcessError: it was killed.
           RuntimeError: it failed otherwise; with its traceback.
         """
@@ -58,7 +60,7 @@ class Child:
         finally:
             self.close()
         if code == 2 and text:
-            raise ValueError(text.splitlines()[-1])
+            raise _error_in(text.splitlines()[-1])
         if code < 0:
             name, last = signal.Signals(-code).name, f" ({text.splitlines()[-1]})" if text else ""
             raise ChildProcessError(
@@ -88,6 +90,22 @@ def end_with_parent() -> None:
 
 
 def user_errors(error: ValueError) -> None:
-    """In the child: one line on stderr, and exit code 2."""
-    print(" ".join(str(error).split()), file=sys.stderr)
+    """In the child: writes a user's error as one line on stderr, and exits with code 2.
+
+    The line is the message; of a `SettingError` it is the parts in JSON, {"setting_error": [TEXT, {"setting": NAME}]}.
+    """
+    line = " ".join(str(error).split())
+    if isinstance(error, SettingError):
+        parts = [{"setting": str(part)} if isinstance(part, Setting) else part for part in error.parts]
+        line = json.dumps({"setting_error": parts})
+    print(line, file=sys.stderr)
     sys.exit(2)
+
+
+def _error_in(line: str) -> ValueError:
+    """Returns the error that `user_errors` wrote."""
+    try:
+        parts = json.loads(line)["setting_error"]
+        return SettingError(*(Setting(part["setting"]) if isinstance(part, dict) else part for part in parts))
+    except (ValueError, KeyError, TypeError):
+        return ValueError(line)

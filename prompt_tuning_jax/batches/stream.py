@@ -18,6 +18,7 @@ from prompt_tuning_jax.batches.build import find_task, held_tasks
 from prompt_tuning_jax.batches.cache import TaskRequest, with_split
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
 from prompt_tuning_jax.batches.mixing import Mixing
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import makes_lengths
 
@@ -58,7 +59,9 @@ def _examples(request: TaskRequest, split: str, seed: int, skip: int) -> Iterato
                 ends = batch[name].row_splits.numpy()[1:-1]
                 columns.append(np.split(batch[name].flat_values.numpy().astype(np.int32), ends))
             yield from zip(*columns, strict=True)
-    raise ValueError(f"{split} of {request.name} has no examples: set TRAIN_SPLIT to a split with rows")
+    raise SettingError(
+        f"{split} of {request.name} has no examples: set ", Setting("train_split"), " to a split with rows"
+    )
 
 
 def write(examples: Iterator[Tokens], pipe: io.BufferedIOBase) -> None:

@@ -20,12 +20,14 @@ from jaxtyping import Array, UInt32
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
 from prompt_tuning_jax.arrays.t5x import INDEX, METADATA, STATE, is_t5x, open_t5x
 from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
 
+MODEL_SETTING = Setting("initial_checkpoint_path")
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 
 TRIM_EVERY = 32 * 2**20  # bytes read
@@ -77,8 +79,8 @@ def resolve(path: str) -> str:
         return path
     folder = EMBEDDED.get(path, Path(path))
     if not folder.is_dir():
-        raise ValueError(
-            f"no base model at {path}; expected a folder or one of {', '.join(EMBEDDED)}: set INITIAL_CHECKPOINT_PATH"
+        raise SettingError(
+            f"no base model at {path}; expected a folder or one of {', '.join(EMBEDDED)}: set ", MODEL_SETTING
         )
     return os.path.abspath(folder)
 
@@ -102,18 +104,18 @@ def open_model(path: str) -> StoredModel:
             arrays = open_t5x(location)
             base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
             return StoredModel(location, t5x.infer_config(base), arrays)
-    raise ValueError(
+    raise SettingError(
         f"{location} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {INDEX} or "
-        f"{STATE}{METADATA} (T5X){_nearby(location)}: set INITIAL_CHECKPOINT_PATH"
+        f"{STATE}{METADATA} (T5X){_nearby(location)}: set ",
+        MODEL_SETTING,
     )
 
 
 def check_base_dtype(dtype: Any) -> None:
     """Raises ValueError where a base cannot be held in `dtype`."""
     if dtype not in ("auto", None, "float32", "bfloat16", "int8", jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"BASE_DTYPE is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
-        )
+        expected = "'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
+        raise SettingError(Setting("base_dtype"), f" is {dtype!r}, expected {expected}")
 
 
 def auto_dtype(*, only_read: bool = True) -> str | None:
@@ -205,11 +207,11 @@ def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says which macro names the files that are not as they should be."""
+    """Says which setting names the files that are not as they should be."""
     try:
         yield
     except ArrayError as error:
-        raise ValueError(f"{error}: set INITIAL_CHECKPOINT_PATH to a whole checkpoint") from None
+        raise SettingError(f"{error}: set ", MODEL_SETTING, " to a whole checkpoint") from None
 
 
 def _nearby(location: str) -> str:
@@ -253,18 +255,19 @@ def check_size(
         if getattr(found, f) != getattr(expected, f)
     ]
     if odd:
-        raise ValueError(
-            f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, "
-            "or set INITIAL_CHECKPOINT_PATH"
+        raise SettingError(
+            f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, or set ",
+            MODEL_SETTING,
         )
 
 
 def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
     """Raises ValueError where the vocabulary cannot be the model's: its ids fill the table's rows but for padding."""
     if not vocabulary.size <= config.vocab_size < vocabulary.size + 1024:
-        raise ValueError(
+        raise SettingError(
             f"vocabulary {vocabulary.path} has {vocabulary.size} ids, the model {config.vocab_size} rows: they do not "
-            "belong together. Use the models/*.gin of the base's size, or set VOCABULARY"
+            "belong together. Use the models/*.gin of the base's size, or set ",
+            Setting("vocabulary"),
         )
 
 
@@ -276,9 +279,10 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
     """
     path = path or default_vocabulary(base)
     if path is None:
-        raise ValueError(
-            f"no vocabulary beside the base {base}: set VOCABULARY to its SentencePiece .model file, or to {BYTES!r} "
-            "for ByT5"
+        raise SettingError(
+            f"no vocabulary beside the base {base}: set ",
+            Setting("vocabulary"),
+            f" to its SentencePiece .model file, or to {BYTES!r} for ByT5",
         )
     vocabulary = Vocabulary(path)
     check_vocabulary(vocabulary, config)
@@ -297,7 +301,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: 
     ]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{where} does not fit the model: {'; '.join(odd[:3])}{more}: set INITIAL_CHECKPOINT_PATH")
+        raise SettingError(f"{where} does not fit the model: {'; '.join(odd[:3])}{more}: set ", MODEL_SETTING)
 
 
 def _checksum(array: Array) -> UInt32[Array, "2"]:

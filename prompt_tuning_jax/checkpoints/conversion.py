@@ -14,10 +14,12 @@ from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, check_shapes, check_vocabulary, default_vocabulary, open_model
+from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
 from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
 
+TARGET = Setting("target")
 MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft", "t5x")
 
 
@@ -40,16 +42,19 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
       ValueError: `source` cannot be read or is not of the kind that `to` is for, or `target` is there already.
     """
     if os.path.lexists(target):
-        raise ValueError(f"{target} is there already: set TARGET to a new path, or delete it")
+        raise SettingError(f"{target} is there already: set ", TARGET, " to a new path, or delete it")
     prompt = is_prompt(source) or (to not in MODEL_FORMATS and not _is_model_alone(source))
     if to not in (PROMPT_FORMATS if prompt else MODEL_FORMATS):
         kind, formats = ("prompt", PROMPT_FORMATS) if prompt else ("model", MODEL_FORMATS)
-        raise ValueError(f"{source} is a {kind}, which cannot become {to!r}: set --to={'|'.join(formats)}")
+        raise SettingError(
+            f"{source} is a {kind}, which cannot become {to!r}: set ", Setting("to"), f"={'|'.join(formats)}"
+        )
     parents = [parent for parent in Path(target).absolute().parents if not parent.exists()]
     try:
-        if prompt:
-            return _convert_prompt(source, target, to, base)
-        return _convert_model(source, target, to, vocabulary)
+        with renamed(initial_checkpoint_path="source", prompt_file="source"):
+            if prompt:
+                return _convert_prompt(source, target, to, base)
+            return _convert_model(source, target, to, vocabulary)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(f"{target}.partial")
@@ -57,10 +62,10 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, ArrayError):
-            raise ValueError(f"{error}: set SOURCE to a whole one") from None
+            raise SettingError(f"{error}: set ", Setting("source"), " to a whole one") from None
         if isinstance(error, OSError):
             why = error.strerror or first_line(error)
-            raise ValueError(f"{target} cannot be written ({why}): set TARGET to a place with room") from None
+            raise SettingError(f"{target} cannot be written ({why}): set ", TARGET, " to a place with room") from None
         raise
 
 
@@ -79,14 +84,13 @@ def _is_model_alone(source: str) -> bool:
 def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
     prompt = read_prompt(source)
     if base is not None and (base in EMBEDDED or Path(base).exists()):
-        try:
+        with renamed(initial_checkpoint_path="base"):
             config = open_model(base).config
-        except ValueError as error:
-            raise ValueError(str(error).replace("INITIAL_CHECKPOINT_PATH", "--base")) from None
         if config is not None and config.emb_dim != prompt.shape[1]:
-            raise ValueError(
-                f"{source} is {list(prompt.shape)}, but {base} has d_model {config.emb_dim}: set --base to the base "
-                "it was trained on"
+            raise SettingError(
+                f"{source} is {list(prompt.shape)}, but {base} has d_model {config.emb_dim}: set ",
+                Setting("base"),
+                " to the base it was trained on",
             )
     if to == "peft":
         write_adapter(target, prompt, base)
@@ -101,8 +105,10 @@ def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
 def _convert_model(source: str, target: str, to: str, vocabulary: str | None) -> str:
     model = open_model(source)
     if model.config is None:
-        raise ValueError(
-            f"{source} lacks so many arrays that its size cannot be told: set SOURCE to a whole checkpoint"
+        raise SettingError(
+            f"{source} lacks so many arrays that its size cannot be told: set ",
+            Setting("source"),
+            " to a whole checkpoint",
         )
     base = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     check_shapes({name: array.shape for name, array in base.items()}, model.config, source)
@@ -113,7 +119,9 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     total = sum(array.nbytes for array in arrays.values())
     disk = next(parent for parent in Path(target).absolute().parents if parent.exists())
     if total > (free := shutil.disk_usage(disk).free):
-        raise ValueError(f"{target} takes {total:,} bytes, and {disk} has {free:,}: set TARGET to a place with room")
+        raise SettingError(
+            f"{target} takes {total:,} bytes, and {disk} has {free:,}: set ", TARGET, " to a place with room"
+        )
     with tqdm(total=total, disable=None, unit="B", unit_scale=True) as bar:
         watched = {name: _watched(array, bar) for name, array in arrays.items()}
         if to == "huggingface":

@@ -3,14 +3,20 @@
 Orbax is slow to import, and whoever neither reads nor writes a state does without.
 """
 
+import contextlib
 import functools
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from prompt_tuning_jax.errors import Setting, SettingError
 
 
 class StateStore:
@@ -55,13 +61,16 @@ class StateStore:
         import orbax.checkpoint as ocp
 
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        _hush_closed_loops()
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            with _closed_loops_hushed():
+                return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
-            raise ValueError(
-                f"checkpoint {step} in MODEL_DIR cannot be restored ({str(error).splitlines()[0][:200]}): "
-                "delete that step's folder, or set another MODEL_DIR"
+            folder = Setting("model_dir")
+            raise SettingError(
+                f"checkpoint {step} in ",
+                folder,
+                f" cannot be restored ({str(error).splitlines()[0][:200]}): delete that step's folder, or set another ",
+                folder,
             ) from None
 
     def wait(self) -> None:
@@ -75,12 +84,28 @@ class StateStore:
             self._manager.close()
 
 
-def _hush_closed_loops() -> None:
-    """Orbax leaves a failed restore's other reads running; each would print that its event loop is closed."""
-    show = sys.unraisablehook  # which tensorstore's threads print through
+_RESTORING = threading.Lock()
+LATE_READS = 0.5  # seconds that the other reads of a failed restore are given to end
 
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            show(unraisable)
 
-    sys.unraisablehook = hook
+@contextlib.contextmanager
+def _closed_loops_hushed() -> Iterator[None]:
+    """Hides that Orbax leaves a failed restore's other reads running: each would print that its event loop is closed.
+
+    tensorstore's threads print it through `sys.unraisablehook`, which is as it was when this context ends.
+    """
+    with _RESTORING:  # one thread at a time, so that each puts back what it found
+        show = sys.unraisablehook
+
+        def hook(unraisable: Any) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":
+                show(unraisable)
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        except BaseException:
+            time.sleep(LATE_READS)
+            raise
+        finally:
+            sys.unraisablehook = show

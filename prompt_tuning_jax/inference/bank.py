@@ -1,6 +1,5 @@
 """The prompts of one base, by name, in one array: each row of a batch picks its own (figure 2)."""
 
-import difflib
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 
 BASE_ALONE = 0  # the row of a prompt without positions
 MAX_NAME = 255  # characters: no file's name is longer
@@ -83,10 +84,8 @@ class PromptBank:
         row = self._rows.get(name)
         if row is None:
             names = list(self)  # a copy: another thread may be changing the bank
-            near = difflib.get_close_matches(name[:MAX_NAME], names, n=3)
-            few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {few}" if few else "there are none"
-            raise ValueError(f"no prompt {name[:MAX_NAME]!r}{'...' if len(name) > MAX_NAME else ''}; {hint}")
+            short = name[:MAX_NAME]
+            raise ValueError(f"no prompt {short!r}{'...' if short != name else ''}; {near_misses(short, names)}")
         return row
 
     def add(self, name: str, prompt: Float[np.ndarray, "P D"], fingerprint: str | None = None) -> None:
@@ -100,14 +99,18 @@ class PromptBank:
         """
         values, lengths = self.prompts
         if prompt.shape[1] != values.shape[2]:
-            raise ValueError(
+            raise SettingError(
                 f"prompt {name} is [{prompt.shape[0]}, {prompt.shape[1]}], but the base has d_model "
-                f"{values.shape[2]}: it was trained on another model size. Set --base to the base it was trained on"
+                f"{values.shape[2]}: it was trained on another model size. Set ",
+                Setting("initial_checkpoint_path"),
+                " to the base it was trained on",
             )
         if fingerprint and self._fingerprint and fingerprint != self._fingerprint:
-            raise ValueError(
+            raise SettingError(
                 f"prompt {name} was trained on a base of fingerprint {fingerprint}, this one is {self._fingerprint}: "
-                "set --base to the base it was trained on"
+                "set ",
+                Setting("initial_checkpoint_path"),
+                " to the base it was trained on",
             )
         row = self._rows.get(name) or (self._free.pop() if self._free else len(values))
         rows, length = values.shape[:2]

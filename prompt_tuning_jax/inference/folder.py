@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.t5x import is_t5x
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt
@@ -41,18 +42,18 @@ class Entry(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a look at the folder has changed in the bank, by name; of broken ones the message, as long as they are."""
+    """What a look at the folder has changed in the bank, by name; broken prompts are in all changes while they are."""
 
     added: list[str]
     removed: list[str]
-    broken: dict[str, str]
+    broken: dict[str, Exception]
 
 
 class PromptFolder:
     """Fills a bank, and says what has changed since.
 
     Attributes:
-      broken: the messages of the prompts that cannot be had, by name, as of the last `sync`.
+      broken: why each prompt that cannot be had cannot, by name, as of the last `sync`.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,9 +64,11 @@ class PromptFolder:
         """
         self.path = Path(path)
         if not self.path.exists():
-            raise ValueError(f"no folder of prompts at {path}: set --prompts to a folder of them, or to one prompt")
+            raise SettingError(
+                f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
+            )
         self._seen: dict[str, tuple] = {}
-        self.broken: dict[str, str] = {}
+        self.broken: dict[str, Exception] = {}
 
     @property
     def single(self) -> str | None:
@@ -98,7 +101,7 @@ class PromptFolder:
             try:
                 bank.add(name, *read_entry(entry))
             except (ValueError, OSError) as error:
-                self.broken[name] = str(error).replace("PROMPT_FILE", "--prompts")  # no macro named this file
+                self.broken[name] = error
             else:
                 self.broken.pop(name, None)
                 added.append(name)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 
 
@@ -18,9 +19,13 @@ def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, s
     for label in labels:
         text = vocabulary.written(label)
         if text in written:
-            raise ValueError(
+            raise SettingError(
                 f"the labels {written[text]!r} and {label!r} are both {text!r} in the vocabulary {vocabulary.path}: "
-                "set INITIAL_CHECKPOINT_PATH or VOCABULARY to one that tells them apart"
+                "set ",
+                Setting("initial_checkpoint_path"),
+                " or ",
+                Setting("vocabulary"),
+                " to one that tells them apart",
             )
         written[text] = label
     return written

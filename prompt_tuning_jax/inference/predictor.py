@@ -207,7 +207,7 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
         bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(folder.entries()), 1))
         changes = folder.sync(bank)
         if folder.single and changes.broken:
-            raise ValueError(changes.broken[folder.single])
+            raise changes.broken[folder.single]
         return bank, folder.single
     named: Mapping[str, Any] = prompts or {}
     if not isinstance(named, Mapping):

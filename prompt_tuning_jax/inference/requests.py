@@ -1,16 +1,16 @@
 """From a user's row to what a program needs, and what of a row is not as it should be."""
 
 import dataclasses
-import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.inference.labels import label_table
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary, trim
 
@@ -82,12 +82,13 @@ class Reader:
         self._choices = functools.lru_cache(maxsize=1024)(lambda labels: _choices(labels, vocabulary))
         self._decoding = decoding
         if not _is_int(decoding.beams) or not 1 <= decoding.beams <= 64:
-            raise ValueError(f"beams is {shown(decoding.beams)}, expected 1 to 64")
+            raise SettingError(Setting("beams"), f" is {shown(decoding.beams)}, expected 1 to 64")
         sound = {"inputs": "a", "prompt": None}
-        self.request(sound | {"decode": "sample"} | {name: getattr(decoding, name) for name in SAMPLING})
-        self.request(sound | {"decode": decoding.decode})
+        sampling = {name: getattr(decoding, name) for name in SAMPLING}
+        self._request(sound | {"decode": "sample"} | sampling, 0, Setting)
+        self._request(sound | {"decode": decoding.decode}, 0, Setting)
         if decoding.labels is not None:
-            self.request(sound | {"labels": decoding.labels})
+            self._request(sound | {"labels": decoding.labels}, 0, Setting)
 
     def request(self, row: Any, number: int = 0) -> Request:
         """The request of a row.
@@ -101,6 +102,10 @@ class Reader:
         Raises:
           ValueError: it is none; the message says which field is wrong.
         """
+        return self._request(row, number, str)
+
+    def _request(self, row: Any, number: int, field: Callable[[str], str]) -> Request:
+        """`request`; `field` makes a part of a message of a field's name: a `Setting`, if it is a default's."""
         if not isinstance(row, Mapping):
             raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
         prompt = row.get("prompt", self._prompt)
@@ -116,20 +121,19 @@ class Reader:
             return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
         method = row.get("decode", self._decoding.decode)
         if method not in METHODS:
-            raise ValueError(f"decode is {shown(method)}, expected {' or '.join(METHODS)}")
+            raise SettingError(field("decode"), f" is {shown(method)}, expected {' or '.join(METHODS)}")
         if method != "sample":
             _nothing_of(sampled, row, f'decode "{method}"')
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
             values["seed"] = (values["seed"] + number) % 2**32
-        return Request(prompt, inputs, cut, method, (), None, *_sampling(values))
+        return Request(prompt, inputs, cut, method, (), None, *_sampling(values, field))
 
     def _inputs(self, row: Mapping[str, Any]) -> tuple[Int[np.ndarray, " T"], bool]:
         text = row.get("inputs")
         if not isinstance(text, str):
-            near = difflib.get_close_matches("inputs", [*map(str, row)], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near and text is None else ""
-            raise ValueError(f"inputs is {shown(text)}, expected a text{hint}")
+            hint = near_misses("inputs", map(str, row), shown=repr, otherwise="") if text is None else ""
+            raise ValueError(f"inputs is {shown(text)}, expected a text{hint and '; '}{hint}")
         if not text.strip():
             raise ValueError("inputs is empty, expected a text")
         ids = np.array([*self._vocabulary.encode(_sound(text, "inputs")), EOS], np.int32)
@@ -161,16 +165,16 @@ def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "
     return table
 
 
-def _sampling(values: Mapping[str, Any]) -> tuple[float, int, float, int]:
+def _sampling(values: Mapping[str, Any], field: Callable[[str], str]) -> tuple[float, int, float, int]:
     temperature, top_k, top_p, seed = (values[name] for name in SAMPLING)
     if not _is_number(temperature) or not 0 <= temperature <= 100:
-        raise ValueError(f"temperature is {shown(temperature)}, expected 0 to 100")
+        raise SettingError(field("temperature"), f" is {shown(temperature)}, expected 0 to 100")
     if not _is_int(top_k) or not 0 <= top_k < 2**31:
-        raise ValueError(f"top_k is {shown(top_k)}, expected a number of tokens, or 0 for all")
+        raise SettingError(field("top_k"), f" is {shown(top_k)}, expected a number of tokens, or 0 for all")
     if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {shown(top_p)}, expected above 0, to 1 for all")
+        raise SettingError(field("top_p"), f" is {shown(top_p)}, expected above 0, to 1 for all")
     if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {shown(seed)}, expected 0 to {2**32 - 1}")
+        raise SettingError(field("seed"), f" is {shown(seed)}, expected 0 to {2**32 - 1}")
     return float(temperature), top_k, float(top_p), seed
 
 

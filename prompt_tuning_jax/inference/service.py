@@ -70,6 +70,7 @@ class Service:
         *,
         wait: float = 0.003,
         poll: float = 1.0,
+        text: Callable[[Exception], str] = str,
     ):
         """Loads nothing yet.
 
@@ -78,9 +79,11 @@ class Service:
           base: its path, to tell.
           wait: seconds that a batch waits for more rows while the model has nothing to do.
           poll: seconds between looks at the folder.
+          text: returns an error's message, with settings written as whoever starts the service calls them.
         """
         self.model = ModelThread()
         self._load, self._base, self._limits, self._wait, self._poll = load, base, limits or Limits(), wait, poll
+        self._text = text
         self._reader = ThreadPoolExecutor(1, "reader")  # JSON and tokens: a large request must not hold the loop up
         self._predictor: Predictor | None = None
         self._batcher: Batcher | None = None
@@ -224,7 +227,10 @@ class Service:
     def _refresh(self, predictor: Predictor, folder: PromptFolder) -> Changes:
         """Brings the bank up to the folder; on the model's thread."""
         changes = folder.sync(predictor.bank)
-        self._prompts = {"prompts": predictor.bank.lengths, "broken": changes.broken}
+        self._prompts = {
+            "prompts": predictor.bank.lengths,
+            "broken": {name: self._text(error) for name, error in changes.broken.items()},
+        }
         return changes
 
     async def _keep_up(self, predictor: Predictor, folder: PromptFolder) -> None:
@@ -242,11 +248,11 @@ class Service:
                 for what, names in (("added", changes.added), ("removed", changes.removed)):
                     if names:
                         print(f"prompts {what}: {', '.join(names)}", file=sys.stderr)
-                for name, message in changes.broken.items():
+                for name, message in self._prompts["broken"].items():
                     if before["broken"].get(name) != message:
                         print(f"prompt {name} is left out: {message}", file=sys.stderr)
             except Exception as error:
-                self._prompts = before | {"folder": " ".join(f"{error or type(error).__name__}".split())}
+                self._prompts = before | {"folder": " ".join((self._text(error) or type(error).__name__).split())}
                 if self._prompts != before:
                     print(f"prompts: {self._prompts['folder']}", file=sys.stderr)
 

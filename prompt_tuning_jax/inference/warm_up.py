@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prompt_tuning_jax.errors import prefixed
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import RANK, Request
 
@@ -25,7 +26,7 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
         try:
             request = predictor.request({**row, "prompt": None} if isinstance(row, Mapping) else row)
         except ValueError as error:
-            raise ValueError(f"row {number + 1} to warm up with: {error}") from None
+            raise prefixed(f"row {number + 1} to warm up with: ", error) from None
         kinds.setdefault((request.method, predictor.bucket(request)), request)
         if request.choices is not None:
             labels.setdefault(max(request.choices.shape[1] - 1, 0).bit_length(), request)

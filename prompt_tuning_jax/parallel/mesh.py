@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from prompt_tuning_jax.errors import Setting, SettingError
+
 AXES = ("data", "fsdp", "model")
 
 # A mesh axis divides one axis of an array: where two name it, the rule that stands first has it. An activation
@@ -53,24 +55,26 @@ def mesh_shape(asked: Mapping[str, int] | None, num_partitions: int | None, devi
     Raises:
       ValueError: there is no such mesh of so many devices.
     """
-    sizes = dict(asked or {})
+    sizes, mesh, partitions = dict(asked or {}), Setting("mesh"), Setting("num_partitions")
     odd = [name for name in sizes if name not in AXES]
     if odd:
-        raise ValueError(f"MESH names an axis {odd[0]!r}, expected some of {', '.join(AXES)}: set MESH={{'model': 2}}")
+        expected = f"expected some of {', '.join(AXES)}: set "
+        raise SettingError(mesh, f" names an axis {odd[0]!r}, {expected}", mesh, "={'model': 2}")
     if num_partitions is not None and sizes.setdefault("model", num_partitions) != num_partitions:
-        raise ValueError(
-            f"MESH has a model axis of {sizes['model']}, NUM_PARTITIONS is {num_partitions}: set one of them"
-        )
+        found = f" has a model axis of {sizes['model']}, "
+        raise SettingError(mesh, found, partitions, f" is {num_partitions}: set one of them")
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            where = "NUM_PARTITIONS" if not asked else f"MESH's {name}"
-            raise ValueError(f"{where} is {size!r}, expected a number of devices, at least 1")
+            where = (mesh, f"'s {name}") if asked else (partitions,)
+            raise SettingError(*where, f" is {size!r}, expected a number of devices, at least 1")
     taken = math.prod(sizes.values())
     if devices % taken or ("data" in sizes and taken != devices):
-        said = "MESH" if asked else "NUM_PARTITIONS"
-        raise ValueError(
-            f"{said} is for {'' if 'data' in sizes else 'a multiple of '}{taken} devices and there are {devices}: "
-            f"set {said} to sizes that multiply to {devices}"
+        said = mesh if asked else partitions
+        raise SettingError(
+            said,
+            f" is for {'' if 'data' in sizes else 'a multiple of '}{taken} devices and there are {devices}: set ",
+            said,
+            f" to sizes that multiply to {devices}",
         )
     return MeshShape(**({"data": devices // taken} | sizes))
 
@@ -87,8 +91,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     found = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     own = len(found) // len({device.process_index for device in found})
     if shape.model % own and own % shape.model:
-        raise ValueError(
-            f"a model axis of {shape.model} does not fit processes of {own} devices each: set NUM_PARTITIONS to a "
-            f"divisor or a multiple of {own}"
+        raise SettingError(
+            f"a model axis of {shape.model} does not fit processes of {own} devices each: set ",
+            Setting("num_partitions"),
+            f" to a divisor or a multiple of {own}",
         )
     return Mesh(np.array(found).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

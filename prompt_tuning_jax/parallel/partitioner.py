@@ -12,6 +12,7 @@ from flax.linen.partitioning import get_axis_names
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.parallel.mesh import RULES
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
@@ -82,9 +83,11 @@ class Partitioner:
           ValueError: the devices of the mesh's batch axes cannot share the rows equally.
         """
         if batch_size % self.batch_shards:
-            raise ValueError(
-                f"BATCH_SIZE is {batch_size}, which the {self.batch_shards} parts that the mesh divides it into cannot "
-                f"share equally: set it to a multiple of {self.batch_shards}, or MESH"
+            raise SettingError(
+                Setting("batch_size"),
+                f" is {batch_size}, which the {self.batch_shards} parts that the mesh divides it into cannot share "
+                f"equally: set it to a multiple of {self.batch_shards}, or ",
+                Setting("mesh"),
             )
         places = self.batch(batch_size, 1).addressable_devices_indices_map((batch_size,)).values()
         spans = [rows.indices(batch_size)[:2] for rows in (place[0] for place in places if place is not None)]

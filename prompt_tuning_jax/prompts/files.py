@@ -9,12 +9,13 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.stored import ArrayError
 from prompt_tuning_jax.arrays.t5x import is_t5x, open_t5x
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts import peft
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
 # Where a prompt lies in a T5X checkpoint: under this project's module, and under the official one.
 IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
-EXPECTED = "a prompt, float32 [prompt length, d_model]: set PROMPT_FILE"
+EXPECTED = ("a prompt, float32 [prompt length, d_model]: set ", Setting("prompt_file"))
 
 
 def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> Float[np.ndarray, "*L P D"]:
@@ -41,15 +42,14 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
         prompt = _read_t5x(folder)
     else:
         held = f"{OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
-        raise ValueError(f"no prompt file in {path}, which has no {held}; expected {EXPECTED}")
-    if (
-        prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size
-    ):  # V: bfloat16 is no type of NumPy's own
-        raise ValueError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected {EXPECTED}")
+        raise SettingError(f"no prompt file in {path}, which has no {held}; expected ", *EXPECTED)
+    # V: bfloat16 is no type of NumPy's own
+    if prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size:
+        raise SettingError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected ", *EXPECTED)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = prompt.astype(np.float32)
     if not np.isfinite(prompt).all():
-        raise ValueError(f"{path} holds NaN or infinity; expected {EXPECTED}")
+        raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
     return prompt
 
 
@@ -57,10 +57,10 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         return np.array(np.lib.format.open_memmap(path, mode="r"))  # never unpickles, nor trusts a shape
     except FileNotFoundError:
-        raise ValueError(f"no prompt file {path}; expected {EXPECTED}") from None
+        raise SettingError(f"no prompt file {path}; expected ", *EXPECTED) from None
     except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable prompt ({why}); expected {EXPECTED}") from None
+        raise SettingError(f"{path} is not a readable prompt ({why}); expected ", *EXPECTED) from None
 
 
 def _read_t5x(location: str | os.PathLike) -> np.ndarray:
@@ -70,8 +70,8 @@ def _read_t5x(location: str | os.PathLike) -> np.ndarray:
             if name in arrays:
                 return np.asarray(arrays[name])
     except ArrayError as error:
-        raise ValueError(f"{error}; expected {EXPECTED}") from None
-    raise ValueError(f"{location} has no prompt among its parameters ({IN_T5X[0]}); expected {EXPECTED}")
+        raise SettingError(f"{error}; expected ", *EXPECTED) from None
+    raise SettingError(f"{location} has no prompt among its parameters ({IN_T5X[0]}); expected ", *EXPECTED)
 
 
 def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "*L P D"]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, UNKNOWN, Encode
 
 Prompt = Float[np.ndarray, "P D"]
@@ -73,7 +74,11 @@ def make_lexicon(
         ids = list(encode(label)) if encode else []
         if not ids or UNKNOWN in ids:
             found = "<unk>" if ids else "nothing"
-            raise ValueError(f"{label!r} tokenises to {found}: set CLASS_LABELS to words that the vocabulary can write")
+            raise SettingError(
+                f"{label!r} tokenises to {found}: set ",
+                Setting("class_labels"),
+                " to words that the vocabulary can write",
+            )
         if len(ids) == 1 and SPECIAL_TOKENS <= ids[0] < words:
             places[label] = ids[0] - SPECIAL_TOKENS
         elif label not in places:

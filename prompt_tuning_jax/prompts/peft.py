@@ -13,12 +13,13 @@ from jaxtyping import Float
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.errors import Setting, SettingError
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 WEIGHTS, PICKLE = f"{STEM}.safetensors", f"{STEM}.bin"
 TENSOR = "prompt_embeddings"
 PROMPT_TUNING, TASK = "PROMPT_TUNING", "SEQ_2_SEQ_LM"
-EXPECTED = "a PEFT prompt tuning adapter of a T5: set PROMPT_FILE"
+EXPECTED = ("a PEFT prompt tuning adapter of a T5: set ", Setting("prompt_file"))
 
 CONVERT = "import sys, torch; from safetensors.torch import save_file; "
 CONVERT += "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
@@ -48,11 +49,13 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
         pickled = folder / PICKLE
         if pickled.is_file():
             command = shlex.join(["python", "-c", CONVERT, str(pickled), str(path)])
-            raise ValueError(
+            raise SettingError(
                 f"{pickled} is a pickle, which can run code, and is not opened; expected {WEIGHTS} beside it. "
-                f"If you trust it, convert it where torch is: {command} (PROMPT_FILE stays as it is)"
+                f"If you trust it, convert it where torch is: {command} (",
+                Setting("prompt_file"),
+                " stays as it is)",
             )
-        raise ValueError(f"no {WEIGHTS} in {folder}; expected {EXPECTED}")
+        raise SettingError(f"no {WEIGHTS} in {folder}; expected ", *EXPECTED)
     try:
         arrays = open_safetensors(folder, STEM)
         odd = _oddity(arrays, rows, width)
@@ -60,11 +63,11 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
             raise ArrayError(f"{path} {odd}")
         found = np.asarray(arrays[TENSOR])
     except ArrayError as error:
-        raise ValueError(f"{error}; expected {EXPECTED}") from None
+        raise SettingError(f"{error}; expected ", *EXPECTED) from None
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = found.astype(np.float32)
     if not np.isfinite(prompt).all():
-        raise ValueError(f"{path} holds NaN or infinity; expected {EXPECTED}")
+        raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
     return prompt[:length].copy()
 
 
@@ -105,16 +108,16 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"no {CONFIG} in {path.parent}; expected {EXPECTED}") from None
+        raise SettingError(f"no {CONFIG} in {path.parent}; expected ", *EXPECTED) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}); expected {EXPECTED}") from None
+        raise SettingError(f"{path} cannot be read ({first_line(error)}); expected ", *EXPECTED) from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {shown(config)}; expected {EXPECTED}")
+        raise SettingError(f"{path} holds {shown(config)}; expected ", *EXPECTED)
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != PROMPT_TUNING:
-        raise ValueError(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}; expected {EXPECTED}")
+        raise SettingError(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}; expected ", *EXPECTED)
     if task not in (TASK, None):
-        raise ValueError(f"{path} is of a prompt for {shown(task)}, not {TASK!r}; expected {EXPECTED}")
+        raise SettingError(f"{path} is of a prompt for {shown(task)}, not {TASK!r}; expected ", *EXPECTED)
     submodules = config.get("num_transformer_submodules")
     if submodules is None:
         submodules = 2 if task == TASK else 1  # PEFT's own rule, in PeftModel._setup_prompt_encoder
@@ -125,7 +128,7 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     }
     for name, number in numbers.items():
         if type(number) is not int or number < 1:  # True is an int, too
-            raise ValueError(f"{path} has {name} {shown(number)}, not a positive number; expected {EXPECTED}")
+            raise SettingError(f"{path} has {name} {shown(number)}, not a positive number; expected ", *EXPECTED)
     length, width, _ = numbers.values()
     return length * submodules, (length, width)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 
@@ -23,16 +24,18 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
         return found
     kept = json.loads(path.read_text(encoding="utf-8"))
     if kept and not set(kept) & set(found):
-        raise ValueError(
+        raise SettingError(
             f"{sweep_dir} holds another sweep, of trials like {next(iter(kept))}, now they are like "
-            f"{next(iter(found))}: set another SWEEP_DIR"
+            f"{next(iter(found))}: set another ",
+            Setting("sweep_dir"),
         )
     for name, arguments in found.items():
         if name in kept and kept[name] != arguments:
             was, now = (sorted(set(a) - set(b)) for a, b in ((kept[name], arguments), (arguments, kept[name])))
-            raise ValueError(
+            raise SettingError(
                 f"{sweep_dir} holds a trial {name} of another configuration (was {' '.join(was) or 'without'}, is "
-                f"{' '.join(now) or 'without'}): set another SWEEP_DIR"
+                f"{' '.join(now) or 'without'}): set another ",
+                Setting("sweep_dir"),
             )
     return kept | found
 

@@ -1,13 +1,14 @@
 """A sweep: a grid of settings over gin files, and the trials that it stands for. Nothing here runs anything."""
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 
 LONGEST_VALUE = 60  # characters of a value in a trial's name
 COMMANDS = ("train", "eval")
@@ -93,7 +94,9 @@ class Sweep:
         """
         many = self.vectorize
         if many != "auto" and not isinstance(many, bool) and not (isinstance(many, int) and many >= 1):
-            raise ValueError(f"VECTORIZE is {many!r}, expected 'auto', False, or how many trials to train at once")
+            raise SettingError(
+                Setting("vectorize"), f" is {many!r}, expected 'auto', False, or how many trials to train at once"
+            )
         grids = [self.grid] if isinstance(self.grid, Mapping) else list(self.grid)
         if not grids or not all(grids):
             raise ValueError("the sweep's grid is empty: set Sweep.grid to values by axis")
@@ -119,8 +122,7 @@ class Sweep:
         known = self.choices.get(axis)
         for value in values if known is not None else ():
             if value not in known:
-                near = difflib.get_close_matches(str(value), [*map(str, known)], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known))}"
+                hint = near_misses(str(value), map(str, known), shown=repr)
                 raise ValueError(f"axis {axis} has no choice {value!r}; {hint}")
 
     def _trial(self, point: Mapping[str, Any], texts: Sequence[str]) -> Trial:
@@ -159,9 +161,8 @@ def chosen(trials: Iterable[Trial], names: Sequence[str]) -> list[Trial]:
     by_name = {trial.name: trial for trial in trials}
     for name in names:
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; they are like {next(iter(by_name))}"
-            raise ValueError(f"no trial {name} in this sweep{hint}")
+            hint = near_misses(name, by_name, otherwise=f"they are like {next(iter(by_name))}")
+            raise ValueError(f"no trial {name} in this sweep; {hint}")
     return [by_name[name] for name in names]
 
 

@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.t5x_host.macros import named_by_macros
 
 EMBEDDINGS = "token_embedder/embedding"
 
 
+@named_by_macros()
 def read_embeddings(path: str) -> Float[Array, "V D"]:
     """The table of the base at `path`, INITIAL_CHECKPOINT_PATH; no other array is read.
 
@@ -26,6 +28,7 @@ def read_embeddings(path: str) -> Float[Array, "V D"]:
     return jnp.asarray(np.asarray(arrays[EMBEDDINGS]))
 
 
+@named_by_macros()
 def prompt_init(
     key: jax.Array,
     shape: tuple[int, int],

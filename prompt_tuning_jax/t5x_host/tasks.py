@@ -7,10 +7,12 @@ import seqio
 
 from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
+from prompt_tuning_jax.t5x_host.macros import named_by_macros
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.vocabularies import BYTES
 
 
+@named_by_macros()
 def with_vocabulary(
     mixture_or_task_name: str, vocabulary: seqio.Vocabulary, module: str | None = None,
     data_dir: str | None = None,

@@ -19,11 +19,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from prompt_tuning_jax.command_line import one_line_errors
+from prompt_tuning_jax.errors import spelled
+
 # Before TensorFlow is imported, which is not before a command is understood.
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 
 EMBEDDED = Path(__file__).parent.parent / "bases" / "nano" / "spiece.model"
 MOST = 100_000  # rows that are counted
+FLAGS = {"mixture_or_task_name": "NAME", "mixture_or_task_module": "--module"}
 WIDTH = 160  # characters of a text that are shown
 
 
@@ -37,6 +41,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     arguments = sys.argv[1:]
+    with one_line_errors(lambda error: spelled(error, _as_flag)):
+        run(arguments)
+
+
+def _as_flag(name: str) -> str:
+    return FLAGS.get(name, f"--{name}")
+
+
+def run(arguments: list[str]) -> None:
+    """Does what a command line says."""
     try:
         if arguments[:1] == ["show"]:
             lines = show(_show_parser().parse_args(arguments[1:]))
@@ -52,9 +66,6 @@ def main() -> None:
             lines = listing(options.text, options.module)
         for line in lines:
             print(line, flush=True)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

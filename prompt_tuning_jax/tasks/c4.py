@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import seqio
-import tensorflow as tf
 
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.tasks import preprocessors, sources
 from prompt_tuning_jax.tasks.register import add_task
 from prompt_tuning_jax.tasks.text import DENSITY, MEAN_SPAN, as_targets, both_lengths, corrupted_length
@@ -29,14 +29,13 @@ class C4(sources.FilesOrTfds):
         if (folder / "features.json").is_file():
             prepared = seqio.TfdsDataSource(tfds_data_dir=str(folder), read_only=True)
             if split not in prepared.splits:
-                raise ValueError(f"DATA_DIR {folder} has no split {split!r}, only {', '.join(prepared.splits)}")
+                raise SettingError(
+                    sources.DATA_DIR, f" {folder} has no split {split!r}, only {', '.join(prepared.splits)}"
+                )
             rows = prepared.get_dataset(split, shuffle, seed, shard_info)
             return rows.map(lambda row: {"text": row["text"]}).repeat(num_epochs)
         files = _files(folder, split)
-        dataset = tf.data.Dataset.from_generator(
-            lambda: ({"text": text} for path in files for text in _documents(path, split)),
-            output_signature={"text": tf.TensorSpec((), tf.string)},
-        )
+        dataset = sources.streamed(lambda: (text for path in files for text in _documents(path, split)))
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)
         if shuffle:
@@ -50,7 +49,8 @@ def _files(folder: Path, split: str) -> list[Path]:
     named = [path for path in files if split in path.name]
     files = named or [path for path in files if not any(other in path.name for other in ("train", "validation"))]
     if not files:
-        raise ValueError(f"no c4-{split}.*.json.gz under DATA_DIR {folder}: set DATA_DIR to a folder of C4's files")
+        found = f"no c4-{split}.*.json.gz under "
+        raise SettingError(found, sources.DATA_DIR, f" {folder}: set ", sources.DATA_DIR, " to a folder of C4's files")
     return files
 
 
@@ -61,9 +61,9 @@ def _documents(path: Path, split: str) -> Iterator[str]:
             row = json.loads(line)
             text = sources.text(row["text"])
         except KeyError as error:
-            raise ValueError(f"{path}, line {number}: no field {error}; {sources.MEND}") from None
+            raise SettingError(f"{path}, line {number}: no field {error}; ", *sources.MEND) from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}; {sources.MEND}") from None
+            raise SettingError(f"{path}, line {number}: {error}; ", *sources.MEND) from None
         if row.get("split", split) == split:
             yield text
 

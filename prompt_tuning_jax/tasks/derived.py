@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import seqio
 
+from prompt_tuning_jax.errors import Setting, SettingError
+
 
 class Parts(NamedTuple):
     """What a registered task is made of.
@@ -65,7 +67,9 @@ class Splits(seqio.DataSource):
             count = int(dataset.reduce(0, lambda seen, _: seen + 1))
         rows = range(count)[slice(int(start) if start else None, int(stop) if stop else None)]
         if not rows:
-            raise ValueError(f"{self._slices[split]} of {count} rows is empty: set DATA_DIR to the whole data set")
+            raise SettingError(
+                f"{self._slices[split]} of {count} rows is empty: set ", Setting("data_dir"), " to the whole data set"
+            )
         dataset = dataset.skip(rows.start).take(len(rows))
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)

@@ -1,13 +1,13 @@
 """Finds registered tasks and mixtures by name, importing the module of the name alone, and gives them a vocabulary."""
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
 
 import seqio
 
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.tasks import TASK_MODULES, module_for
 from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
 
@@ -24,7 +24,7 @@ def find(name: str, modules: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:
     for module in filter(None, (module_for(name), *modules)):
         import_module(module)
     if name not in names():
-        raise ValueError(f"no task {name!r}; {_near_misses(name)} Set MIXTURE_OR_TASK_NAME")
+        raise SettingError(f"no task {name!r}; {_near_tasks(name)} Set ", Setting("mixture_or_task_name"))
     return seqio.get_mixture_or_task(name)
 
 
@@ -69,15 +69,14 @@ def import_module(module: str) -> None:
     except ModuleNotFoundError as error:
         if not module.startswith(error.name or " "):
             raise
-        raise ValueError(f"no module {module}: set MIXTURE_OR_TASK_MODULE to one that Python finds") from None
+        raise SettingError(
+            f"no module {module}: set ", Setting("mixture_or_task_module"), " to one that Python finds"
+        ) from None
 
 
-def _near_misses(name: str) -> str:
+def _near_tasks(name: str) -> str:
     """Which tasks and mixtures of this project, and of modules that are imported, have nearly that name."""
     for module in TASK_MODULES:
         import_module(module)
-    near = difflib.get_close_matches(name, sorted(names()), n=6)
-    near.sort(key=lambda other: sorted(other) != sorted(name))  # the commonest slip, letters swapped, first
-    if near:
-        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
-    return f"there are {len(names())}, and python -m prompt_tuning_jax.tasks lists them."
+    otherwise = f"there are {len(names())}, and python -m prompt_tuning_jax.tasks lists them."
+    return near_misses(name, names(), shown=repr, otherwise=otherwise)

@@ -7,6 +7,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tasks.vocabularies import EXTRA_IDS
 
@@ -97,13 +99,14 @@ def mark_pronoun(text: str, index: int, pronoun: str) -> str:
     words = text.split(" ")
     places = [place for place, word in enumerate(words) if re.match(rf"{re.escape(pronoun)}(?!\w)", word)]
     if not places:
-        raise ValueError(f"WSC: no {pronoun!r} in {text!r}; set DATA_DIR to a sound copy")
+        raise SettingError(f"WSC: no {pronoun!r} in {text!r}; set ", Setting("data_dir"), " to a sound copy")
     place = min(places, key=lambda place: abs(place - index))
     rest = words[place].removeprefix(pronoun)
     words[place : place + 1] = [f"*{pronoun}*", *([rest] if rest else [])]
     return " ".join(words).rstrip(" ") if rest else " ".join(words)  # T5's own of that one has no blank at its end
 
 
+@sources.remembered()
 def _marked(text: bytes, index: np.integer, pronoun: bytes) -> bytes:
     return mark_pronoun(text.decode("utf-8"), int(index), pronoun.decode("utf-8")).encode("utf-8")
 

@@ -12,6 +12,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.tasks import metrics, postprocessors, preprocessors, sources
 from prompt_tuning_jax.tasks.derived import Splits
 from prompt_tuning_jax.tasks.register import add_mixture, add_task
@@ -65,9 +66,9 @@ def read_questions(path: Path) -> Iterator[sources.Row]:
                 yield row
                 number += 1
         except KeyError as error:
-            raise ValueError(f"{place}: no field {error}; expected SQuAD's or MRQA's; {sources.MEND}") from None
+            raise SettingError(f"{place}: no field {error}; expected SQuAD's or MRQA's; ", *sources.MEND) from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{place}: {error}; {sources.MEND}") from None
+            raise SettingError(f"{place}: {error}; ", *sources.MEND) from None
 
 
 def _questions(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -14,13 +14,16 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import lines
 
 _data_dir: str | None = None
+_raised: SettingError | None = None  # in a dataset, see `remembered`
 
 Row = dict[str, Any]
 
-MEND = "mend it, or set DATA_DIR to a sound copy"
+DATA_DIR = Setting("data_dir")
+MEND = ("mend it, or set ", DATA_DIR, " to a sound copy")
 
 
 def set_data_dir(path: str | None) -> None:
@@ -35,11 +38,27 @@ def data_dir() -> str | None:
 
 
 @contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Keeps an error for `source_errors`: of what Python raises in its datasets, TensorFlow reports the text alone."""
+    global _raised
+    try:
+        yield
+    except SettingError as error:
+        _raised = error
+        raise
+
+
+@contextlib.contextmanager
 def source_errors() -> Iterator[None]:
-    """Takes a source's own error out of the middle of TensorFlow's report."""
+    """Raises a source's own error in place of TensorFlow's report of it."""
+    global _raised
+    _raised = None
     try:
         yield
     except tf.errors.OpError as error:
+        if _raised is not None:
+            raise _raised from None
+        # A ValueError of a user's own module, of which TensorFlow has kept the text alone.
         raised = re.search(r"ValueError: (.*)", str(error))
         if not raised:
             raise
@@ -88,7 +107,7 @@ class FilesOrTfds(seqio.DataSource):
             return self._from_tfds(split, shuffle, seed, shard_info, num_epochs)
         rows = list(read(find_file(_data_dir, file, self._benchmark)))
         if not rows:
-            raise ValueError(f"{file} under DATA_DIR {_data_dir} has no rows")
+            raise SettingError(f"{file} under ", DATA_DIR, f" {_data_dir} has no rows")
         dataset = tf.data.Dataset.from_tensor_slices(columns_of(rows))
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)
@@ -98,14 +117,16 @@ class FilesOrTfds(seqio.DataSource):
 
     def _from_tfds(self, split: str, shuffle: bool, seed: int | None, shard_info, num_epochs: int | None):
         file = self._files[split]
-        instead = f"set DATA_DIR to the folder with {file}" if file else "prepare it with TFDS, its only source"
+        instead = (
+            ("set ", DATA_DIR, f" to the folder with {file}") if file else ("prepare it with TFDS, its only source",)
+        )
         if self._tfds is None:
-            raise ValueError(f"these rows are not in TFDS: {instead}")
+            raise SettingError("these rows are not in TFDS: ", *instead)
         try:
             return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
         except Exception as error:  # it raises what its own libraries do
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            raise ValueError(f"TFDS cannot give {self._name} ({reason}): {instead}") from error
+            raise SettingError(f"TFDS cannot give {self._name} ({reason}): ", *instead) from error
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, Any]:
@@ -139,8 +160,8 @@ class TextFiles(seqio.DataSource):
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, *, num_epochs=1):
         files = sorted(p for p in Path(_data_dir or "").glob("*.txt*") if _data_dir)
         if not files:
-            raise ValueError(
-                f"no *.txt files under DATA_DIR {_data_dir}: set it to a folder of text, a document a line"
+            raise SettingError(
+                "no *.txt files under ", DATA_DIR, f" {_data_dir}: set it to a folder of text, a document a line"
             )
 
         def documents() -> Iterator[str]:
@@ -152,14 +173,22 @@ class TextFiles(seqio.DataSource):
                         if (index % self._holdout == 0) == (split == "validation"):
                             yield line
 
-        dataset = tf.data.Dataset.from_generator(
-            lambda: ({"text": text} for text in documents()), output_signature={"text": tf.TensorSpec((), tf.string)}
-        )
+        dataset = streamed(documents)
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)
         if shuffle:
             dataset = dataset.shuffle(10_000, seed=seed)
         return dataset.repeat(num_epochs)
+
+
+def streamed(texts: Callable[[], Iterable[str]]) -> tf.data.Dataset:
+    """Returns rows {"text"} of what `texts()` gives, which is called anew for each epoch and read as it is needed."""
+
+    def rows() -> Iterator[Row]:
+        with remembered():
+            yield from ({"text": text} for text in texts())
+
+    return tf.data.Dataset.from_generator(rows, output_signature={"text": tf.TensorSpec((), tf.string)})
 
 
 def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
@@ -169,7 +198,7 @@ def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
             path = Path(root, name + suffix)
             if path.is_file():
                 return path
-    raise ValueError(f"no {name} under DATA_DIR {folder}: set DATA_DIR to the folder that holds it")
+    raise SettingError(f"no {name} under ", DATA_DIR, f" {folder}: set ", DATA_DIR, " to the folder that holds it")
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -181,7 +210,7 @@ def read_lines(path: Path) -> Iterator[str]:
     try:
         yield from lines.read_lines(path)
     except ValueError as error:
-        raise ValueError(f"{error}; {MEND}") from None
+        raise SettingError(f"{error}; ", *MEND) from None
 
 
 def read_tsv(
@@ -207,7 +236,7 @@ def read_tsv(
     header = list(header or next(rows, []))
     wanted = {name: (titles or {}).get(name, name) for name in columns}
     if not set(wanted.values()) <= set(header):
-        raise ValueError(f"{path}, line 1: no header with the columns {', '.join(wanted.values())}; {MEND}")
+        raise SettingError(f"{path}, line 1: no header with the columns {', '.join(wanted.values())}; ", *MEND)
     places = {name: header.index(title) for name, title in wanted.items()}
     for index, cells in enumerate(rows):
         if skip_short and len(cells) < len(header):
@@ -217,7 +246,7 @@ def read_tsv(
                 raise ValueError(f"{len(cells)} columns, expected {len(header)}")
             row = {name: columns[name](cells[place]) for name, place in places.items()}
         except ValueError as error:
-            raise ValueError(f"{path}, line {index + first}: {error}; {MEND}") from None
+            raise SettingError(f"{path}, line {index + first}: {error}; ", *MEND) from None
         yield row | dict(constants or {}) | {"idx": index}
 
 
@@ -246,7 +275,7 @@ def read_jsonl(
         except KeyError as error:
             raise ValueError(f"{path}, line {index + 1}: no field {error}; expected {', '.join(columns)}") from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}, line {index + 1}: {error}; {MEND}") from None
+            raise SettingError(f"{path}, line {index + 1}: {error}; ", *MEND) from None
         for row in rows:
             yield row | dict(constants or {})
 

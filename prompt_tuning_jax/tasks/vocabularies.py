@@ -17,6 +17,8 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from prompt_tuning_jax.errors import Setting, SettingError
+
 PAD, EOS, UNK = 0, 1, 2
 EXTRA_IDS = 100
 BYTES = "bytes"  # in place of a path
@@ -47,9 +49,10 @@ class Vocabulary:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
+            raise SettingError(
                 f"no vocabulary at {path} ({error.strerror}); expected a SentencePiece .model file, or {BYTES!r} for "
-                "ByT5: set VOCABULARY"
+                "ByT5: set ",
+                Setting("vocabulary"),
             ) from None
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         try:
@@ -60,7 +63,9 @@ class Vocabulary:
                 model.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except (DecodeError, RuntimeError):
-            raise ValueError(f"{path} is not a SentencePiece model: set VOCABULARY to a .model file") from None
+            raise SettingError(
+                f"{path} is not a SentencePiece model: set ", Setting("vocabulary"), " to a .model file"
+            ) from None
         self.size = self._pieces.vocab_size()
 
     def encode(self, text: str) -> list[int]:

@@ -1,7 +1,6 @@
 """Writes the jobs of a sweep as Kubernetes JobSets (jobset.x-k8s.io/v1alpha2), for TPU slices, GPUs or CPUs."""
 
 import dataclasses
-import difflib
 import math
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
@@ -181,9 +181,10 @@ class JobSet:
 
     def _volume(self) -> dict[str, Any]:
         if bool(self.claim) == bool(self.bucket):
-            raise ValueError(
-                "SWEEP_DIR needs a volume that outlives its pods: set one of JobSet.claim (a PersistentVolumeClaim) "
-                "and JobSet.bucket (Cloud Storage)"
+            raise SettingError(
+                Setting("sweep_dir"),
+                " needs a volume that outlives its pods: set one of JobSet.claim (a PersistentVolumeClaim) and "
+                "JobSet.bucket (Cloud Storage)",
             )
         if self.claim:
             return {"persistentVolumeClaim": {"claimName": self.claim}}
@@ -201,8 +202,7 @@ def pods_of_slice(accelerator: str | None, topology: str | None, devices: int | 
     """
     if accelerator not in TPUS:
         if topology:
-            near = difflib.get_close_matches(str(accelerator), TPUS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(TPUS)}"
+            hint = near_misses(str(accelerator), TPUS, otherwise=f"expected one of {', '.join(TPUS)}")
             raise ValueError(f"JobSet.topology is of a TPU slice, and JobSet.accelerator {accelerator} is none: {hint}")
         count = (1 if accelerator else 0) if devices is None else devices
         selector = {"cloud.google.com/gke-accelerator": accelerator} if accelerator else {}

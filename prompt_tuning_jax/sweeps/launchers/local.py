@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -64,9 +65,11 @@ class Local:
                 view = _View([trial for job in jobs for trial in job.trials], sys.stderr)
                 well = _run(jobs, slots, folder / "logs", stop, view)
         except OSError as error:
-            raise ValueError(
-                f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): make room, "
-                "or set SWEEP_DIR to a folder that can be written; the same command then goes on"
+            raise SettingError(
+                f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): make room, or "
+                "set ",
+                Setting("sweep_dir"),
+                " to a folder that can be written; the same command then goes on",
             ) from None
         if stop.signal:
             return 128 + stop.signal

@@ -4,6 +4,7 @@ import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.sweeps.jobs import Job
 
 # Clusters put a job's name into those of pods, services and node pools, which have 63 characters: xpk takes 40, and 28
@@ -44,9 +45,10 @@ def check_volume(sweep_dir: str, mount: str) -> None:
     """
     path = PurePosixPath(mount, sweep_dir)
     if ".." in path.parts or not path.is_relative_to(mount):
-        raise ValueError(
-            f"SWEEP_DIR {sweep_dir} lies outside {mount}, where the pods' volume is, and would end with them: "
-            f"set it to a folder below {mount}, or to a relative one, which is taken from there"
+        raise SettingError(
+            Setting("sweep_dir"),
+            f" {sweep_dir} lies outside {mount}, where the pods' volume is, and would end with them: set it to a "
+            f"folder below {mount}, or to a relative one, which is taken from there",
         )
 
 

@@ -1,0 +1,46 @@
+"""What `infer` and `serve` share: the flags of a base model and its prompts, and the predictor that they describe."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.flags import Parser, as_flag
+from prompt_tuning_jax.inference.folder import PromptFolder
+from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import Decoding
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Adds the flags of a base model, its prompts and the size of its batches."""
+    parser.add_argument("--base", default="nano", help="a base of any format, by its path; the embedded one by default")
+    parser.add_argument("--prompts", help="a folder of prompts (NAME.npy, run folders, PEFT adapters), or one prompt")
+    parser.add_argument("--vocabulary", help="a SentencePiece model or 'bytes', where none lies beside the base")
+    parser.add_argument("--dtype", default="auto", help="of the base in memory: auto, float32, bfloat16, int8")
+    parser.add_argument("--input_length", type=int, default=512, help="tokens; longer inputs are cut, and flagged")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="of an answer, its end of sequence included")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows of the largest batch")
+    parser.add_argument("--beams", type=int, default=4, help='for "beam"')
+
+
+def load_predictor(
+    arguments: argparse.Namespace, decoding: Decoding | None = None, prompt: str | None = None
+) -> tuple[Predictor, PromptFolder | None]:
+    """Returns the predictor that the flags describe, and the folder of its prompts if there is one."""
+    folder = PromptFolder(arguments.prompts) if arguments.prompts else None
+    names = ("vocabulary", "dtype", "input_length", "max_new_tokens", "batch_size")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    decoding = decoding or Decoding(beams=arguments.beams)
+    return Predictor.load(arguments.base, folder, prompt=prompt, decoding=decoding, **options), folder
+
+
+def say_broken(broken: Mapping[str, Exception]) -> None:
+    """Prints on stderr which prompts are left out, and why."""
+    for name, error in broken.items():
+        print(f"prompt {name} is left out: {in_flags(error)}", file=sys.stderr)
+
+
+def in_flags(error: Exception) -> str:
+    """Returns an error's message, with settings written as flags."""
+    return spelled(error, as_flag)
