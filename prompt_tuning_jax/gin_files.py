@@ -18,6 +18,8 @@ import gin
 from prompt_tuning_jax.command_line import one_line_errors
 from prompt_tuning_jax.errors import near_misses, spelled
 
+FLAGS = ("allow_other_config",)  # settings that are flags, and no macros
+
 _PACKAGE = Path(__file__).parent
 # A checkout has gin_configs beside the package, a wheel inside it.
 SEARCH_PATHS = [path for path in (_PACKAGE.parent / "gin_configs", _PACKAGE / "gin_configs") if path.is_dir()]
@@ -206,9 +208,14 @@ def config_text() -> str:
     return re.sub(r"(?m)^(MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", r"\1 = None\n", text)
 
 
+def as_macro(setting: str) -> str:
+    """Returns a setting's name as a gin command line writes it."""
+    return f"--{setting}" if setting in FLAGS else setting.upper()
+
+
 def in_gin(error: Exception) -> str:
     """Returns an error's message, with settings written as macros."""
-    return spelled(error, str.upper).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
+    return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
 
 
 def user_errors() -> contextlib.AbstractContextManager[None]:

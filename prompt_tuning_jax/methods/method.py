@@ -16,7 +16,7 @@ method is one subclass:
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax.traverse_util import unflatten_dict
@@ -27,6 +27,7 @@ from prompt_tuning_jax.t5.config import T5Config
 Params = dict[str, jax.Array]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Turns text into token ids."""
 
@@ -35,6 +36,7 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
 class FrozenModel(Protocol):
     """What a method's start may depend on: a base model, which is only read.
 

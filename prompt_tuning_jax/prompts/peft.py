@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
 
@@ -13,13 +13,21 @@ from jaxtyping import Float
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
+<<<<<<< HEAD
 from prompt_tuning_jax.errors import Setting, SettingError
+=======
+from prompt_tuning_jax.errors import SettingError
+>>>>>>> adapters
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 WEIGHTS, PICKLE = f"{STEM}.safetensors", f"{STEM}.bin"
 TENSOR = "prompt_embeddings"
 PROMPT_TUNING, TASK = "PROMPT_TUNING", "SEQ_2_SEQ_LM"
+<<<<<<< HEAD
 EXPECTED = ("a PEFT prompt tuning adapter of a T5: set ", Setting("prompt_file"))
+=======
+EXPECTED = ("a PEFT prompt tuning adapter of a T5: set PROMPT_FILE",)  # the parts of a `SettingError`
+>>>>>>> adapters
 
 CONVERT = "import sys, torch; from safetensors.torch import save_file; "
 CONVERT += "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
@@ -44,6 +52,22 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     """
     folder = Path(folder)
     rows, (length, width) = _read_shape(folder / CONFIG)
+    arrays = open_weights(folder, EXPECTED)
+    odd = _oddity(arrays, rows, width)
+    if odd:
+        raise refusal(f"{folder / WEIGHTS} {odd}", EXPECTED)
+    return read_floats(folder, arrays, EXPECTED)[TENSOR][:length].copy()
+
+
+def open_weights(folder: Path, expected: Sequence[str]) -> dict[str, StoredArray]:
+    """Opens the weights of an adapter of any kind; nothing is read yet.
+
+    Args:
+      expected: what the error says that the folder should be, in the parts of a `SettingError`.
+
+    Raises:
+      ValueError: they are absent, damaged, no floats, or a pickle, which is never opened.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = folder / PICKLE
@@ -55,20 +79,43 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
                 Setting("prompt_file"),
                 " stays as it is)",
             )
+<<<<<<< HEAD
         raise SettingError(f"no {WEIGHTS} in {folder}; expected ", *EXPECTED)
+=======
+        raise refusal(f"no {WEIGHTS} in {folder}", expected)
+>>>>>>> adapters
     try:
-        arrays = open_safetensors(folder, STEM)
-        odd = _oddity(arrays, rows, width)
-        if odd:
-            raise ArrayError(f"{path} {odd}")
-        found = np.asarray(arrays[TENSOR])
+        return open_safetensors(folder, STEM)
     except ArrayError as error:
+<<<<<<< HEAD
         raise SettingError(f"{error}; expected ", *EXPECTED) from None
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = found.astype(np.float32)
     if not np.isfinite(prompt).all():
         raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
     return prompt[:length].copy()
+=======
+        raise refusal(f"{error}", expected) from None
+
+
+def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads the opened weights of the adapter in `folder` as float32, whatever float the file holds.
+
+    Raises:
+      ValueError: they cannot be read, or hold NaN or infinity.
+    """
+    floats = {}
+    for name, array in arrays.items():
+        try:
+            found = np.asarray(array)
+        except ArrayError as error:
+            raise refusal(f"{error}", expected) from None
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
+            floats[name] = found.astype(np.float32)
+        if not np.isfinite(floats[name]).all():
+            raise refusal(f"{folder / WEIGHTS} holds NaN or infinity", expected)
+    return floats
+>>>>>>> adapters
 
 
 def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], base: str | None = None) -> None:
@@ -81,12 +128,6 @@ def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], b
     Raises:
       ValueError: the folder is there and holds anything but an earlier prompt from here.
     """
-    folder = Path(folder).resolve()  # a link stays a link
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
-        raise ValueError(
-            f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "
-            "PEFT adapter, or an earlier one of these two files to replace"
-        )
     length, width = prompt.shape
     config = {
         "peft_type": PROMPT_TUNING,
@@ -98,13 +139,51 @@ def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], b
         "num_transformer_submodules": 1,  # the encoder alone; left out, PEFT expects 2 * length rows
         "prompt_tuning_init": "RANDOM",  # TEXT would ask for a tokenizer
     }
+    write_folder(folder, config, {TENSOR: np.asarray(prompt, np.float32)})
+
+
+def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the two files of an adapter of any kind, whole or not at all.
+
+    Raises:
+      ValueError: the folder is there and holds anything but an earlier adapter from here.
+    """
+    folder = Path(folder).resolve()  # a link stays a link
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
+        raise ValueError(
+            f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "
+            "PEFT adapter, or an earlier one of these two files to replace"
+        )
     with whole_folder(folder) as partial:
-        write_safetensors(partial, {TENSOR: np.asarray(prompt, np.float32)}, stem=STEM)
+        write_safetensors(partial, tensors, stem=STEM)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(path: Path, expected: Sequence[str]) -> dict:
+    """Reads the `adapter_config.json` of an adapter of any kind.
+
+    Raises:
+      ValueError: it is absent, or no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise refusal(f"no {CONFIG} in {path.parent}", expected) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise refusal(f"{path} cannot be read ({first_line(error)})", expected) from None
+    if not isinstance(config, dict):
+        raise refusal(f"{path} holds {shown(config)}", expected)
+    return config
+
+
+def refusal(found: str, expected: Sequence[str]) -> SettingError:
+    """Returns the error that an adapter's folder is not what was expected."""
+    return SettingError(f"{found}; expected ", *expected)
 
 
 def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     """The rows that the weights must have, and the prompt's (P, D)."""
+<<<<<<< HEAD
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,6 +197,14 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
         raise SettingError(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}; expected ", *EXPECTED)
     if task not in (TASK, None):
         raise SettingError(f"{path} is of a prompt for {shown(task)}, not {TASK!r}; expected ", *EXPECTED)
+=======
+    config = read_config(path, EXPECTED)
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if kind != PROMPT_TUNING:
+        raise refusal(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}", EXPECTED)
+    if task not in (TASK, None):
+        raise refusal(f"{path} is of a prompt for {shown(task)}, not {TASK!r}", EXPECTED)
+>>>>>>> adapters
     submodules = config.get("num_transformer_submodules")
     if submodules is None:
         submodules = 2 if task == TASK else 1  # PEFT's own rule, in PeftModel._setup_prompt_encoder
@@ -128,7 +215,11 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     }
     for name, number in numbers.items():
         if type(number) is not int or number < 1:  # True is an int, too
+<<<<<<< HEAD
             raise SettingError(f"{path} has {name} {shown(number)}, not a positive number; expected ", *EXPECTED)
+=======
+            raise refusal(f"{path} has {name} {shown(number)}, not a positive number", EXPECTED)
+>>>>>>> adapters
     length, width, _ = numbers.values()
     return length * submodules, (length, width)
 

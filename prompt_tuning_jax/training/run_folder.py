@@ -95,7 +95,9 @@ class RunFolder:
             raise SettingError(
                 f"{path} holds a run without {IDENTITY}, so that nobody can tell whether it is this one: set another ",
                 Setting("model_dir"),
-                ", or give --allow_other_config to go on with it",
+                ", or ",
+                Setting("allow_other_config"),
+                " to go on with it",
             )
         self._compare(self._identity)
 
@@ -112,7 +114,9 @@ class RunFolder:
             raise SettingError(
                 f"{self.path} holds another run ({what}): set another ",
                 Setting("model_dir"),
-                ", or give --allow_other_config to go on with this one",
+                ", or give ",
+                Setting("allow_other_config"),
+                " to go on with this one",
             )
 
     def open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
