@@ -13,21 +13,13 @@ from jaxtyping import Float
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
-<<<<<<< HEAD
 from prompt_tuning_jax.errors import Setting, SettingError
-=======
-from prompt_tuning_jax.errors import SettingError
->>>>>>> adapters
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 WEIGHTS, PICKLE = f"{STEM}.safetensors", f"{STEM}.bin"
 TENSOR = "prompt_embeddings"
 PROMPT_TUNING, TASK = "PROMPT_TUNING", "SEQ_2_SEQ_LM"
-<<<<<<< HEAD
 EXPECTED = ("a PEFT prompt tuning adapter of a T5: set ", Setting("prompt_file"))
-=======
-EXPECTED = ("a PEFT prompt tuning adapter of a T5: set PROMPT_FILE",)  # the parts of a `SettingError`
->>>>>>> adapters
 
 CONVERT = "import sys, torch; from safetensors.torch import save_file; "
 CONVERT += "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
@@ -79,22 +71,10 @@ def open_weights(folder: Path, expected: Sequence[str]) -> dict[str, StoredArray
                 Setting("prompt_file"),
                 " stays as it is)",
             )
-<<<<<<< HEAD
-        raise SettingError(f"no {WEIGHTS} in {folder}; expected ", *EXPECTED)
-=======
         raise refusal(f"no {WEIGHTS} in {folder}", expected)
->>>>>>> adapters
     try:
         return open_safetensors(folder, STEM)
     except ArrayError as error:
-<<<<<<< HEAD
-        raise SettingError(f"{error}; expected ", *EXPECTED) from None
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
-        prompt = found.astype(np.float32)
-    if not np.isfinite(prompt).all():
-        raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
-    return prompt[:length].copy()
-=======
         raise refusal(f"{error}", expected) from None
 
 
@@ -115,7 +95,6 @@ def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Seque
         if not np.isfinite(floats[name]).all():
             raise refusal(f"{folder / WEIGHTS} holds NaN or infinity", expected)
     return floats
->>>>>>> adapters
 
 
 def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], base: str | None = None) -> None:
@@ -183,28 +162,12 @@ def refusal(found: str, expected: Sequence[str]) -> SettingError:
 
 def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     """The rows that the weights must have, and the prompt's (P, D)."""
-<<<<<<< HEAD
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingError(f"no {CONFIG} in {path.parent}; expected ", *EXPECTED) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(f"{path} cannot be read ({first_line(error)}); expected ", *EXPECTED) from None
-    if not isinstance(config, dict):
-        raise SettingError(f"{path} holds {shown(config)}; expected ", *EXPECTED)
-    kind, task = config.get("peft_type"), config.get("task_type")
-    if kind != PROMPT_TUNING:
-        raise SettingError(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}; expected ", *EXPECTED)
-    if task not in (TASK, None):
-        raise SettingError(f"{path} is of a prompt for {shown(task)}, not {TASK!r}; expected ", *EXPECTED)
-=======
     config = read_config(path, EXPECTED)
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != PROMPT_TUNING:
         raise refusal(f"{path} is of a {shown(kind)} adapter, not {PROMPT_TUNING!r}", EXPECTED)
     if task not in (TASK, None):
         raise refusal(f"{path} is of a prompt for {shown(task)}, not {TASK!r}", EXPECTED)
->>>>>>> adapters
     submodules = config.get("num_transformer_submodules")
     if submodules is None:
         submodules = 2 if task == TASK else 1  # PEFT's own rule, in PeftModel._setup_prompt_encoder
@@ -215,11 +178,7 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     }
     for name, number in numbers.items():
         if type(number) is not int or number < 1:  # True is an int, too
-<<<<<<< HEAD
-            raise SettingError(f"{path} has {name} {shown(number)}, not a positive number; expected ", *EXPECTED)
-=======
             raise refusal(f"{path} has {name} {shown(number)}, not a positive number", EXPECTED)
->>>>>>> adapters
     length, width, _ = numbers.values()
     return length * submodules, (length, width)
 
