@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+from jax.experimental.compilation_cache import compilation_cache
 
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.checkpoints import huggingface
@@ -127,6 +128,19 @@ def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
         except OSError:  # another worker was faster
             shutil.rmtree(partial)
     return Tiny(folder)
+
+
+@contextlib.contextmanager
+def keeping_compiled_programs(folder: Path) -> Iterator[None]:
+    """Keeps what JAX compiles in this context in a folder, so that the same program is compiled once."""
+    kept = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in kept}
+    for values in (kept, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is kept:
+            yield
 
 
 @contextlib.contextmanager

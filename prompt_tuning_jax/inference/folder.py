@@ -108,7 +108,7 @@ class PromptFolder:
         return Changes(added, removed, dict(self.broken))
 
 
-def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "P D"], str | None]:
+def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "*L P D"], str | None]:
     """The prompt, and the fingerprint of the base it was trained on where that is known.
 
     Raises:
@@ -120,7 +120,7 @@ def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "P D"], str | None]:
             fingerprint = json.loads(entry.summary.read_text(encoding="utf-8")).get("base_fingerprint")
         except (ValueError, AttributeError):
             raise ValueError(f"{entry.summary} is no JSON object; expected the summary.json of a run") from None
-    return read_prompt(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
+    return read_prompt(entry.prompt, (2, 3)), fingerprint if isinstance(fingerprint, str) else None
 
 
 def _name(path: Path) -> str:

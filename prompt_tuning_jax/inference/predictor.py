@@ -56,8 +56,9 @@ class Predictor:
 
         Args:
           model: of `load`.
-          prompts: arrays [P, D] by name, or what else `checkpoints.tuned.injection_of` takes; a folder of prompts, or
-            one prompt's file, which is then the default of rows that name none (`folder`); None for the model alone.
+          prompts: by name, arrays [P, D], or [L, P, D] of prompts per layer, or what else
+            `checkpoints.tuned.injection_of` takes; or a folder of prompts, or one prompt's file, which is then the
+            default of rows that name none (`folder`); None for the model alone.
           input_length: tokens of inputs; longer ones are truncated, their end of sequence kept.
           max_new_tokens: of an answer, end of sequence included.
           batch_size: rows of the largest batch.
@@ -143,21 +144,27 @@ class Predictor:
         return answers
 
     def _batches(self, requests: Sequence[Request], places: Sequence[int]) -> Iterator["Planned"]:
-        """Rows of one method and of about the same length, the longest first.
+        """Yields rows of one method, one kind of prompt and about the same length, the longest first.
 
         Rows of other lengths share a batch as long as that at most doubles the positions of none.
         """
-        prompt = self.bank.prompts.values.shape[1]
-        order = sorted(places, key=lambda at: (requests[at].method, -len(requests[at].inputs), at))
-        for method, group in itertools.groupby(order, key=lambda at: requests[at].method):
-            rest = [*group]
+
+        def kind(at: int) -> tuple[str, bool]:
+            return requests[at].method, self.bank.is_layered(requests[at].prompt)
+
+        order = sorted(places, key=lambda at: (kind(at), -len(requests[at].inputs), at))
+        for (method, layered), group in itertools.groupby(order, key=kind):
+            rest, prompt = [*group], self._bank(layered).prompts.values.shape[-2]
             while rest:
                 length = self.bucket(requests[rest[0]])
                 taken = [
                     at for at in rest[: self.batch_size] if prompt + length <= 2 * (prompt + self.bucket(requests[at]))
                 ]
-                yield Planned(method, length, taken)
+                yield Planned(method, layered, length, taken)
                 rest = rest[len(taken) :]
+
+    def _bank(self, layered: bool) -> PromptBank:
+        return self.bank.layered if layered and self.bank.layered is not None else self.bank
 
     def bucket(self, request: Request) -> int:
         """The length that its inputs are padded to where no longer ones share the batch."""
@@ -170,8 +177,9 @@ class Predictor:
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
             rows[place] = self.bank.row(request.prompt)
-        prompt, mask = take(self.bank.prompts, rows)
-        given = (Injection(prompt=prompt), self._frozen, inputs, mask)
+        prompt, mask = take(self._bank(batch.layered).prompts, rows)
+        injection = Injection(layer_prompts=prompt) if batch.layered else Injection(prompt=prompt)
+        given = (injection, self._frozen, inputs, mask)
         if batch.method == RANK:
             return self._engine.rank(*given, **_choices(requests, size))
         if batch.method == "sample":
@@ -209,19 +217,20 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
         if folder.single and changes.broken:
             raise changes.broken[folder.single]
         return bank, folder.single
-    named: Mapping[str, Any] = prompts or {}
+    named: Any = prompts or {}
     if not isinstance(named, Mapping):
         raise SettingError(Setting("prompts"), f" is {prompts!r:.60}, expected prompts by name, or a folder of them")
     bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(named), 1))
     for name, values in named.items():
         injection = injection_of(getattr(values, "injection", values), size)
-        if injection.prompt is None or injection.layer_prompts is not None or injection.parameters:
+        given = [prompt for prompt in (injection.prompt, injection.layer_prompts) if prompt is not None]
+        if len(given) != 1 or injection.parameters:
             raise SettingError(
                 Setting("prompts"),
-                f" has {name!r}, which is no prompt of shape [P, D]: adapters and tuned models are used one at a time, "
-                "as a model of their own (`result.merged()`)",
+                f" has {name!r}, which is no prompt alone: adapters and tuned models are used one at a time, as a "
+                "model of their own, `result.merged()`",
             )
-        bank.add(name, np.asarray(injection.prompt, np.float32))
+        bank.add(name, np.asarray(given[0], np.float32))
     return bank, None
 
 
@@ -231,9 +240,17 @@ def asked(row: Any) -> dict[str, Any]:
 
 
 class Planned(NamedTuple):
-    """A batch to be: its method, its inputs' length, and the places of its requests."""
+    """A batch to be.
+
+    Attributes:
+      method: how it is answered.
+      layered: whether its prompts are prompts per layer.
+      length: of its inputs.
+      places: the indices of its requests.
+    """
 
     method: str
+    layered: bool
     length: int
     places: list[int]
 

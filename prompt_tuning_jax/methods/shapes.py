@@ -13,7 +13,7 @@ from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, scale_path
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Shapes = Mapping[str, Any]  # arrays, or their shapes and dtypes
 
 
 class AnyTokenizer:

@@ -5,7 +5,6 @@ each run's own method and optimiser then update what it trains.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -27,6 +26,7 @@ from prompt_tuning_jax.training.step import (
     TrainState,
     batch_loss,
     compile_step,
+    inject,
     micro_batch,
     summed_gradients,
 )
@@ -114,15 +114,16 @@ def joint_step(
 
         key = jax.random.fold_in(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
-        return summed_gradients(loss, injection, inputs, targets, rows)
+        # Kept apart from the slices of the stack, so that they are rounded as a run's own program rounds them.
+        injection = jax.lax.optimization_barrier(injection)
+        return jax.lax.optimization_barrier(summed_gradients(loss, injection, inputs, targets, rows))
 
     def step(
         states: States, frozen: Params, inputs: Int[Array, "R B T"], targets: Int[Array, "R B U"]
     ) -> tuple[States, tuple[StepMetrics, ...]]:
         injections, pull_backs = [], []
         for state, method in zip(states, methods, strict=True):
-            apply = functools.partial(_apply, method, frozen)
-            injection, pull_back = jax.vjp(apply, state.trainable)
+            injection, pull_back = inject(method, state.trainable, frozen)
             injections.append(_padded(injection, longest))
             pull_backs.append(pull_back)
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *injections)
@@ -134,7 +135,7 @@ def joint_step(
             gradients, sums = jax.lax.map(lambda own: gradient(frozen, *own), each, batch_size=at_once)
         new, metrics = [], []
         for run, (state, optimizer, pull_back) in enumerate(zip(states, optimizers, pull_backs, strict=True)):
-            (own,) = pull_back(_unpadded(jax.tree.map(lambda x, run=run: x[run], gradients), longest - lengths[run]))
+            own = pull_back(_unpadded(jax.tree.map(lambda x, run=run: x[run], gradients), longest - lengths[run]))
             updates, opt_state = optimizer.update(own, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
             new.append(TrainState(state.step + 1, trainable, opt_state, state.key))
@@ -142,10 +143,6 @@ def joint_step(
         return tuple(new), tuple(metrics)
 
     return compile_step(step)
-
-
-def _apply(method: Method, frozen: Params, trained: Params) -> Injection:
-    return method.apply(trained, frozen)
 
 
 def _padded(injection: Injection, longest: int) -> Injection:

@@ -10,6 +10,7 @@ where LoRA's factor alpha / rank is part of `lora_b`.
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def adapted_modules(parameters: Mapping[str, ArrayLike]) -> dict[str, dict[str, 
     return modules
 
 
-def check_parameters(parameters: Mapping[str, jax.typing.ArrayLike], base: Mapping[str, ArrayLike]) -> None:
+def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """Refuses parameters that the model would not read, which Flax ignores in silence.
 
     Args:

@@ -138,6 +138,21 @@ def compile_step(
     return jit(step, donate_argnums=0, compiler_options=options, out_shardings=out_shardings)
 
 
+def inject(method: Method, trained: Params, frozen: Params) -> tuple[Injection, Callable[[Injection], Params]]:
+    """Returns what the model runs with, and what takes a gradient of it back to what is trained.
+
+    The method's own computations are kept apart from the model's and the optimiser's: fused with these, they would be
+    rounded in one program otherwise than in another, and runs that share a program otherwise than alone.
+    """
+    injection, pull_back = jax.vjp(lambda trained: method.apply(trained, frozen), trained)
+
+    def gradients(of_injection: Injection) -> Params:
+        (of_trained,) = pull_back(jax.lax.optimization_barrier(of_injection))
+        return jax.lax.optimization_barrier(of_trained)
+
+    return jax.lax.optimization_barrier(injection), gradients
+
+
 def make_train_step(
     model: Transformer,
     method: Method,
@@ -157,7 +172,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
-        injection, pull_back = jax.vjp(lambda trained: method.apply(trained, frozen), state.trainable)
+        injection, pull_back = inject(method, state.trainable, frozen)
 
         def loss_fn(
             injection: Injection, inputs: Int[Array, "b T"], targets: Int[Array, "b U"], numbers: Int[Array, " b"]
@@ -167,7 +182,7 @@ def make_train_step(
 
         rows = micro_batch(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
         of_injection, sums = summed_gradients(loss_fn, injection, batch.inputs, batch.targets, rows)
-        (gradients,) = pull_back(of_injection)
+        gradients = pull_back(of_injection)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         return (
