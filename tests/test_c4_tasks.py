@@ -220,7 +220,7 @@ def test_streamed_files_are_sharded_without_overlap(tmp_path):
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     (tmp_path / "c4-train.json").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(tf.errors.OpError, match=rf"ValueError: .*c4-train.json, {message}"):
+    with pytest.raises(tf.errors.OpError, match=rf"SettingError: .*c4-train.json, {message}"):
         texts(TASK, "train", tmp_path)
 
 

@@ -584,7 +584,7 @@ def test_pickles_are_refused_with_a_line_that_converts_them(transformers, theirs
     (folder / "model.safetensors").unlink()
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
     message = refused(folder, "pytorch_model.bin is a pickle", "python -c")
-    line = message[message.index("python -c") : message.rindex(": set INITIAL")]
+    line = message[message.index("python -c") : message.rindex(": set `where`")]
     command = shlex.split(line)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
