@@ -79,8 +79,8 @@ class TaskFiles:
                     reader = functools.partial(_tsv, header=header)
                     continue
                 self._check_columns(row)
-                targets = target_of(row[self.targets], self.labels, self.targets)
-                yield {"inputs": text_of(self.inputs, row[self.inputs]), "targets": targets}
+                inputs = text_of(self.inputs, row[self.inputs])
+                yield {"inputs": inputs, "targets": target_of(row[self.targets], self.labels, self.targets)}
             except ValueError as error:
                 raise prefixed(f"{path}, line {number}: ", error) from None
 
