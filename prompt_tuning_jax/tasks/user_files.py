@@ -27,7 +27,7 @@ class TaskFiles:
       data_dir: DATA_DIR, the folder that relative paths start from; None for the working directory.
     """
 
-    files: Mapping[str, str]
+    files: Mapping[str, str] | Any  # anything else is refused in words
     inputs: str = "inputs"
     targets: str = "targets"
     labels: Sequence[str] | None = None
