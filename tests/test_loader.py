@@ -165,7 +165,7 @@ def test_stopping_and_resuming_repeats_and_drops_nothing(examples, batch_size, s
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     examples = make_examples([tokens(5, 0)], [tokens(2, 0)])
-    message = "^BATCH_SIZE is 30, which 4 processes cannot share equally: set it to a multiple of 4$"
+    message = "^`batch_size` is 30, which 4 processes cannot share equally: set it to a multiple of 4$"
     with pytest.raises(ValueError, match=message):
         Batches(examples, 30, LENGTHS, process_index=1, process_count=4)
 

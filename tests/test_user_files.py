@@ -3,11 +3,14 @@
 import gzip
 import json
 import os
+import sys
 
+import gin
 import pytest
 from cached import score
-from tiny import LENGTHS, make_tiny
+from tiny import LENGTHS, make_tiny, own_caches
 
+from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.tasks import metrics, rows
 from prompt_tuning_jax.tasks.postprocessors import answers
@@ -265,3 +268,43 @@ def test_a_run_on_files_named_in_gin(tiny, tmp_path):
     assert "tokenising" not in done.stderr and not list((tiny.folder / "cache").rglob("mine*"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "mine" and {*summary["best"]} == {"accuracy", "f1"}
+
+
+@pytest.mark.parametrize(
+    "macros, message",
+    [
+        (
+            {"TASK_FILES": {"train": "absent.tsv"}},
+            "no file {folder}/absent.tsv: set TASK_FILES, and DATA_DIR if it is under it",
+        ),
+        (
+            {"TASK_FILES": "rows.tsv"},
+            "TASK_FILES is 'rows.tsv', expected the file of each split: ",
+        ),
+        (
+            {"LABELS": ["yes", "no"]},
+            "{folder}/rows.tsv, line 2: answer 'bad' is none of 'yes', 'no', ",
+        ),
+        ({"LABELS": "bad good"}, "LABELS is 'bad good', expected a list of texts"),
+        (
+            {"METRICS": ["f1"]},
+            "no metric 'f1' without LABELS, there are accuracy, rouge, pearson, spearman: set METRICS",
+        ),
+        (
+            {"INPUTS_COLUMN": "txt"},
+            "{folder}/rows.tsv, line 1: no column 'txt', there are 'more', ",
+        ),
+    ],
+)
+def test_a_mistake_in_gin_is_said_in_gins_words(tiny, tmp_path, capsys, monkeypatch, macros, message):
+    write(tmp_path / "rows.tsv")
+    given = {"MIXTURE_OR_TASK_NAME": "mine", "TASK_FILES": {"train": "rows.tsv"}, "EVAL_SPLIT": "train"}
+    given |= {"DATA_DIR": str(tmp_path), "INPUTS_COLUMN": "text", "TARGETS_COLUMN": "answer"}
+    given |= {"MODEL_DIR": str(tmp_path / "run")} | macros
+    arguments = tiny.arguments("prompts/random_uniform.gin", "runs/prompt_tune.gin", "tasks/files.gin", **given)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    gin.clear_config()
+    with own_caches(tiny, monkeypatch), pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.startswith(f"error: {message.format(folder=tmp_path)}")
