@@ -1,14 +1,19 @@
-"""A user's own files, named in gin: what they give, and what is said of what is wrong in them."""
+"""A user's own files: what they give, that they are read again at each start, and what is said of what is wrong."""
 
 import gzip
 import json
+import os
+import sys
 
+import gin
 import pytest
-from tiny import LENGTHS, make_tiny
+from cached import score
+from tiny import LENGTHS, make_tiny, own_caches
 
-from prompt_tuning_jax.batches.build import build_missing, build_split
-from prompt_tuning_jax.batches.cache import Examples, TaskRequest, load_split
-from prompt_tuning_jax.tasks import metrics
+from prompt_tuning_jax import train
+from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.tasks import metrics, rows
+from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 
@@ -36,37 +41,37 @@ def files(path, **options):
     return TaskFiles({"train": str(path)}, inputs="text", targets="answer", **options)
 
 
-def built(tiny, folder, task_files, data_dir=None):
-    request = TaskRequest("mine", str(tiny.vocabulary), LENGTHS, data_dir, files=task_files)
-    build_split(request, "train", folder / "train")
-    return Examples(folder / "train")
+def read(tiny, task_files, split="train"):
+    """The examples of a split, as evaluation gets them."""
+    batches = DatasetConfig("mine", split, 4, LENGTHS, source=task_files).eval_batches(Vocabulary(tiny.vocabulary))
+    return batches["mine"].examples
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.tsv", "rows.jsonl.gz", "rows.tsv.gz"])
 def test_rows_are_the_two_columns_as_they_stand(tiny, tmp_path, name):
     write(tmp_path / name)
-    examples = built(tiny, tmp_path, files(name, labels=["bad", "good"]), str(tmp_path))
+    examples = read(tiny, files(name, labels=["bad", "good"], data_dir=str(tmp_path)))
     words = Vocabulary(tiny.vocabulary)
     assert [(row["inputs_pretokenized"], row["targets_pretokenized"]) for row in examples.fields] == ROWS
     for row, (text, answer) in enumerate(ROWS):
         assert list(examples.inputs[row]) == [*words.encode(text), EOS]
         assert list(examples.targets[row]) == [*words.encode(answer), EOS]
-    assert examples.labels == ("bad", "good")
-    assert examples.score(["bad", "good", "good", "no label"]) == {"accuracy": 50}
+    assert answers(examples.postprocess) == ("bad", "good")
+    assert score(examples, ["bad", "good", "good", "no label"]) == {"accuracy": 50}
 
 
-def test_a_label_may_be_given_by_its_place(tmp_path):
-    rows = [("a", 1), ("b", "0"), ("c", "bad")]
+def test_a_label_may_be_given_by_its_index(tmp_path):
+    given = [("a", 1), ("b", "0"), ("c", "bad")]
     expected = [{"inputs": text, "targets": answer} for text, answer in zip("abc", ("good", "bad", "bad"), strict=True)]
     for name in ("rows.jsonl", "rows.tsv"):
-        path = write(tmp_path / name, rows)
-        assert list(files(path, labels=["bad", "good"]).rows(path)) == expected
+        path = write(tmp_path / name, given)
+        assert files(path, labels=["bad", "good"]).rows("train") == expected
     path = write(tmp_path / "digits.tsv", [("a", "1")])
-    assert list(files(path, labels=["1", "2"]).rows(path)) == [{"inputs": "a", "targets": "1"}], "first by its name"
+    assert files(path, labels=["1", "2"]).rows("train") == [{"inputs": "a", "targets": "1"}], "first by its name"
 
 
 @pytest.mark.parametrize(
-    "options, answers, predictions, expected",
+    "options, targets, predictions, expected",
     [
         ({}, ["one two", "three"], ["one two", "four"], {"accuracy": 50}),
         ({"metrics": []}, ["one", "two"], ["one", "two"], {}),
@@ -85,39 +90,54 @@ def test_a_label_may_be_given_by_its_place(tmp_path):
         ),
     ],
 )
-def test_answers_are_scored_as_asked(tiny, tmp_path, options, answers, predictions, expected):
-    path = write(tmp_path / "rows.jsonl", [("text", answer) for answer in answers])
-    assert built(tiny, tmp_path, files(path, **options)).score(predictions) == pytest.approx(expected)
+def test_answers_are_scored_as_asked(tiny, tmp_path, options, targets, predictions, expected):
+    path = write(tmp_path / "rows.jsonl", [("text", target) for target in targets])
+    assert score(read(tiny, files(path, **options)), predictions) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"text": "a"}', "no column 'answer', there are 'text': set TARGETS_COLUMN"),
-        ('{"answer": "bad"}', "no column 'text', there are 'answer': set INPUTS_COLUMN"),
+        ('{"text": "a"}', "no column 'answer', there are 'text': set `targets`"),
+        ('{"answer": "bad"}', "no column 'text', there are 'answer': set `inputs`"),
         ('{"text": "", "answer": "bad"}', "text is '', expected some text"),
         ('{"text": null, "answer": "bad"}', "text is None, expected some text"),
-        ('{"text": "a", "answer": "fine"}', "answer 'fine' is none of 'bad', 'good', nor the place of one: set LABELS"),
-        ('{"text": "a", "answer": 2}', "answer 2 is none of 'bad', 'good', nor the place of one: set LABELS"),
-        ('{"text": "a", "answer": true}', "answer True is none of 'bad', 'good', nor the place of one: set LABELS"),
+        (
+            '{"text": "a", "answer": "ok"}',
+            "answer 'ok' is none of 'bad', 'good', nor the index of one: set `labels`",
+        ),
+        ('{"text": "a", "answer": 2}', "answer 2 is none of 'bad', 'good', nor the index of one: set `labels`"),
+        ('{"text": "a", "answer": true}', "answer True is none of 'bad', 'good', nor the index of one: set `labels`"),
         ("[1]", "[1], expected an object with a field for each column"),
         ('{"text": "a"', "no JSON at character 13: Expecting ',' delimiter"),
-        ("", "no JSON at character 1: Expecting value"),
+        (" ", "no JSON at character 1: Expecting value"),
+        ("[" * 200_000, "JSON that is nested too deep, expected an object with a field for each column"),
+        ('{"text": "a\\ud800", "answer": "bad"}', "text is no Unicode text: half of a surrogate pair at character 2"),
     ],
 )
 def test_a_row_that_is_not_sound_is_named_by_file_and_line(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "answer": "bad"}\n' + line + "\n")
     with pytest.raises(ValueError) as error:
-        list(files(path, labels=["bad", "good"]).rows(path))
+        files(path, labels=["bad", "good"]).rows("train")
     assert str(error.value) == f"{path}, line 2: {message}"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_none_is_no_target(tmp_path, number):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a", "answer": {number}}}\n')
+    with pytest.raises(ValueError, match=rf"^{path}, line 1: answer is {float(number)}, expected some text$"):
+        files(path, metrics=["pearson"]).rows("train")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("text\tlabel\na\tbad\n", "line 1: no column 'answer', there are 'text', 'label': set TARGETS_COLUMN"),
+        ("text\tlabel\na\tbad\n", "line 1: no column 'answer', there are 'text', 'label': set `targets`"),
         ("text\tanswer\na\n", "line 2: 1 columns, expected 2"),
+        ("text\tanswer\tanswer\na\tb\tc\n", "line 1: two columns 'answer', expected one"),
+        ("text\tanswer\n\t\n", "line 2: text is '', expected some text"),
         ("text\tanswer\na\tbad\n \tbad\n", "line 3: text is ' ', expected some text"),
     ],
 )
@@ -125,30 +145,53 @@ def test_a_table_that_is_not_sound_is_named_by_file_and_line(tmp_path, content, 
     path = tmp_path / "rows.tsv"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
-        list(files(path).rows(path))
+        files(path).rows("train")
     assert str(error.value) == f"{path}, {message}"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.tsv"])
+def test_empty_lines_are_skipped(tmp_path, name):
+    path = write(tmp_path / name)
+    expected = files(path).rows("train")
+    assert len(expected) == len(ROWS)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "", *lines[1:], "", ""]) + "\n")
+    assert files(path).rows("train") == expected
+    path.write_bytes("\r\n".join([*lines, "", ""]).encode())
+    assert files(path).rows("train") == expected
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match=rf"^{path} has no rows: set `mapping`$"):
+        files(path).rows("train")
 
 
 def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_bytes(b"text\tanswer\na\tb\ncaf\xe9\tb\n")
-    with pytest.raises(ValueError, match=f"^{path}, line 3: not UTF-8"):
-        list(files(path).rows(path))
+    with pytest.raises(ValueError, match=rf"^{path}, line 3: not UTF-8 \(.*\): mend the file, or set `mapping`$"):
+        files(path).rows("train")
 
 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("absent.tsv", {}, "no file {folder}/absent.tsv: set TASK_FILES, and DATA_DIR where they are under it"),
-        ("rows.csv", {}, "{folder}/rows.csv is neither .jsonl nor .tsv: set TASK_FILES"),
-        ("empty.tsv", {}, "{folder}/empty.tsv has no rows: set TASK_FILES"),
+        ("absent.tsv", {}, "no file {folder}/absent.tsv: set `mapping`, and `data_dir` if it is under it"),
+        ("rows.csv", {}, "{folder}/rows.csv is neither .jsonl nor .tsv: set `mapping`"),
+        ("empty.tsv", {}, "{folder}/empty.tsv has no rows: set `mapping`"),
         (
             "rows.tsv",
             {"metrics": ["f1"]},
-            "no metric 'f1' without LABELS, there are accuracy, rouge, pearson, spearman",
+            "no metric 'f1' without `labels`, there are accuracy, rouge, pearson, spearman: set `metrics`",
         ),
-        ("rows.tsv", {"metrics": ["rouge"], "labels": ["bad", "good"]}, "no metric 'rouge' with LABELS, there are acc"),
+        (
+            "rows.tsv",
+            {"metrics": ["rouge"], "labels": ["bad", "good"]},
+            "no metric 'rouge' with `labels`, there",
+        ),
         ("rows.tsv", {"metrics": ["accuracy", "pearson"]}, "accuracy and pearson do not go together"),
+        ("rows.tsv", {"metrics": "accuracy"}, "`metrics` is 'accuracy', expected a list of names: ['accuracy']"),
+        ("rows.tsv", {"labels": "bad good"}, "`labels` is 'bad good', expected a list of texts"),
+        ("rows.tsv", {"labels": ["bad", " "]}, "`labels` is ['bad', ' '], expected texts that are not blank"),
+        ("rows.tsv", {"labels": []}, "`labels` is [], expected texts that are not blank"),
     ],
 )
 def test_what_cannot_be_a_task_is_refused(tiny, tmp_path, name, options, message):
@@ -156,30 +199,60 @@ def test_what_cannot_be_a_task_is_refused(tiny, tmp_path, name, options, message
     (tmp_path / "rows.csv").write_text("text,answer\n")
     (tmp_path / "empty.tsv").write_text("text\tanswer\n")
     with pytest.raises(ValueError) as error:
-        built(tiny, tmp_path, files(name, **options), str(tmp_path))
+        read(tiny, files(name, **options, data_dir=str(tmp_path)))
     assert str(error.value).startswith(message.format(folder=tmp_path))
-    assert not (tmp_path / "train").exists()
 
 
 def test_metrics_that_are_offered_are_there():
-    from prompt_tuning_jax.tasks import user_files
-
-    for name in (*user_files._OF_LABELS, *user_files._OF_TEXTS, *user_files._OF_NUMBERS):
+    for name in (*rows.OF_LABELS, *rows.OF_TEXTS, *rows.OF_NUMBERS):
         assert callable(getattr(metrics, name))
 
 
-def test_a_changed_file_is_read_again(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", tiny.environment["PYTHONPATH"])
-    path, cache = write(tmp_path / "rows.tsv"), tmp_path / "cache"
-    request = TaskRequest("mine", str(tiny.vocabulary), LENGTHS, files=files(path))
-    build_missing(request, "train", cache, True)
-    assert len(load_split(request, "train", cache)) == 4
-    write(path, ROWS[:3])
-    assert len(load_split(request, "train", cache)) == 3
+def texts(examples):
+    return [row["inputs_pretokenized"] for row in examples.fields]
+
+
+def test_a_changed_file_is_read_again(tiny, tmp_path):
+    """Of the same size and time, too: nothing is kept of what was read."""
+    path = write(tmp_path / "rows.tsv", [("a dull plot", "bad")])
+    before = path.stat()
+    assert texts(read(tiny, files(path))) == ["a dull plot"]
+    write(path, [("a good plot", "bad")])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert texts(read(tiny, files(path))) == ["a good plot"]
+
+
+def test_a_relative_name_is_that_of_the_working_directory(tiny, tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.tsv", [(f"the {name} folder", "bad")])
+    for name in ("one", "other", "one"):
+        monkeypatch.chdir(tmp_path / name)
+        assert texts(read(tiny, files("rows.tsv"))) == [f"the {name} folder"]
+
+
+def test_a_link_that_points_elsewhere_is_followed_anew(tiny, tmp_path):
+    for name in ("one", "other"):
+        write(tmp_path / f"{name}.tsv", [(f"the {name} file", "bad")])
+    link = tmp_path / "rows.tsv"
+    for name in ("one", "other"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / f"{name}.tsv")
+        assert texts(read(tiny, files(link))) == [f"the {name} file"]
+
+
+def test_a_split_or_slice_that_is_not_there(tiny, tmp_path):
+    path = write(tmp_path / "rows.tsv")
+    assert texts(read(tiny, files(path), "train[1:-1]")) == [text for text, _ in ROWS[1:-1]]
+    with pytest.raises(ValueError, match=r"^mine has no split 'validation', only train: set `train` or `validation`$"):
+        read(tiny, files(path), "validation")
+    with pytest.raises(ValueError, match=r"^split 'train\[4:\]' of mine is empty: set `train` or `validation`"):
+        read(tiny, files(path), "train[4:]")
 
 
 def test_a_run_on_files_named_in_gin(tiny, tmp_path):
-    """Training and then scoring, with no Python: the same files.gin for both."""
+    """It starts no child, and neither TensorFlow nor a cache of tokens is there when it is done."""
     macros = {"MIXTURE_OR_TASK_NAME": "mine", "TASK_FILES": {"train": "rows.tsv", "validation": "dev.jsonl"}}
     macros |= {"DATA_DIR": str(tmp_path), "INPUTS_COLUMN": "text", "TARGETS_COLUMN": "answer"}
     macros |= {"LABELS": ["bad", "good"], "METRICS": ["accuracy", "f1"], "EVAL_SPLIT": "validation"}
@@ -187,7 +260,51 @@ def test_a_run_on_files_named_in_gin(tiny, tmp_path):
     write(tmp_path / "dev.jsonl")
     given = ("prompts/random_uniform.gin", "runs/prompt_tune.gin", "tasks/files.gin")
     run = tiny.arguments(*given, **macros, TRAIN_STEPS=4, EVAL_PERIOD=4, LOG_PERIOD=4, MODEL_DIR=str(tmp_path / "run"))
-    done = tiny.run(run)
+    done = tiny.run(run, python=["-X", "importtime"])
     assert done.returncode == 0, done.stderr
+    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert "sentencepiece" in imported
+    assert not [name for name in imported if name.startswith(("tensorflow.", "seqio.", "torch."))]
+    assert "tokenising" not in done.stderr and not list((tiny.folder / "cache").rglob("mine*"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "mine" and {*summary["best"]} == {"accuracy", "f1"}
+
+
+@pytest.mark.parametrize(
+    "macros, message",
+    [
+        (
+            {"TASK_FILES": {"train": "absent.tsv"}},
+            "no file {folder}/absent.tsv: set TASK_FILES, and DATA_DIR if it is under it",
+        ),
+        (
+            {"TASK_FILES": "rows.tsv"},
+            "TASK_FILES is 'rows.tsv', expected the file of each split: ",
+        ),
+        (
+            {"LABELS": ["yes", "no"]},
+            "{folder}/rows.tsv, line 2: answer 'bad' is none of 'yes', 'no', ",
+        ),
+        ({"LABELS": "bad good"}, "LABELS is 'bad good', expected a list of texts"),
+        (
+            {"METRICS": ["f1"]},
+            "no metric 'f1' without LABELS, there are accuracy, rouge, pearson, spearman: set METRICS",
+        ),
+        (
+            {"INPUTS_COLUMN": "txt"},
+            "{folder}/rows.tsv, line 1: no column 'txt', there are 'more', ",
+        ),
+    ],
+)
+def test_a_mistake_in_gin_is_said_in_gins_words(tiny, tmp_path, capsys, monkeypatch, macros, message):
+    write(tmp_path / "rows.tsv")
+    given = {"MIXTURE_OR_TASK_NAME": "mine", "TASK_FILES": {"train": "rows.tsv"}, "EVAL_SPLIT": "train"}
+    given |= {"DATA_DIR": str(tmp_path), "INPUTS_COLUMN": "text", "TARGETS_COLUMN": "answer"}
+    given |= {"MODEL_DIR": str(tmp_path / "run")} | macros
+    arguments = tiny.arguments("prompts/random_uniform.gin", "runs/prompt_tune.gin", "tasks/files.gin", **given)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    gin.clear_config()
+    with own_caches(tiny, monkeypatch), pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.startswith(f"error: {message.format(folder=tmp_path)}")

@@ -42,7 +42,7 @@ class Data:
     module: str | None = None
     cache_dir: str | None = None
 
-    def __getitem__(self, split: str) -> "Data":
+    def __getitem__(self, split: str | Any) -> "Data":
         """Returns the same data with `split` chosen.
 
         Raises:
@@ -73,14 +73,12 @@ def task(
       module: imported to register the task.
       cache_dir: where tokens are kept; None for the user's cache.
     """
-    if not isinstance(name, str):
-        raise SettingError(Setting("mixture_or_task_name"), f" is {reprlib.repr(name)}, expected a task's name")
     folders = (None if folder is None else os.fspath(folder) for folder in (data_dir, cache_dir))
     return Data(name, module=module, **dict(zip(("data_dir", "cache_dir"), folders, strict=True)))
 
 
 def files(
-    mapping: Mapping[str, str | os.PathLike],
+    mapping: Mapping[str, str | os.PathLike] | Any,
     *,
     inputs: str = "inputs",
     targets: str = "targets",

@@ -67,7 +67,7 @@ class Rows:
       split: what the split is called.
     """
 
-    given: Iterable[Mapping[str, Any]] = dataclasses.field(repr=False)
+    given: Iterable[Any] = dataclasses.field(repr=False)
     labels: Sequence[str] | None = None
     metrics: Sequence[str] | None = None
     split: str = "train"

@@ -27,7 +27,7 @@ class TaskFiles:
       data_dir: DATA_DIR, the folder that relative paths start from; None for the working directory.
     """
 
-    files: Mapping[str, str]
+    files: Mapping[str, str] | Any  # anything else is refused in words
     inputs: str = "inputs"
     targets: str = "targets"
     labels: Sequence[str] | None = None
@@ -79,8 +79,8 @@ class TaskFiles:
                     reader = functools.partial(_tsv, header=header)
                     continue
                 self._check_columns(row)
-                targets = target_of(row[self.targets], self.labels, self.targets)
-                yield {"inputs": text_of(self.inputs, row[self.inputs]), "targets": targets}
+                inputs = text_of(self.inputs, row[self.inputs])
+                yield {"inputs": inputs, "targets": target_of(row[self.targets], self.labels, self.targets)}
             except ValueError as error:
                 raise prefixed(f"{path}, line {number}: ", error) from None
 
