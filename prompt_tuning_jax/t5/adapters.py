@@ -41,7 +41,7 @@ def adapted_modules(parameters: Mapping[str, ArrayLike]) -> dict[str, dict[str, 
     return modules
 
 
-def check_parameters(parameters: Mapping[str, jax.typing.ArrayLike], base: Mapping[str, ArrayLike]) -> None:
+def check_parameters(parameters: Mapping[str, ArrayLike], base: Mapping[str, ArrayLike]) -> None:
     """Refuses parameters that the model would not read, which Flax ignores in silence.
 
     Args:
@@ -70,7 +70,8 @@ def check_parameters(parameters: Mapping[str, jax.typing.ArrayLike], base: Mappi
         elif path in base:
             expected = tuple(base[path].shape)
         else:
-            near = difflib.get_close_matches(path, [*base, *(f"{module}/{name}" for name in ADAPTERS)], n=2)
+            known = [*base] if kernel is None else [f"{module}/{name}" for name in ("kernel", *ADAPTERS)]
+            near = difflib.get_close_matches(f"{module}/{name.lower()}", known, n=1)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(
                 f"the method gives a parameter {path}, which the model does not read, expected the path of one of its "
