@@ -35,7 +35,11 @@ from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.step import summed_gradients
 
 # What peft 0.21 asks of transformers 5.23, which has another name for it.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# transformers 5 says that every T5 is tied, and PEFT warns where the logits' matrix is adapted.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning"),
+]
 
 # No two dimensions alike, and stacks of different depth: a transposed or misplaced matrix cannot fit.
 GATED = T5Config(61, 24, 3, 2, 3, 40, head_dim=7)
@@ -79,7 +83,7 @@ def random_injection(method, model, seed=0):
     """What the method gives after training: nothing of it at its start."""
     rng = np.random.default_rng(seed)
     trained = {
-        path: value + jnp.asarray(rng.normal(0, 0.3, value.shape), jnp.float32)
+        path: value + jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32)
         for path, value in method.init(jax.random.key(0), model).items()
     }
     return method.apply(trained, model.parameters)
@@ -146,7 +150,7 @@ def their_adapter(peft, folder, kind, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
@@ -155,7 +159,7 @@ PAIRS = {
     "lora": ("LORA", {}),
     "lora-everywhere": ("LORA", {"r": 3, "lora_alpha": 5, "target_modules": [*ALL, "wi"], "lora_dropout": 0.1}),
     "ia3": ("IA3", {}),
-    "ia3-everywhere": ("IA3", {"target_modules": [*ALL, "wi"], "feedforward_modules": [".o", "wi_0", "wi"]}),
+    "ia3-everywhere": ("IA3", {"target_modules": [*ALL, "wi"], "feedforward_modules": r".*\.(o|wi_0|wi)"}),
 }
 
 
@@ -182,7 +186,7 @@ def test_an_adapter_of_peft_gives_its_logits(trained, folders):
     check_parameters(injection.parameters, base.parameters)
     expected = their_logits(model, *tokens)
     found = our_logits(config, {**base.parameters, **injection.parameters}, *tokens)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     without = their_logits(their_base(folders[size]), *tokens)
     assert np.abs(expected - without).max() > 0.1  # the adapter matters
 
@@ -198,13 +202,14 @@ def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path)
         write_adapter(tmp_path / name, injection, config, str(folders[size]), setting)
         model = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / name).eval()
         expected = their_logits(model, *tokens)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         back = read_adapter(tmp_path / name, config).parameters
         assert back.keys() == injection.parameters.keys()
         for path, value in injection.parameters.items():  # a factor of 5 / 3 rounds once on each way
             np.testing.assert_allclose(back[path], value, rtol=0 if setting in (None, 8.0) else 2e-7)
     settings = json.loads((tmp_path / "its alpha" / "adapter_config.json").read_text())
-    assert settings["target_modules"] == sorted(method.targets)
+    assert set(method.targets) <= set(settings["target_modules"])
+    assert settings["target_modules"] == sorted(method.targets) or "o" in getattr(method, "feedforward", ())
     assert "alpha" not in vars(method) or (settings["r"], settings["lora_alpha"]) == (method.rank, method.alpha)
 
 
@@ -238,7 +243,7 @@ def test_gradients_are_those_of_torch(peft, folders, tmp_path, pair):
     method = METHODS[pair]
     rng = np.random.default_rng(3)
     trained = {
-        path: value + jnp.asarray(rng.normal(0, 0.3, value.shape), jnp.float32)
+        path: value + jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32)
         for path, value in method.init(jax.random.key(0), base).items()
     }
     weights = rng.normal(size=(6, 5, GATED.vocab_size)).astype(np.float32)
@@ -409,63 +414,60 @@ def test_an_int8_base_model_takes_adapters(name):
     assert error.value.setting == "base_dtype" and "\n" not in str(error.value)
 
 
-def made_in_a_step(config, trained, apply, frozen, batch_rows=None):
-    """The shapes that the instructions of a compiled gradient make, parameters and their parts apart."""
+def made_in_a_step(config, trained, apply, frozen, rows):
+    """The shapes that the instructions of a compiled gradient make: inside fusions and loops, too; not what they pass
+    on."""
     inputs, targets = jnp.ones((4, 5), jnp.int32), jnp.ones((4, 3), jnp.int32)
     model = Transformer(config)
 
     def step(trained, frozen):
         def loss_fn(trained, inputs, targets, numbers):
-            params = {**frozen, **apply(trained)}
-            logits = model.apply(
-                {"params": tree(params)},
-                inputs,
-                targets,
-                targets,
-                row_numbers=numbers,
-                rngs={"dropout": jax.random.key(0)},
-            )
+            params = tree({**frozen, **apply(trained)})
+            logits = model.apply({"params": params}, inputs, targets, targets, enable_dropout=False)
             sums = cross_entropy(logits, targets, 1e-4)
             return sums.loss, sums
 
-        return summed_gradients(loss_fn, trained, inputs, targets, batch_rows or 4)
+        return summed_gradients(loss_fn, trained, inputs, targets, rows)
 
     text = jax.jit(step).lower(trained, frozen).compile().as_text()
-    passed_on = {"parameter", "get-tuple-element", "bitcast", "tuple", "while"}
-    made = re.findall(r"= (?:f32|bf16|s8)\[([\d,]*)\]\S* ([\w-]+)\(", text)
-    return [tuple(map(int, shape.split(","))) for shape, name in made if shape and name not in passed_on]
+    passed_on = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "fusion"}
+    if any(value.dtype == jnp.int8 for value in frozen.values()):
+        passed_on.add("convert")  # where it is read, an int8 kernel becomes floats
+    made = re.findall(r"= (?:f32|bf16|s8)\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    return [tuple(map(int, shape.split(","))) for shape, name in made if name not in passed_on]
 
 
-@pytest.mark.parametrize("rows", [4, 2], ids=["whole", "micro-batches"])
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["lora-everywhere", "ia3"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "remat", "rows"),
+    [
+        ("lora-everywhere", "float32", "none", 4),
+        ("lora-everywhere", "float32", "full", 2),
+        ("lora-everywhere", "bfloat16", "minimal", 2),
+        ("lora-everywhere", "int8", "none", 2),
+        ("ia3", "float32", "none", 2),
+        ("ia3", "bfloat16", "none", 4),
+    ],
+)
 def test_a_step_makes_nothing_of_a_kernels_shape(name, dtype, remat, rows):
-    """No gradient of a frozen matrix, no copy, no conversion: counted in the compiled program, where the same count
-    finds every matrix of a model that is tuned whole."""
-    config = dataclasses.replace(
-        GATED, dtype="float32" if dtype == "float32" else "bfloat16", remat_policy=remat, dropout_rate=0.1
-    )
-    base = base_model(GATED)
+    """No gradient of a frozen matrix and no copy of one: counted in the compiled program, with micro-batches, too,
+    where the same count finds every matrix of a model that is tuned whole."""
+    size = dataclasses.replace(GATED, num_encoder_layers=1, num_decoder_layers=1, remat_policy=remat)
+    config = dataclasses.replace(size, dtype="float32" if dtype == "float32" else "bfloat16")
+    base = base_model(size)
     frozen: dict = {}
     for path, value in base.parameters.items():
         frozen |= quantized(path, value) if dtype == "int8" else {path: value.astype(dtype)}
     kernels = {value.shape for path, value in base.parameters.items() if path.endswith("/kernel")}
-    kernels |= {shape[::-1] for shape in kernels}
+    kernels |= {shape[::-1] for shape in kernels} - {(61, 24)}  # the embedding table's shape
     method = METHODS[name]
     trained = method.init(jax.random.key(0), base)
 
-    def apply(trained):
-        return method.apply(trained, frozen).parameters
+    def made(trained, apply):
+        return [shape for shape in made_in_a_step(config, trained, apply, frozen, rows) if shape in kernels]
 
-    found = [shape for shape in made_in_a_step(config, trained, apply, frozen, rows) if shape in kernels]
-    # An int8 kernel is turned into floats where it is read, one at a time; nothing else is made of it.
-    if dtype != "int8":
-        assert not found
-    if dtype == "float32" and remat == "none":
-        tuned = {path: value for path, value in base.parameters.items() if path.endswith("/kernel")}
-        made = made_in_a_step(config, tuned, dict, frozen, rows)
-        assert sum(shape in kernels for shape in made) >= len(tuned)
+    assert not made(trained, lambda trained: method.apply(trained, frozen).parameters)
+    tuned = {path: value for path, value in base.parameters.items() if path.endswith("/kernel")}
+    assert dtype == "int8" or len(made(tuned, dict)) >= len(tuned)
 
 
 def refused(call, setting):
@@ -569,14 +571,14 @@ ODD_OPTIONS = {
 @pytest.mark.parametrize("option", ODD_OPTIONS)
 def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
     model = their_adapter(peft, folders["t5_1_1"], "LORA", **ODD_OPTIONS[option])
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     base, tokens = base_model(GATED), some_tokens()
     injection = read_adapter(tmp_path / "theirs", GATED)
     count = sum(value.numel() for value in model.parameters() if value.requires_grad)
     assert sum(value.size for value in injection.parameters.values()) == count
     expected = their_logits(model, *tokens)
     params = {**base.parameters, **injection.parameters}
-    within = {"rtol": 0, "atol": 1e-5 * max(1, np.abs(expected).max())}
+    within = {"rtol": 0, "atol": 1e-5}
     np.testing.assert_allclose(our_logits(GATED, params, *tokens), expected, **within)
     # And so does what we write of it, with ranks and places that differ from layer to layer.
     for alpha in (None, 7):
@@ -591,7 +593,7 @@ def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
     [
         {"target_modules": ["k", "v", "wi_1"], "feedforward_modules": []},  # PEFT's for mT5
         {"target_modules": ["o", "wo"], "feedforward_modules": ["wo"]},
-        {"target_modules": ["o", "wo"], "feedforward_modules": ["Attention.o"]},  # "o" alone would end "wo", too
+        {"target_modules": ["o", "wo"], "feedforward_modules": ["o"]},  # which PEFT takes for "wo", too
         {"target_modules": r".*decoder.*\.(k|wo)", "feedforward_modules": r".*wo"},
     ],
 )
@@ -601,7 +603,7 @@ def test_feedforward_modules_are_those_of_peft(peft, folders, tmp_path, options)
     base, tokens = base_model(GATED), some_tokens()
     injection = read_adapter(tmp_path / "theirs", GATED)
     expected = their_logits(model, *tokens)
-    within = {"rtol": 0, "atol": 1e-5 * max(1, np.abs(expected).max())}
+    within = {"rtol": 0, "atol": 1e-5}
     np.testing.assert_allclose(
         our_logits(GATED, {**base.parameters, **injection.parameters}, *tokens), expected, **within
     )

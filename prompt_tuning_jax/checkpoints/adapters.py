@@ -145,8 +145,9 @@ def write_adapter(
     kinds = {tuple(adapters) for adapters in modules.values()}
     if kinds == {(LORA_A, LORA_B)}:
         fields, tensors = _lora_folder(modules, alpha)
+        targets = _short_names(modules, config)
     elif kinds and kinds <= {(INPUT_SCALE,), (OUTPUT_SCALE,)}:
-        fields, tensors = _ia3_folder(modules)
+        targets, fields, tensors = _ia3_folder(modules, _short_names(modules, config))
     else:
         found = ", ".join(sorted({name for kind in kinds for name in kind})) or "nothing"
         raise ValueError(
@@ -154,7 +155,7 @@ def write_adapter(
             f"of {INPUT_SCALE} and {OUTPUT_SCALE} (IA3) beside each kernel"
         )
     settings = {"peft_type": fields.pop("peft_type"), "task_type": TASK, "base_model_name_or_path": base}
-    settings |= {"inference_mode": True, "target_modules": _short_names(modules, config)} | fields
+    settings |= {"inference_mode": True, "target_modules": targets} | fields
     write_folder(folder, settings, tensors)
 
 
@@ -198,7 +199,7 @@ def _ia3_tensors(fields: dict, modules: list[str], config: T5Config) -> Tensors:
     return tensors
 
 
-def _lora_folder(modules: Mapping[str, dict[str, ArrayLike]], alpha: float | None) -> tuple[dict, dict]:
+def _lora_folder(modules: Mapping[str, dict[str, ArrayLike]], alpha: float | int | None) -> tuple[dict, dict]:
     """Returns the fields of `adapter_config.json` and the tensors."""
     ranks = {module: np.shape(adapters[LORA_A])[1] for module, adapters in modules.items()}
     ((rank, _),) = collections.Counter(ranks.values()).most_common(1)
@@ -212,17 +213,20 @@ def _lora_folder(modules: Mapping[str, dict[str, ArrayLike]], alpha: float | Non
     return fields | {"alpha_pattern": others if alpha is None else {}, "lora_dropout": 0.0, "bias": "none"}, tensors
 
 
-def _ia3_folder(modules: Mapping[str, dict[str, ArrayLike]]) -> tuple[dict, dict]:
-    """Returns the fields of `adapter_config.json` and the tensors."""
+def _ia3_folder(modules: Mapping[str, dict[str, ArrayLike]], targets: list[str]) -> tuple[list[str], dict, dict]:
+    """Returns the `target_modules`, the other fields of `adapter_config.json`, and the tensors."""
     of_input = {module for module, adapters in modules.items() if INPUT_SCALE in adapters}
-    short = sorted({module.rpartition(".")[2] for module in of_input})
-    exact = all(_is_feedforward(short, module) == (module in of_input) for module in modules)
+    feedforward = sorted({module.rpartition(".")[2] for module in of_input})
+    # PEFT wants them among the targets, and takes "o" for "wo", too.
+    exact = all(_is_feedforward(feedforward, module) == (module in of_input) for module in modules)
+    if not exact or not set(feedforward) <= set(targets):
+        feedforward = sorted(of_input)
     tensors = {}
     for module, adapters in modules.items():
         (scale,) = adapters.values()
         shape = (1, -1) if module in of_input else (-1, 1)
         tensors[f"{PREFIX}{module}.ia3_l"] = np.asarray(scale, np.float32).reshape(shape)
-    return {"peft_type": IA3, "feedforward_modules": short if exact else sorted(of_input)}, tensors
+    return sorted({*targets, *feedforward}), {"peft_type": IA3, "feedforward_modules": feedforward}, tensors
 
 
 def _short_names(modules: Mapping[str, Any], config: T5Config) -> list[str]:
@@ -305,7 +309,7 @@ def _oddity(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | No
     """Returns what is wrong with the tensors of a file, by their shapes; None if they are those expected."""
     lacking, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if more:
-        return f"holds {shown(more[0])}, which {CONFIG} does not name, or this model does not have"
+        return f"holds {more[0]!r:.120}, which {CONFIG} does not name, or this model does not have"
     if lacking:
         return f"lacks {lacking[0]}"
     for name, shape in found.items():

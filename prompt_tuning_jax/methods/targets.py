@@ -44,7 +44,8 @@ def check_targets(targets: tuple[str, ...], config: T5Config) -> None:
         raise SettingError(setting, f" is empty, {expected}")
     for name in targets:
         if name not in shapes:
-            near = difflib.get_close_matches(name, [*shapes, *(T5X_NAMES[known] for known in shapes)], n=2)
+            known = dict.fromkeys([*shapes, *(T5X_NAMES[theirs] for theirs in shapes)])
+            near = difflib.get_close_matches(name, known, n=2)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise SettingError(setting, f" has {name!r:.60}, which is no matrix of this model, {expected}{hint}")
 

@@ -71,7 +71,8 @@ def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> 
         elif path in base:
             expected = tuple(base[path].shape)
         else:
-            near = difflib.get_close_matches(path, [*base, *(f"{module}/{name}" for name in ADAPTERS)], n=2)
+            known = [*base] if kernel is None else [f"{module}/{name}" for name in ("kernel", *ADAPTERS)]
+            near = difflib.get_close_matches(f"{module}/{name.lower()}", known, n=1)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(
                 f"the method gives a parameter {path}, which the model does not read, expected the path of one of its "
@@ -81,7 +82,7 @@ def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> 
             raise ValueError(f"the method gives {path} of shape {list(value.shape)}, expected {list(expected)}")
 
 
-def merged(parameters: Mapping[str, Array], frozen: Mapping[str, Array]) -> dict[str, Array]:
+def merged(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of the plain model that computes what `frozen` with `parameters` does.
 
     Adapters are folded into their kernels in float32, and such kernels are float32 whatever they were: rounded to
@@ -114,7 +115,7 @@ def merged(parameters: Mapping[str, Array], frozen: Mapping[str, Array]) -> dict
 
 
 @jax.jit
-def _merge(kernel: Float[Array, "d_in d_out"], adapters: dict[str, Array]) -> Float[Array, "d_in d_out"]:
+def _merge(kernel: Float[Array, "d_in d_out"], adapters: dict[str, Any]) -> Float[Array, "d_in d_out"]:
     kernel = kernel.astype(jnp.float32)
     if LORA_A in adapters:
         # Accelerators multiply float32 matrices in fewer bits unless told otherwise.
