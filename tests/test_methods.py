@@ -33,6 +33,7 @@ from prompt_tuning_jax.sweeps.joint_step import joint_key
 from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.loop import train
+from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig
 
 STEPS, EVAL_PERIOD = 6, 3
@@ -115,7 +116,7 @@ def settings(model, rows):
             "train_dataset": dataset_of(rows, "train", batch_size=2, **data),
             "eval_dataset": dataset_of(rows, "validation", batch_size=6, **data),
             "method": method,
-            "optimizer": optax.adamw(0.02),
+            "optimizer": adafactor(0.02),
             "train_steps": STEPS,
             "eval_period": EVAL_PERIOD,
             "log_period": 2,
@@ -240,7 +241,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(name, finished, settings, tmp_pa
 @METHOD
 def test_runs_of_a_method_share_a_program(name, finished, settings, tmp_path):
     """Two seeds and learning rates in one program are trained as each is alone, to the last bit."""
-    runs = {"a": {"seed": 0}, "b": {"seed": 1, "optimizer": optax.adamw(0.05)}}
+    runs = {"a": {"seed": 0}, "b": {"seed": 1, "optimizer": adafactor(0.05)}}
     keys = {joint_key(settings(tmp_path / run, METHODS[name], **own)) for run, own in runs.items()}
     assert len(keys) == 1 and None not in keys
     assert not train_together((run, settings(tmp_path / run, METHODS[name], **own)) for run, own in runs.items())
