@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from fixtures.models import OFFICIAL_PROMPT, parameters, prompted, random_model, random_tokens, shapes_of, tree
+from fixtures.models import OFFICIAL_PROMPT, halves, parameters, prompted, random_model, random_tokens, shapes_of, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.batches.loader import Batch
-from prompt_tuning_jax.prompts.module import prepend_prompt
+from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import SIZES, T5Config
-from prompt_tuning_jax.t5.layers import relative_position_bucket
-from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
+from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.t5.scoring import token_log_probs
 from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.step import PROMPT, TrainState, batch_loss, make_train_step, split_trainable
+from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_step
 
 SMALL = T5Config(
     vocab_size=23, emb_dim=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, mlp_dim=16, head_dim=5
@@ -49,7 +50,7 @@ def encode(model, params, inputs):
 
 def gradients_of(model, params, inputs, targets):
     def loss(params):
-        return batch_loss(model, tree(params), jnp.asarray(inputs), jnp.asarray(targets)).loss
+        return batch_loss(model, Injection(), params, jnp.asarray(inputs), jnp.asarray(targets)).loss
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -148,9 +149,10 @@ def test_ten_training_steps_are_the_official_ones(official, tiny_config):
     """T5X's trainer, from optimiser step 0 at learning rate 0.3. Adafactor divides by the size of gradients that may be
     tiny, so differences of rounding grow to 1.3e-5, on values up to 3."""
     optimizer = adafactor(0.3)
-    trainable, frozen = split_trainable(parameters(official), ["encoder/prompt/.*"])
+    method = PromptTuning(5)
+    trainable, frozen = halves(method, parameters(official))
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros(2, jnp.uint32))
-    step = make_train_step(prompted(tiny_config), optimizer)
+    step = make_train_step(Transformer(tiny_config), method, optimizer)
     inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
     batch = Batch(inputs, targets, np.arange(len(inputs), dtype=np.int32))
     for loss, prompt in zip(official["train_start0:loss"], official["train_start0:prompt"], strict=True):
@@ -302,14 +304,67 @@ def test_packed_examples_with_a_prompt_are_refused():
         model.apply({"params": tree(params)}, tokens, tokens, tokens, tokens, tokens, enable_dropout=False)
 
 
-def test_a_prompt_for_a_model_without_one_is_refused():
-    """Not ignored: the answers would be those of no prompt."""
-    model, params = random_model(SMALL)
-    tokens = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="prompt_factory"):
-        model.apply(
-            {"params": tree(params)}, tokens, tokens, tokens, enable_dropout=False, prompt=jnp.ones((2, SMALL.emb_dim))
+def test_a_prompt_that_is_given_is_the_models_own():
+    """A model runs with the prompt that it is given as with one that is its parameter, bit for bit."""
+    owner, params = random_model(SMALL, 3)
+    tokens = jnp.array([[5, 6, 7, 8], [9, 3, 0, 0]])
+    own = owner.apply({"params": tree(params)}, tokens, tokens, tokens, enable_dropout=False)
+    prompt, bare = params[PROMPT], {path: value for path, value in params.items() if path != PROMPT}
+    given = random_model(SMALL)[0].apply(
+        {"params": tree(bare)}, tokens, tokens, tokens, enable_dropout=False, prompt=prompt
+    )
+    np.testing.assert_array_equal(given, own)
+
+
+def by_layer(params, inputs, decoder_inputs, layer_prompts, prompt):
+    """What prompts per layer are, written out: each layer of the encoder by itself, its prompt put in by hand."""
+    embedded = jnp.take(params["token_embedder/embedding"], inputs, axis=0)
+    first = layer_prompts[0] if prompt is None else prompt
+    x = jnp.concatenate([jnp.broadcast_to(first, (len(inputs), *first.shape)), embedded], axis=1)
+    length = first.shape[0]
+    mask = jnp.pad(inputs > 0, ((0, 0), (length, 0)), constant_values=True)[:, None, None, :]
+    for number, own in enumerate(layer_prompts):
+        x = x.at[:, :length].set(own) if prompt is None else x.at[:, :length].add(own)
+        one = {
+            path.replace(f"layers_{number}/", ""): value
+            for path, value in params.items()
+            if f"encoder/layers_{number}/" in path
+        }
+        bias = RelativePositionBias(SMALL, bidirectional=True).apply(
+            {"params": {"rel_embedding": params["encoder/relpos_bias/rel_embedding"]}}, x.shape[1], x.shape[1]
         )
+        layer = {"params": tree({path.removeprefix("encoder/"): value for path, value in one.items()})}
+        x = EncoderLayer(SMALL).apply(layer, x, bias, mask, None, None)
+    encoded = RMSNorm().apply({"params": {"scale": params["encoder/encoder_norm/scale"]}}, x)
+    return Transformer(SMALL).apply(
+        {"params": tree(params)}, encoded, inputs, decoder_inputs, decoder_inputs, enable_dropout=False, method="decode"
+    )
+
+
+@pytest.mark.parametrize("beside_a_prompt", [False, True], ids=["replacing", "added"])
+def test_prompts_per_layer_are_put_before_each_layer(beside_a_prompt):
+    model, params = random_model(SMALL)
+    rng = np.random.default_rng(1)
+    layer_prompts = jnp.asarray(rng.normal(size=(SMALL.num_encoder_layers, 3, SMALL.emb_dim)), jnp.float32)
+    prompt = jnp.asarray(rng.normal(size=(3, SMALL.emb_dim)), jnp.float32) if beside_a_prompt else None
+    inputs = random_tokens(rng, (6, 4, 1), 6, SMALL.vocab_size)
+    tokens = random_tokens(rng, (4, 4, 4), 4, SMALL.vocab_size)
+    found = model.apply(
+        {"params": tree(params)}, inputs, tokens, tokens, enable_dropout=False, prompt=prompt,
+        layer_prompts=layer_prompts,
+    )  # fmt: skip
+    expected = by_layer(params, inputs, tokens, layer_prompts, prompt)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    # Behind masked positions in front, and one per row, it is the same.
+    padded = jnp.pad(layer_prompts, ((0, 0), (2, 0), (0, 0)))
+    rows = jnp.broadcast_to(padded, (3, *padded.shape))
+    first = None if prompt is None else jnp.broadcast_to(jnp.pad(prompt, ((2, 0), (0, 0))), (3, 5, SMALL.emb_dim))
+    mask = jnp.broadcast_to(jnp.arange(5) >= 2, (3, 5))
+    masked = model.apply(
+        {"params": tree(params)}, inputs, tokens, tokens, enable_dropout=False, prompt=first, layer_prompts=rows,
+        prompt_mask=mask,
+    )  # fmt: skip
+    np.testing.assert_allclose(masked, expected, rtol=0, atol=1e-5)
 
 
 def test_one_dropout_mask_for_all_positions():

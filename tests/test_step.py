@@ -6,27 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.models import random_model, random_tokens
+from fixtures.models import halves, random_model, random_tokens
 
 from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.methods.method import Injection, merge
+from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import (
     CPU_POSITIONS,
-    PROMPT,
     TrainState,
     batch_loss,
     make_train_step,
-    merge,
     micro_batch,
-    split_trainable,
     summed_gradients,
 )
 
 # Dimensions of parameters that no activation has.
 CONFIG = T5Config(29, 24, 3, 1, 1, 40, head_dim=7, dropout_rate=0.2)
-PROMPT_TUNING, MODEL_TUNING = ["encoder/prompt/.*"], [".*"]
+PROMPT_TUNING, MODEL_TUNING = PromptTuning(5), ModelTuning()
 OPTIMIZER = adafactor(0.3)
 STILL = adafactor(0.0, weight_decay=0.0)
 
@@ -37,21 +37,21 @@ def batch(seed=0):
     return Batch(np.asarray(inputs), np.asarray(targets), np.arange(3, dtype=np.int32))
 
 
-def start(patterns, step=0, optimizer=OPTIMIZER):
+def start(method, step=0, optimizer=OPTIMIZER):
     """A state of its own, and the frozen half."""
-    trainable, frozen = split_trainable(random_model(CONFIG, 5)[1], patterns)
+    trainable, frozen = halves(method, random_model(CONFIG, 5)[1])
     trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
     key = jax.random.key_data(jax.random.key(1))
     return TrainState(jnp.asarray(step, jnp.int32), trainable, optimizer.init(trainable), key), frozen
 
 
 @functools.cache
-def train_step(optimizer=OPTIMIZER):
-    return make_train_step(random_model(CONFIG, 5)[0], optimizer)
+def train_step(method, optimizer=OPTIMIZER):
+    return make_train_step(random_model(CONFIG, 5)[0], method, optimizer)
 
 
-def run(patterns, steps, step):
-    state, frozen = start(patterns)
+def run(method, steps, step):
+    state, frozen = start(method)
     metrics = []
     for number in range(steps):
         state, found = step(state, frozen, batch(number))
@@ -61,9 +61,8 @@ def run(patterns, steps, step):
 
 def test_split_and_merge():
     params = {"a/b/c": jnp.ones(1), "a/bc": jnp.zeros(2), "d": jnp.ones(3)}
-    trainable, frozen = split_trainable(params, ["a/b/.*", "d"])
-    assert (trainable.keys(), frozen.keys()) == ({"a/b/c", "d"}, {"a/bc"})
-    merged = merge(trainable, frozen)
+    assert matching(params, ["a/b/.*", "d"]) == {"a/b/c", "d"}
+    merged = merge({"a/b/c": params["a/b/c"], "d": params["d"]}, {"a/bc": params["a/bc"], "d": jnp.zeros(3)})
     assert merged == {"a": {"b": {"c": params["a/b/c"]}, "bc": params["a/bc"]}, "d": params["d"]}
 
 
@@ -71,21 +70,21 @@ def test_a_pattern_matches_whole_paths():
     """`encoder/prompt` alone trains nothing: better said than trained for hours."""
     params = {PROMPT: jnp.ones(1), "encoder/encoder_norm/scale": jnp.ones(1)}
     with pytest.raises(ValueError, match=r"no parameter's path matches 'encoder/promt/\.\*'; paths are like 'encoder/"):
-        split_trainable(params, ["encoder/promt/.*"])
+        matching(params, ["encoder/promt/.*"])
     with pytest.raises(ValueError, match="'prompt'"):
-        split_trainable(params, ["encoder/.*", "prompt"])
+        matching(params, ["encoder/.*", "prompt"])
 
 
 def test_decoder_inputs_are_the_targets_one_later():
     np.testing.assert_array_equal(shift_right(jnp.array([[4, 5, 1], [6, 1, 0]])), [[0, 4, 5], [0, 6, 1]])
 
 
-def weight_gradients(patterns):
+def weight_gradients(method):
     """How many matrix products of the step make something of the shape of a weight matrix."""
-    state, frozen = start(patterns)
+    state, frozen = start(method)
     shapes = {value.shape for path, value in (frozen | state.trainable).items() if path.endswith("/kernel")}
     written = {f"tensor<{a}x{b}xf32>" for shape in shapes for a, b in (shape, shape[::-1])}
-    program = train_step().lower(state, frozen, batch()).as_text()
+    program = train_step(method).lower(state, frozen, batch()).as_text()
     results = [line.rsplit("->", 1)[1].strip() for line in program.splitlines() if "stablehlo.dot_general" in line]
     return sum(any(result.startswith(shape) for shape in written) for result in results)
 
@@ -102,7 +101,7 @@ def test_prompt_tuning_moves_the_prompt_alone():
     before, prompt = jax.device_get(frozen), np.array(state.trainable[PROMPT])
     old = state
     for number in range(3):
-        state, metrics = train_step()(state, frozen, batch(number))
+        state, metrics = train_step(PROMPT_TUNING)(state, frozen, batch(number))
     assert state.trainable.keys() == {PROMPT}
     assert np.abs(state.trainable[PROMPT] - prompt).min() > 0
     assert metrics.gradient_norm > 0
@@ -117,15 +116,15 @@ def test_prompt_tuning_moves_the_prompt_alone():
 
 def test_prompt_tuning_gives_the_same_bits_again():
     """Two runs with dropout, compiled apart, as after a restart."""
-    compiled_again = make_train_step(random_model(CONFIG, 5)[0], OPTIMIZER)
-    first, second = run(PROMPT_TUNING, 2, train_step()), run(PROMPT_TUNING, 2, compiled_again)
+    compiled_again = make_train_step(random_model(CONFIG, 5)[0], PROMPT_TUNING, OPTIMIZER)
+    first, second = run(PROMPT_TUNING, 2, train_step(PROMPT_TUNING)), run(PROMPT_TUNING, 2, compiled_again)
     assert int(first[0].step) == 2
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_model_tuning_moves_everything_and_the_same_way_again():
-    first, second = run(MODEL_TUNING, 2, train_step()), run(MODEL_TUNING, 2, train_step())
+    first, second = run(MODEL_TUNING, 2, train_step(MODEL_TUNING)), run(MODEL_TUNING, 2, train_step(MODEL_TUNING))
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(one, other)
     for path, value in random_model(CONFIG, 5)[1].items():
@@ -138,34 +137,36 @@ def test_dropout_is_a_function_of_run_and_step():
     def loss(number, key=1):
         state, frozen = start(PROMPT_TUNING, number, STILL)
         state = state._replace(key=jax.random.key_data(jax.random.key(key)))
-        return float(train_step(STILL)(state, frozen, batch())[1].sums.loss)
+        return float(train_step(PROMPT_TUNING, STILL)(state, frozen, batch())[1].sums.loss)
 
     assert len({loss(0), loss(1), loss(7), loss(0, key=2)}) == 4
     assert loss(7) == loss(7)
 
     state, frozen = start(PROMPT_TUNING, 0, STILL)  # nothing moves, so only dropout can make a difference
-    state, _ = train_step(STILL)(state, frozen, batch())
-    _, metrics = train_step(STILL)(state, frozen, batch())
+    state, _ = train_step(PROMPT_TUNING, STILL)(state, frozen, batch())
+    _, metrics = train_step(PROMPT_TUNING, STILL)(state, frozen, batch())
     assert float(metrics.sums.loss) == loss(1)
 
 
-@pytest.mark.parametrize("patterns", [PROMPT_TUNING, MODEL_TUNING], ids=["prompt", "model"])
+@pytest.mark.parametrize("method", [PROMPT_TUNING, MODEL_TUNING], ids=["prompt", "model"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_a_divided_batch_has_the_gradient_of_the_whole(patterns, rows):
+def test_a_divided_batch_has_the_gradient_of_the_whole(method, rows):
     """Dropout and all: a row's bits are its own."""
     model, params = random_model(CONFIG, 5)
-    trainable, frozen = split_trainable(params, patterns)
+    trainable, frozen = halves(method, params)
     rng = np.random.default_rng(3)
     inputs, targets = random_tokens(rng, [6, 4, 1, 5, 6, 2], 6, 29), random_tokens(rng, [3, 2, 1, 3, 1, 2], 3, 29)
 
-    def loss(trainable, inputs, targets, numbers):
-        sums = batch_loss(model, merge(trainable, frozen), inputs, targets, jax.random.key(0), row_numbers=numbers)
+    def loss(injection, inputs, targets, numbers):
+        sums = batch_loss(model, injection, frozen, inputs, targets, jax.random.key(0), row_numbers=numbers)
         return sums.loss, sums
 
-    whole, sums = summed_gradients(loss, trainable, inputs, targets, 6)
-    parts, sums_of_parts = summed_gradients(loss, trainable, inputs, targets, rows)
-    for path, gradient in whole.items():
-        np.testing.assert_allclose(parts[path], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+    injection = method.apply(trainable, frozen)
+    whole, sums = summed_gradients(loss, injection, inputs, targets, 6)
+    parts, sums_of_parts = summed_gradients(loss, injection, inputs, targets, rows)
+    assert isinstance(whole, Injection) and len(jax.tree.leaves(whole)) == len(trainable)
+    for gradient, of_parts in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(of_parts, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
     np.testing.assert_allclose(sums_of_parts, sums, rtol=1e-6)
 
 
