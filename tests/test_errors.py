@@ -22,6 +22,7 @@ from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.tasks.find import find
+from prompt_tuning_jax.train import main as train
 from tests.tiny import make_tiny, own_caches
 
 PACKAGE = Path(prompt_tuning_jax.__file__).parent
@@ -124,7 +125,7 @@ def said(main, arguments, monkeypatch, capfd):
 def from_gin(tiny, tmp_path, monkeypatch, capfd, *files, **macros):
     with own_caches(tiny, monkeypatch):
         arguments = tiny.arguments(*files, **{"MODEL_DIR": str(tmp_path / "run")} | macros)
-        return said(train.main, arguments, monkeypatch, capfd)
+        return said(train, arguments, monkeypatch, capfd)
 
 
 def test_a_base_that_is_not_there(tiny, tmp_path, monkeypatch, capfd):
