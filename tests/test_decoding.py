@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.decoders import DECODERS, compiled, compiled_forward, fast_jit, with_likelier_end
-from fixtures.models import parameters, prompted, random_model, random_tokens, tree
+from fixtures.models import apart, parameters, prompted, random_model, random_tokens, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import EOS, greedy
 from prompt_tuning_jax.t5.network import Transformer
@@ -46,8 +47,10 @@ def test_greedy_tokens_are_the_official_ones(official, tiny_config):
         with_likelier_end(parameters(official))["decoder/logits_dense/kernel"],
     )
     inputs = jnp.asarray(official["encoder_input_tokens"])
-    tokens, _ = compiled(greedy, prompted(tiny_config), 10)(params, inputs)
+    tokens, _ = compiled(greedy, Transformer(tiny_config), 10)(params, inputs)
     np.testing.assert_array_equal(tokens, official["greedy:tokens"][:, -1])
+    hosted, _ = greedy(prompted(tiny_config), tree(params), inputs, 10)
+    np.testing.assert_array_equal(hosted, official["greedy:tokens"][:, -1])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -105,16 +108,16 @@ def test_rows_with_prompts_of_their_own_are_what_each_is_alone(name):
     params = with_likelier_end(params)
     lengths, rng = (4, 2, 2, 0), np.random.default_rng(0)
     mask = np.arange(4) >= 4 - np.array(lengths)[:, None]
-    together, answers = compiled(DECODERS[name], model, 6), set()
-    alone = [compiled(DECODERS[name], model if length else Transformer(config), 6) for length in lengths]
+    run, answers = compiled(DECODERS[name], model, 6), set()
+    bare = {path: value for path, value in params.items() if path != PROMPT}
     for _ in range(8):
         inputs = random_tokens(rng, (5, 3, 5, 4), 5, config.vocab_size)
         # What stands in the padding is nobody's business.
         prompt = jnp.asarray(rng.normal(size=(4, 4, config.emb_dim)), jnp.float32)
-        tokens, scores = together(params, inputs, prompt, jnp.asarray(mask))
+        tokens, scores = run(params, inputs, prompt, jnp.asarray(mask))
         for row, length in enumerate(lengths):
             own = prompt[row, 4 - length :] if length else None
-            expected, expected_scores = alone[row](params, inputs[row : row + 1], own)
+            expected, expected_scores = run(bare, inputs[row : row + 1], own)
             np.testing.assert_array_equal(tokens[row], expected[0])
             # Sums over up to nine more positions, in another order.
             np.testing.assert_allclose(scores[row], expected_scores[0], rtol=1e-5, atol=1e-5)
@@ -176,8 +179,8 @@ def loops(jaxpr):
                 yield from loops(part)
 
 
-def score_choices(model, params, inputs, max_length):
-    return choice_scores(model, params, inputs, jnp.ones((1, 5, max_length), jnp.int32))
+def score_choices(model, params, inputs, max_length, **prompts):
+    return choice_scores(model, params, inputs, jnp.ones((1, 5, max_length), jnp.int32), **prompts)
 
 
 @pytest.mark.parametrize("decoder", [*DECODERS.values(), score_choices])
@@ -188,9 +191,12 @@ def test_cross_attention_keys_are_computed_once(decoder):
     batch, inputs, prompt, joined = 2, 13, 6, 12
     model, params = random_model(config, prompt)
     encoded = (batch, prompt + inputs, config.emb_dim)
-    program = jax.make_jaxpr(lambda params, inputs: decoder(model, tree(params), inputs, 7))(
-        params, jnp.ones((batch, inputs), jnp.int32)
-    ).jaxpr
+
+    def run(params, inputs):
+        params, prompt = apart(params)
+        return decoder(model, params, inputs, 7, prompt=prompt)
+
+    program = jax.make_jaxpr(run)(params, jnp.ones((batch, inputs), jnp.int32)).jaxpr
     into_heads = (encoded, (config.emb_dim, joined))
     # Query, key and value in each encoder layer; key and value for each decoder layer.
     assert list(products(program)).count(into_heads) == 3 * 2 + 2 * 2

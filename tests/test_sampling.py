@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.decoders import compiled, continuations, fast_jit, unpadded
-from fixtures.models import random_model, random_tokens, tree
+from fixtures.models import apart, random_model, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -24,7 +24,11 @@ fast_likeliest = fast_jit(likeliest)
 
 @functools.cache
 def compiled_sample(model, max_length):
-    return fast_jit(lambda params, inputs, *options: sample(model, tree(params), inputs, max_length, *options))
+    def run(params, inputs, *options):
+        params, prompt = apart(params)
+        return sample(model, params, inputs, max_length, *options, prompt=prompt)
+
+    return fast_jit(run)
 
 
 def draw(model, params, inputs, seeds, temperature, top_k, top_p, max_length=LENGTH):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.decoders import compiled_forward, fast_jit
-from fixtures.models import parameters, random_model, random_tokens, tree
+from fixtures.models import apart, parameters, random_model, random_tokens, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import choice_scores
@@ -20,7 +21,13 @@ CONFIG = T5Config(11, 8, 2, 1, 2, 12, head_dim=3)
 
 @functools.cache
 def compiled_scores(model):
-    return fast_jit(lambda params, *arguments: choice_scores(model, tree(params), *arguments))
+    def run(params, inputs, choices, prompt=None, prompt_mask=None, count=None):
+        """With the prompt among `params` if no other is given."""
+        params, own = apart(params)
+        prompts = {"prompt": own if prompt is None else prompt, "prompt_mask": prompt_mask}
+        return choice_scores(model, params, inputs, choices, count, **prompts)
+
+    return fast_jit(run)
 
 
 def log_likelihoods(model, params, inputs, choices, prompt=None):
@@ -76,8 +83,9 @@ def test_rows_with_prompts_of_their_own_are_what_each_is_alone():
     mask = jnp.asarray(np.arange(4) >= 4 - np.array(lengths)[:, None])
     scores = compiled_scores(model)(params, inputs, choices, prompt, mask)
     for row, length in enumerate(lengths):
-        alone, own = (model, prompt[row, 4 - length :]) if length else (Transformer(CONFIG), None)
-        expected = compiled_scores(alone)(params, inputs[row : row + 1], choices, own)
+        alone = {path: value for path, value in params.items() if path != PROMPT}
+        own = prompt[row, 4 - length :] if length else None
+        expected = compiled_scores(model)(alone, inputs[row : row + 1], choices, own)
         np.testing.assert_allclose(scores[row], expected[0], rtol=1e-5, atol=1e-5)
 
 
