@@ -3,12 +3,13 @@
 What a test starts several of, to be the processes of one program: JAX is imported, and the processes meet, once.
 """
 
+import importlib
 import json
 import sys
 
 import gin
 
-from prompt_tuning_jax import train
+train = importlib.import_module("prompt_tuning_jax.train")
 
 if __name__ == "__main__":
     for number, arguments in enumerate(json.loads(sys.argv[1])):

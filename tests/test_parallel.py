@@ -395,7 +395,7 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(tiny, undis
 def test_a_peer_that_stands_still_ends_the_other(tiny, tmp_path):
     """By missing heartbeats, which are waited for 5 seconds here."""
     program = "from prompt_tuning_jax.parallel import processes; processes.HEARTBEAT_SECONDS = 5; "
-    program += "from prompt_tuning_jax import train; train.main()"
+    program += "from prompt_tuning_jax.train import main; main()"
     arguments = settings(tiny, tmp_path / "run", TRAIN_STEPS=10_000, EVAL_PERIOD=20)
     group = start_group(tiny, ["-c", program], lambda flags: arguments + flags, 2, 1)
     while not (tmp_path / "run" / "prompts" / "20.npy").exists():

@@ -198,11 +198,11 @@ class OneField:
 def test_what_no_server_takes_is_refused_and_left_out_of_a_suite(tmp_path, capsys):
     start = getattr(start_submission, "__wrapped__", start_submission)
     boolq, dpr = {"super_glue_boolq_v102": OneField(idx=0)}, {"dpr_v001_simple": OneField()}
-    with pytest.raises(ValueError, match="no server takes test of dpr_v001_simple: set MIXTURE_OR_TASK_NAME"):
+    with pytest.raises(ValueError, match="no server takes test of dpr_v001_simple: set `name` to tasks"):
         start(str(tmp_path / "a"), dpr, "test")
     assert [*start(str(tmp_path / "a"), boolq | dpr, "test")] == ["super_glue_boolq_v102"]
     assert capsys.readouterr().err == "no server takes dpr_v001_simple: left out\n"
-    with pytest.raises(ValueError, match=r"2 tasks would write BoolQ\.jsonl: set MIXTURE_OR_TASK_NAME"):
+    with pytest.raises(ValueError, match=r"2 tasks would write BoolQ\.jsonl: set `name` to tasks"):
         start(str(tmp_path / "a"), boolq | {"taskless_super_glue_boolq_v102": OneField(idx=0)}, "test")
     with pytest.raises(ValueError, match=r"super_glue_boolq_v102 keeps no idx of its examples"):
         start(str(tmp_path / "b"), {"super_glue_boolq_v102": OneField()}, "test")

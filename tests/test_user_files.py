@@ -10,12 +10,12 @@ import pytest
 from cached import score
 from tiny import LENGTHS, make_tiny, own_caches
 
-from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.tasks import metrics, rows
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.train import main as train
 
 ROWS = [("a dull plot", "bad"), ('a lovely "score"', "good"), ("dull ", "bad"), ("the end", "good")]
 
@@ -305,6 +305,6 @@ def test_a_mistake_in_gin_is_said_in_gins_words(tiny, tmp_path, capsys, monkeypa
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     gin.clear_config()
     with own_caches(tiny, monkeypatch), pytest.raises(SystemExit) as stop:
-        train.main()
+        train()
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert capsys.readouterr().err.startswith(f"error: {message.format(folder=tmp_path)}")

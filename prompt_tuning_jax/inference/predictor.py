@@ -19,8 +19,6 @@ from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
 from prompt_tuning_jax.methods.method import Injection
 
-Prompts = Mapping[str, Any]
-
 WINDOW = 32  # batches whose rows are sorted by length together
 ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
 
@@ -44,7 +42,7 @@ class Predictor:
     def __init__(
         self,
         model: Model,
-        prompts: "Prompts | PromptFolder | str | os.PathLike | None" = None,
+        prompts: Any = None,
         *,
         input_length: int = 512,
         max_new_tokens: int = 32,

@@ -1,10 +1,9 @@
 """Which matrices a parameter method changes: by PEFT's names for T5, or T5X's, in every layer of both stacks."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.t5.adapters import split_path
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -45,9 +44,9 @@ def check_targets(targets: tuple[str, ...], config: T5Config) -> None:
     for name in targets:
         if name not in shapes:
             known = dict.fromkeys([*shapes, *(T5X_NAMES[theirs] for theirs in shapes)])
-            near = difflib.get_close_matches(name, known, n=2)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise SettingError(setting, f" has {name!r:.60}, which is no matrix of this model, {expected}{hint}")
+            hint = near_misses(name, known, shown=repr, otherwise="")
+            found = f" has {name!r:.60}, which is no matrix of this model, "
+            raise SettingError(setting, found, "; ".join(filter(None, (expected, hint))))
 
 
 def targeted_modules(targets: tuple[str, ...], parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prompt_tuning_jax.checkpoints.base import fingerprint
+from prompt_tuning_jax.errors import spelled
 from prompt_tuning_jax.sweeps.joint_step import program_of
 from prompt_tuning_jax.sweeps.programs import programs
 from prompt_tuning_jax.training.evaluation import Evaluator
@@ -17,6 +18,11 @@ from prompt_tuning_jax.training.loop import Member, check_unchanged, open_model,
 from prompt_tuning_jax.training.progress import Stop
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.run_folder import write_text
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns an error's message in one line, with settings named as the macros that a sweep sets."""
+    return " ".join(spelled(error, str.upper).split())
 
 
 def leave_failure(name: str, model_dir: str, failure: str) -> None:
@@ -69,7 +75,7 @@ def train_together(
         )
         for member in together:
             if member.failure is not None:
-                failures[member.name] = " ".join(str(member.failure).split())
+                failures[member.name] = in_a_line(member.failure)
     check_unchanged(frozen, before)
     return failures
 
@@ -80,7 +86,7 @@ def failing(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[Non
     try:
         yield
     except (ValueError, OSError) as error:
-        failures[name] = " ".join(str(error).split())
+        failures[name] = in_a_line(error)
         leave_failure(name, model_dir, failures[name])
 
 
@@ -100,7 +106,7 @@ def open_all(members: Sequence[Member]) -> None:
 def report(member: Member) -> None:
     """Says how a run ended."""
     if member.failure is not None:
-        leave_failure(member.name, str(member.run.config.model_dir), " ".join(str(member.failure).split()))
+        leave_failure(member.name, str(member.run.config.model_dir), in_a_line(member.failure))
         return
     run, summary = member.run, member.summary
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())

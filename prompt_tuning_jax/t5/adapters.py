@@ -8,7 +8,6 @@ computes with those that it finds
 where LoRA's factor alpha / rank is part of `lora_b`.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 
 LORA_A, LORA_B, INPUT_SCALE, OUTPUT_SCALE = ADAPTERS = ("lora_a", "lora_b", "input_scale", "output_scale")
 
@@ -72,11 +71,10 @@ def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> 
             expected = tuple(base[path].shape)
         else:
             known = [*base] if kernel is None else [f"{module}/{name}" for name in ("kernel", *ADAPTERS)]
-            near = difflib.get_close_matches(f"{module}/{name.lower()}", known, n=1)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = near_misses(f"{module}/{name.lower()}", known, otherwise="")
             raise ValueError(
                 f"the method gives a parameter {path}, which the model does not read, expected the path of one of its "
-                f"own, or {', '.join(ADAPTERS)} beside a kernel{hint}"
+                f"own, or {', '.join(ADAPTERS)} beside a kernel{hint and '; '}{hint}"
             )
         if tuple(value.shape) != expected:
             raise ValueError(f"the method gives {path} of shape {list(value.shape)}, expected {list(expected)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.parallel.mesh import mesh_shape
 from prompt_tuning_jax.training.memory_plan import (
     SPARE_MEMORY,
@@ -71,10 +72,13 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     largest = largest_batch(config, usable, found)
     if not largest.fits:
         missing = size_text(largest.step.peak - usable)
-        raise ValueError(
+        raise SettingError(
             f"a batch of {config.num_microbatches or 1} does not fit: its step takes {size_text(largest.step.peak)}, "
-            f"{missing} more than the {size_text(usable)} planned with. Set BASE_DTYPE to 'bfloat16', shorter "
-            "TASK_FEATURE_LENGTHS, or a smaller model"
+            f"{missing} more than the {size_text(usable)} planned with. Set ",
+            Setting("base_dtype"),
+            " to 'bfloat16', shorter ",
+            Setting("task_feature_lengths"),
+            ", or a smaller model",
         )
     end = f"{largest.too_large} does not" if largest.too_large else "no larger one was tried"
     say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_how(largest.step, device)}; {end}"))
@@ -96,9 +100,11 @@ def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]
     say(_row("  activations", part.activations, "about; less where a model axis divides them too"))
     say(_row("memory", total, f"of a device, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
     if needed > usable:
-        raise ValueError(
-            f"{size_text(needed - usable)} are missing on each device: set MESH with a larger fsdp or model axis, or a "
-            "smaller BATCH_SIZE"
+        raise SettingError(
+            f"{size_text(needed - usable)} are missing on each device: set ",
+            Setting("mesh"),
+            " with a larger fsdp or model axis, or a smaller ",
+            Setting("batch_size"),
         )
 
 

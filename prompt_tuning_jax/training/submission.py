@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import postprocessors
 from prompt_tuning_jax.training.evaluation import Judged
 from prompt_tuning_jax.training.run_folder import write_text
@@ -103,13 +104,18 @@ def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> d
     files = {task: file for task in tasks if (file := server_file(task, split))}
     others = ", ".join(task for task in tasks if task not in files)
     if not files:
-        raise ValueError(
-            f"no server takes {split} of {others}: set MIXTURE_OR_TASK_NAME to tasks of GLUE or SuperGLUE, such as "
-            "super_glue_boolq_v102, and EVAL_SPLIT to their test split"
+        raise SettingError(
+            f"no server takes {split} of {others}: set ",
+            Setting("mixture_or_task_name"),
+            " to tasks of GLUE or SuperGLUE, such as super_glue_boolq_v102, and ",
+            Setting("eval_split"),
+            " to their test split",
         )
     for name, count in collections.Counter(file.name for file in files.values()).items():
         if count > 1:
-            raise ValueError(f"{count} tasks would write {name}: set MIXTURE_OR_TASK_NAME to tasks of one wording")
+            raise SettingError(
+                f"{count} tasks would write {name}: set ", Setting("mixture_or_task_name"), " to tasks of one wording"
+            )
     for task, file in files.items():
         if file.number not in tasks[task].examples.fields[0]:
             raise ValueError(f"{task} keeps no {file.number} of its examples, by which {file.name} has them numbered")
