@@ -1,7 +1,7 @@
 """`train --memory-plan`: what a run would need, against what arrays, programs and processes really take."""
 
 import dataclasses
-import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -14,23 +14,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
 
-from prompt_tuning_jax import train
 from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.batches.loader import Batch
+from prompt_tuning_jax.checkpoints.base import random_base
+from prompt_tuning_jax.methods.ia3 import IA3
+from prompt_tuning_jax.methods.lora import LoRA
+from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
+from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
+from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.parallel.mesh import MeshShape
-from prompt_tuning_jax.prompts.initializers import random_uniform
-from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.prompts.initializers import RandomUniform
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training import memory_plan
 from prompt_tuning_jax.training.memory_plan import device_part, largest_batch, plan, start_shapes, step_memory
 from prompt_tuning_jax.training.memory_table import read_size
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.run import TrainConfig
-from prompt_tuning_jax.training.step import PROMPT, batch_loss
+from prompt_tuning_jax.training.run import TrainConfig, start_state
+from prompt_tuning_jax.training.step import batch_loss, make_train_step
 
+train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
 
@@ -46,15 +54,28 @@ def caches(tiny, monkeypatch):
         yield
 
 
-def run_of(config=CONFIG, batch_size=8, lengths=LENGTHS, prompt_length=PROMPT_LENGTH, **settings):
-    """A prompt-tuning run of a base that is nowhere; with a `prompt_length` of 0, of the whole model."""
+PROMPT_TUNING = PromptTuning(PROMPT_LENGTH, RandomUniform())
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptAndLayer(Method):
+    """Trains a prompt, and the first layer of the encoder with it."""
+
+    def init(self, key, model):
+        chosen = matching(model.parameters, ["encoder/layers_0/.*"])
+        return PROMPT_TUNING.init(key, model) | {path: model.parameters[path] for path in chosen}
+
+    def apply(self, trained, frozen):
+        return Injection(trained[PROMPT], parameters={path: x for path, x in trained.items() if path != PROMPT})
+
+
+def run_of(config=CONFIG, batch_size=8, lengths=LENGTHS, method=PROMPT_TUNING, **settings):
+    """A run of a base that is nowhere."""
     dataset = DatasetConfig("demo_reviews", "train", batch_size, lengths)
-    prompt = {"prompt_init": random_uniform, "prompt_length": prompt_length, "trainable": ["encoder/prompt/.*"]}
-    factory = functools.partial(SoftPrompt, length=prompt_length) if prompt_length else None
-    settings = (prompt if prompt_length else {"trainable": [".*"]}) | settings
     return TrainConfig(
         model_dir="no/where",
-        model=Transformer(config, factory),
+        size=config,
+        method=method,
         initial_checkpoint_path="no/where",
         train_dataset=dataset,
         eval_dataset=dataset,
@@ -66,7 +87,11 @@ def run_of(config=CONFIG, batch_size=8, lengths=LENGTHS, prompt_length=PROMPT_LE
 
 
 def nbytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def of_type(method):
+    return type(method).__name__
 
 
 def test_parameters_and_optimiser_are_those_of_the_arrays():
@@ -84,20 +109,86 @@ def test_parameters_and_optimiser_are_those_of_the_arrays():
     assert found.step.arguments == state + batch
 
 
+def numbers(config):
+    """How many numbers each method trains, written out; P is `PROMPT_LENGTH`, the rank and the bottleneck 2 and 6."""
+    width, joined, hidden = config.emb_dim, config.num_heads * config.head_dim, config.mlp_dim
+    encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+    attentions = encoder + 2 * decoder
+    heads, buckets = config.num_heads, config.relative_attention_num_buckets
+    tables = 2 * config.vocab_size * width + 2 * heads * buckets  # embedding and logits; both position biases
+    norms = (2 * encoder + 3 * decoder + 2) * width
+    layers = attentions * 4 * width * joined + (encoder + decoder) * 3 * width * hidden
+    return {
+        PROMPT_TUNING: PROMPT_LENGTH * width,
+        ResidualPrompt(PROMPT_LENGTH, 6): PROMPT_LENGTH * width + (width * 6 + 6) + (6 * width + width) + 2 * width,
+        PerLayerPrompt(PROMPT_LENGTH): encoder * PROMPT_LENGTH * width,
+        LoRA(2): attentions * 2 * 2 * (width + joined),
+        IA3(): attentions * 2 * joined + (encoder + decoder) * hidden,
+        ModelTuning(): tables + norms + layers,
+        PromptAndLayer(): PROMPT_LENGTH * width + 4 * width * joined + 3 * width * hidden + 2 * width,
+    }
+
+
+DEEP = dataclasses.replace(CONFIG, num_encoder_layers=3, num_decoder_layers=2, dropout_rate=0.1)
+
+
+@pytest.mark.parametrize("method", numbers(DEEP), ids=of_type)
+def test_a_method_is_planned_as_its_arrays_and_its_step_are(method):
+    """Every part against the arrays of a run's start, and the peak against the step that is compiled for these."""
+    run = run_of(DEEP, method=method, num_microbatches=2)
+    base = random_base(DEEP, 0).params
+    trained = method.init(jax.random.key(0), ShapeModel(DEEP, base))
+    frozen = {path: value for path, value in base.items() if path not in trained}
+    state = start_state(trained, run.optimizer, seed=0)
+    found = plan(run)
+    count = numbers(DEEP)[method]
+    assert (found.trainable.count, found.trainable.bytes) == (count, 4 * count)
+    assert (found.trainable.bytes, found.trainable.dtypes) == (nbytes(state.trainable), ("float32",))
+    assert found.optimizer.bytes == nbytes(state.opt_state)
+    assert found.frozen.bytes == nbytes(frozen)
+    assert found.frozen.count == sum(value.size for value in base.values()) - (
+        sum(value.size for path, value in trained.items() if path in base)
+    )
+    assert found.prompt_length == (0 if isinstance(method, (LoRA, IA3, ModelTuning)) else PROMPT_LENGTH)
+
+    step = make_train_step(Transformer(DEEP), method, run.optimizer, run.z_loss, 2)
+    batch = Batch(*(np.ones((8, LENGTHS[name]), np.int32) for name in ("inputs", "targets")), np.zeros(8, np.int32))
+    program = step.lower(state, frozen, batch).compile()
+    real = program.memory_analysis()
+    # What is trained and its optimiser's state are written where they were. Adafactor's two placeholders for what it
+    # does not factor, which none of these is large enough for, are not read.
+    carried = nbytes(state) - 2 * 4 * len(trained)
+    assert real.alias_size_in_bytes == carried
+    assert real.argument_size_in_bytes == found.frozen.bytes + carried + nbytes(batch[:2])
+    assert found.step[:4] == (
+        real.argument_size_in_bytes,
+        real.temp_size_in_bytes,
+        real.output_size_in_bytes,
+        real.alias_size_in_bytes,
+    )
+    new, _ = program(state, frozen, batch)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.trainable))
+
+
 @pytest.mark.parametrize(
-    "backend, trainable, expected",
+    "backend, method, expected",
     [
-        ("cpu", ["encoder/prompt/.*"], "float32"),
-        ("cpu", [".*"], "float32"),
-        ("gpu", ["encoder/prompt/.*"], "bfloat16"),
-        ("tpu", ["encoder/prompt/.*"], "bfloat16"),
-        ("gpu", [".*"], None),
-        ("gpu", ["encoder/prompt/.*", "encoder/layers_0/.*"], None),
+        ("cpu", PROMPT_TUNING, "float32"),
+        ("cpu", ModelTuning(), "float32"),
+        ("gpu", PROMPT_TUNING, "bfloat16"),
+        ("tpu", PROMPT_TUNING, "bfloat16"),
+        ("gpu", ResidualPrompt(PROMPT_LENGTH, 6), "bfloat16"),
+        ("gpu", PerLayerPrompt(PROMPT_LENGTH), "bfloat16"),
+        ("gpu", LoRA(2), "bfloat16"),
+        ("gpu", IA3(), "bfloat16"),
+        ("gpu", ModelTuning(), None),
+        ("gpu", ModelTuning((".*layer_norm/scale",)), None),
+        ("gpu", PromptAndLayer(), None),
     ],
 )
-def test_auto_is_by_the_device_and_by_what_is_trained(monkeypatch, backend, trainable, expected):
+def test_auto_is_by_the_device_and_by_what_is_trained(monkeypatch, backend, method, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    config = run_of(trainable=trainable)
+    config = run_of(method=method)
     assert config.held_dtype == expected
     assert dataclasses.replace(config, base_dtype="int8").held_dtype == "int8"
 
@@ -107,7 +198,7 @@ def test_the_base_is_planned_in_its_dtype_and_what_is_trained_in_float32():
     state, frozen = start_shapes(run_of(base_dtype="bfloat16"))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in frozen.values()) == whole // 2
     assert state.trainable[PROMPT].dtype == jnp.float32
-    state, frozen = start_shapes(run_of(base_dtype="bfloat16", prompt_length=0))
+    state, frozen = start_shapes(run_of(base_dtype="bfloat16", method=ModelTuning()))
     assert not frozen
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in state.trainable.values()) == whole
 
@@ -123,7 +214,7 @@ def test_activations_are_what_the_forward_pass_leaves_behind():
     @jax.jit
     def residuals(prompt, params, inputs, targets):
         def loss(prompt):
-            return batch_loss(run.model, unflatten_dict({**params, PROMPT: prompt}, sep="/"), inputs, targets).loss
+            return batch_loss(Transformer(run.size), Injection(prompt), params, inputs, targets).loss
 
         return jax.tree.leaves(jax.vjp(loss, prompt)[1])
 
@@ -149,18 +240,26 @@ def test_deep_models_are_continued_from_shallow_ones(monkeypatch):
     assert continued.temporaries == pytest.approx(whole.temporaries, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "method", [PROMPT_TUNING, ResidualPrompt(4, 6), PerLayerPrompt(4), LoRA(2), IA3(), ModelTuning()], ids=of_type
+)
+def test_methods_on_all_layers_are_continued_too(method):
+    deep = dataclasses.replace(CONFIG, num_encoder_layers=5, num_decoder_layers=4)
+    assert memory_plan._uniform(run_of(deep, method=method))
+
+
 @pytest.mark.parametrize("pattern", ["encoder/layers_3/.*", "encoder/layers_[12]/.*"])
 def test_layers_that_are_not_trained_alike_are_compiled_as_they_are(monkeypatch, pattern):
     monkeypatch.setattr(memory_plan, "COMPILED_WHOLE", 0)
     deep = dataclasses.replace(CONFIG, num_encoder_layers=4, num_decoder_layers=2)
-    run = run_of(deep, prompt_length=0, trainable=[pattern])
+    run = run_of(deep, method=ModelTuning((pattern,)))
     found = step_memory(run, 2)
     assert found.compiled
     assert found.aliased > sum(leaf.size * 4 for leaf in start_shapes(run)[0].trainable.values())
 
 
 def test_no_parameter_of_xxl_is_made():
-    state, frozen = start_shapes(run_of(SIZES["xxl"], prompt_length=100))
+    state, frozen = start_shapes(run_of(SIZES["xxl"], method=PromptTuning(100)))
     assert sum(leaf.size for leaf in frozen.values()) == 11_135_332_352
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((state, frozen)))
 
@@ -183,7 +282,7 @@ def test_micro_batches_divide_the_batches_that_are_tried():
     found = largest_batch(run, 1.2 * known.step.peak, known)
     assert found.fits >= 8
     assert found.too_large and found.fits % 4 == found.too_large % 4 == 0
-    with pytest.raises(ValueError, match="NUM_MICROBATCHES is 3, expected a divisor of BATCH_SIZE, 8"):
+    with pytest.raises(ValueError, match="`num_microbatches` is 3, expected a divisor of `batch_size`, 8"):
         plan(run_of(num_microbatches=3))
 
 
@@ -296,18 +395,19 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import random_base
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.training.memory_plan import plan
-from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, split_trainable
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.step import TrainState, make_train_step
 
 size = dataclasses.replace(SIZES["nano"], dropout_rate=0.1)
-config = run_of(size, 64, {"inputs": 256, "targets": 32}, 20, num_microbatches=1)
+config = run_of(size, 64, {"inputs": 256, "targets": 32}, PromptTuning(20), num_microbatches=1)
 step = plan(config).step
-params = random_base(config.model.config, 0).params | {PROMPT: jnp.ones((20, 128))}
-trainable, frozen = split_trainable(params, config.trainable)
-del params
+trainable, frozen = {PROMPT: jnp.ones((20, 128))}, random_base(size, 0).params
 key = jax.random.key_data(jax.random.key(0))
 state = TrainState(jnp.zeros((), jnp.int32), trainable, config.optimizer.init(trainable), key)
 batch = Batch(jnp.ones((64, 256), jnp.int32), jnp.ones((64, 32), jnp.int32), jnp.zeros(64, jnp.int32))
-train_step = make_train_step(config.model, config.optimizer, config.z_loss, 1).lower(state, frozen, batch).compile()
+train_step = make_train_step(Transformer(size), config.method, config.optimizer, config.z_loss, 1)
+train_step = train_step.lower(state, frozen, batch).compile()
 jax.block_until_ready((state, frozen, batch))
 device = jax.local_devices()[0]
 
