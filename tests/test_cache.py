@@ -504,10 +504,10 @@ def test_a_changed_task_is_tokenised_again(tiny, tmp_path):
         ),
         (
             {"name": "zzz"},
-            r"no task 'zzz'; there are \d+, and python -m prompt_tuning_jax.tasks lists them. Set `mixture_or_task",
+            r"no task 'zzz'; there are \d+, and python -m prompt_tuning_jax.tasks lists them. Set `name`",
         ),
-        ({"modules": ("own_tasks",)}, "no module own_tasks: set `mixture_or_task_module` to one that Python finds"),
-        ({"modules": ("prompt_tuning_jax.taks",)}, "no module prompt_tuning_jax.taks: set `mixture_or_task_module`"),
+        ({"modules": ("own_tasks",)}, "no module own_tasks: set `module` to one that Python finds"),
+        ({"modules": ("prompt_tuning_jax.taks",)}, "no module prompt_tuning_jax.taks: set `module`"),
     ],
 )
 def test_a_task_that_is_not_there_is_named_with_its_near_misses(tiny, change, message):
@@ -521,7 +521,7 @@ def test_examples_that_are_no_lists_of_ids_are_refused(tiny, tmp_path, name):
     request = dataclasses.replace(sst2(tiny, tmp_path / "data", 10), name=f"glue_sst2_v200_{name}")
     message = (
         "^the inputs of glue_sst2_v200_perceptron_(train|test) are int32 of rank 2, expected token ids .integers of "
-        "rank 1.: set `mixture_or_task_name` to another task$"
+        "rank 1.: set `name` to another task$"
     )
     with pytest.raises(ValueError, match=message):
         build_missing(request, "train", tmp_path / "cache", True)
