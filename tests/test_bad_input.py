@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.tasks import glue, imdb, sources, text  # noqa: F401
 from prompt_tuning_jax.tasks.review_grammar import sentences
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.train import main as train
+from prompt_tuning_jax.train import main as train_main
 
 TUNE = "runs/prompt_tune.gin"
 
@@ -50,7 +50,7 @@ def refused(tiny, tmp_path, monkeypatch, capfd):
         arguments = tiny.arguments(*files, **{"MODEL_DIR": str(target)} | macros)
         monkeypatch.setattr(sys, "argv", ["train", *arguments, *flags])
         with pytest.raises(SystemExit) as stop:
-            train()
+            train_main()
         lines = capfd.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert target.exists() == existed

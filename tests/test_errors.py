@@ -22,7 +22,6 @@ from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.tasks.find import find
-from prompt_tuning_jax.train import main as train
 from tests.tiny import make_tiny, own_caches
 
 PACKAGE = Path(prompt_tuning_jax.__file__).parent

@@ -1,6 +1,7 @@
 """The gin files that come with the package, and what the command line makes of them and of a user's mistakes."""
 
 import dataclasses
+import importlib
 import itertools
 import re
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 import gin
 import pytest
 
-from prompt_tuning_jax import demo, eval, gin_files, sweep, train
+from prompt_tuning_jax import demo, eval, gin_files, sweep
 from prompt_tuning_jax.batches import dataset
 from prompt_tuning_jax.t5 import config, network
 
+train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
 CONFIGS = Path(__file__).parent.parent / "gin_configs"
 MODELS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("models/*.gin"))]
 SIZES = [model for model in MODELS if model != "models/t5_1_1.gin"]
