@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from fixtures.models import OFFICIAL_PROMPT, halves, parameters, prompted, random_model, random_tokens, shapes_of, tree
+from fixtures.models import OFFICIAL_PROMPT, apart, parameters, prompted, random_model, random_tokens, shapes_of, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import SIZES, T5Config
 from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
@@ -29,6 +30,8 @@ from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_s
 SMALL = T5Config(
     vocab_size=23, emb_dim=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, mlp_dim=16, head_dim=5
 )
+# A prompt that the model is given, and one that is a parameter of its own, as under T5X.
+HOSTED = pytest.mark.parametrize("with_prompt", [Transformer, prompted], ids=["given", "hosted"])
 
 
 def gradients(reference, prefix):
@@ -41,16 +44,26 @@ def logits_of(model, params, reference, prefix=""):
     return compiled(model)(params, jnp.asarray(inputs), jnp.asarray(decoder_inputs), None)
 
 
+def with_its_prompt(model, params, prompt=None):
+    """`(variables, prompts)`: the prompt among `params`, or another, given to a model that does not have it itself."""
+    own, found = (tree(params), None) if model.prompt_factory else apart(params)
+    return {"params": own}, {"prompt": found if prompt is None else prompt}
+
+
 def encode(model, params, inputs):
-    run = jax.jit(
-        lambda params, inputs: model.apply({"params": tree(params)}, inputs, enable_dropout=False, method="encode")
-    )
+    @jax.jit
+    def run(params, inputs):
+        variables, prompts = with_its_prompt(model, params)
+        return model.apply(variables, inputs, enable_dropout=False, **prompts, method="encode")
+
     return run(params, jnp.asarray(inputs))
 
 
 def gradients_of(model, params, inputs, targets):
     def loss(params):
-        return batch_loss(model, Injection(), params, jnp.asarray(inputs), jnp.asarray(targets)).loss
+        own = {path: value for path, value in params.items() if path != PROMPT or model.prompt_factory}
+        injection = Injection(prompt=None if PROMPT in own else params.get(PROMPT), parameters=own)
+        return batch_loss(model, injection, {}, jnp.asarray(inputs), jnp.asarray(targets)).loss
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -61,9 +74,8 @@ def compiled(model):
 
     @jax.jit
     def run(params, inputs, decoder_inputs, prompt):
-        return model.apply(
-            {"params": tree(params)}, inputs, decoder_inputs, decoder_inputs, enable_dropout=False, prompt=prompt
-        )
+        variables, prompts = with_its_prompt(model, params, prompt)
+        return model.apply(variables, inputs, decoder_inputs, decoder_inputs, enable_dropout=False, **prompts)
 
     return run
 
@@ -125,8 +137,9 @@ def test_sequence_log_likelihoods_are_t5x(t5x, tiny_config):
     np.testing.assert_allclose(scores, t5x["short:scores_sequence_loglik"], rtol=1e-6)
 
 
-def test_prompted_model_is_the_official_one(official, tiny_config):
-    model, params = prompted(tiny_config), parameters(official)
+@HOSTED
+def test_prompted_model_is_the_official_one(official, tiny_config, with_prompt):
+    model, params = with_prompt(tiny_config), parameters(official)
     inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
 
     encoded = encode(model, params, inputs)
@@ -145,14 +158,17 @@ def test_prompted_model_is_the_official_one(official, tiny_config):
         np.testing.assert_allclose(ours[path], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=path)
 
 
-def test_ten_training_steps_are_the_official_ones(official, tiny_config):
+@HOSTED
+def test_ten_training_steps_are_the_official_ones(official, tiny_config, with_prompt):
     """T5X's trainer, from optimiser step 0 at learning rate 0.3. Adafactor divides by the size of gradients that may be
     tiny, so differences of rounding grow to 1.3e-5, on values up to 3."""
     optimizer = adafactor(0.3)
-    method = PromptTuning(5)
-    trainable, frozen = halves(method, parameters(official))
+    frozen = parameters(official)
+    trainable = {PROMPT: frozen.pop(PROMPT)}
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros(2, jnp.uint32))
-    step = make_train_step(Transformer(tiny_config), method, optimizer)
+    # The hosted prompt is one of the model's parameters, which is tuned.
+    method = PromptTuning(5) if with_prompt is Transformer else ModelTuning((PROMPT,))
+    step = make_train_step(with_prompt(tiny_config), method, optimizer)
     inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
     batch = Batch(inputs, targets, np.arange(len(inputs), dtype=np.int32))
     for loss, prompt in zip(official["train_start0:loss"], official["train_start0:prompt"], strict=True):
@@ -204,9 +220,10 @@ def test_padding_never_reaches_the_output(lengths, prompt_length, seed):
 def encode_and_decode(model):
     @jax.jit
     def run(encoder_params, decoder_params, inputs, decoder_inputs):
-        encoded = model.apply({"params": tree(encoder_params)}, inputs, enable_dropout=False, method="encode")
+        variables, prompts = with_its_prompt(model, encoder_params)
+        encoded = model.apply(variables, inputs, enable_dropout=False, **prompts, method="encode")
         logits = model.apply(
-            {"params": tree(decoder_params)},
+            with_its_prompt(model, decoder_params)[0],
             encoded,
             inputs,
             decoder_inputs,
@@ -246,8 +263,7 @@ def test_more_padding_changes_nothing(lengths, more, seed):
 )
 def test_prompt_of_real_tokens_is_those_tokens(lengths, prompt_length, seed):
     """A prompt equal to the embeddings of P tokens does what those tokens do in front of the input."""
-    bare, params = random_model(SMALL)
-    model = random_model(SMALL, prompt_length)[0]
+    model, params = random_model(SMALL)
     rng = np.random.default_rng(seed)
     inputs = random_tokens(rng, lengths, 5, SMALL.vocab_size)
     decoder_inputs = random_tokens(rng, (4, 4), 4, SMALL.vocab_size)
@@ -256,7 +272,7 @@ def test_prompt_of_real_tokens_is_those_tokens(lengths, prompt_length, seed):
     told = jnp.concatenate([jnp.broadcast_to(words, (2, prompt_length)), inputs], axis=1)
     np.testing.assert_allclose(
         compiled(model)(params | {PROMPT: prompt}, inputs, decoder_inputs, None),
-        compiled(bare)(params, told, decoder_inputs, None),
+        compiled(model)(params, told, decoder_inputs, None),
         rtol=1e-6,
         atol=1e-6,
     )
@@ -300,71 +316,127 @@ def test_packed_examples_are_as_alone():
 def test_packed_examples_with_a_prompt_are_refused():
     model, params = random_model(SMALL, 3)
     tokens = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="pack=False"):
-        model.apply({"params": tree(params)}, tokens, tokens, tokens, tokens, tokens, enable_dropout=False)
+    own, prompt = apart(params)
+    layer_prompts = jnp.stack([prompt] * SMALL.num_encoder_layers)
+    for found, variables, prompts in (
+        (prompted(SMALL, 3), tree(params), {}),
+        (model, own, {"prompt": prompt}),
+        (model, own, {"layer_prompts": layer_prompts}),
+    ):
+        with pytest.raises(ValueError, match="pack=False"):
+            found.apply({"params": variables}, *[tokens] * 5, enable_dropout=False, **prompts)
 
 
-def test_a_prompt_that_is_given_is_the_models_own():
-    """A model runs with the prompt that it is given as with one that is its parameter, bit for bit."""
-    owner, params = random_model(SMALL, 3)
-    tokens = jnp.array([[5, 6, 7, 8], [9, 3, 0, 0]])
-    own = owner.apply({"params": tree(params)}, tokens, tokens, tokens, enable_dropout=False)
-    prompt, bare = params[PROMPT], {path: value for path, value in params.items() if path != PROMPT}
-    given = random_model(SMALL)[0].apply(
-        {"params": tree(bare)}, tokens, tokens, tokens, enable_dropout=False, prompt=prompt
+def test_a_prompt_that_is_given_is_as_one_of_the_models_own():
+    """And is not ignored by a model that has none: the answers would be those of no prompt."""
+    model, params = random_model(SMALL, 3)
+    hosted, bare = prompted(SMALL, 3), {path: value for path, value in params.items() if path != PROMPT}
+    rng = np.random.default_rng(0)
+    tokens = random_tokens(rng, [5, 3], 5, 23), random_tokens(rng, [4, 4], 4, 23)
+    other = jnp.asarray(rng.normal(size=(3, SMALL.emb_dim)), jnp.float32)
+    for prompt in (None, other):
+        found = compiled(model)(params, *tokens, prompt)
+        np.testing.assert_array_equal(compiled(hosted)(params, *tokens, prompt), found)
+        assert not np.allclose(found, compiled(model)(bare, *tokens, None), atol=1e-3)
+
+
+def encode_layer_by_layer(config, params, inputs, prompt, layer_prompts, prompt_mask):
+    """The encoder's output [B, P+T, D], the prompts of the layers as the formula has them.
+
+    Without a prompt, layer l reads [p_l; x] for what the layer before made of [_; x]. With one, layer l reads
+    [e + p_l; x] for what the layer before made of [e; x], and the first one [prompt + p_0; embedded inputs].
+    """
+    own = tree(params)
+    embedded, length = own["token_embedder"]["embedding"][inputs], layer_prompts.shape[-2]
+    shape = (len(inputs), length)
+    seen = jnp.ones(shape, bool) if prompt_mask is None else prompt_mask
+    mask = jnp.concatenate([seen, inputs > 0], axis=1)[:, None, None, :]
+    size = mask.shape[-1]
+    bias = RelativePositionBias(config, bidirectional=True).apply({"params": own["encoder"]["relpos_bias"]}, size, size)
+    before = (
+        jnp.zeros((*shape, config.emb_dim)) if prompt is None else jnp.broadcast_to(prompt, (*shape, config.emb_dim))
     )
-    np.testing.assert_array_equal(given, own)
+    x = jnp.concatenate([before, embedded], axis=1)
+    for number in range(config.num_encoder_layers):
+        mine = layer_prompts[number] if layer_prompts.ndim == 3 else layer_prompts[:, number]
+        x = x.at[:, :length].set(mine) if prompt is None else x.at[:, :length].add(mine)
+        x = EncoderLayer(config).apply({"params": own["encoder"][f"layers_{number}"]}, x, bias, mask, None, None)
+    return RMSNorm(config.dtype).apply({"params": own["encoder"]["encoder_norm"]}, x)
 
 
-def by_layer(params, inputs, decoder_inputs, layer_prompts, prompt):
-    """What prompts per layer are, written out: each layer of the encoder by itself, its prompt put in by hand."""
-    embedded = jnp.take(params["token_embedder/embedding"], inputs, axis=0)
-    first = layer_prompts[0] if prompt is None else prompt
-    x = jnp.concatenate([jnp.broadcast_to(first, (len(inputs), *first.shape)), embedded], axis=1)
-    length = first.shape[0]
-    mask = jnp.pad(inputs > 0, ((0, 0), (length, 0)), constant_values=True)[:, None, None, :]
-    for number, own in enumerate(layer_prompts):
-        x = x.at[:, :length].set(own) if prompt is None else x.at[:, :length].add(own)
-        one = {
-            path.replace(f"layers_{number}/", ""): value
-            for path, value in params.items()
-            if f"encoder/layers_{number}/" in path
-        }
-        bias = RelativePositionBias(SMALL, bidirectional=True).apply(
-            {"params": {"rel_embedding": params["encoder/relpos_bias/rel_embedding"]}}, x.shape[1], x.shape[1]
-        )
-        layer = {"params": tree({path.removeprefix("encoder/"): value for path, value in one.items()})}
-        x = EncoderLayer(SMALL).apply(layer, x, bias, mask, None, None)
-    encoded = RMSNorm().apply({"params": {"scale": params["encoder/encoder_norm/scale"]}}, x)
-    return Transformer(SMALL).apply(
-        {"params": tree(params)}, encoded, inputs, decoder_inputs, decoder_inputs, enable_dropout=False, method="decode"
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
+@pytest.mark.parametrize("added", [False, True], ids=["replace", "add"])
+def test_layer_prompts_are_their_formula(added, per_row, masked):
+    """The encoder's output and the gradients of all prompts, over rows with padding."""
+    config = dataclasses.replace(SMALL, num_encoder_layers=3)
+    model, params = random_model(config)
+    rng, length = np.random.default_rng(0), 4
+    inputs = random_tokens(rng, [5, 2, 3], 5, config.vocab_size)
+    rows = (3,) if per_row else ()
+    layer_prompts = jnp.asarray(rng.normal(size=(*rows, 3, length, config.emb_dim)), jnp.float32)
+    prompt = jnp.asarray(rng.normal(size=(*rows, length, config.emb_dim)), jnp.float32) if added else None
+    prompt_mask = jnp.asarray(np.arange(length) >= np.array([[0], [1], [3]])) if masked else None
+    seen = np.pad(np.asarray(inputs) > 0, ((0, 0), (length, 0)), constant_values=True)
+    if masked:
+        seen[:, :length] = prompt_mask
+    weights = jnp.asarray(rng.normal(size=(*seen.shape, config.emb_dim)) * seen[..., None], jnp.float32)
+
+    def ours(prompt, layer_prompts):
+        prompts = {"prompt": prompt, "layer_prompts": layer_prompts, "prompt_mask": prompt_mask}
+        encoded = model.apply({"params": tree(params)}, inputs, enable_dropout=False, **prompts, method="encode")
+        return jnp.sum(encoded * weights), encoded
+
+    def by_hand(prompt, layer_prompts):
+        encoded = encode_layer_by_layer(config, params, inputs, prompt, layer_prompts, prompt_mask)
+        return jnp.sum(encoded * weights), encoded
+
+    (found, wanted) = (
+        jax.jit(jax.grad(function, argnums=(0, 1) if added else 1, has_aux=True))(prompt, layer_prompts)
+        for function in (ours, by_hand)
     )
+    np.testing.assert_allclose(found[1][seen], wanted[1][seen], rtol=0, atol=5e-6)
+    for gradient, expected in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted[0]), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        each = np.abs(gradient).max(-1)
+        if per_row and masked:  # a position that a row sees counts in every layer; one that it does not, in none
+            visible = prompt_mask if each.ndim == 2 else prompt_mask[:, None]
+            np.testing.assert_array_equal(each > 0, np.broadcast_to(visible, each.shape))
+        else:
+            assert (each > 0).all()
 
 
-@pytest.mark.parametrize("beside_a_prompt", [False, True], ids=["replacing", "added"])
-def test_prompts_per_layer_are_put_before_each_layer(beside_a_prompt):
+@pytest.mark.parametrize("added", [False, True], ids=["replace", "add"])
+def test_layer_prompts_behind_masked_positions_are_the_shorter_ones(added):
+    """The whole model's logits: the decoder does not see the masked positions, either."""
     model, params = random_model(SMALL)
     rng = np.random.default_rng(1)
-    layer_prompts = jnp.asarray(rng.normal(size=(SMALL.num_encoder_layers, 3, SMALL.emb_dim)), jnp.float32)
-    prompt = jnp.asarray(rng.normal(size=(3, SMALL.emb_dim)), jnp.float32) if beside_a_prompt else None
-    inputs = random_tokens(rng, (6, 4, 1), 6, SMALL.vocab_size)
-    tokens = random_tokens(rng, (4, 4, 4), 4, SMALL.vocab_size)
-    found = model.apply(
-        {"params": tree(params)}, inputs, tokens, tokens, enable_dropout=False, prompt=prompt,
-        layer_prompts=layer_prompts,
-    )  # fmt: skip
-    expected = by_layer(params, inputs, tokens, layer_prompts, prompt)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    # Behind masked positions in front, and one per row, it is the same.
-    padded = jnp.pad(layer_prompts, ((0, 0), (2, 0), (0, 0)))
-    rows = jnp.broadcast_to(padded, (3, *padded.shape))
-    first = None if prompt is None else jnp.broadcast_to(jnp.pad(prompt, ((2, 0), (0, 0))), (3, 5, SMALL.emb_dim))
-    mask = jnp.broadcast_to(jnp.arange(5) >= 2, (3, 5))
-    masked = model.apply(
-        {"params": tree(params)}, inputs, tokens, tokens, enable_dropout=False, prompt=first, layer_prompts=rows,
-        prompt_mask=mask,
-    )  # fmt: skip
-    np.testing.assert_allclose(masked, expected, rtol=0, atol=1e-5)
+    inputs, targets = random_tokens(rng, [5, 2], 5, 23), random_tokens(rng, [4, 3], 4, 23)
+    layer_prompts = jnp.asarray(rng.normal(size=(2, 4, SMALL.emb_dim)), jnp.float32)
+    prompt = jnp.asarray(rng.normal(size=(4, SMALL.emb_dim)), jnp.float32) if added else None
+
+    @jax.jit
+    def run(prompt, layer_prompts, prompt_mask):
+        prompts = {"prompt": prompt, "layer_prompts": layer_prompts, "prompt_mask": prompt_mask}
+        return model.apply({"params": tree(params)}, inputs, targets, targets, enable_dropout=False, **prompts)
+
+    behind = jnp.broadcast_to(jnp.arange(4) >= 3, (2, 4))
+    shorter = run(None if prompt is None else prompt[3:], layer_prompts[:, 3:], None)
+    np.testing.assert_allclose(run(prompt, layer_prompts, behind), shorter, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(run(prompt, layer_prompts, None), shorter, atol=1e-2)
+
+
+def test_layer_prompts_of_zero_beside_a_prompt_add_nothing():
+    model, params = random_model(SMALL, 3)
+    own, prompt = apart(params)
+    rng = np.random.default_rng(0)
+    inputs, targets = random_tokens(rng, [5, 2], 5, 23), random_tokens(rng, [4, 3], 4, 23)
+    nothing = jnp.zeros((2, 3, SMALL.emb_dim))
+    apply = jax.jit(functools.partial(model.apply, enable_dropout=False))
+    np.testing.assert_array_equal(
+        apply({"params": own}, inputs, targets, targets, prompt=prompt, layer_prompts=nothing),
+        compiled(model)(params, inputs, targets, None),
+    )
 
 
 def test_one_dropout_mask_for_all_positions():
@@ -402,7 +474,8 @@ def test_prompt_is_dropped_with_the_input():
         return following(*args, **kwargs)
 
     with nn.intercept_methods(spy):
-        model.apply({"params": tree(params)}, jnp.full((2, 4), 7), rngs={"dropout": jax.random.key(0)}, method="encode")
+        variables, prompts = with_its_prompt(model, params)
+        model.apply(variables, jnp.full((2, 4), 7), **prompts, rngs={"dropout": jax.random.key(0)}, method="encode")
     dropped = np.asarray(seen["input"]) == 0
     assert dropped.shape == (2, 7, SMALL.emb_dim)
     np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))

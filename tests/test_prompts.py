@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import types
 import zipfile
 
 import jax
@@ -16,8 +17,9 @@ from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
-from prompt_tuning_jax.prompts.module import SoftPrompt, prepend_prompt
+from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.prompts.peft import write_adapter
+from prompt_tuning_jax.t5.network import prepend_prompt
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 KEY = jax.random.key(0)
@@ -27,12 +29,20 @@ TABLE = jnp.repeat(jnp.arange(6_000.0)[:, None], WIDTH, axis=1)
 PIECES = {"good": [10], "not good": [20, 10, 31], "odd": [5, 2], "": []}
 
 
-def encode(text):
-    return PIECES[text]
+def model_of(table=TABLE, encode=PIECES.__getitem__):
+    """What an initialiser may read of a base model."""
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(emb_dim=table.shape[1]),
+        embeddings=table,
+        tokenizer=types.SimpleNamespace(encode=encode),
+    )
+
+
+MODEL = model_of()
 
 
 def drawn(length, population=5_000, key=KEY, table=TABLE):
-    prompt = initializers.sampled_vocabulary(key, (length, WIDTH), embeddings=table, population=population)
+    prompt = initializers.SampledVocabulary(population)(key, length, model_of(table))
     assert prompt.shape == (length, WIDTH)
     assert prompt.dtype == jnp.float32
     return np.asarray(prompt[:, 0]).astype(int)
@@ -40,10 +50,11 @@ def drawn(length, population=5_000, key=KEY, table=TABLE):
 
 @pytest.mark.parametrize(
     ("init", "low", "high"),
-    [(initializers.random_uniform, -0.5, 0.5), (initializers.official_random_uniform, 0.0, 0.5)],
+    [(initializers.RandomUniform(), -0.5, 0.5), (initializers.OfficialRandomUniform(), 0.0, 0.5)],
 )
 def test_random_prompts_fill_their_range(init, low, high):
-    prompt = np.asarray(init(KEY, (100, 64), embeddings=TABLE, encode=encode))
+    prompt = np.asarray(init(KEY, 100, model_of(jnp.zeros((9, 64)))))
+    assert prompt.shape == (100, 64)
     assert prompt.dtype == np.float32
     assert low <= prompt.min() < low + 0.001
     assert high - 0.001 < prompt.max() < high
@@ -76,28 +87,27 @@ def test_population_of_special_tokens_alone_is_refused():
 
 def test_class_labels_take_the_first_places():
     """Position i is the mean of label i's pieces, and the rest is what sampled vocabulary alone would be."""
-    shape = (6, WIDTH)
-    prompt = initializers.class_labels(KEY, shape, embeddings=TABLE, encode=encode, labels=["not good", "good"])
-    expected = np.array(initializers.sampled_vocabulary(KEY, shape, embeddings=TABLE))
+    prompt = initializers.ClassLabels(["not good", "good"])(KEY, 6, MODEL)
+    expected = np.array(initializers.SampledVocabulary()(KEY, 6, MODEL))
     expected[0], expected[1] = (20 + 10 + 31) / 3, 10
     np.testing.assert_allclose(prompt, expected, rtol=1e-7)
     assert prompt.dtype == jnp.float32
 
 
 def test_labels_beyond_the_prompt_are_left_out_aloud(caplog):
-    prompt = initializers.class_labels(KEY, (1, WIDTH), embeddings=TABLE, encode=encode, labels=["good", "not good"])
+    prompt = initializers.ClassLabels(["good", "not good"])(KEY, 1, MODEL)
     np.testing.assert_array_equal(prompt, np.full((1, WIDTH), 10))
     assert "2 class labels, but the prompt has 1 positions" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["good", "odd"], "'odd' tokenises to <unk>"), ([""], "'' tokenises to nothing"), ([], "CLASS_LABELS is empty")],
+    [(["good", "odd"], "'odd' tokenises to <unk>"), ([""], "'' tokenises to nothing"), ([], "`labels` is empty")],
 )
 def test_labels_that_the_vocabulary_cannot_write_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message) as error:
-        initializers.class_labels(KEY, (3, WIDTH), embeddings=TABLE, encode=encode, labels=labels)
-    assert "CLASS_LABELS" in str(error.value)
+    with pytest.raises(SettingError, match=message) as error:
+        initializers.ClassLabels(labels)(KEY, 3, MODEL)
+    assert error.value.setting == "class_labels"
 
 
 def test_class_labels_of_the_real_vocabulary(data_dir):
@@ -105,45 +115,48 @@ def test_class_labels_of_the_real_vocabulary(data_dir):
     vocabulary = Vocabulary(data_dir / "t5" / "spiece.model")
     table = jnp.repeat(jnp.arange(32_128.0)[:, None], WIDTH, axis=1)
     labels = ["positive", "False", "entailment"]
-    prompt = initializers.class_labels(KEY, (9, WIDTH), embeddings=table, encode=vocabulary.encode, labels=labels)
+    prompt = initializers.ClassLabels(labels)(KEY, 9, model_of(table, vocabulary.encode))
     means = [1465, np.mean([10747, 7, 15]), np.mean([3, 35, 5756, 297])]
     np.testing.assert_allclose(prompt[:3, 0], means, rtol=1e-6)
 
 
 def test_string_takes_a_place_a_piece():
-    shape = (5, WIDTH)
-    prompt = initializers.string(KEY, shape, embeddings=TABLE, encode=encode, text="not good")
-    expected = np.array(initializers.sampled_vocabulary(KEY, shape, embeddings=TABLE))
+    prompt = initializers.Text("not good")(KEY, 5, MODEL)
+    expected = np.array(initializers.SampledVocabulary()(KEY, 5, MODEL))
     expected[:3] = np.array([20, 10, 31])[:, None]
     np.testing.assert_array_equal(prompt, expected)
-    with pytest.raises(ValueError, match="PROMPT_TEXT"):
-        initializers.string(KEY, shape, embeddings=TABLE, encode=encode, text="odd")
+    with pytest.raises(SettingError, match="'odd' tokenises to <unk>") as error:
+        initializers.Text("odd")(KEY, 5, MODEL)
+    assert error.value.setting == "prompt_text"
 
 
 def test_prompts_of_a_bfloat16_base_are_float32():
     """The prompt and its optimiser state are float32, whatever the frozen table is."""
     table = TABLE[:200].astype(jnp.bfloat16)
-    prompt = initializers.class_labels(KEY, (3, WIDTH), embeddings=table, encode=encode, labels=["good"])
+    prompt = initializers.ClassLabels(["good"])(KEY, 3, model_of(table))
     assert prompt.dtype == jnp.float32
 
 
 def test_file_goes_in_as_it_is(tmp_path):
     prompt = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
     write_prompt(tmp_path / "p.npy", prompt)
-    found = initializers.from_file(KEY, prompt.shape, path=str(tmp_path / "p.npy"), embeddings=TABLE, encode=encode)
-    np.testing.assert_array_equal(found, prompt)
-    for shape in ((4, WIDTH), (3, WIDTH + 1)):
-        with pytest.raises(ValueError, match=rf"is \[3, {WIDTH}\], expected \[{shape[0]}, {shape[1]}\]"):
-            initializers.from_file(KEY, shape, path=str(tmp_path / "p.npy"))
+    init = initializers.FromFile(str(tmp_path / "p.npy"))
+    np.testing.assert_array_equal(init(KEY, 3, MODEL), prompt)
+    for length, width in ((4, WIDTH), (3, WIDTH + 1)):
+        with pytest.raises(ValueError, match=rf"is \[3, {WIDTH}\], expected \[{length}, {width}\]"):
+            init(KEY, length, model_of(jnp.zeros((9, width))))
 
 
 def test_module_starts_from_its_initialiser():
-    module = SoftPrompt(3, lambda key, shape: initializers.sampled_vocabulary(key, shape, embeddings=TABLE))
+    module = SoftPrompt(3, lambda key, shape: initializers.SampledVocabulary()(key, shape[0], MODEL))
     variables = module.init(KEY, jnp.zeros((2, 5, WIDTH)))
     prompt = variables["params"]["prompt"]
     assert (prompt.shape, prompt.dtype) == ((3, WIDTH), jnp.float32)
     embedded = jnp.ones((2, 5, WIDTH), jnp.bfloat16)
-    out = module.apply(variables, embedded)
+    found = module.apply(variables, embedded)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, prompt)
+    out = prepend_prompt(embedded, found)
     assert out.dtype == jnp.bfloat16  # the prompt follows the activations
     np.testing.assert_array_equal(out[:, 3:], embedded)
     np.testing.assert_array_equal(out[1, :3], prompt.astype(jnp.bfloat16))

@@ -1,18 +1,21 @@
 """One training step: what it trains, what it leaves alone, and that it does the same again."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.models import halves, random_model, random_tokens
+from fixtures.models import random_model, random_tokens
 
 from prompt_tuning_jax.batches.loader import Batch
-from prompt_tuning_jax.methods.method import Injection, merge
+from prompt_tuning_jax.methods.method import Injection, Method, merge
 from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.quantized import TABLE
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import (
@@ -26,7 +29,18 @@ from prompt_tuning_jax.training.step import (
 
 # Dimensions of parameters that no activation has.
 CONFIG = T5Config(29, 24, 3, 1, 1, 40, head_dim=7, dropout_rate=0.2)
-PROMPT_TUNING, MODEL_TUNING = PromptTuning(5), ModelTuning()
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Method):
+    """Trains the model and a prompt together."""
+
+    def apply(self, trained, frozen):
+        parameters = {path: value for path, value in trained.items() if path != PROMPT}
+        return Injection(prompt=trained[PROMPT], parameters=parameters)
+
+
+PROMPT_TUNING, MODEL_TUNING, BOTH = PromptTuning(5), ModelTuning(), Everything()
 OPTIMIZER = adafactor(0.3)
 STILL = adafactor(0.0, weight_decay=0.0)
 
@@ -37,9 +51,17 @@ def batch(seed=0):
     return Batch(np.asarray(inputs), np.asarray(targets), np.arange(3, dtype=np.int32))
 
 
+def split(method):
+    """What a method trains of the random model and its prompt, and the frozen half."""
+    params = dict(random_model(CONFIG, 5)[1])
+    prompt = params.pop(PROMPT)
+    trained = {} if method == MODEL_TUNING else {PROMPT: prompt}
+    return (trained, params) if method == PROMPT_TUNING else (trained | params, {})
+
+
 def start(method, step=0, optimizer=OPTIMIZER):
     """A state of its own, and the frozen half."""
-    trainable, frozen = halves(method, random_model(CONFIG, 5)[1])
+    trainable, frozen = split(method)
     trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
     key = jax.random.key_data(jax.random.key(1))
     return TrainState(jnp.asarray(step, jnp.int32), trainable, optimizer.init(trainable), key), frozen
@@ -61,9 +83,13 @@ def run(method, steps, step):
 
 def test_split_and_merge():
     params = {"a/b/c": jnp.ones(1), "a/bc": jnp.zeros(2), "d": jnp.ones(3)}
-    assert matching(params, ["a/b/.*", "d"]) == {"a/b/c", "d"}
-    merged = merge({"a/b/c": params["a/b/c"], "d": params["d"]}, {"a/bc": params["a/bc"], "d": jnp.zeros(3)})
+    model = ShapeModel(CONFIG, params | {TABLE: jnp.ones((29, 24))})
+    trainable = ModelTuning(("a/b/.*", "d")).init(jax.random.key(0), model)
+    assert trainable == {"a/b/c": params["a/b/c"], "d": params["d"]}
+    merged = merge(trainable, {"a/bc": params["a/bc"]})
     assert merged == {"a": {"b": {"c": params["a/b/c"]}, "bc": params["a/bc"]}, "d": params["d"]}
+    other = jnp.ones(7)
+    assert merge({"a/bc": other}, params)["a"]["bc"] is other
 
 
 def test_a_pattern_matches_whole_paths():
@@ -73,6 +99,7 @@ def test_a_pattern_matches_whole_paths():
         matching(params, ["encoder/promt/.*"])
     with pytest.raises(ValueError, match="'prompt'"):
         matching(params, ["encoder/.*", "prompt"])
+    assert matching(params, ["encoder/prompt/.*"]) == {PROMPT}
 
 
 def test_decoder_inputs_are_the_targets_one_later():
@@ -93,7 +120,7 @@ def test_frozen_weights_cost_no_gradient():
     """A frozen matrix is multiplied with, forward and back, but its own gradient is nowhere in the program."""
     assert weight_gradients(PROMPT_TUNING) == 0
     kernels = [path for path in random_model(CONFIG, 5)[1] if path.endswith("/kernel")]
-    assert weight_gradients(MODEL_TUNING) == len(kernels) == 19
+    assert weight_gradients(MODEL_TUNING) == weight_gradients(BOTH) == len(kernels) == 19
 
 
 def test_prompt_tuning_moves_the_prompt_alone():
@@ -123,11 +150,12 @@ def test_prompt_tuning_gives_the_same_bits_again():
         np.testing.assert_array_equal(one, other)
 
 
-def test_model_tuning_moves_everything_and_the_same_way_again():
-    first, second = run(MODEL_TUNING, 2, train_step(MODEL_TUNING)), run(MODEL_TUNING, 2, train_step(MODEL_TUNING))
+@pytest.mark.parametrize("method", [MODEL_TUNING, BOTH], ids=["model", "model and prompt"])
+def test_model_tuning_moves_everything_and_the_same_way_again(method):
+    first, second = run(method, 2, train_step(method)), run(method, 2, train_step(method))
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(one, other)
-    for path, value in random_model(CONFIG, 5)[1].items():
+    for path, value in split(method)[0].items():
         assert not np.array_equal(first[0].trainable[path], value), path
 
 
@@ -148,12 +176,12 @@ def test_dropout_is_a_function_of_run_and_step():
     assert float(metrics.sums.loss) == loss(1)
 
 
-@pytest.mark.parametrize("method", [PROMPT_TUNING, MODEL_TUNING], ids=["prompt", "model"])
+@pytest.mark.parametrize("method", [PROMPT_TUNING, MODEL_TUNING, BOTH], ids=["prompt", "model", "model and prompt"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_divided_batch_has_the_gradient_of_the_whole(method, rows):
     """Dropout and all: a row's bits are its own."""
-    model, params = random_model(CONFIG, 5)
-    trainable, frozen = halves(method, params)
+    model = random_model(CONFIG, 5)[0]
+    trainable, frozen = split(method)
     rng = np.random.default_rng(3)
     inputs, targets = random_tokens(rng, [6, 4, 1, 5, 6, 2], 6, 29), random_tokens(rng, [3, 2, 1, 3, 1, 2], 3, 29)
 
@@ -164,9 +192,9 @@ def test_a_divided_batch_has_the_gradient_of_the_whole(method, rows):
     injection = method.apply(trainable, frozen)
     whole, sums = summed_gradients(loss, injection, inputs, targets, 6)
     parts, sums_of_parts = summed_gradients(loss, injection, inputs, targets, rows)
-    assert isinstance(whole, Injection) and len(jax.tree.leaves(whole)) == len(trainable)
-    for gradient, of_parts in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(of_parts, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+    assert len(jax.tree.leaves(whole)) == len(trainable)
+    for (place, gradient), part in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(part, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=str(place))
     np.testing.assert_allclose(sums_of_parts, sums, rtol=1e-6)
 
 
