@@ -1,6 +1,7 @@
 """Errors that carry their setting: each front end calls it by its own name, and the library by none of them."""
 
 import ast
+import importlib
 import pickle
 import re
 import subprocess
@@ -24,6 +25,7 @@ from prompt_tuning_jax.tasks.find import find
 from tests.tiny import make_tiny, own_caches
 
 PACKAGE = Path(prompt_tuning_jax.__file__).parent
+train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
 CONFIGS = PACKAGE.parent / "gin_configs"
 
 
