@@ -25,7 +25,7 @@ from prompt_tuning_jax.tasks.find import find
 from tests.tiny import make_tiny, own_caches
 
 PACKAGE = Path(prompt_tuning_jax.__file__).parent
-train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
+train = importlib.import_module("prompt_tuning_jax.train").main  # `prompt_tuning_jax.train` is a function
 CONFIGS = PACKAGE.parent / "gin_configs"
 
 
