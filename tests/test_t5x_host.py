@@ -200,7 +200,7 @@ def start_prompt(init, embeddings, vocabulary, seed):
     model = SimpleNamespace(
         config=SimpleNamespace(emb_dim=embeddings.shape[1]), embeddings=embeddings, tokenizer=vocabulary
     )
-    return PromptTuning(LENGTH, init).init(jax.random.fold_in(jax.random.key(seed), 1), model)[PROMPT]
+    return init(jax.random.fold_in(jax.random.key(seed), 1), LENGTH, model)  # as `PromptTuning` does
 
 
 def native_steps(model, params, batches):
@@ -220,7 +220,7 @@ def close(found, expected, within):
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_three_steps_of_t5xs_trainer_change_the_prompt_alone_and_as_ours_do(microbatches):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     # Adding the zero update of a frozen parameter could make this one +0.0.
     kernel = "encoder/layers_0/mlp/wi_0/kernel"
     params = params | {kernel: params[kernel].at[0, 0].set(-0.0)}
@@ -252,7 +252,7 @@ def test_a_pattern_that_trains_nothing_is_refused():
 
 
 def test_loss_and_every_gradient_are_those_of_the_native_step(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
 
     def native_loss(params):
@@ -275,7 +275,7 @@ def test_xla_drops_the_frozen_gradients(microbatches):
 
     XLA counts a loop's body once: that of a step in two microbatches is half of the batch.
     """
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     program = native_step(module).lower(*native_start(params), rows)
     native = program.compile().cost_analysis()["flops"] / (microbatches or 1)
@@ -300,7 +300,7 @@ def test_xla_drops_the_frozen_gradients(microbatches):
 
 
 def test_decoding_is_ours(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     model = hosted(module, CONFIG.vocab_size)
     width = 12
@@ -324,7 +324,7 @@ def test_decoding_is_ours(compiled_fast):
 
 def test_beams_share_no_cache(compiled_fast):
     """T5X reorders the cache by rows: each of four beams has the score that `score_batch` gives it."""
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     model = hosted(module, CONFIG.vocab_size)
     given = features(batch())
     predict = functools.partial(
@@ -338,7 +338,7 @@ def test_beams_share_no_cache(compiled_fast):
 
 
 def test_scores_are_ours(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     logits = apply(module, params, rows)
     expected = token_log_probs(logits, jnp.asarray(rows.targets)).sum(-1)
@@ -367,7 +367,7 @@ def t5x_own(dropout_rate=0.0):
 
 
 def test_t5xs_own_network_with_a_prompt_is_ours(compiled_fast):
-    own, (module, params) = t5x_own(), random_model(CONFIG, LENGTH)
+    own, module, params = t5x_own(), prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     init = functools.partial(own.init, enable_dropout=False)
     made = jax.eval_shape(init, jax.random.key(0), *tokens_of(rows))
@@ -386,7 +386,7 @@ def test_t5xs_own_network_with_a_prompt_is_ours(compiled_fast):
 
 
 def test_t5xs_own_network_trains_and_decodes_with_a_prompt(compiled_fast):
-    own, (module, params) = t5x_own(), random_model(CONFIG, LENGTH)
+    own, module, params = t5x_own(), prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     batches = [batch(seed) for seed in range(2)]
     model = hosted(own, CONFIG.vocab_size)
     after, _ = train(model, state_of(model, params), initializer(model).train_state_axes, batches)
