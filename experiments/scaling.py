@@ -195,10 +195,9 @@ def run_config(args: argparse.Namespace, layers: tuple[int, int] | None, batch_s
     import dataclasses
 
     from prompt_tuning_jax.batches.dataset import DatasetConfig
-    from prompt_tuning_jax.prompts.initializers import random_uniform
-    from prompt_tuning_jax.prompts.module import SoftPrompt
+    from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
+    from prompt_tuning_jax.prompts.initializers import RandomUniform
     from prompt_tuning_jax.t5.config import SIZES
-    from prompt_tuning_jax.t5.network import Transformer
     from prompt_tuning_jax.training.optimizer import adafactor
     from prompt_tuning_jax.training.run import TrainConfig
 
@@ -211,16 +210,14 @@ def run_config(args: argparse.Namespace, layers: tuple[int, int] | None, batch_s
     dataset = DatasetConfig("none", "train", batch_size, lengths)
     return TrainConfig(
         model_dir="no/where",
-        model=Transformer(size, SoftPrompt),
+        size=size,
         initial_checkpoint_path="no/where",
         train_dataset=dataset,
         eval_dataset=dataset,
-        trainable=["encoder/prompt/.*"],
+        method=PromptTuning(PROMPT_LENGTH, RandomUniform()),
         optimizer=adafactor(0.3),
         train_steps=1,
         eval_period=1,
-        prompt_init=random_uniform,
-        prompt_length=PROMPT_LENGTH,
         base_dtype="bfloat16",
         num_microbatches=1,
     )

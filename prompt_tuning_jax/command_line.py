@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+TERMINATED = 143  # exit code of a run that SIGTERM ended: it is saved, to be started again
+
 
 @contextlib.contextmanager
 def one_line_errors(text: Callable[[Exception], str]) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from pathlib import Path
 
 import jax
+
+from prompt_tuning_jax.batches.cache import user_cache
 
 
 def keep_compiled_programs() -> None:
@@ -13,8 +14,7 @@ def keep_compiled_programs() -> None:
     Small programs are kept as well: a start compiles dozens, which together take longer than the large ones.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home, "prompt_tuning_jax", "compiled")
+        folder = user_cache() / "compiled"
         with contextlib.suppress(OSError):  # nothing is kept where nothing can be: JAX would warn of every program
             folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -18,14 +18,14 @@ from experiments.scaling import collectives
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, random_base
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import start_processes
-from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import start_state
-from prompt_tuning_jax.training.step import PROMPT, make_train_step
+from prompt_tuning_jax.training.step import make_train_step
 
 PROMPT_LENGTH, BATCH = 5, 16
 
@@ -33,14 +33,14 @@ PROMPT_LENGTH, BATCH = 5, 16
 def step_program(shape: MeshShape) -> str:
     """The compiled training step, its batch in one piece, dropout on."""
     config = dataclasses.replace(CONFIG, dropout_rate=0.1, num_encoder_layers=2)
-    model = Transformer(config, functools.partial(SoftPrompt, length=PROMPT_LENGTH))
     partitioner, optimizer = Partitioner(make_mesh(shape), config), adafactor(0.3)
     frozen = random_base(config, 0, partitioner.parameter).params
     trained = partitioner.replicate({PROMPT: np.ones((PROMPT_LENGTH, config.emb_dim), np.float32)})
     start = functools.partial(start_state, optimizer=optimizer, seed=0)
     shardings = partitioner.state(jax.eval_shape(start, trained))
     state = partitioner.jit(start, out_shardings=shardings)(trained)
-    step = make_train_step(model, optimizer, 1e-4, 1, partitioner, shardings)
+    method = PromptTuning(PROMPT_LENGTH)
+    step = make_train_step(Transformer(config), method, optimizer, 1e-4, 1, partitioner, shardings)
     batch = Batch(np.ones((BATCH, 32), np.int32), np.ones((BATCH, 8), np.int32), np.arange(BATCH, dtype=np.int32))
     return step.lower(state, frozen, partitioner.spread(batch, BATCH)).compile().as_text()
 

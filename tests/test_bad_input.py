@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.tasks import glue, imdb, sources, text  # noqa: F401
 from prompt_tuning_jax.tasks.review_grammar import sentences
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
-from prompt_tuning_jax.train import main as train
+from prompt_tuning_jax.train import main as train_main
 
 TUNE = "runs/prompt_tune.gin"
 
@@ -50,7 +50,7 @@ def refused(tiny, tmp_path, monkeypatch, capfd):
         arguments = tiny.arguments(*files, **{"MODEL_DIR": str(target)} | macros)
         monkeypatch.setattr(sys, "argv", ["train", *arguments, *flags])
         with pytest.raises(SystemExit) as stop:
-            train()
+            train_main()
         lines = capfd.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert target.exists() == existed
@@ -453,7 +453,7 @@ def test_inputs_that_are_cut_are_counted(tiny, capfd):
     capfd.readouterr()
     batches = DatasetConfig("demo_reviews", "train[:100]", 10, LENGTHS, cache_dir=str(cache)).batches(words)
     assert capfd.readouterr().err == (
-        f"demo_reviews train[:100]: TASK_FEATURE_LENGTHS {LENGTHS} cuts inputs of {expected} of 100 examples\n"
+        f"demo_reviews train[:100]: lengths {LENGTHS} truncate inputs of {expected} of 100 examples\n"
     )
     assert sum(int((batches[n].inputs[:, -1] != 0).sum()) for n in range(10)) >= expected
 

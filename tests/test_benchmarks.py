@@ -1,7 +1,6 @@
 """The benchmarks' own arithmetic and page; what they measure is nothing that a test could hold fast."""
 
 import argparse
-import functools
 import json
 import math
 
@@ -18,10 +17,10 @@ from experiments.benchmarks.flop import Shape, product_rates, step_flop
 from experiments.benchmarks.train_step import against_products, figures, in_any_order
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import expected_shapes
-from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.t5.config import SIZES, T5Config
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.training.step import PROMPT, batch_loss, merge, split_trainable
+from prompt_tuning_jax.training.step import batch_loss
 
 CONFIG = T5Config(512, 128, 4, 1, 2, 256, head_dim=24)
 
@@ -54,13 +53,11 @@ def flop_in_torch(config, shape):
 def flop_in_xla(config, shape):
     """FLOP of the compiled loss and its gradients, the arithmetic between the products included."""
     params = {path: jnp.zeros(found) for path, found in expected_shapes(config).items()}
-    if shape.prompt:
-        params[PROMPT] = jnp.zeros((shape.prompt, config.emb_dim))
-    model = Transformer(config, functools.partial(SoftPrompt, shape.prompt) if shape.prompt else None)
-    trainable, frozen = split_trainable(params, ["encoder/prompt/.*"] if shape.prompt else [".*"])
+    prompt, model = jnp.zeros((shape.prompt, config.emb_dim)), Transformer(config)
+    injection, frozen = (Injection(prompt), params) if shape.prompt else (Injection(parameters=params), {})
     tokens = [jnp.ones((shape.batch, length), jnp.int32) for length in (shape.inputs, shape.targets)]
-    loss = jax.value_and_grad(lambda trained, kept, *pair: batch_loss(model, merge(trained, kept), *pair).loss)
-    analysis = jax.jit(loss).lower(trainable, frozen, *tokens).compile().cost_analysis()
+    loss = jax.value_and_grad(lambda given, kept, *pair: batch_loss(model, given, kept, *pair).loss)
+    analysis = jax.jit(loss).lower(injection, frozen, *tokens).compile().cost_analysis()
     assert analysis
     return analysis["flops"]
 

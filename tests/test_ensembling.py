@@ -1,7 +1,6 @@
 """The vote against its definition, and an ensemble's prompts against each one evaluated alone."""
 
 import collections
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +11,12 @@ from tiny import CONFIG, LENGTHS, make_tiny, random_params
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.inference.ensembling import Ensemble, vote
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import write_prompt
-from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.score import evaluate_prompt
-from prompt_tuning_jax.training.step import PROMPT
 
 MODEL = Transformer(CONFIG)
 PROMPTS = [np.random.default_rng(n).normal(size=(1 + 2 * n, CONFIG.emb_dim)).astype(np.float32) for n in range(3)]
@@ -56,13 +54,12 @@ def test_each_prompt_answers_as_if_it_were_alone(tiny, dataset):
     words = Vocabulary(tiny.vocabulary)
     params = {name: jnp.asarray(value) for name, value in random_params(0).items()}
     (batches,) = dataset.eval_batches(words).values()
-    ensemble = Ensemble(MODEL, words, PROMPTS)
+    ensemble = Ensemble(CONFIG, words, PROMPTS)
     generated, ranked = ensemble.generated(params, batches), ensemble.ranked(params, batches)
     for number, prompt in enumerate(PROMPTS):
-        evaluator = Evaluator(MODEL.clone(prompt_factory=functools.partial(SoftPrompt, length=len(prompt))), words)
-        trained = {PROMPT: jnp.asarray(prompt)}
-        assert generated.texts[number] == evaluator.answers(trained, params, batches)
-        assert ranked.texts[number] == evaluator.ranked(trained, params, batches)
+        evaluator, alone = Evaluator(CONFIG, words), Injection(prompt=jnp.asarray(prompt))
+        assert generated.texts[number] == evaluator.answers(alone, params, batches)
+        assert ranked.texts[number] == evaluator.ranked(alone, params, batches)
     assert generated.scores.shape == ranked.scores.shape == (3, 40)
     assert generated.texts[0] != generated.texts[1]
     for row in (0, 7, 39):
@@ -80,7 +77,7 @@ def files(tmp_path_factory):
 
 
 def test_eval_reports_average_best_and_ensemble(tiny, dataset, files):
-    options = {"model": MODEL, "initial_checkpoint_path": str(tiny.base), "dataset": dataset}
+    options = {"size": CONFIG, "initial_checkpoint_path": str(tiny.base), "dataset": dataset}
     found = evaluate_prompt(prompt_files=files, **options)
     alone = [evaluate_prompt(prompt_file=path, **options) for path in files]
     for how in ("generation", "ranking"):
@@ -97,16 +94,16 @@ def test_eval_reports_average_best_and_ensemble(tiny, dataset, files):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prompt_files": ["a.npy", "b.npy"], "prompt_file": "c.npy"}, "PROMPT_FILE and PROMPT_FILES are both set"),
-        ({"prompt_files": "a.npy"}, "PROMPT_FILES is 'a.npy', expected a list"),
-        ({"prompt_files": ["a.npy", "a.npy"]}, "PROMPT_FILES names 1 prompts, expected two or more"),
-        ({"prompt_files": []}, "PROMPT_FILES names 0 prompts, expected two or more"),
-        ({"prompt_files": ["a.npy", "b.npy"], "submission": "x"}, "set PROMPT_FILE, not PROMPT_FILES"),
-        ({"prompt_file": ""}, "PROMPT_FILE must be set: a prompt, or None"),
+        ({"prompt_files": ["a.npy", "b.npy"], "prompt_file": "c.npy"}, "`prompt` and `prompt_files` are both set"),
+        ({"prompt_files": "a.npy"}, "`prompt_files` is 'a.npy', expected a list"),
+        ({"prompt_files": ["a.npy", "a.npy"]}, "`prompt_files` names 1 prompts, expected two or more"),
+        ({"prompt_files": []}, "`prompt_files` names 0 prompts, expected two or more"),
+        ({"prompt_files": ["a.npy", "b.npy"], "submission": "x"}, "set `prompt`, not `prompt_files`"),
+        ({"prompt_file": ""}, "`prompt` must be set: a prompt, or None"),
         ({"prompt_files": ["a.npy", "b.npy"]}, "no prompt file a.npy"),
     ],
 )
 def test_what_to_score_is_said_once(tiny, dataset, options, message):
     with pytest.raises(ValueError) as error:
-        evaluate_prompt(model=MODEL, initial_checkpoint_path=str(tiny.base), dataset=dataset, **options)
+        evaluate_prompt(size=CONFIG, initial_checkpoint_path=str(tiny.base), dataset=dataset, **options)
     assert message in str(error.value)

@@ -10,7 +10,9 @@ from tiny import CONFIG, LENGTHS, make_tiny, random_params
 
 from prompt_tuning_jax.batches.cache import CachedExamples
 from prompt_tuning_jax.batches.loader import Batches
+from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference.labels import written_labels
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
@@ -43,7 +45,7 @@ def words(tiny):
 
 @pytest.fixture(scope="module")
 def evaluator(words):
-    return Evaluator(MODEL, words)
+    return Evaluator(CONFIG, words)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def kept(words, text):
 def test_answers_are_each_rows_own_greedy_decode(evaluator, params, split, words):
     """Whatever batch and bucket a row is in; the model's own words are compared, so any label set will do."""
     batches = split(SENTENCES, ["positive"] * len(SENTENCES))
-    found = evaluator.answers({}, params, batches)
+    found = evaluator.answers(Injection(), params, batches)
     assert len({*found}) > 1
     for text, answer in zip(SENTENCES, found, strict=True):
         tokens = []
@@ -121,11 +123,11 @@ def test_the_best_label_is_that_of_the_highest_likelihood(evaluator, params, spl
     """Of labels of different lengths, padded in one table."""
     labels = ["negative", "positive", "the plot was lovely in the end", "a"]
     batches = split(SENTENCES, ["a"] * len(SENTENCES), options={"labels": labels})
-    found = evaluator.ranked({}, params, batches)
+    found = evaluator.ranked(Injection(), params, batches)
     for text, answer in zip(SENTENCES, found, strict=True):
         scores = [log_likelihood(params, kept(words, text), [*words.encode(label), EOS]) for label in labels]
         assert answer == labels[int(np.argmax(scores))]
-    assert evaluator.rank_metrics({}, params, batches) == {"accuracy": 100 * found.count("a") / len(found)}
+    assert evaluator.rank_metrics(Injection(), params, batches) == {"accuracy": 100 * found.count("a") / len(found)}
 
 
 def test_ranking_runs_the_encoder_once_for_all_labels(evaluator, params, split, monkeypatch):
@@ -134,8 +136,11 @@ def test_ranking_runs_the_encoder_once_for_all_labels(evaluator, params, split, 
     calls = []
     encode = network.Encoder.__call__
     monkeypatch.setattr(network.Encoder, "__call__", lambda *a, **k: (calls.append(1), encode(*a, **k))[1])
-    fresh = Evaluator(MODEL, evaluator._vocabulary)
-    fresh.ranked({}, params, split(SENTENCES[:4], ["positive"] * 4, options={"labels": ["a", "b", "c", "d", "e"]}))
+    engine._engine_of.cache_clear()
+    fresh = Evaluator(CONFIG, evaluator._tokenizer)
+    fresh.ranked(
+        Injection(), params, split(SENTENCES[:4], ["positive"] * 4, options={"labels": ["a", "b", "c", "d", "e"]})
+    )
     assert len(calls) == 1, "traced once, and outside the loop over the labels"
 
 
@@ -144,8 +149,8 @@ def test_a_transfer_task_ranks_the_words_it_was_trained_on(evaluator, params, sp
     names = {"negative": "bad", "positive": "good"}
     plain = split(SENTENCES, ["positive"] * len(SENTENCES))
     transfer = split(SENTENCES, ["good"] * len(SENTENCES), options={"labels": ["bad", "good"], "translate": names})
-    assert evaluator.ranked({}, params, transfer) == evaluator.ranked({}, params, plain)
-    assert evaluator.rank_metrics({}, params, transfer) == evaluator.rank_metrics({}, params, plain)
+    assert evaluator.ranked(Injection(), params, transfer) == evaluator.ranked(Injection(), params, plain)
+    assert evaluator.rank_metrics(Injection(), params, transfer) == evaluator.rank_metrics(Injection(), params, plain)
 
 
 def test_multirc_is_ranked_as_well(evaluator, params, split):
@@ -155,21 +160,24 @@ def test_multirc_is_ranked_as_well(evaluator, params, split):
         SENTENCES, ["False", "True"] * (count // 2) + ["True"] * (count % 2), fields=fields, postprocessor="multirc",
         options={"labels": ["False", "True"]}, metrics=("multirc_f1a", "multirc_em"),
     )  # fmt: skip
-    found = evaluator.rank_metrics({}, params, batches)
+    found = evaluator.rank_metrics(Injection(), params, batches)
     assert set(found) == {"f1", "exact_match"}
     truth = [fields["targets_pretokenized"] for fields in batches.examples.fields]
     assert judge(batches.examples, truth).metrics(batches.examples) == {"f1": 100.0, "exact_match": 100.0}
-    assert evaluator.rank_metrics({}, params, split(SENTENCES, SENTENCES, postprocessor="text", options={})) is None
+    assert (
+        evaluator.rank_metrics(Injection(), params, split(SENTENCES, SENTENCES, postprocessor="text", options={}))
+        is None
+    )
 
 
 def test_an_answer_is_the_label_as_the_vocabulary_writes_it(evaluator, params, split, words):
     """The tiny vocabulary folds case: a label in capitals is what the model answers in small letters."""
-    plain = evaluator.answers({}, params, split(SENTENCES, ["positive"] * len(SENTENCES)))
+    plain = evaluator.answers(Injection(), params, split(SENTENCES, ["positive"] * len(SENTENCES)))
     said = next(text for text in plain if text != text.upper() and words.written(text.upper()) == text)
     label = said.upper()
     batches = split(SENTENCES, [label] * len(SENTENCES), options={"labels": [label, "negative"]})
     share = 100 * plain.count(said) / len(plain)
-    found, odd = evaluator.metrics({}, params, batches)
+    found, odd = evaluator.metrics(Injection(), params, batches)
     assert found == {"accuracy": pytest.approx(share)}
     assert said not in odd and label not in odd
     with pytest.raises(ValueError, match="'True' and 'TRUE' are both 'true' in the vocabulary .*: set"):
@@ -187,7 +195,7 @@ def test_a_sentinel_in_a_label_is_one_token(words):
 
 def test_likelihoods_are_those_of_each_rows_targets(evaluator, params, split, words):
     targets = ["positive", "a", "the plot was dull", *["negative"] * (len(SENTENCES) - 3)]
-    found = evaluator.likelihoods({}, params, split(SENTENCES, targets))
+    found = evaluator.likelihoods(Injection(), params, split(SENTENCES, targets))
     for text, target, value in zip(SENTENCES, targets, found, strict=True):
         expected = log_likelihood(params, kept(words, text), [*words.encode(target), EOS][: LENGTHS["targets"]])
         assert value == pytest.approx(expected, rel=1e-5)
@@ -203,10 +211,10 @@ def test_a_task_of_scored_choices_is_scored_and_not_generated(evaluator, params,
         postprocessor=f"{ranking}:choice", options={}, metrics=(f"{ranking}:rank_classification",),
     )  # fmt: skip
     assert takes_scores(batches.examples)
-    found, odd = evaluator.metrics({}, params, batches)
+    found, odd = evaluator.metrics(Injection(), params, batches)
     plain = split(SENTENCES[:8], [LABELS[number % 2] for number in range(8)])
     assert not takes_scores(plain.examples)
-    assert found == evaluator.rank_metrics({}, params, plain)
+    assert found == evaluator.rank_metrics(Injection(), params, plain)
     assert odd == {}
 
 
@@ -269,7 +277,7 @@ def test_a_split_without_labels_is_not_scored(split):
     wsc = split(["a"], ["Bob"], fields=[{"label": -1}], postprocessor="wsc", options={})
     score.check_labelled({"labelled": labelled}, "validation")
     for batches in (test, wsc):
-        with pytest.raises(ValueError, match="test of cb has no labels to score: set EVAL_SPLIT .*--submission=DIR"):
+        with pytest.raises(ValueError, match="test of cb has no labels to score: set `validation` .*--submission=DIR"):
             score.check_labelled({"labelled": labelled, "cb": batches}, "test")
 
 
@@ -281,7 +289,7 @@ class Splits:
     def __init__(self, tasks):
         self._tasks = tasks
 
-    def eval_batches(self, vocabulary):
+    def eval_batches(self, vocabulary, **options):
         return self._tasks
 
 
@@ -292,12 +300,12 @@ def test_a_mixture_is_each_task_and_the_mean(tiny, evaluator, split, capsys):
         "nine": split(SENTENCES[:9], ["negative"] * 9, metrics=("accuracy", "f1")),
     }
     evaluate = getattr(score.evaluate_prompt, "__wrapped__", score.evaluate_prompt)
-    options = {"model": MODEL, "initial_checkpoint_path": str(tiny.base)}
+    options = {"size": CONFIG, "initial_checkpoint_path": str(tiny.base)}
     found = evaluate(dataset=Splits(tasks), samples=2, **options)
     lines = capsys.readouterr().err.splitlines()
     base = {name: jnp.asarray(value) for name, value in random_params(0).items()}
     for name, batches in tasks.items():
-        alone = evaluator.judged({}, base, batches), evaluator.rank_metrics({}, base, batches)
+        alone = evaluator.predictions(Injection(), base, batches), evaluator.rank_metrics(Injection(), base, batches)
         assert found["tasks"][name] == score.task_result(batches, *alone)
     assert found["examples"] == len(SENTENCES) + 9 and found["task"] == "by_hand"
     for name, part in (("score", "generation"), ("ranking_score", "ranking")):

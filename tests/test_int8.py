@@ -11,23 +11,25 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from prompt_tuning_jax.training.start import start_prompt
 
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, open_vocabulary
+from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.gin_files import parse
 from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.methods.model_tuning import ModelTuning
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.shapes import check_not_int8
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
-from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import quantized_product
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.quantized import TABLE, check_trainable, embedding_table, output_axis, quantized, scale_path
+from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, output_axis, quantized, scale_path
 from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.memory_plan import start_shapes
 from prompt_tuning_jax.training.run import Run, TrainConfig
-from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step
+from prompt_tuning_jax.training.step import TrainState, make_train_step
 
 NANO = open_model("nano").config
 TEXTS = [
@@ -71,8 +73,8 @@ def batch():
 
 
 def logits(config, params, inputs, targets, **more):
-    return jax.jit(functools.partial(Transformer(config, **more).apply, enable_dropout=False))(
-        {"params": unflatten_dict(params, sep="/")}, inputs, shift_right(jnp.asarray(targets)), targets
+    return jax.jit(functools.partial(Transformer(config).apply, enable_dropout=False))(
+        {"params": unflatten_dict(params, sep="/")}, inputs, shift_right(jnp.asarray(targets)), targets, **more
     )
 
 
@@ -138,8 +140,7 @@ def test_the_model_is_that_of_the_matrices(tiny):
     prompt = jnp.asarray(rng.normal(size=(5, config.emb_dim)), jnp.float32)
 
     def loss(prompt, params):
-        more = {"prompt_factory": functools.partial(SoftPrompt, length=5)}
-        return jnp.sum(logits(config, params | {PROMPT: prompt}, inputs, targets, **more) ** 2)
+        return jnp.sum(logits(config, params, inputs, targets, prompt=prompt) ** 2)
 
     (found, of_found), (wanted, of_wanted) = (
         jax.value_and_grad(loss)(prompt, params) for params in (base.params, floats(base.params))
@@ -187,10 +188,9 @@ def test_the_embedding_table_in_floats():
 
 def test_a_prompt_trains_on_it():
     """The loss falls, the first gradient is nearly that of floats, and the base is what it was."""
-    model = Transformer(NANO, functools.partial(SoftPrompt, length=8))
     start = embedding_table(nano("float32").params)[100:108]
     optimizer = optax.adam(0.1)
-    step = make_train_step(model, optimizer)
+    step = make_train_step(Transformer(NANO), PromptTuning(8), optimizer)
     inputs, targets = batch()
     losses, first = {}, {}
     for dtype in ("int8", "float32"):
@@ -237,11 +237,12 @@ def test_sharing_a_pass_keeps_one_kernel():
 
 def test_only_a_prompt_is_trained_on_it(tiny):
     config, folder = tiny
-    params = load_base(folder, config, "int8").params | {PROMPT: jnp.zeros((2, config.emb_dim))}
-    check_trainable([PROMPT], params)
-    check_trainable(params, load_base(folder, config).params)
+    params = load_base(folder, config, "int8").params
+    check_not_int8({PROMPT: None}, params)
+    check_not_int8({"encoder/layers_0/attention/query/lora_a": None}, params)
+    check_not_int8(params, load_base(folder, config).params)
     with pytest.raises(ValueError, match=r"encoder/encoder_norm/scale is .* int8.*: set `dtype` to 'float32'") as e:
-        check_trainable([PROMPT, "encoder/encoder_norm/scale"], params)
+        check_not_int8({PROMPT: None, "encoder/encoder_norm/scale": None}, params)
     assert "\n" not in str(e.value)
 
 
@@ -258,7 +259,8 @@ def test_a_prompt_starts_from_the_words_of_it(tmp_path):
     """Class labels: the mean of the rows that their pieces have in floats."""
     config = run_of(tmp_path)
     words = open_vocabulary(None, "nano", NANO)
-    prompt = start_prompt(config.prompt_init, 4, embedding_table(nano("int8").params), words, 0)
+    model = Model("nano", NANO, nano("int8").params, words, nano("int8").fingerprint)
+    prompt = config.method.init(jax.random.key(0), model)[PROMPT]
     table = embedding_table(nano("int8").params)
     for row, label in zip(prompt, ("negative", "positive"), strict=False):
         np.testing.assert_allclose(row, table[np.array(words.encode(label))].mean(0), rtol=1e-6)
@@ -266,12 +268,12 @@ def test_a_prompt_starts_from_the_words_of_it(tmp_path):
 
 
 def test_a_run_that_trains_the_base_is_refused_before_it_begins(tmp_path):
-    config = dataclasses.replace(run_of(tmp_path), trainable=[".*"])
+    config = dataclasses.replace(run_of(tmp_path), method=ModelTuning())
     words = open_vocabulary(None, "nano", NANO)
-    with pytest.raises(ValueError, match="is to be trained, but the base is int8"):
-        Run(config, config.open_folder(), nano("int8"), words)
+    with pytest.raises(ValueError, match="is to be trained, but the base model is int8"):
+        Run(config, config.open_folder(), Model("nano", NANO, nano("int8").params, words, nano("int8").fingerprint))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="is to be trained, but the base is int8"):
+    with pytest.raises(ValueError, match="is to be trained, but the base model is int8"):
         start_shapes(config)
 
 

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompt_tuning_jax.training.start import start_prompt
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist, pdist
 from sklearn.metrics.pairwise import cosine_distances
@@ -21,8 +21,9 @@ from prompt_tuning_jax import neighbors as command
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
-from prompt_tuning_jax.prompts import initializers, neighbors
+from prompt_tuning_jax.prompts import neighbors
 from prompt_tuning_jax.prompts.files import write_prompt
+from prompt_tuning_jax.prompts.initializers import ClassLabels
 from prompt_tuning_jax.prompts.neighbors import (
     Neighbors,
     best_match_similarity,
@@ -160,10 +161,8 @@ def refused(monkeypatch, capsys):
 def class_label_prompt(seed: int, length: int = 12) -> np.ndarray:
     """Step 0 of a run with class labels."""
 
-    def init(*args, **kwargs):
-        return initializers.class_labels(*args, labels=LABELS, **kwargs)
-
-    return np.asarray(start_prompt(init, length, jnp.asarray(TABLE), WORDS, seed))
+    model = SimpleNamespace(config=SimpleNamespace(emb_dim=TABLE.shape[1]), embeddings=TABLE, tokenizer=WORDS)
+    return np.asarray(ClassLabels(LABELS)(jax.random.fold_in(jax.random.key(seed), 1), length, model))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import CONFIG, make_tiny, random_params
 
 from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
@@ -47,9 +48,10 @@ def params():
 
 @pytest.fixture(scope="module")
 def predictor(words, params):
-    bank = PromptBank(WIDTH, capacity=7, length=5)
     options = {"input_length": INPUTS, "max_new_tokens": ANSWER, "batch_size": 2, "decoding": Decoding(beams=3)}
-    return Predictor(Transformer(CONFIG), params, words, bank, **options)
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), **options)
+    own.bank = PromptBank(WIDTH, capacity=7, length=5)
+    return own
 
 
 def refill(bank, rng, scale=1.0):
@@ -170,8 +172,8 @@ def compiled():
 
 
 def test_new_prompts_compile_nothing_until_the_capacity_doubles(words, params, compiled):
-    bank = PromptBank(WIDTH, capacity=7, length=7)
-    own = Predictor(Transformer(CONFIG), params, words, bank, max_new_tokens=2, input_length=16)
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), max_new_tokens=2, input_length=16)
+    bank = own.bank = PromptBank(WIDTH, capacity=7, length=7)
     rng = np.random.default_rng(0)
 
     def compiles(name, length):
@@ -220,12 +222,8 @@ def test_long_inputs_are_cut_and_flagged(predictor, words):
 
 
 def test_seeds_default_to_one_a_row_from_the_first(words, params):
-    bank = PromptBank(WIDTH)
     own = Predictor(
-        Transformer(CONFIG),
-        params,
-        words,
-        bank,
+        Model("made here", CONFIG, params, words, "0" * 16),
         input_length=16,
         max_new_tokens=4,
         decoding=Decoding("sample", seed=2**32 - 2, temperature=1.3),
@@ -307,9 +305,9 @@ def test_an_earlier_answer_in_a_row_is_forgotten(predictor):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"input_length": 1}, "input_length is 1"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"input_length": 1}, "`input_length` is 1"),
         ({"prompt": "none such"}, "no prompt 'none such'; there are none"),
         ({"decoding": Decoding("best")}, "`decode` is 'best'"),
         ({"decoding": Decoding(beams=0)}, "`beams` is 0, expected 1 to 64"),
@@ -319,7 +317,7 @@ def test_an_earlier_answer_in_a_row_is_forgotten(predictor):
 )
 def test_settings_are_checked_before_anything_runs(words, params, options, message):
     with pytest.raises(ValueError) as error:
-        Predictor(Transformer(CONFIG), params, words, PromptBank(WIDTH), **options)
+        Predictor(Model("made here", CONFIG, params, words, "0" * 16), **options)
     assert message in str(error.value)
 
 

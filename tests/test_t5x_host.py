@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,6 @@ from fixtures.models import prompted, random_model, random_tokens, tree  # noqa:
 from flax.core import freeze, unfreeze  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
-from prompt_tuning_jax.training.start import start_prompt  # noqa: E402
 from t5x import decoding, models, partitioning, train_state, trainer, utils  # noqa: E402
 from t5x.examples.t5 import network as t5x_network  # noqa: E402
 from tensorflow.io import gfile  # noqa: E402
@@ -31,8 +31,10 @@ from tensorflow.io import gfile  # noqa: E402
 from prompt_tuning_jax.batches.loader import Batch  # noqa: E402
 from prompt_tuning_jax.checkpoints import t5x as writers  # noqa: E402
 from prompt_tuning_jax.checkpoints.base import open_model  # noqa: E402
-from prompt_tuning_jax.prompts import initializers  # noqa: E402
+from prompt_tuning_jax.methods.method import Injection  # noqa: E402
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning  # noqa: E402
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt  # noqa: E402
+from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, SampledVocabulary  # noqa: E402
 from prompt_tuning_jax.prompts.module import SoftPrompt  # noqa: E402
 from prompt_tuning_jax.t5.config import T5Config  # noqa: E402
 from prompt_tuning_jax.t5.decoding import greedy  # noqa: E402
@@ -43,11 +45,9 @@ from prompt_tuning_jax.t5x_host.partitioning import prompt_axis_rules  # noqa: E
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary  # noqa: E402
 from prompt_tuning_jax.training.optimizer import adafactor  # noqa: E402
 from prompt_tuning_jax.training.step import (  # noqa: E402
-    PROMPT,
     TrainState,
     batch_loss,
     make_train_step,
-    split_trainable,
 )
 
 # What T5X's HEAD does that the libraries under it have deprecated.
@@ -185,14 +185,22 @@ def changed(before, after):
 
 @functools.cache
 def native_step(model):
-    return make_train_step(model, OPTIMIZER)
+    return make_train_step(model, PromptTuning(LENGTH), OPTIMIZER)
 
 
 def native_start(params):
-    trainable, frozen = split_trainable(dict(params), [OWN])
-    trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
+    frozen = dict(params)
+    trainable = {PROMPT: jnp.array(frozen.pop(PROMPT), copy=True)}
     key = jax.random.key_data(jax.random.key(1))
     return TrainState(jnp.zeros((), jnp.int32), trainable, OPTIMIZER.init(trainable), key), frozen
+
+
+def start_prompt(init, embeddings, vocabulary, seed):
+    """What this project's own runs start from."""
+    model = SimpleNamespace(
+        config=SimpleNamespace(emb_dim=embeddings.shape[1]), embeddings=embeddings, tokenizer=vocabulary
+    )
+    return init(jax.random.fold_in(jax.random.key(seed), 1), LENGTH, model)  # as `PromptTuning` does
 
 
 def native_steps(model, params, batches):
@@ -212,7 +220,7 @@ def close(found, expected, within):
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_three_steps_of_t5xs_trainer_change_the_prompt_alone_and_as_ours_do(microbatches):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     # Adding the zero update of a frozen parameter could make this one +0.0.
     kernel = "encoder/layers_0/mlp/wi_0/kernel"
     params = params | {kernel: params[kernel].at[0, 0].set(-0.0)}
@@ -244,11 +252,13 @@ def test_a_pattern_that_trains_nothing_is_refused():
 
 
 def test_loss_and_every_gradient_are_those_of_the_native_step(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
 
     def native_loss(params):
-        return batch_loss(module, params, jnp.asarray(rows.inputs), jnp.asarray(rows.targets)).loss
+        return batch_loss(
+            module, Injection(), flatten_dict(params, sep="/"), jnp.asarray(rows.inputs), jnp.asarray(rows.targets)
+        ).loss
 
     loss, gradients = loss_and_gradients(hosted(module, CONFIG.vocab_size), params, rows)
     expected_loss, expected = jax.jit(jax.value_and_grad(native_loss))(tree(params))
@@ -265,7 +275,7 @@ def test_xla_drops_the_frozen_gradients(microbatches):
 
     XLA counts a loop's body once: that of a step in two microbatches is half of the batch.
     """
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     program = native_step(module).lower(*native_start(params), rows)
     native = program.compile().cost_analysis()["flops"] / (microbatches or 1)
@@ -290,7 +300,7 @@ def test_xla_drops_the_frozen_gradients(microbatches):
 
 
 def test_decoding_is_ours(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     model = hosted(module, CONFIG.vocab_size)
     width = 12
@@ -314,7 +324,7 @@ def test_decoding_is_ours(compiled_fast):
 
 def test_beams_share_no_cache(compiled_fast):
     """T5X reorders the cache by rows: each of four beams has the score that `score_batch` gives it."""
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     model = hosted(module, CONFIG.vocab_size)
     given = features(batch())
     predict = functools.partial(
@@ -328,7 +338,7 @@ def test_beams_share_no_cache(compiled_fast):
 
 
 def test_scores_are_ours(compiled_fast):
-    module, params = random_model(CONFIG, LENGTH)
+    module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     logits = apply(module, params, rows)
     expected = token_log_probs(logits, jnp.asarray(rows.targets)).sum(-1)
@@ -357,7 +367,7 @@ def t5x_own(dropout_rate=0.0):
 
 
 def test_t5xs_own_network_with_a_prompt_is_ours(compiled_fast):
-    own, (module, params) = t5x_own(), random_model(CONFIG, LENGTH)
+    own, module, params = t5x_own(), prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     init = functools.partial(own.init, enable_dropout=False)
     made = jax.eval_shape(init, jax.random.key(0), *tokens_of(rows))
@@ -376,7 +386,7 @@ def test_t5xs_own_network_with_a_prompt_is_ours(compiled_fast):
 
 
 def test_t5xs_own_network_trains_and_decodes_with_a_prompt(compiled_fast):
-    own, (module, params) = t5x_own(), random_model(CONFIG, LENGTH)
+    own, module, params = t5x_own(), prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     batches = [batch(seed) for seed in range(2)]
     model = hosted(own, CONFIG.vocab_size)
     after, _ = train(model, state_of(model, params), initializer(model).train_state_axes, batches)
@@ -531,12 +541,12 @@ def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
     path = data_dir / "t5" / "spiece.model"
     vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=100)
     embeddings = start.read_embeddings(str(base))
-    labels = functools.partial(initializers.class_labels, labels=["positive", "negative"], population=50)
-    for init in (initializers.random_uniform, initializers.sampled_vocabulary, labels):
+    labels = ClassLabels(["positive", "negative"], population=50)
+    for init in (RandomUniform(), SampledVocabulary(), labels):
         bound = functools.partial(
             start.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=4
         )
-        expected = start_prompt(init, LENGTH, embeddings, Vocabulary(path), 4)
+        expected = start_prompt(init, embeddings, Vocabulary(path), 4)
         drawn = jax.jit(lambda key, bound=bound: bound(key, (LENGTH, 4)))
         np.testing.assert_array_equal(drawn(jax.random.PRNGKey(8)), expected)
         # T5X initialises in a compiled function, which should not hold the table.
@@ -546,7 +556,7 @@ def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
 def test_a_prompt_without_a_seed_starts_from_t5xs_key(base):
     bound = functools.partial(
         start.prompt_init,
-        init=initializers.sampled_vocabulary,
+        init=SampledVocabulary(),
         initial_checkpoint_path=str(base),
         vocabulary=seqio.PassThroughVocabulary(32128),
         seed=None,
@@ -557,7 +567,7 @@ def test_a_prompt_without_a_seed_starts_from_t5xs_key(base):
 
 
 def test_a_label_that_the_vocabulary_cannot_write_is_refused(base, data_dir):
-    init = functools.partial(initializers.class_labels, labels=["\u4e00"])
+    init = ClassLabels(["\u4e00"])
     vocabulary = seqio.SentencePieceVocabulary(str(data_dir / "t5" / "spiece.model"), extra_ids=100)
     bound = functools.partial(
         start.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=0
@@ -650,8 +660,7 @@ def test_t5x_train_from_gin_files(command, base, data_dir, tmp_path, compiled_on
     assert prompts.keys() == {"checkpoint_3", "checkpoint_5", "checkpoint_6"}
     embeddings = start.read_embeddings(str(base))
     vocabulary = Vocabulary(data_dir / "t5" / "spiece.model")
-    init = functools.partial(initializers.class_labels, labels=["negative", "positive"])
-    expected = start_prompt(init, LENGTH, embeddings, vocabulary, 0)
+    expected = start_prompt(ClassLabels(["negative", "positive"]), embeddings, vocabulary, 0)
     np.testing.assert_array_equal(prompts["checkpoint_3"], expected)
 
     saved = {name: np.asarray(array) for name, array in open_model(str(run / "checkpoint_6")).arrays.items()}

@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cached import load_split
+from sentencepiece import sentencepiece_model_pb2
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import default_vocabulary, load_base
 from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.step import PROMPT, TrainState
+from prompt_tuning_jax.training.step import TrainState
 
 STEPS, EVAL_PERIOD, LOG_PERIOD = 400, 50, 20
 TRIALS = 3  # of a run that is killed
@@ -87,7 +89,15 @@ def test_a_runs_folder(finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
-    assert names - events == {"config.gin", "metrics.jsonl", "checkpoints", "prompts", "best", "summary.json"}
+    assert names - events == {
+        "run.json",
+        "config.gin",
+        "metrics.jsonl",
+        "checkpoints",
+        "prompts",
+        "best",
+        "summary.json",
+    }
     steps = range(EVAL_PERIOD, STEPS + 1, EVAL_PERIOD)
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {str(step) for step in steps}
     assert {path.name for path in (finished / "prompts").iterdir()} == {f"{step}.npy" for step in (0, *steps)}
@@ -251,13 +261,46 @@ def test_a_finished_run_is_not_run_again(tiny, command, finished, tmp_path):
 
 
 def test_more_steps_go_on_from_the_last(tiny, command, finished, tmp_path):
-    """TRAIN_STEPS may be raised, with the flag that says so: the first steps are those of the shorter run."""
+    """TRAIN_STEPS may be raised, which is said: the first steps are those of the shorter run."""
     folder = tmp_path / "run"
     short = [*command, model_dir(folder), f"--gin.TRAIN_STEPS={EVAL_PERIOD}"]
     assert tiny.run(short).returncode == 0
-    assert "another configuration" in tiny.run([*command, model_dir(folder)]).stderr
-    assert tiny.run([*command, model_dir(folder), "--allow_other_config"]).returncode == 0
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    assert f"is extended from {EVAL_PERIOD} to {STEPS} steps" in done.stderr
     assert_same_run(folder, finished)
+    done = tiny.run(short)
+    assert done.returncode == 2
+    assert f"holds another run (train_steps was {STEPS}, is {EVAL_PERIOD}): set another MODEL_DIR" in done.stderr
+
+
+CHANGES = {
+    "LEARNING_RATE": ("--gin.LEARNING_RATE=0.1", "was -?0.3, is -?0.1"),
+    "RANDOM_SEED": ("--gin.RANDOM_SEED=4", "random_seed was 3, is 4"),
+    "rows": ("--gin.TRAIN_SPLIT='train[1:]'", "train_data was"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_run_is_refused_in_one_line(tiny, command, finished, change):
+    argument, message = CHANGES[change]
+    done = tiny.run([*command, model_dir(finished), argument])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"holds another run \(.*{message}", line) and line.endswith("to go on with this one")
+    assert "set another MODEL_DIR, or give --allow_other_config" in line
+
+
+def test_another_vocabulary_beside_the_same_weights_is_refused(tiny, command, finished, tmp_path):
+    """Case A6: subwords in another order are other words for the same rows of the table."""
+    shutil.copytree(tiny.base, tmp_path / "base")
+    model = sentencepiece_model_pb2.ModelProto.FromString(tiny.vocabulary.read_bytes())
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    for piece, (text, score, kind) in zip(model.pieces[3:], reversed(pieces[3:]), strict=True):
+        piece.piece, piece.score, piece.type = text, score, kind
+    (tmp_path / "base" / "spiece.model").write_bytes(model.SerializeToString())
+    done = tiny.run([*command, model_dir(finished), f"--gin.INITIAL_CHECKPOINT_PATH={str(tmp_path / 'base')!r}"])
+    assert done.returncode == 2 and "holds another run (tokenizer was" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("cause", ["rate", "base"])

@@ -10,24 +10,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, keeping_compiled_programs, make_tiny
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import open_model
-from prompt_tuning_jax.prompts.initializers import class_labels, random_uniform, sampled_vocabulary
-from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.methods.model_tuning import ModelTuning
+from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
+from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, SampledVocabulary
 from prompt_tuning_jax.sweeps import programs as programs_module
 from prompt_tuning_jax.sweeps.joint_step import joint_key
-from prompt_tuning_jax.sweeps.programs import fitting, padding, program_size, programs
+from prompt_tuning_jax.sweeps.programs import fitting, padding, programs
 from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.layers import AttentionDropout
-from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.training.loop import train
+from prompt_tuning_jax.training.loop import program_size, train
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import Run, TrainConfig
 
 STEPS = 50
+RANDOM = RandomUniform()
 TIMES = {"seconds", "examples_per_second"}
 
 
@@ -39,24 +40,15 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tiny):
     """Every run here would compile the same evaluation anew."""
-    kept = {
-        "jax_compilation_cache_dir": str(tiny.folder / "compiled_here"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in kept}
-    for values in (kept, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is kept:
-            yield
+    with keeping_compiled_programs(tiny.folder / "compiled_here"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
     """Of one run; `with_dropout` and the rest of the arguments make it another."""
 
-    def make(folder, dropout=0.1, length=PROMPT_LENGTH, rate=0.3, lengths=LENGTHS, **other):
+    def make(folder, dropout=0.1, length=PROMPT_LENGTH, rate=0.3, lengths=LENGTHS, start=RANDOM, **other):
         data = functools.partial(
             DatasetConfig, "demo_reviews", task_feature_lengths=lengths, cache_dir=str(tiny.folder / "cache")
         )
@@ -64,17 +56,15 @@ def settings(tiny):
             "initial_checkpoint_path": str(tiny.base),
             "train_dataset": data(split="train", batch_size=8),
             "eval_dataset": data(split="validation[:64]", batch_size=32),
-            "prompt_init": random_uniform,
             "train_steps": STEPS,
             "eval_period": 25,
             "log_period": 10,
         }
         return TrainConfig(
             model_dir=str(folder),
-            model=Transformer(dataclasses.replace(CONFIG, dropout_rate=dropout), prompt_factory=SoftPrompt),
-            trainable=["encoder/prompt/.*"],
+            size=dataclasses.replace(CONFIG, dropout_rate=dropout),
+            method=PromptTuning(length, start),
             optimizer=adafactor(rate),
-            prompt_length=length,
             **(chosen | other),
         )
 
@@ -103,9 +93,9 @@ def assert_same_bits(together, alone):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_seeds_learning_rates_and_initialisations_are_trained_as_alone(settings, tmp_path, dropout):
-    inits = [random_uniform, sampled_vocabulary, functools.partial(class_labels, labels=["negative", "positive"])]
+    inits = [RANDOM, SampledVocabulary(), ClassLabels(["negative", "positive"])]
     runs = {
-        f"{seed}": {"random_seed": seed, "rate": rate, "prompt_init": inits[seed % 3], "dropout": dropout}
+        f"{seed}": {"random_seed": seed, "rate": rate, "start": inits[seed % 3], "dropout": dropout}
         for seed, rate in enumerate([0.3, 0.1, 0.03, 0.5])
     }
     assert not train_together((name, settings(tmp_path / name, **run)) for name, run in runs.items())
@@ -124,11 +114,11 @@ def test_runs_that_share_a_pass_on_a_trained_base_stay_as_alone(tmp_path):
 
     def run(folder, seed, rate):
         return TrainConfig(
-            model_dir=str(folder), model=Transformer(config, prompt_factory=SoftPrompt), initial_checkpoint_path="nano",
+            model_dir=str(folder), size=config, initial_checkpoint_path="nano",
             train_dataset=data(split="train", batch_size=8, buckets=(48,)),
             eval_dataset=data(split="validation[:64]", batch_size=64, buckets=(48,)),
-            trainable=["encoder/prompt/.*"], optimizer=adafactor(rate), train_steps=STEPS, eval_period=25,
-            prompt_init=functools.partial(class_labels, labels=["negative", "positive"]), prompt_length=8,
+            optimizer=adafactor(rate), train_steps=STEPS, eval_period=25,
+            method=PromptTuning(8, ClassLabels(["negative", "positive"])),
             random_seed=seed,
         )  # fmt: skip
 
@@ -182,12 +172,12 @@ def test_a_run_that_ends_early_leaves_and_the_others_go_on(settings, tmp_path):
 
 
 def test_a_run_that_fails_leaves_its_reason_and_the_others_go_on(settings, tmp_path):
-    def broken(key, shape, **_):
-        return jax.numpy.full(shape, np.nan)
+    def broken(key, length, model):
+        return jax.numpy.full((length, model.config.emb_dim), np.nan)
 
     (tmp_path / "file").write_text("no folder")
     runs = {
-        "nan": {"prompt_init": broken},
+        "nan": {"start": broken},
         "whole": {"random_seed": 2},
         "file": {"random_seed": 3},
     }
@@ -221,14 +211,14 @@ def test_runs_killed_while_they_are_saved_go_back_to_one_step(settings, tmp_path
 def test_what_cannot_share_a_program_has_another_key(settings, tmp_path):
     key = joint_key(settings(tmp_path))
     assert key is not None
-    other = {"random_seed": 5, "rate": 0.1, "prompt_init": sampled_vocabulary, "train_steps": 7, "eval_period": 3}
+    other = {"random_seed": 5, "rate": 0.1, "start": SampledVocabulary(), "train_steps": 7, "eval_period": 3}
     assert joint_key(settings(tmp_path, **other, lengths={"inputs": 20, "targets": 4})) == key
     assert joint_key(settings(tmp_path, length=7)) != key  # dropout's bits are drawn by position
     assert joint_key(settings(tmp_path, length=7, dropout=0.0)) == joint_key(settings(tmp_path, dropout=0.0)) != key
     assert joint_key(settings(tmp_path, z_loss=0.0)) != key
-    whole = dataclasses.replace(settings(tmp_path), trainable=[".*"])
+    whole = dataclasses.replace(settings(tmp_path), method=ModelTuning())
     streamed = dataclasses.replace(settings(tmp_path).train_dataset, use_cached=False)
-    assert joint_key(whole) is None
+    assert joint_key(whole) not in (None, key)
     assert joint_key(settings(tmp_path, initial_checkpoint_path=None)) is None
     assert joint_key(settings(tmp_path, train_dataset=streamed)) is None
 
@@ -244,7 +234,7 @@ class Planned(Run):
     """What `programs` asks of a run: its prompt's length and its batches' widths."""
 
     def __init__(self, length, widths):
-        self.config = SimpleNamespace(prompt_length=length)
+        self._start = Injection(prompt=np.zeros((length, 1)))
         self.batches = SimpleNamespace(shapes=lambda count: [(widths[n % len(widths)], 8) for n in range(count)])
 
 

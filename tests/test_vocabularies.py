@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, default_vocabulary, expected_shapes, open_vocabulary
+from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.t5.config import SIZES, T5Config
-from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import BYTES, EOS, Vocabulary, seqio_vocabulary
 from prompt_tuning_jax.training.loop import train
@@ -209,11 +209,11 @@ def test_a_base_that_reads_bytes_is_tuned(params, tmp_path):
         read = [bytes((row[: np.argmax(row == EOS)] - 3).tolist()).decode() for row in (text, answer)]
         assert tuple(read) == rows[ids]
     config = TrainConfig(
-        model_dir=str(tmp_path / "run"), model=Transformer(BYTE_CONFIG), initial_checkpoint_path=str(base),
-        train_dataset=data, eval_dataset=data, trainable=[".*"], optimizer=adafactor(0.001, parameter_scale=True),
+        model_dir=str(tmp_path / "run"), size=BYTE_CONFIG, method=ModelTuning(), initial_checkpoint_path=str(base),
+        train_dataset=data, eval_dataset=data, optimizer=adafactor(0.001, parameter_scale=True),
         train_steps=2, eval_period=2,
     )  # fmt: skip
-    summary = train(config)
+    summary = train(config).summary
     assert summary["best"]["accuracy"] in (0.0, 50.0, 100.0)
     tuned = str(tmp_path / "run" / "best" / "model")
     assert default_vocabulary(tuned) == BYTES

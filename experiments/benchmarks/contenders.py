@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 EOS = 1
+TOKENS = 8_000  # ids that the table of every size has
 ANSWER = "answer "  # before what a contender answers; its other lines are not for the other side
 TICKS = os.sysconf("SC_CLK_TCK")
 CORES = len(os.sched_getaffinity(0))
@@ -47,7 +48,7 @@ def random_prompt(seed: int, length: int, size: str) -> np.ndarray:
 
 
 def random_inputs(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(2, 32_000, (batch, length)).astype(np.int32)
+    return np.random.default_rng(1).integers(2, TOKENS, (batch, length)).astype(np.int32)
 
 
 class Contender:

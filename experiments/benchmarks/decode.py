@@ -48,16 +48,18 @@ class Ours:
         from flax.traverse_util import unflatten_dict
 
         from prompt_tuning_jax.checkpoints.base import load_base
-        from prompt_tuning_jax.prompts.module import SoftPrompt
         from prompt_tuning_jax.prompts.peft import read_adapter
         from prompt_tuning_jax.t5.config import SIZES
         from prompt_tuning_jax.t5.decoding import greedy
         from prompt_tuning_jax.t5.network import Transformer
 
         prompt = read_adapter(folder / "prompt")
-        model = Transformer(SIZES[size], lambda: SoftPrompt(len(prompt)))
+        model = Transformer(SIZES[size])
         params = unflatten_dict(load_base(str(folder / "base"), SIZES[size]).params, sep="/")
-        decode = jax.jit(lambda *arguments: greedy(model, *arguments)[0], static_argnums=2)
+        decode = jax.jit(
+            lambda params, inputs, length, prompt: greedy(model, params, inputs, length, prompt=prompt)[0],
+            static_argnums=2,
+        )
         self.decode = lambda inputs, length: np.asarray(decode(params, inputs, length, prompt))
 
     @staticmethod

@@ -13,7 +13,6 @@ prompt on the embedded base. The last line printed is one JSON object:
 """
 
 import argparse
-import functools
 import json
 import time
 
@@ -25,12 +24,12 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Planned
 from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.prompts.module import SoftPrompt
+from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.progress import Window
-from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step
+from prompt_tuning_jax.training.step import TrainState, make_train_step
 
 BASE = "nano"
 
@@ -61,12 +60,11 @@ def padding(batches: Planned) -> tuple[dict[str, float], dict[str, float]]:
 def times_of_steps(batches: Planned, config: T5Config, steps: int, prompt_length: int) -> tuple[float, float]:
     """Seconds of the mean step of a training loop, and of its wait for a batch; all is compiled before."""
     base = load_base(BASE, config)
-    model = Transformer(config, functools.partial(SoftPrompt, prompt_length))
     prompt = {PROMPT: jnp.asarray(random_prompt(0, prompt_length, BASE))}
     optimizer = adafactor(0.3)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), prompt, optimizer.init(prompt), key)
-    train_step = make_train_step(model, optimizer)
+    train_step = make_train_step(Transformer(config), PromptTuning(prompt_length), optimizer)
     shapes: dict[tuple[int, int], int] = {}
     for number, shape in enumerate(batches.shapes(steps)):
         shapes.setdefault(shape, number)

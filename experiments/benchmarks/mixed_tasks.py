@@ -50,10 +50,10 @@ def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
     """The answers of this project over a number of prompts, as `Predictor` gives them, without their text."""
     import jax
 
-    from prompt_tuning_jax.inference.bank import Prompts
+    from prompt_tuning_jax.inference.bank import take
+    from prompt_tuning_jax.methods.method import Injection
 
     predictor = make_predictor(load(arguments), arguments, arguments.target_length)
-    take = jax.jit(Prompts.take)
     for number in range(max(COUNTS)):
         predictor.bank.add(str(number), random_prompt(number, arguments.prompt_length, arguments.size))
     inputs = random_inputs(arguments.batch, arguments.input_length)
@@ -62,8 +62,9 @@ def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
     def answer(count: int) -> np.ndarray:
         each = np.resize(rows[:count], arguments.batch)
         prompt, mask = take(predictor.bank.prompts, each)
-        generate = predictor._programs["greedy"]
-        return jax.device_get(generate(predictor._params, inputs, prompt=prompt, prompt_mask=mask))[0]
+        generate = predictor._engine.greedy
+        injection = Injection(prompt=prompt)
+        return jax.device_get(generate(injection, predictor._frozen, inputs, mask, arguments.target_length))[0]
 
     return answer
 
@@ -80,15 +81,17 @@ def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank
     """A predictor without prompts. It is given token ids, and a vocabulary that only counts them."""
     from types import SimpleNamespace
 
+    from prompt_tuning_jax.checkpoints.model import Model
     from prompt_tuning_jax.inference.bank import PromptBank
     from prompt_tuning_jax.inference.predictor import Predictor
     from prompt_tuning_jax.t5.config import SIZES
-    from prompt_tuning_jax.t5.network import Transformer
 
-    config = SIZES[arguments.size]
-    vocabulary = SimpleNamespace(encode=lambda text: [3], decode=len)
+    config: Any = SIZES[arguments.size]
+    tokenizer: Any = SimpleNamespace(encode=lambda text: [3], decode=len)
+    predictor = Predictor(Model(None, config, params, tokenizer, ""), max_new_tokens=tokens)
     bank = bank if bank is not None else PromptBank(config.emb_dim, capacity=BANK, length=arguments.prompt_length)
-    return Predictor(Transformer(config), params, vocabulary, bank, max_new_tokens=tokens)
+    predictor.bank = bank
+    return predictor
 
 
 def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:

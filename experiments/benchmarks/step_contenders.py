@@ -56,11 +56,12 @@ class Ours:
         import jax.numpy as jnp
 
         from prompt_tuning_jax.batches.loader import Batch
-        from prompt_tuning_jax.prompts.module import SoftPrompt
+        from prompt_tuning_jax.methods.model_tuning import ModelTuning
+        from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
         from prompt_tuning_jax.t5.config import SIZES
         from prompt_tuning_jax.t5.network import Transformer
         from prompt_tuning_jax.training.optimizer import adafactor
-        from prompt_tuning_jax.training.step import PROMPT, TrainState, make_train_step, split_trainable
+        from prompt_tuning_jax.training.step import TrainState, make_train_step
 
         self.import_seconds = age()
         self._jax, self._batches = jax, [Batch(*pair, np.arange(len(pair[0]), dtype=np.int32)) for pair in rows]
@@ -71,16 +72,14 @@ class Ours:
         }
         config, length = dataclasses.replace(SIZES[asked.size], **changed), asked.prompt_length
         params = self._base(asked)
-        if length:
-            params[PROMPT] = jnp.asarray(random_prompt(0, length, asked.size))
-        model = Transformer(config, functools.partial(SoftPrompt, length) if length else None)
-        optimizer = adafactor(RATES[asked.mode])
-        trained, self._frozen = split_trainable(params, ["encoder/prompt/.*"] if length else [".*"])
+        optimizer, method = adafactor(RATES[asked.mode]), PromptTuning(length) if length else ModelTuning()
+        trained = {PROMPT: jnp.asarray(random_prompt(0, length, asked.size))} if length else params
+        self._frozen = params if length else {}
         del params
         trainable = {path: jnp.array(trained.pop(path), jnp.float32) for path in list(trained)}
         key = jax.random.key_data(jax.random.key(0))
         self._state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
-        self._train_step = make_train_step(model, optimizer)
+        self._train_step = make_train_step(Transformer(config), method, optimizer)
         self.platform, self.device = jax.default_backend(), jax.devices()[0].device_kind
 
     @staticmethod

@@ -41,6 +41,7 @@ import numpy as np
 from experiments.benchmarks.contenders import (
     CORES,
     EOS,
+    TOKENS,
     Contender,
     random_inputs,
     random_prompt,
@@ -58,7 +59,7 @@ ROUNDS = {"fixed": 5, "sst2": 40, "rte": 40}
 
 def fixed_rows(batch: int, inputs: int, targets: int) -> Rows:
     """One batch without padding."""
-    target_tokens = np.random.default_rng(2).integers(3, 32_000, (batch, targets)).astype(np.int32)
+    target_tokens = np.random.default_rng(2).integers(3, TOKENS, (batch, targets)).astype(np.int32)
     target_tokens[:, -1] = EOS
     return [(random_inputs(batch, inputs), target_tokens)]
 

@@ -82,19 +82,17 @@ def compiled(folder: Path) -> dict[str, str]:
 
 def step(size: str, seeds: int) -> dict[str, Any]:
     """Examples a second and compilations of one run's step and of the joint step."""
-    import functools
-
     import jax
     import jax.numpy as jnp
 
     from prompt_tuning_jax.batches.loader import Batch
     from prompt_tuning_jax.checkpoints.base import random_base
-    from prompt_tuning_jax.prompts.module import SoftPrompt
+    from prompt_tuning_jax.methods.prompt_tuning import PROMPT as PATH
+    from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
     from prompt_tuning_jax.sweeps.joint_step import joint_step
     from prompt_tuning_jax.t5.config import SIZES
     from prompt_tuning_jax.t5.network import Transformer
     from prompt_tuning_jax.training.optimizer import adafactor
-    from prompt_tuning_jax.training.step import PROMPT as PATH
     from prompt_tuning_jax.training.step import TrainState, make_train_step
 
     compilations = []
@@ -102,7 +100,7 @@ def step(size: str, seeds: int) -> dict[str, Any]:
         lambda name, *_, **__: compilations.append(name) if name.endswith("backend_compile_duration") else None
     )
     config = SIZES[size]
-    model = Transformer(config, prompt_factory=functools.partial(SoftPrompt, length=PROMPT))
+    model, method = Transformer(config), PromptTuning(PROMPT)
     frozen = random_base(config, 0).params
     rng = np.random.default_rng(0)
     optimizers = [adafactor(0.3) for _ in range(seeds)]
@@ -118,8 +116,9 @@ def step(size: str, seeds: int) -> dict[str, Any]:
 
     states = [state(seed) for seed in range(seeds + 1)]
     inputs, targets = (rng.integers(3, 32_000, (seeds, BATCH, n)).astype(np.int32) for n in (INPUTS, TARGETS))
-    alone = make_train_step(model, optimizers[0])
-    joint = joint_step(model, optimizers, [PROMPT] * seeds, at_once=1 if jax.default_backend() == "cpu" else seeds)
+    alone = make_train_step(model, method, optimizers[0])
+    at_once = 1 if jax.default_backend() == "cpu" else seeds
+    joint = joint_step(model, [method] * seeds, optimizers, [PROMPT] * seeds, at_once)
     jax.block_until_ready(states)
     own, many = states[-1], tuple(states[:seeds])
     seconds: dict[str, list[float]] = {"alone": [], "together": []}

@@ -232,8 +232,12 @@ def split_rows(split: str) -> tuple[str, slice]:
 
 def default_cache_dir() -> Path:
     """`$PROMPT_TUNING_CACHE`, or a folder of this project's in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PROMPT_TUNING_CACHE") or Path(home, "prompt_tuning_jax")) / "tasks"
+    return Path(os.environ.get("PROMPT_TUNING_CACHE") or user_cache()) / "tasks"
+
+
+def user_cache() -> Path:
+    """Returns this project's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "prompt_tuning_jax")
 
 
 class Held(NamedTuple):

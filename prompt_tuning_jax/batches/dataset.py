@@ -160,7 +160,7 @@ class DatasetConfig:
             cut = {name: count for name, count in examples.cut(lengths).items() if count}
             if cut and say:
                 what = " and ".join(f"{name} of {count}" for name, count in cut.items())
-                say(f"{task} {self.split}: TASK_FEATURE_LENGTHS {lengths} cuts {what} of {len(examples)} examples")
+                say(f"{task} {self.split}: lengths {lengths} truncate {what} of {len(examples)} examples")
         return parts
 
 

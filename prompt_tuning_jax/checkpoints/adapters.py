@@ -282,7 +282,8 @@ def _is_named(wanted: str | list[str], module: str) -> bool:
 
 
 def _is_targeted(fields: dict, module: str) -> bool:
-    excluded, wanted, layers = (fields.get(n) for n in ("exclude_modules", "target_modules", "layers_to_transform"))
+    excluded, layers = fields.get("exclude_modules"), fields.get("layers_to_transform")
+    wanted: Any = fields.get("target_modules")
     if (excluded and _is_named(excluded, module)) or not _is_named(wanted, module):
         return False
     if layers is None or layers == [] or isinstance(wanted, str) or module in wanted:

@@ -77,11 +77,13 @@ def _size(emb_dim: int, mlp_dim: int, num_heads: int, layers: int, vocab_size: i
     return T5Config(vocab_size, emb_dim, num_heads, layers, layers, mlp_dim)
 
 
-# The ladder below small is this project's own; small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
+# The ladder below small is this project's own, and has the embedded tokenizer: 8,192 subwords and 100 sentinels, padded
+# to a multiple of 128. small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
+EMBEDDED_VOCABULARY = 8_320
 SIZES = {
-    "nano": _size(128, 256, 2, 4),
-    "micro": _size(256, 512, 4, 4),
-    "mini": _size(384, 1024, 6, 6),
+    "nano": _size(128, 256, 2, 4, EMBEDDED_VOCABULARY),
+    "micro": _size(256, 512, 4, 4, EMBEDDED_VOCABULARY),
+    "mini": _size(384, 1024, 6, 6, EMBEDDED_VOCABULARY),
     "small": _size(512, 1024, 6, 8),
     "base": _size(768, 2048, 12, 12),
     "large": _size(1024, 2816, 16, 24),

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import is_writer, preempted
 from prompt_tuning_jax.training.step import StepMetrics
-
-TERMINATED = 143  # exit code after SIGTERM: saved, to be started again
 
 Stop = Callable[[int], bool]  # whether to save and leave after a step
 

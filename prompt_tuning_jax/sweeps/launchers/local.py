@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
@@ -20,7 +21,6 @@ from prompt_tuning_jax.sweeps.launchers import tether
 from prompt_tuning_jax.sweeps.launchers.devices import Slot, divide_machine
 from prompt_tuning_jax.sweeps.spec import Trial
 
-TERMINATED = 143  # exit code of a run that saved on SIGTERM
 POLL_SECONDS = 0.1  # between two looks at the processes
 REDRAW_SECONDS = 2.0  # between two looks at the trials' folders
 LAST_LINES = 20  # of its log that failed.txt takes

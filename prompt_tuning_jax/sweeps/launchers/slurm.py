@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.batches.lock import lock
+from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -21,7 +22,6 @@ from prompt_tuning_jax.sweeps.launchers import tether
 CLUSTERS = ("slurm", "local")
 PARAMETERS = {"name": "sweep", "timeout_min": 24 * 60, "gpus_per_node": 1, "tasks_per_node": 1}
 MOST_TIMEOUTS = 100  # of a job, each of which puts it back into the queue
-TERMINATED = 143  # exit code of a run that saved on SIGTERM
 LAST_LINES = 20  # of its log that failed.txt takes
 # Slurm sends SIGTERM to training as well as to the task that started it, and only then says whether the job is
 # preempted (SIGUSR2, or its own requeue) or cancelled (SIGKILL): as long the task waits for it.
