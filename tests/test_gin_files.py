@@ -28,6 +28,7 @@ TASK = {
     "INITIAL_CHECKPOINT_PATH": "a_base",
 }
 RUN = TASK | {"MODEL_DIR": "runs/test"}
+METHODS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("methods/*.gin"))
 CONSTRUCTED = ("train_dataset", "eval_dataset", "size", "method")  # the arguments of a run that gin makes by a call
 OF_PROMPT = {
     "prompts/class_labels.gin": {"CLASS_LABELS": ["positive", "negative"]},
@@ -69,6 +70,21 @@ def test_prompt_tuning_is_any_model_with_any_prompt_in_any_order(model, prompt):
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_any_model_before_or_after_it(method):
+    """With a start from prompts/, if it has a prompt: the settings are those of the method."""
+    starts = ["prompts/random_uniform.gin"] if "prompt" in method else []
+    macros = RUN | {"TRAIN_STEPS": 10}
+    parse(MODELS[0], *starts, method, **macros)
+    first = gin_files.config_text()
+    parse(method, MODELS[0], *starts, **macros)
+    assert gin_files.config_text() == first
+    given = gin.query_parameter("run.TrainConfig.method").scoped_configurable_fn()
+    assert type(given).__name__.lower() == Path(method).stem.replace("_", "")
+    given.check(config.SIZES["nano"], 32)
+    gin.query_parameter("run.TrainConfig.optimizer").scoped_configurable_fn()
+
+
 @pytest.mark.parametrize("run", ["runs/model_tune.gin", "runs/pretrain.gin", "runs/eval.gin"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_is_any_model_before_or_after_it(model, run):
@@ -94,6 +110,7 @@ def test_no_gin_file_is_left_out_of_these_tests():
     tested = {
         *MODELS,
         *PROMPTS,
+        *METHODS,
         *(f"runs/{run}.gin" for run in "train prompt_tune model_tune pretrain eval demo".split()),
     }
     tested |= {"bases/nano_span.gin", "bases/nano_lm.gin", "tasks/files.gin"}
@@ -153,8 +170,9 @@ def test_no_macro_is_set_in_two_folders():
     for path in set(CONFIGS.rglob("*.gin")) - set(CONFIGS.glob("sweeps/*.gin")):  # which no run includes
         own = defined(path) - set().union(*map(defined, included(path)))
         for macro in own:
-            # A command line has files of runs/ or, under T5X, of t5x/.
-            folders.setdefault(macro, set()).add("runs" if path.parent.name == "t5x" else path.parent.name)
+            # A command line has files of runs/, or of methods/, or, under T5X, of t5x/.
+            folder = path.parent.name
+            folders.setdefault(macro, set()).add("runs" if folder in ("t5x", "methods") else folder)
     assert {macro: where for macro, where in folders.items() if len(where) > 1} == exceptions
 
 

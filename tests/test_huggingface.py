@@ -151,7 +151,7 @@ def compiled(config, length=None, with_prompt=False):
 
     def run(params, inputs, decoder_inputs, prompt):
         if length:
-            return greedy(model, tree(params), inputs, length, prompt)[0]
+            return greedy(model, tree(params), inputs, length, prompt=prompt)[0]
         tokens = inputs, decoder_inputs, decoder_inputs
         return model.apply({"params": tree(params)}, *tokens, enable_dropout=False, prompt=prompt)
 

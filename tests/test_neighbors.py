@@ -295,7 +295,7 @@ def test_of_the_base_the_embedding_table_alone_is_read(run, trained, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["wide.npy"], ["wide.npy is [2, 99], but the base has d_model 128", "Set --base to the base it was trained"]),
+        (["wide.npy"], ["wide.npy is [2, 99], but the base model has d_model 128", "Set --base to the base model"]),
         (["none.npy"], ["no prompt file none.npy", "set PROMPT"]),
         (["."], ["no prompt file in .", "set PROMPT"]),
         (["good.npy", "--base=nowhere"], ["no base model at nowhere", "nano: set --base"]),

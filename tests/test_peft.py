@@ -23,6 +23,7 @@ from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, read_adapter, write_adapter
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import greedy
+from prompt_tuning_jax.t5.network import Transformer
 
 # What peft 0.21 asks of transformers 5.23, which has another name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -106,7 +107,7 @@ def their_answers(model, inputs, length=12):
 
 
 def our_answers(params, prompt, inputs, length=12):
-    run = jax.jit(lambda params, prompt: greedy(prompted(CONFIG), params, inputs, length, prompt)[0])
+    run = jax.jit(lambda params, prompt: greedy(Transformer(CONFIG), params, inputs, length, prompt=prompt)[0])
     return np.asarray(run(params, prompt))
 
 

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import strategies as st
 from tiny import CONFIG, ROOT, make_tiny
 
+from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference.batcher import Batcher, ModelThread
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
@@ -455,13 +456,14 @@ def test_callers_share_windows_and_take_turns():
 
 def test_after_warming_up_nothing_is_compiled(tiny, prompts):
     """For any mix of the rows in any number, and for as many more prompts as one likes."""
+    engine._engine_of.cache_clear()  # other tests' programs
     predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
     rows = [GREEDY, RANKED, RANKED | {"labels": ["a", "b", "negative plot of the film"]}]
     assert (sizes(1), sizes(2), sizes(3), sizes(32)) == ([1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32])
     assert warm_up(predictor, rows) == 2 * (1 + 2)
 
     def compiled():
-        return {name: program._cache_size() for name, program in predictor._programs.items()}
+        return {name: getattr(predictor._engine, name)._cache_size() for name in ("greedy", "rank", "sample", "beam")}
 
     before = compiled()
     assert before == {"greedy": 2, "rank": 4, "sample": 0, "beam": 0}

@@ -29,7 +29,8 @@ def count(event, **_):
         compiled[EVENTS[event]] += 1
 
 jax.monitoring.register_event_listener(count)
-from prompt_tuning_jax import train
+import importlib
+train = importlib.import_module("prompt_tuning_jax.train")
 from prompt_tuning_jax.batches.loader import Planned
 from prompt_tuning_jax.training import loop
 
