@@ -131,6 +131,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from prompt_tuning_jax.parallel.mesh import make_mesh, mesh_shape
     from prompt_tuning_jax.parallel.partitioner import Partitioner
+    from prompt_tuning_jax.t5.network import Transformer
     from prompt_tuning_jax.training.memory_plan import device_part, start_shapes
     from prompt_tuning_jax.training.step import make_train_step
 
@@ -140,10 +141,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     whole = run_config(args, None, batch_size)
     for layers in (None,) if args.whole else SHALLOW:
         config = run_config(args, layers, batch_size)
-        partitioner = Partitioner(mesh, config.model.config)
+        partitioner = Partitioner(mesh, config.size)
         state, frozen = start_shapes(config)
         shardings = partitioner.state(state)
-        step = make_train_step(config.prompted_model, config.optimizer, 1e-4, 1, partitioner, shardings)
+        model = Transformer(config.size)
+        step = make_train_step(model, config.method, config.optimizer, 1e-4, 1, partitioner, shardings)
         placed = jax.tree.map(_placed, state, shardings)
         held = {path: _placed(leaf, partitioner.parameter(path, leaf.shape)) for path, leaf in frozen.items()}
         rows = jax.tree.map(lambda leaf, on=partitioner: _placed(leaf, on.batch(batch_size, leaf.ndim)), _batch(config))
@@ -156,7 +158,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for leaf in jax.tree.leaves((placed, rows.inputs, rows.targets))
         )
         found.append({"frozen": memory.argument_size_in_bytes - others, "temporary": memory.temp_size_in_bytes, **flat})
-    config = whole.model.config
+    config = whole.size
     deep = (2, 2) if args.whole else (config.num_encoder_layers, config.num_decoder_layers)
     total = {
         name: at_depth(deep, *(one.get(name, 0) for one in (found * 3)[:3]))

@@ -115,7 +115,9 @@ def step(size: str, seeds: int) -> dict[str, Any]:
         )
 
     states = [state(seed) for seed in range(seeds + 1)]
-    inputs, targets = (rng.integers(3, 32_000, (seeds, BATCH, n)).astype(np.int32) for n in (INPUTS, TARGETS))
+    inputs, targets = (
+        rng.integers(3, config.vocab_size, (seeds, BATCH, n)).astype(np.int32) for n in (INPUTS, TARGETS)
+    )
     alone = make_train_step(model, method, optimizers[0])
     at_once = 1 if jax.default_backend() == "cpu" else seeds
     joint = joint_step(model, [method] * seeds, optimizers, [PROMPT] * seeds, at_once)
