@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,10 @@ from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
 from experiments import scaling
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
+from prompt_tuning_jax.checkpoints.model import load
+from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.checkpoints.tuned import read_tuned
+from prompt_tuning_jax.gin_files import parse
 from prompt_tuning_jax.parallel import processes
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import logical_axes
@@ -28,6 +33,7 @@ from prompt_tuning_jax.parallel.processes import LOST_PEER, PeerWatch, process_o
 from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.layout import mesh_for
+from prompt_tuning_jax.training.run import TrainConfig, start_state
 
 HERE = Path(__file__).parent
 STEPS, EVAL_PERIOD = 20, 10
@@ -191,7 +197,7 @@ def half_way(source, target):
     shutil.copytree(source, target)
     for path in ("checkpoints/20", "best", "summary.json", "prompts/20.npy"):
         path = target / path
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=path.parent.name == "prompts")
     return target
 
 
@@ -260,6 +266,65 @@ def test_a_tuned_model_is_the_same_on_any_mesh(tiny, folder):
         found = load_base(str(run / "best" / "model"), CONFIG).params
         for path, value in expected.items():
             np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5, err_msg=path)
+
+
+SHORT_PROMPT = {"PROMPT_LENGTH": PROMPT_LENGTH}
+RANDOM = "prompts/random_uniform.gin"
+METHODS = {
+    "ResidualPrompt": {"files": (RANDOM, "methods/residual_prompt.gin"), "BOTTLENECK": 6} | SHORT_PROMPT,
+    "PerLayerPrompt": {"files": (RANDOM, "methods/per_layer_prompt.gin")} | SHORT_PROMPT,
+    "LoRA": {"files": ("methods/lora.gin",), "RANK": 2},
+    "IA3": {"files": ("methods/ia3.gin",)},
+}
+
+
+@pytest.fixture(scope="module")
+def of_methods(tiny, folder):
+    """The folders of each method's run on one device, on two meshes, and on a third by two processes from half-way."""
+
+    def runs(where, mesh):
+        return {folder / f"{name}-{where}": macros | mesh for name, macros in METHODS.items()}
+
+    many_trainings(tiny, runs("alone", {}), 1, 1)
+    many_trainings(tiny, runs("data", MESHES["data"]) | runs("mixed", MESHES["mixed"]), 1, 8)
+    for name in METHODS:
+        half_way(folder / f"{name}-mixed", folder / f"{name}-changed")
+    many_trainings(tiny, runs("changed", MESHES["fsdp"]), 2, 4)
+    return folder
+
+
+def first_and_last(tiny, folder, macros):
+    """What a finished run trains, as it started and as it ended."""
+    with gin.unlock_config():
+        gin.clear_config()
+        parse(settings(tiny, folder, **macros))
+        config = gin.get_configurable(TrainConfig)()
+        gin.clear_config()
+    trained = config.method.init(jax.random.fold_in(jax.random.key(config.random_seed), 1), load(str(tiny.base)))
+    start = start_state(trained, config.optimizer, config.random_seed)
+    store = StateStore(folder / "checkpoints")
+    end = store.restore(STEPS, start)
+    store.close()
+    return start.trainable, end.trainable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["data", "mixed", "changed"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_the_same_on_any_mesh(of_methods, tiny, name, where):
+    """What it trained, and what is left as its best evaluation; dropout is on."""
+    one, many = of_methods / f"{name}-alone", of_methods / f"{name}-{where}"
+    start, expected = first_and_last(tiny, one, METHODS[name])
+    _, found = first_and_last(tiny, many, METHODS[name])
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        assert np.abs(value - start[path]).max() > 0.05, path
+        np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5, err_msg=path)
+    if where != "changed":  # whose best evaluation was taken away with its second half
+        saved, of_one = (read_tuned(run / "best", CONFIG) for run in (many, one))
+        assert jax.tree.structure(saved) == jax.tree.structure(of_one)
+        for ours, theirs in zip(jax.tree.leaves(saved), jax.tree.leaves(of_one), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

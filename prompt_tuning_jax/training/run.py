@@ -22,7 +22,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batch, Batches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import read_tuned, write_tuned
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone, read_tuned, write_tuned
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
@@ -357,7 +357,9 @@ class Run:
             return
         frozen = self.frozen
         if injection.parameters:
-            injection, frozen = self._partitioner.gather((injection, frozen))
+            injection = self._partitioner.gather(injection)
+            if not adapters_alone(injection.parameters):
+                frozen = self._partitioner.gather(frozen)
         if self._folder.writes:
             tuned = {"config": self.size, "vocabulary": self.tokenizer.path, "dtype": self.config.export_dtype}
             write_tuned(self._folder.path / "best", injection, frozen, base=self._path, **tuned)
