@@ -1,6 +1,6 @@
 """`python on_mesh.py WHAT ...`: what a test asks of many devices, which must be there before JAX starts. Prints JSON.
 
-collectives SHAPE            what the training step of a small model on a mesh sends between its devices
+collectives SHAPE METHOD     what the training step of a small model on a mesh sends between its devices
 load MODEL AXES [FLAGS]      what this process reads of a model that is loaded onto a mesh
 """
 
@@ -18,7 +18,13 @@ from experiments.scaling import collectives
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, random_base
-from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.ia3 import IA3
+from prompt_tuning_jax.methods.lora import LoRA
+from prompt_tuning_jax.methods.method import Method
+from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
+from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
+from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import start_processes
@@ -28,21 +34,29 @@ from prompt_tuning_jax.training.run import start_state
 from prompt_tuning_jax.training.step import make_train_step
 
 PROMPT_LENGTH, BATCH = 5, 16
+METHODS = {
+    "PromptTuning": PromptTuning(PROMPT_LENGTH),
+    "ResidualPrompt": ResidualPrompt(PROMPT_LENGTH),
+    "PerLayerPrompt": PerLayerPrompt(PROMPT_LENGTH),
+    "LoRA": LoRA(2),
+    "IA3": IA3(),
+}
 
 
-def step_program(shape: MeshShape) -> str:
-    """The compiled training step, its batch in one piece, dropout on."""
+def step_program(shape: MeshShape, method: Method) -> tuple[str, int]:
+    """The compiled training step, its batch in one piece, dropout on; and the bytes of what the method injects."""
     config = dataclasses.replace(CONFIG, dropout_rate=0.1, num_encoder_layers=2)
     partitioner, optimizer = Partitioner(make_mesh(shape), config), adafactor(0.3)
     frozen = random_base(config, 0, partitioner.parameter).params
-    trained = partitioner.replicate({PROMPT: np.ones((PROMPT_LENGTH, config.emb_dim), np.float32)})
+    trained = partitioner.replicate(method.init(jax.random.key(0), ShapeModel(config, frozen)))
     start = functools.partial(start_state, optimizer=optimizer, seed=0)
     shardings = partitioner.state(jax.eval_shape(start, trained))
     state = partitioner.jit(start, out_shardings=shardings)(trained)
-    method = PromptTuning(PROMPT_LENGTH)
     step = make_train_step(Transformer(config), method, optimizer, 1e-4, 1, partitioner, shardings)
     batch = Batch(np.ones((BATCH, 32), np.int32), np.ones((BATCH, 8), np.int32), np.arange(BATCH, dtype=np.int32))
-    return step.lower(state, frozen, partitioner.spread(batch, BATCH)).compile().as_text()
+    injected = jax.tree.leaves(jax.eval_shape(method.apply, state.trainable, frozen))
+    program = step.lower(state, frozen, partitioner.spread(batch, BATCH)).compile().as_text()
+    return program, sum(leaf.size * leaf.dtype.itemsize for leaf in injected)
 
 
 def load(path: str, axes: dict[str, int]) -> dict:
@@ -83,7 +97,8 @@ def load(path: str, axes: dict[str, int]) -> dict:
 if __name__ == "__main__":
     what, first, *rest = sys.argv[1:]
     if what == "collectives":
-        print(json.dumps(collectives(step_program(MeshShape(*json.loads(first))))))
+        program, injected = step_program(MeshShape(*json.loads(first)), METHODS[rest[0]])
+        print(json.dumps({"injected_bytes": injected, "sent": collectives(program)}))
     else:
         start_processes(dict(flag.removeprefix("--").split("=") for flag in rest[1:]))
         print(json.dumps(load(first, json.loads(rest[0]))))

@@ -18,16 +18,21 @@ from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_mode
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.gin_files import parse
 from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.methods.ia3 import IA3
+from prompt_tuning_jax.methods.lora import LoRA
+from prompt_tuning_jax.methods.method import Injection, Method
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
+from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
-from prompt_tuning_jax.methods.shapes import check_not_int8
+from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
+from prompt_tuning_jax.methods.shapes import ShapeModel, check_not_int8
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import quantized_product
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, output_axis, quantized, scale_path
 from prompt_tuning_jax.t5.scoring import shift_right
-from prompt_tuning_jax.training.memory_plan import start_shapes
+from prompt_tuning_jax.training.memory_plan import plan, start_shapes
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.step import TrainState, make_train_step
 
@@ -186,16 +191,31 @@ def test_the_embedding_table_in_floats():
     assert embedding_table(nano("float32").params) is whole
 
 
-def test_a_prompt_trains_on_it():
+def words_100_on(key, length, model):
+    """The same prompt for a base model in any dtype."""
+    return embedding_table(nano("float32").params)[100 : 100 + length]
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        (PromptTuning(8, words_100_on), 0.1),
+        (ResidualPrompt(8, 16, words_100_on), 0.1),
+        (PerLayerPrompt(8, words_100_on), 0.1),
+        (LoRA(4), 0.01),
+        (IA3(), 0.1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Method) else None,
+)
+def test_every_method_but_model_tuning_trains_on_it(method, rate):
     """The loss falls, the first gradient is nearly that of floats, and the base is what it was."""
-    start = embedding_table(nano("float32").params)[100:108]
-    optimizer = optax.adam(0.1)
-    step = make_train_step(Transformer(NANO), PromptTuning(8), optimizer)
+    optimizer = optax.adam(rate)
+    step = make_train_step(Transformer(NANO), method, optimizer)
     inputs, targets = batch()
     losses, first = {}, {}
     for dtype in ("int8", "float32"):
         params, before = nano(dtype).params, fingerprint(nano(dtype).params)
-        trained = {PROMPT: jnp.array(start)}
+        trained = method.init(jax.random.key(0), ShapeModel(NANO, params))
         key = jax.random.key_data(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
         losses[dtype] = []
@@ -204,7 +224,7 @@ def test_a_prompt_trains_on_it():
             losses[dtype].append(float(metrics.sums.loss))
             if not number:
                 moments: Any = state.opt_state
-                first[dtype] = np.asarray(moments[0].mu[PROMPT])  # the gradient times 1 - b1
+                first[dtype] = np.concatenate([np.ravel(x) for x in moments[0].mu.values()])  # gradients times 1 - b1
         assert fingerprint(params) == before
     assert losses["int8"][-1] < 0.8 * losses["int8"][0]
     assert losses["int8"][0] == pytest.approx(losses["float32"][0], rel=0.02)
@@ -267,14 +287,36 @@ def test_a_prompt_starts_from_the_words_of_it(tmp_path):
     assert prompt.dtype == jnp.float32
 
 
-def test_a_run_that_trains_the_base_is_refused_before_it_begins(tmp_path):
-    config = dataclasses.replace(run_of(tmp_path), method=ModelTuning())
+@dataclasses.dataclass(frozen=True)
+class ScaledQuery(Method):
+    """Replaces a matrix of the base model, and trains none of its parameters."""
+
+    def init(self, key, model):
+        return {"factor": jnp.ones(())}
+
+    def apply(self, trained, frozen):
+        path = "encoder/layers_0/attention/query/kernel"
+        return Injection(parameters={path: trained["factor"] * frozen[path]})
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (ModelTuning(), "is to be trained, but the base model is int8, which is only read: set `dtype` to 'float32'"),
+        (ModelTuning((".*layer_norm/scale",)), "scale is to be trained, but the base model is int8"),
+        (ScaledQuery(), "ScaledQuery replaces encoder/layers_0/.*/kernel, but the base model is int8"),
+    ],
+    ids=["model", "norms", "replaced"],
+)
+def test_a_run_that_changes_the_base_is_refused_before_it_begins(tmp_path, method, message):
+    config = dataclasses.replace(run_of(tmp_path), method=method)
     words = open_vocabulary(None, "nano", NANO)
-    with pytest.raises(ValueError, match="is to be trained, but the base model is int8"):
+    with pytest.raises(ValueError, match=message) as error:
         Run(config, config.open_folder(), Model("nano", NANO, nano("int8").params, words, nano("int8").fingerprint))
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="is to be trained, but the base model is int8"):
-        start_shapes(config)
+    with pytest.raises(ValueError, match=message):
+        plan(config)
 
 
 def test_its_memory_is_planned(tmp_path):

@@ -341,13 +341,17 @@ def test_a_prompt_on_an_int8_base_is_the_same_on_a_mesh(tiny, folder, alone):
 
 
 @pytest.mark.slow
-def test_a_data_parallel_step_exchanges_the_gradient_of_the_prompt_and_the_metrics(tiny):
-    said = ends(start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: ["collectives", "[8, 1, 1]"], 1, 8))
-    found = json.loads(said[0])
-    prompt_bytes = PROMPT_LENGTH * CONFIG.emb_dim * 4
-    assert set(found) == {"all-reduce"}
-    count, numbers, sent = found["all-reduce"]
-    assert prompt_bytes <= sent < 4 * prompt_bytes + 1024 and sent == 4 * numbers and count < 4
+@pytest.mark.parametrize("name", ["PromptTuning", *METHODS])
+def test_a_data_parallel_step_exchanges_the_gradient_of_what_is_injected_and_the_metrics(tiny, name):
+    """Of a residual prompt that is the prompt: its network's own gradient is computed on every device."""
+    arguments = ["collectives", "[8, 1, 1]", name]
+    (said,) = ends(start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: arguments, 1, 8))
+    found = json.loads(said)
+    injected, prompt_bytes = found["injected_bytes"], PROMPT_LENGTH * CONFIG.emb_dim * 4
+    assert injected == prompt_bytes or name in ("PerLayerPrompt", "LoRA", "IA3")
+    assert set(found["sent"]) == {"all-reduce"}
+    count, numbers, sent = found["sent"]["all-reduce"]
+    assert injected <= sent < 4 * injected + 1024 and sent == 4 * numbers and count < 4
 
 
 @pytest.mark.slow

@@ -166,6 +166,8 @@ def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDt
     params = jax.eval_shape(base)
     trainable, frozen = shapes.start_shapes(config.method, config.size, params)
     shapes.check_not_int8(trainable, params)
+    injection = jax.eval_shape(config.method.apply, trainable, frozen)
+    shapes.check_injection(config.method, injection, config.size, params)
 
     def start(trainable: dict[str, jax.Array]) -> TrainState:
         key = jax.random.key_data(jax.random.key(0))
