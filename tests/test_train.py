@@ -23,6 +23,7 @@ from prompt_tuning_jax.checkpoints.state import StateStore
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.progress import stopping_on_sigterm
 from prompt_tuning_jax.training.step import TrainState
 
 STEPS, EVAL_PERIOD, LOG_PERIOD = 400, 50, 20
@@ -246,6 +247,22 @@ def test_sigterm_saves_first(tiny, command, finished, tmp_path):
         assert record == other or record["step"] == other["step"] == following
 
 
+def test_sigterm_before_the_first_step_and_after_the_last_ends_a_command_line():
+    """While a model is loaded nothing is to be saved; and a sweep does not go on to its next trial."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, stopping_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it went on loading")
+    assert ended.value.code == 143
+    seen = []
+    with pytest.raises(SystemExit) as ended, stopping_on_sigterm() as stop:
+        assert not stop(1)
+        signal.raise_signal(signal.SIGTERM)
+        seen.append("a summary is written")
+    assert seen and ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_finished_run_is_not_run_again(tiny, command, finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
@@ -272,6 +289,34 @@ def test_more_steps_go_on_from_the_last(tiny, command, finished, tmp_path):
     done = tiny.run(short)
     assert done.returncode == 2
     assert f"holds another run (train_steps was {STEPS}, is {EVAL_PERIOD}): set another MODEL_DIR" in done.stderr
+
+
+def test_a_killed_run_may_get_more_steps(tiny, command, finished, tmp_path):
+    folder, fewer = tmp_path / "run", STEPS - EVAL_PERIOD
+    process = tiny.start([*command, model_dir(folder), f"--gin.TRAIN_STEPS={fewer}"])
+    wait_for_lines(folder / "metrics.jsonl", 5, process)
+    kill(process, after=0)
+    assert not (folder / "summary.json").exists()
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    assert f"is extended from {fewer} to {STEPS} steps" in done.stderr
+    assert_same_run(folder, finished)
+
+
+def test_a_run_that_ended_between_two_evaluations_may_get_more_steps(tiny, command, finished, tmp_path):
+    """It has one evaluation more than a run that was as long from the start, and is the same otherwise."""
+    folder, end = tmp_path / "run", EVAL_PERIOD + LOG_PERIOD - EVAL_PERIOD % LOG_PERIOD
+    assert end % EVAL_PERIOD and not end % LOG_PERIOD
+    assert tiny.run([*command, model_dir(folder), f"--gin.TRAIN_STEPS={end}"]).returncode == 0
+    done = tiny.run([*command, model_dir(folder)])
+    assert done.returncode == 0, done.stderr
+    found = prompts(folder / "prompts")
+    assert found.pop(f"{end}.npy") and found == prompts(finished / "prompts")
+    (more,) = [record for record in records(folder, "eval") if record["step"] == end]
+    assert [record for record in records(folder) if record != more] == records(finished)
+    best = max(records(folder, "eval"), key=lambda record: record["accuracy"])["step"]
+    assert summary(folder)["best_step"] == best
+    assert (folder / "best" / "prompt.npy").read_bytes() == (folder / "prompts" / f"{best}.npy").read_bytes()
 
 
 CHANGES = {
@@ -301,6 +346,35 @@ def test_another_vocabulary_beside_the_same_weights_is_refused(tiny, command, fi
     (tmp_path / "base" / "spiece.model").write_bytes(model.SerializeToString())
     done = tiny.run([*command, model_dir(finished), f"--gin.INITIAL_CHECKPOINT_PATH={str(tmp_path / 'base')!r}"])
     assert done.returncode == 2 and "holds another run (tokenizer was" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_other_rows_in_the_same_file_are_refused(tiny, tmp_path, split):
+    """Case A5: labels are swapped between a run's end and its next start, which may be told to go on all the same."""
+    texts = ["a dull film", "a fine film", "it was awful", "a great story"] * 4
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "validation")}
+
+    def write(path, labels):
+        rows = [{"inputs": text, "targets": labels[number % 2]} for number, text in enumerate(texts)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for path in files.values():
+        write(path, ["negative", "positive"])
+    given = ("prompts/random_uniform.gin", "runs/prompt_tune.gin", "tasks/files.gin")
+    macros = {"MIXTURE_OR_TASK_NAME": "mine", "TASK_FILES": {name: str(path) for name, path in files.items()}}
+    macros |= {"LABELS": ["negative", "positive"], "EVAL_SPLIT": "validation", "TRAIN_STEPS": 4, "EVAL_PERIOD": 4}
+    arguments = [*tiny.arguments(*given, **macros), model_dir(tmp_path / "run")]
+    assert tiny.run(arguments).returncode == 0
+    write(files[split], ["positive", "negative"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    done = tiny.run(arguments)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    name = {"train": "train_data", "validation": "eval_data.mine"}[split]
+    assert done.returncode == 2 and re.search(rf'holds another run \({name} was "\w+", is "\w+"\)', line), line
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+    done = tiny.run([*arguments, "--gin.TRAIN_STEPS=8", "--allow_other_config"])
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in records(tmp_path / "run", "eval")] == [4, 8]
 
 
 @pytest.mark.parametrize("cause", ["rate", "base"])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import subprocess
 import sys
 
 import gin
@@ -252,7 +253,7 @@ def test_a_split_or_slice_that_is_not_there(tiny, tmp_path):
 
 
 def test_a_run_on_files_named_in_gin(tiny, tmp_path):
-    """It starts no child, and neither TensorFlow nor a cache of tokens is there when it is done."""
+    """Neither it nor `eval` starts a child, and neither TensorFlow nor cached tokens are there at the end."""
     macros = {"MIXTURE_OR_TASK_NAME": "mine", "TASK_FILES": {"train": "rows.tsv", "validation": "dev.jsonl"}}
     macros |= {"DATA_DIR": str(tmp_path), "INPUTS_COLUMN": "text", "TARGETS_COLUMN": "answer"}
     macros |= {"LABELS": ["bad", "good"], "METRICS": ["accuracy", "f1"], "EVAL_SPLIT": "validation"}
@@ -262,12 +263,26 @@ def test_a_run_on_files_named_in_gin(tiny, tmp_path):
     run = tiny.arguments(*given, **macros, TRAIN_STEPS=4, EVAL_PERIOD=4, LOG_PERIOD=4, MODEL_DIR=str(tmp_path / "run"))
     done = tiny.run(run, python=["-X", "importtime"])
     assert done.returncode == 0, done.stderr
-    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
-    assert "sentencepiece" in imported
-    assert not [name for name in imported if name.startswith(("tensorflow.", "seqio.", "torch."))]
-    assert "tokenising" not in done.stderr and not list((tiny.folder / "cache").rglob("mine*"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "mine" and {*summary["best"]} == {"accuracy", "f1"}
+    macros |= {"TASK_FEATURE_LENGTHS": LENGTHS, "INITIAL_CHECKPOINT_PATH": str(tiny.base)}
+    macros |= {"PROMPT_FILE": str(tmp_path / "run" / "best" / "prompt.npy")}
+    scored = subprocess.run(
+        [
+            *(sys.executable, "-X", "importtime", "-m", "prompt_tuning_jax.eval"),
+            *(f"--gin_file={file}" for file in (tiny.gin, "runs/eval.gin", "tasks/files.gin")),
+            *(f"--gin.{name}={value!r}" for name, value in macros.items()),
+        ],
+        env=os.environ | tiny.environment, cwd=tiny.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["generation"] == summary["best"]
+    for stderr in (done.stderr, scored.stderr):
+        imported = [line.rpartition("|")[2].strip() for line in stderr.splitlines()]
+        assert "sentencepiece" in imported
+        assert not [name for name in imported if name.startswith(("tensorflow.", "seqio.", "torch."))]
+        assert "tokenising" not in stderr
+    assert not list((tiny.folder / "cache").rglob("mine*"))
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,27 @@ class Window:
 def stopping_on_sigterm() -> Iterator[Stop]:
     """Lets SIGTERM end a command line's training: it saves, says so, and exits with `TERMINATED`.
 
+    Before the first step there is nothing to save: it exits at once. After the last, it exits once the run is finished.
     With several processes all must save the same step: JAX takes the signal there, and agrees on a step.
 
     Yields:
       what `loop.train` asks after each step. With several processes, every process asks after each of its steps.
     """
-    told = threading.Event()
+    told, stepping = threading.Event(), threading.Event()
+
+    def note(*_: object) -> None:
+        told.set()
+        if not stepping.is_set():
+            sys.exit(TERMINATED)
+
+    def stop(step: int) -> bool:
+        stepping.set()
+        return told.is_set() if alone else preempted(step)
+
     alone = jax.process_count() == 1
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if alone else None
+    before = signal.signal(signal.SIGTERM, note) if alone else None
     try:
-        yield lambda step: told.is_set() if alone else preempted(step)
+        yield stop
     except Stopped as stopped:
         if is_writer():
             tqdm.write(str(stopped), file=sys.stderr)
@@ -89,6 +100,8 @@ def stopping_on_sigterm() -> Iterator[Stop]:
     finally:
         if alone:
             signal.signal(signal.SIGTERM, before)
+    if told.is_set():
+        sys.exit(TERMINATED)
 
 
 def moved(injection: Injection, start: Injection) -> dict[str, float]:
