@@ -76,7 +76,7 @@ def sweep(argv: Sequence[str]) -> int:
         vectorize = False
     jobs = plan(
         to_run,
-        lambda trial: shared_key(configs[trial.name]),
+        lambda trial: shared_key(configs[trial.name], vectorize),
         lambda part: together_line(argv, part),
         vectorize,
         getattr(launcher, "at_once", 1 if launcher is None else None),
@@ -119,8 +119,15 @@ def checked(trial: Trial) -> run.TrainConfig | None:
         raise prefixed(f"trial {trial.name}: ", error) from None
 
 
-def shared_key(config: run.TrainConfig | None) -> Hashable | None:
-    return None if config is None else joint_key(config)
+def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> Hashable | None:
+    """Returns `joint_key` of a trial that is to share a program; None if it is to run alone.
+
+    Trials that train the base model's own parameters share one only if VECTORIZE is a number: each has its own copy of
+    the base model and of the optimizer's state, and all are in memory at once.
+    """
+    if config is None or (vectorize == "auto" and config.trains_base):
+        return None
+    return joint_key(config)
 
 
 def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:

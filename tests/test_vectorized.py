@@ -18,6 +18,7 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
 from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, SampledVocabulary
+from prompt_tuning_jax.sweep import shared_key
 from prompt_tuning_jax.sweeps import programs as programs_module
 from prompt_tuning_jax.sweeps.joint_step import joint_key
 from prompt_tuning_jax.sweeps.programs import fitting, padding, programs
@@ -25,6 +26,7 @@ from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.layers import AttentionDropout
 from prompt_tuning_jax.training.loop import program_size, train
 from prompt_tuning_jax.training.optimizer import adafactor
+from prompt_tuning_jax.training.progress import Stopped
 from prompt_tuning_jax.training.run import Run, TrainConfig
 
 STEPS = 50
@@ -158,7 +160,7 @@ def test_inputs_of_different_lengths_draw_the_same_dropout(settings, tmp_path):
     assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
 
 
-def test_a_run_that_ends_early_leaves_and_the_others_go_on(settings, tmp_path):
+def test_a_run_that_ends_early_leaves_and_the_others_go_on(settings, tmp_path, capsys):
     runs = {
         "short": {"train_steps": 25},
         "still": {"random_seed": 1, "rate": 1e-9, "early_stop_evals": 1, "eval_period": 5, "train_steps": 25},
@@ -167,6 +169,10 @@ def test_a_run_that_ends_early_leaves_and_the_others_go_on(settings, tmp_path):
     assert not train_together((name, settings(tmp_path / name, **run)) for name, run in runs.items())
     assert summary(tmp_path / "short")["steps"] == 25
     assert summary(tmp_path / "still")["stopped_early"] and summary(tmp_path / "still")["steps"] == 10
+    lines = capsys.readouterr().err.splitlines()
+    ends = [next(n for n, line in enumerate(lines) if line.startswith(f"{name}: best at step")) for name in runs]
+    steps = [next(n for n, line in enumerate(lines) if f"whole: step {step} train" in line) for step in (20, 30, 50)]
+    assert ends[1] < steps[0] < ends[0] < steps[1] < steps[2] < ends[2], "each is reported when it ends"
     train(settings(tmp_path / "alone", **runs["whole"]))
     assert_same_bits(tmp_path / "whole", tmp_path / "alone")
 
@@ -208,6 +214,38 @@ def test_runs_killed_while_they_are_saved_go_back_to_one_step(settings, tmp_path
         assert records(tmp_path / "a" / name) == records(tmp_path / "b" / name)
 
 
+def test_runs_that_are_stopped_together_go_on_as_if_they_had_not_been(settings, tmp_path):
+    runs = {"short": {"train_steps": 20}, "whole": {"random_seed": 1, "rate": 0.1}}
+    whole = [(name, settings(tmp_path / "whole" / name, **run)) for name, run in runs.items()]
+    assert not train_together(whole)
+    stopped = [(name, settings(tmp_path / "stopped" / name, **run)) for name, run in runs.items()]
+    for number, step in enumerate((13, 38)):
+        with pytest.raises(Stopped, match=f"saved at step {step}"):
+            train_together(stopped, stop=lambda taken, step=step: taken >= step)
+        assert [(tmp_path / "stopped" / name / "summary.json").exists() for name in runs] == [number == 1, False]
+    assert not train_together(stopped)
+    for name in runs:
+        one, other = tmp_path / "whole" / name, tmp_path / "stopped" / name
+        for path in one.rglob("*.npy"):
+            assert path.read_bytes() == (other / path.relative_to(one)).read_bytes()
+        assert summary(one) == summary(other)
+        assert [row for row in records(one) if row["split"] == "eval"] == [
+            row for row in records(other) if row["split"] == "eval"
+        ]
+
+
+def test_more_steps_for_runs_that_share_a_program(settings, tmp_path, capsys):
+    runs = {str(seed): {"random_seed": seed} for seed in range(2)}
+    for steps in (25, STEPS):
+        configs = [(name, settings(tmp_path / name, train_steps=steps, **run)) for name, run in runs.items()]
+        assert not train_together(configs)
+    lines = capsys.readouterr().err.splitlines()
+    for name, run in runs.items():
+        train(settings(tmp_path / "alone" / name, **run))
+        assert_same_bits(tmp_path / name, tmp_path / "alone" / name)
+        assert any(f"{name}: {tmp_path / name} is extended from 25 to 50 steps" in line for line in lines)
+
+
 def test_what_cannot_share_a_program_has_another_key(settings, tmp_path):
     key = joint_key(settings(tmp_path))
     assert key is not None
@@ -219,6 +257,8 @@ def test_what_cannot_share_a_program_has_another_key(settings, tmp_path):
     whole = dataclasses.replace(settings(tmp_path), method=ModelTuning())
     streamed = dataclasses.replace(settings(tmp_path).train_dataset, use_cached=False)
     assert joint_key(whole) not in (None, key)
+    assert shared_key(whole, "auto") is None and shared_key(whole, 2) == joint_key(whole), "many whole models in memory"
+    assert shared_key(settings(tmp_path), "auto") == key
     assert joint_key(settings(tmp_path, initial_checkpoint_path=None)) is None
     assert joint_key(settings(tmp_path, train_dataset=streamed)) is None
 
