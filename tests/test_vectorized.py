@@ -196,6 +196,21 @@ def test_a_run_that_fails_leaves_its_reason_and_the_others_go_on(settings, tmp_p
     assert_same_bits(tmp_path / "whole", tmp_path / "alone")
 
 
+@pytest.mark.parametrize("start", [train, lambda config: train_together([("a", config)])])
+def test_a_run_whose_frozen_parameters_changed_does_not_count_as_finished(settings, tmp_path, monkeypatch, start):
+    after_step = Run.after_step
+
+    def changing(run, *arguments):
+        name = next(iter(run.frozen))
+        run.frozen[name] = run.frozen[name] * 2
+        after_step(run, *arguments)
+
+    monkeypatch.setattr(Run, "after_step", changing)
+    with pytest.raises(RuntimeError, match="the frozen parameters changed in memory"):
+        start(settings(tmp_path / "a", train_steps=2, eval_period=2))
+    assert (tmp_path / "a" / "metrics.jsonl").exists() and not (tmp_path / "a" / "summary.json").exists()
+
+
 def test_runs_killed_while_they_are_saved_go_back_to_one_step(settings, tmp_path):
     runs = {str(seed): {"random_seed": seed} for seed in range(2)}
     named = {where: [(name, settings(tmp_path / where / name, **run)) for name, run in runs.items()] for where in "ab"}

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.errors import spelled
 from prompt_tuning_jax.sweeps.joint_step import program_of
 from prompt_tuning_jax.sweeps.programs import programs
 from prompt_tuning_jax.training.evaluation import Evaluator
-from prompt_tuning_jax.training.loop import Member, check_unchanged, open_model, say_on_stderr, take_steps
+from prompt_tuning_jax.training.loop import Member, open_model, say_on_stderr, take_steps
 from prompt_tuning_jax.training.progress import Stop
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.run_folder import write_text
@@ -59,8 +58,7 @@ def train_together(
     del model
     if not members:
         return failures
-    frozen, evaluator = members[0].run.frozen, Evaluator(members[0].run.size, members[0].run.tokenizer)
-    before = fingerprint(frozen)
+    evaluator = Evaluator(members[0].run.size, members[0].run.tokenizer)
     of_run = {member.run: member for member in members}
     for program in programs([*of_run], most):
         together = [of_run[run] for run in program.runs]
@@ -76,7 +74,6 @@ def train_together(
         for member in together:
             if member.failure is not None:
                 failures[member.name] = in_a_line(member.failure)
-    check_unchanged(frozen, before)
     return failures
 
 

@@ -54,6 +54,7 @@ class Member:
 
     def start(self) -> None:
         self.state, self._stream = self.run.state, self.run.batches_to_come()
+        self._frozen_fingerprint = fingerprint(self.run.frozen)
         if self.run.over:
             self.end()
 
@@ -73,6 +74,8 @@ class Member:
 
     def end(self) -> None:
         self.active = False
+        # Before the summary is written: a run that has one counts as finished.
+        check_unchanged(self.run.frozen, self._frozen_fingerprint)
         self.summary = self.run.finish()
         self._on_end(self)
 
@@ -123,7 +126,6 @@ def train(
         if watch is not None:
             partitioner.on_batch = watch.work
     run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
-    before = fingerprint(run.frozen)
     for line in run.open():
         (say or say_nothing)(line)
     run.go_back(max(run.saved_steps, default=0))
@@ -143,7 +145,6 @@ def train(
         raise member.failure
     if run.stop_reason:
         (say or say_nothing)(f"stopped at step {run.step}: {run.stop_reason}")
-    check_unchanged(run.frozen, before)
     return run
 
 
