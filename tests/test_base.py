@@ -209,6 +209,14 @@ def test_fingerprint_changes_where_two_values_change_places(first, second):
     assert same == (first == second)
 
 
+@pytest.mark.parametrize("shape", [(16,), (32, 16), (512, 64)])
+@pytest.mark.parametrize("factor", [-1, 0.125, 0.5, 1.5, 2, 4])
+def test_fingerprint_changes_where_a_whole_tensor_is_scaled(shape, factor):
+    """1/8 is what folding the attention's scale into a query kernel of 64 dimensions a head does."""
+    values = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    assert base.fingerprint({"a": values * factor}) != base.fingerprint({"a": values})
+
+
 def test_fingerprint_changes_with_names_and_shapes():
     a, b = PARAMS["a"], PARAMS["b"]
     different = [{"a": a, "b": b}, {"a": a, "c": b}, {"a": a}, {"a": b, "b": a}, {"a": a.reshape(4, 3), "b": b}, {}]
@@ -227,4 +235,4 @@ def test_fingerprint_knows_no_order_and_no_dtype():
 def test_fingerprint_is_pinned():
     """Summaries of old runs name their base by it."""
     params = {"w": jnp.asarray([[1.0, -2.5], [0.0, 3.25]]), "v": jnp.asarray([7.0])}
-    assert base.fingerprint(params) == "f82dff02735eeb3a"
+    assert base.fingerprint(params) == "4805c71e8d12f8ca"

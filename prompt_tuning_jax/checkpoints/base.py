@@ -305,14 +305,24 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: 
 
 
 def _checksum(array: Array) -> UInt32[Array, "2"]:
-    """Two sums over the float32 bit patterns, one weighted by place: integer, so the order of adding cannot matter, nor
-    how the array is divided over devices."""
+    """Two sums over hashes of each entry's float32 bit pattern and place: integer, so the order of adding cannot
+    matter, nor how the array is divided over devices.
+
+    A sum of the bit patterns themselves would not do: doubling or negating each of 512 entries adds a multiple of 2^32.
+    """
     bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
     number = jnp.zeros(bits.shape, jnp.uint32)  # of each entry, row by row
     for axis, size in enumerate(bits.shape):
         number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    place = number * jnp.uint32(2654435761) + jnp.uint32(1)
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (place | 1), dtype=jnp.uint32)])
+    places = (number * jnp.uint32(0x9E3779B1), number * jnp.uint32(0x85EBCA77) + jnp.uint32(0xC2B2AE3D))
+    return jnp.stack([jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32) for place in places])
+
+
+def _mixed(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """MurmurHash3's 32-bit finalizer: one to one, and each bit of the input changes about half of the output's."""
+    number = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
+    number = (number ^ (number >> 13)) * jnp.uint32(0xC2B2AE35)
+    return number ^ (number >> 16)
 
 
 @functools.lru_cache
