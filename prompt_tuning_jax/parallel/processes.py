@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax._src import distributed  # the one way to wait for processes that may not come
 from jax.experimental import multihost_utils
 
 FLAGS = ("coordinator_address", "process_count", "process_index")
 START_SECONDS = 300  # to wait for all processes
 HEARTBEAT_SECONDS = 60  # without a sign of life a process is taken for dead, and JAX ends the others
-LAST_SECONDS = 5  # between the errors of processes that all end with one
+LAST_SECONDS = 20  # that a process which ends with an error waits for the others to do the same
 STUCK_SECONDS = 1_800  # without a batch a run is taken for stuck: more than any compilation or pause between two takes
 OF_PEERS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 LOST_PEER = 75  # exit code: another process is gone, start all of them again (EX_TEMPFAIL)
@@ -131,13 +133,17 @@ def leave(code: int, line: str = "") -> None:
 def leaving_alone() -> Iterator[None]:
     """Lets one of several processes end with exit code 2 while the others go on, who then lose it.
 
-    It waits for a moment: most often what is wrong is wrong for all, and each is to say so itself.
+    Most often what is wrong is wrong for all, and each is to say so itself: it waits for the others to come here, too.
+    JAX's service, which process 0 has, ends a process whose peers are gone; so process 0 leaves last.
     """
     try:
         yield
     except SystemExit as ended:
         if ended.code == 2 and jax.process_count() > 1:
-            time.sleep(LAST_SECONDS)
+            with contextlib.suppress(Exception):  # of the barrier: the others do not come, or are gone
+                client: Any = distributed.global_state.client
+                client.wait_at_barrier("leaving", LAST_SECONDS * 1_000)
+                time.sleep(1 if is_writer() else 0)
             leave(2)
         raise
 
