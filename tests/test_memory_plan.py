@@ -129,6 +129,11 @@ def numbers(config):
     }
 
 
+def numbers_of_adafactor(count, arrays):
+    """A second moment for each number, as none of the tiny arrays is factored; two placeholders for each array."""
+    return count + 2 * arrays + 1
+
+
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=3, num_decoder_layers=2, dropout_rate=0.1)
 
 
@@ -297,7 +302,9 @@ def command(tiny, tmp_path, monkeypatch, capsys):
 
     def run(*flags, **macros):
         folder = tmp_path / "run"
-        arguments = tiny.arguments(**{"MODEL_DIR": str(folder), "INITIAL_CHECKPOINT_PATH": "no/where"} | macros)
+        files = macros.pop("files", ())
+        settings = {"MODEL_DIR": str(folder), "INITIAL_CHECKPOINT_PATH": "no/where"} | macros
+        arguments = tiny.arguments(*files, **settings)
         gin.clear_config()
         monkeypatch.setattr(sys, "argv", ["train", *arguments, *flags])
         code = 0
@@ -322,6 +329,47 @@ def test_the_command_prints_the_plan_and_leaves_nothing(command, monkeypatch):
     assert table["memory"][:2] == ["40.00", "MB"]
     assert table["peak of a step"][1:5] == ["kB", "compiled", "for", "cpu;"]
     assert table["largest batch: 12"][1:5] == ["MB", "compiled", "for", "cpu;"]
+
+
+RANDOM, SHORT_PROMPT = ("prompts/random_uniform.gin",), {"PROMPT_LENGTH": PROMPT_LENGTH}
+
+
+@pytest.mark.parametrize(
+    "method, files, macros, numbers_of_optimizer",
+    [
+        # optax.adamw has two moments for each number and a count; Adafactor, see `numbers_of_adafactor`.
+        (
+            ResidualPrompt(PROMPT_LENGTH, 6),
+            (*RANDOM, "methods/residual_prompt.gin"),
+            SHORT_PROMPT | {"BOTTLENECK": 6},
+            lambda count, _: 2 * count + 1,
+        ),
+        (PerLayerPrompt(PROMPT_LENGTH), (*RANDOM, "methods/per_layer_prompt.gin"), SHORT_PROMPT, numbers_of_adafactor),
+        (LoRA(2), ("methods/lora.gin",), {"RANK": 2}, lambda count, _: 2 * count + 1),
+        (IA3(), ("methods/ia3.gin",), {}, numbers_of_adafactor),
+        (ModelTuning(), ("runs/model_tune.gin",), {}, numbers_of_adafactor),
+    ],
+    ids=of_type,
+)
+def test_the_command_prints_the_plan_of_any_method(command, monkeypatch, method, files, macros, numbers_of_optimizer):
+    monkeypatch.setattr(memory_plan, "LARGEST_BATCH", 8)
+    code, out, err = command("--memory-plan=40MB", files=files, BATCH_SIZE=8, **macros)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    prompted = isinstance(method, (ResidualPrompt, PerLayerPrompt))
+    shape = f"batch 8, inputs {LENGTHS['inputs']}, targets {LENGTHS['targets']}"
+    assert lines[0] == shape + (f", prompt {PROMPT_LENGTH}" if prompted else "")
+    table = {line[:26].strip(): line[26:].split() for line in lines[2:]}
+    trained, whole = numbers(CONFIG)[method], numbers(CONFIG)[ModelTuning()]
+    frozen = 0 if isinstance(method, ModelTuning) else whole
+    arrays = len(memory_plan.start_shapes(run_of(method=method))[0].trainable)
+    printed = {name: int(table[name][0].replace(",", "")) for name in PARTS}
+    assert printed == dict(zip(PARTS, (frozen, trained, numbers_of_optimizer(trained, arrays)), strict=True))
+    assert table["peak of a step"][2:5] == ["compiled", "for", "cpu;"]
+    assert "largest batch: 8" in table
+
+
+PARTS = ("frozen parameters", "trainable parameters", "optimiser state")
 
 
 def test_without_a_value_it_is_this_machines_memory(command, monkeypatch):
@@ -354,6 +402,14 @@ def test_a_mesh_is_planned_without_its_devices(command):
     assert part.state == whole.trainable.bytes + whole.optimizer.bytes + 3 * 4  # its key and step
     assert device_part(config, MeshShape(fsdp=2, model=2)).frozen < 0.35 * whole.frozen.bytes
     assert device_part(config, MeshShape(data=8)).activations == part.activations // 8
+
+
+@pytest.mark.parametrize("method", [ResidualPrompt(PROMPT_LENGTH, 6), PerLayerPrompt(PROMPT_LENGTH), LoRA(2), IA3()])
+def test_what_is_not_the_base_models_is_whole_on_each_device_of_a_mesh(method):
+    whole = plan(run_of(method=method))
+    part = device_part(run_of(method=method), MeshShape(fsdp=2, model=2))
+    assert part.state == whole.trainable.bytes + whole.optimizer.bytes + 3 * 4  # the run's key and step
+    assert part.frozen < 0.35 * whole.frozen.bytes
 
 
 def test_a_mesh_on_which_it_does_not_fit(command):

@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import seqio  # noqa: E402
-from fixtures.models import prompted, random_model, random_tokens, tree  # noqa: E402
+from fixtures.models import apart, prompted, random_model, random_tokens, tree  # noqa: E402
 from flax.core import freeze, unfreeze  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
@@ -38,6 +38,7 @@ from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, S
 from prompt_tuning_jax.prompts.module import SoftPrompt  # noqa: E402
 from prompt_tuning_jax.t5.config import T5Config  # noqa: E402
 from prompt_tuning_jax.t5.decoding import greedy  # noqa: E402
+from prompt_tuning_jax.t5.network import Transformer  # noqa: E402
 from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs  # noqa: E402
 from prompt_tuning_jax.t5x_host import checkpoints, network, start, tasks  # noqa: E402
 from prompt_tuning_jax.t5x_host.optimizers import prompt_only  # noqa: E402
@@ -184,8 +185,9 @@ def changed(before, after):
 
 
 @functools.cache
-def native_step(model):
-    return make_train_step(model, PromptTuning(LENGTH), OPTIMIZER)
+def native_step():
+    """Of the model that is given its prompt, as this project's own runs have it."""
+    return make_train_step(Transformer(CONFIG), PromptTuning(LENGTH), OPTIMIZER)
 
 
 def native_start(params):
@@ -197,16 +199,16 @@ def native_start(params):
 
 def start_prompt(init, embeddings, vocabulary, seed):
     """What this project's own runs start from."""
-    model = SimpleNamespace(
-        config=SimpleNamespace(emb_dim=embeddings.shape[1]), embeddings=embeddings, tokenizer=vocabulary
-    )
-    return init(jax.random.fold_in(jax.random.key(seed), 1), LENGTH, model)  # as `PromptTuning` does
+    config = SimpleNamespace(emb_dim=embeddings.shape[1])
+    model = SimpleNamespace(config=config, parameters={}, embeddings=embeddings, tokenizer=vocabulary)
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.run
+    return PromptTuning(LENGTH, init).init(key, model)[PROMPT]
 
 
-def native_steps(model, params, batches):
+def native_steps(params, batches):
     """The same steps by this project's own trainer: the prompt, and the losses."""
     (state, frozen), losses = native_start(params), []
-    step = native_step(model)
+    step = native_step()
     for rows in batches:
         state, metrics = step(state, frozen, rows)
         losses.append(float(metrics.sums.loss))
@@ -230,7 +232,7 @@ def test_three_steps_of_t5xs_trainer_change_the_prompt_alone_and_as_ours_do(micr
     assert changed(params, flat(after)) == [PROMPT]
     assert int(after.step) == 3
 
-    prompt, losses = native_steps(module, params, batches)
+    prompt, losses = native_steps(params, batches)
     # Three updates of root mean square 0.3: 1e-5 of the prompt is 1e-5 of an update, too.
     close(flat(after)[PROMPT], prompt, 1e-5)
     tokens = sum(int((rows.targets > 0).sum()) for rows in batches)
@@ -256,14 +258,13 @@ def test_loss_and_every_gradient_are_those_of_the_native_step(compiled_fast):
     rows = batch()
 
     def native_loss(params):
-        return batch_loss(
-            module, Injection(), flatten_dict(params, sep="/"), jnp.asarray(rows.inputs), jnp.asarray(rows.targets)
-        ).loss
+        own = dict(params)
+        injection = Injection(own.pop(PROMPT), parameters=own)
+        return batch_loss(Transformer(CONFIG), injection, {}, jnp.asarray(rows.inputs), jnp.asarray(rows.targets)).loss
 
     loss, gradients = loss_and_gradients(hosted(module, CONFIG.vocab_size), params, rows)
-    expected_loss, expected = jax.jit(jax.value_and_grad(native_loss))(tree(params))
+    expected_loss, expected = jax.jit(jax.value_and_grad(native_loss))(params)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    expected = flatten_dict(expected, sep="/")
     assert gradients.keys() == expected.keys()
     for path, value in expected.items():
         close(gradients[path], value, 1e-5)
@@ -277,7 +278,7 @@ def test_xla_drops_the_frozen_gradients(microbatches):
     """
     module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
-    program = native_step(module).lower(*native_start(params), rows)
+    program = native_step().lower(*native_start(params), rows)
     native = program.compile().cost_analysis()["flops"] / (microbatches or 1)
 
     def t5x_step(patterns):
@@ -305,7 +306,8 @@ def test_decoding_is_ours(compiled_fast):
     model = hosted(module, CONFIG.vocab_size)
     width = 12
     given = features(rows) | {"decoder_input_tokens": jnp.zeros((4, width), jnp.int32)}
-    expected, _ = greedy(module, tree(params), jnp.asarray(rows.inputs), width)
+    own, prompt = apart(params)
+    expected, _ = greedy(Transformer(CONFIG), own, jnp.asarray(rows.inputs), width, prompt=prompt)
     assert len(np.unique(np.asarray(expected))) > 4
 
     def to_the_end(tokens):
@@ -391,7 +393,7 @@ def test_t5xs_own_network_trains_and_decodes_with_a_prompt(compiled_fast):
     model = hosted(own, CONFIG.vocab_size)
     after, _ = train(model, state_of(model, params), initializer(model).train_state_axes, batches)
     assert changed(params, flat(after)) == [PROMPT]
-    close(flat(after)[PROMPT], native_steps(module, params, batches)[0], 1e-5)
+    close(flat(after)[PROMPT], native_steps(params, batches)[0], 1e-5)
 
     given = features(batches[0])
     tokens = [jax.jit(hosted(net, CONFIG.vocab_size).predict_batch)(tree(params), given) for net in (own, module)]
