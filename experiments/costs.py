@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from experiments.benchmarks.flop import Shape, step_flop
-from prompt_tuning_jax.t5.config import SIZES
+from experiments.sizes import SIZES
 
 STEPS, SHAPE = 30_000, Shape(32, 512, 16, 100)
 # Peak products in bfloat16, FLOP/s a chip (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments import paper
 from experiments.drawing import COLOURS, mark_sizes, put_legend_below
-from experiments.sizes import CONFIGS, PARAMETERS
+from experiments.sizes import PARAMETERS, SIZES
 
 LENGTHS = (1, 5, 20, 100, 150)
 
@@ -34,11 +34,11 @@ class Share(NamedTuple):
         return 100 * self.task_parameters / self.model_parameters
 
 
-def shares(sizes: Iterable[str] = CONFIGS) -> list[Share]:
+def shares(sizes: Iterable[str] = SIZES) -> list[Share]:
     """Every size's prompts of `LENGTHS`, its model tuned, and prompts of as many words as the paper names."""
     found = []
     for size in sizes:
-        width, model = CONFIGS[size].emb_dim, PARAMETERS[size]
+        width, model = SIZES[size].emb_dim, PARAMETERS[size]
         found += [Share("prompt_tuning", size, model, length, length * width) for length in LENGTHS]
         found.append(Share("model_tuning", size, model, None, model))
         found += [Share("prompt_design", size, model, ids, ids) for ids in paper.PROMPT_DESIGN_IDS]

@@ -196,10 +196,10 @@ def run_config(args: argparse.Namespace, layers: tuple[int, int] | None, batch_s
     """A prompt-tuning run of a base that is nowhere; of its own depth where `layers` is None."""
     import dataclasses
 
+    from experiments.sizes import SIZES
     from prompt_tuning_jax.batches.dataset import DatasetConfig
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
     from prompt_tuning_jax.prompts.initializers import RandomUniform
-    from prompt_tuning_jax.t5.config import SIZES
     from prompt_tuning_jax.training.optimizer import adafactor
     from prompt_tuning_jax.training.run import TrainConfig
 

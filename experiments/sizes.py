@@ -1,17 +1,28 @@
 """The sizes on the figures' x-axis, and their numbers of parameters."""
 
-import dataclasses
+import re
+from pathlib import Path
 
-from prompt_tuning_jax.t5.config import SIZES, T5Config
+from prompt_tuning_jax.t5.config import T5Config
 
-# Their bases have the embedded vocabulary: gin_configs/models/nano.gin, micro.gin, mini.gin.
+MODELS = Path(__file__).parents[1] / "gin_configs" / "models"
+
+# The ladder below small is this project's own, and has the embedded tokenizer: 8,192 subwords and 100 sentinels, padded
+# to a multiple of 128. small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
 LADDER = ("nano", "micro", "mini")
-LADDER_VOCABULARY = 8_320
+T5_1_1 = ("small", "base", "large", "xl", "xxl")
 
-CONFIGS = {
-    size: dataclasses.replace(config, vocab_size=LADDER_VOCABULARY) if size in LADDER else config
-    for size, config in SIZES.items()
-}
+
+def read_size(name: str) -> T5Config:
+    """The size that a file of gin_configs/models sets; read without gin, which a GPU's machine may lack."""
+    common = (MODELS / "t5_1_1.gin").read_text()
+    own = (MODELS / (f"{name}.gin" if name in LADDER else f"t5_1_1_{name}.gin")).read_text()
+    numbers = dict(re.findall(r"^ *(\w+) = ([\d_]+)\b", common + own, re.MULTILINE))
+    vocab_size = int(numbers.pop("VOCAB_SIZE"))
+    return T5Config(vocab_size, **{field: int(number) for field, number in numbers.items()})
+
+
+SIZES = {name: read_size(name) for name in LADDER + T5_1_1}
 
 
 def number_of_parameters(config: T5Config) -> int:
@@ -27,4 +38,4 @@ def number_of_parameters(config: T5Config) -> int:
     return tables * config.vocab_size * width + layers + 2 * width + buckets
 
 
-PARAMETERS = {size: number_of_parameters(config) for size, config in CONFIGS.items()}
+PARAMETERS = {size: number_of_parameters(config) for size, config in SIZES.items()}

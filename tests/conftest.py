@@ -45,6 +45,19 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="module")
+def forget_tasks():
+    """Removes the tasks and mixtures that the module's tests registered in this process: near misses name them all."""
+    importlib.import_module("prompt_tuning_jax.tasks.register")
+    seqio = importlib.import_module("seqio")
+    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
+    before = [set(registry.names()) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.remove(name)
+
+
 def reference(name: str) -> dict[str, np.ndarray]:
     with np.load(FIXTURES / name) as arrays:
         return dict(arrays)

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.benchmarks import page
 from experiments.benchmarks.flop import Shape, product_rates, step_flop
 from experiments.benchmarks.train_step import against_products, figures, in_any_order
+from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.methods.method import Injection
-from prompt_tuning_jax.t5.config import SIZES, T5Config
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.step import batch_loss
 

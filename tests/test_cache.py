@@ -537,7 +537,7 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tiny, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch):
+def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch, forget_tasks):
     """Its postprocessor and metric score the cache, options and all."""
     (tmp_path / "own_reviews.py").write_text(
         "import functools, seqio, tensorflow as tf\n"

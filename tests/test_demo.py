@@ -11,10 +11,10 @@ import gin
 import numpy as np
 import pytest
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax import demo
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes, load_base
 from prompt_tuning_jax.checkpoints.huggingface import read_config
-from prompt_tuning_jax.t5.config import SIZES
 
 NANO = EMBEDDED["nano"]
 

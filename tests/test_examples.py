@@ -129,7 +129,7 @@ def test_the_demos_rows_are_the_seqio_tasks(reviews_cache, split):
             np.testing.assert_array_equal(left, right, strict=True)
 
 
-def test_rows_files_and_a_cache_of_the_same_texts_have_the_same_tokens(tiny, tmp_path, monkeypatch):
+def test_rows_files_and_a_cache_of_the_same_texts_have_the_same_tokens(tiny, tmp_path, monkeypatch, forget_tasks):
     """And rows and files the same fingerprint, wherever the files lie and whatever they are called."""
     words = Vocabulary(tiny.vocabulary)
     texts = [*Reviews().rows("validation")[:50], *Reviews().rows("unseen_words")[:30]]

@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from tiny import ROOT
 
 from experiments import figure_1, figure_3, figure_4, figures, paper, tables
-from experiments.sizes import CONFIGS, LADDER, PARAMETERS, number_of_parameters
+from experiments.sizes import LADDER, PARAMETERS, SIZES, number_of_parameters
 from experiments.trials import Result, to_csv
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes
 from prompt_tuning_jax.checkpoints.huggingface import read_config
@@ -21,7 +20,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 TASKS = ("cb", "sst2")
 SEEDS = ("0", "1", "2")
-SIZES = ("nano", "micro")
+DRAWN = ("nano", "micro")
 VALUES = {
     "figure_3a_ladder": ("PROMPT_LENGTH", ("1", "5", "20", "50")),
     "figure_3b_ladder": ("INIT", ("random_uniform", "sampled_vocabulary", "class_labels")),
@@ -37,7 +36,7 @@ def result(score: float, ranking: float | None = None, metrics: dict | None = No
 
 def sweep(axis: str, values: tuple[str, ...], seed: int = 0) -> list[Result]:
     rng = np.random.default_rng(seed)
-    points = itertools.product(values, SIZES, TASKS, SEEDS)
+    points = itertools.product(values, DRAWN, TASKS, SEEDS)
     return [
         result(float(rng.uniform(40, 80)), **{axis: value, "SIZE": size, "TASK": task, "RANDOM_SEED": seed})
         for value, size, task, seed in points
@@ -48,14 +47,14 @@ def first_figure() -> list[Result]:
     """Each of the methods, as figure_1's sweeps have them."""
     rng = np.random.default_rng(1)
     results = sweep("METHOD", ("prompt_tuning", "model_tuning"))
-    for size, seed in itertools.product(SIZES, SEEDS):
+    for size, seed in itertools.product(DRAWN, SEEDS):
         scores = [float(value) for value in rng.uniform(60, 80, len(TASKS))]
         metrics = {f"{task}_v200/accuracy": score for task, score in zip(TASKS, scores, strict=True)}
         metrics["other_v200/accuracy"] = 1.0
         results.append(
             result(statistics.mean(scores), metrics=metrics, METHOD="multi_task", SIZE=size, RANDOM_SEED=seed)
         )
-    for size, task, text in itertools.product(SIZES, TASKS, ("plain", "question")):
+    for size, task, text in itertools.product(DRAWN, TASKS, ("plain", "question")):
         ranking = float(rng.uniform(30, 60))
         results.append(result(0.0, ranking, METHOD="prompt_design", SIZE=size, TASK=task, TEXT=text))
     return results
@@ -103,7 +102,7 @@ def tied(config: T5Config) -> T5Config:
     return dataclasses.replace(config, logits_via_embedding=True, mlp_activations=("relu",), head_dim=24)
 
 
-@pytest.mark.parametrize("config", [*(CONFIGS[size] for size in (*LADDER, "small")), tied(CONFIGS["nano"])])
+@pytest.mark.parametrize("config", [*(SIZES[size] for size in (*LADDER, "small")), tied(SIZES["nano"])])
 def test_the_number_of_parameters_is_the_networks(config):
     assert number_of_parameters(config) == sum(math.prod(shape) for shape in expected_shapes(config).values())
 
@@ -112,14 +111,6 @@ def test_the_number_of_parameters_is_the_papers():
     assert {size: PARAMETERS[size] for size in paper.SIZES} == {
         size: model.parameters for size, model in paper.MODELS.items()
     }
-
-
-@pytest.mark.parametrize("size", LADDER)
-def test_the_ladders_sizes_are_those_of_its_gin_files(size):
-    lines = (ROOT / "gin_configs" / "models" / f"{size}.gin").read_text().splitlines()
-    said = (line.partition("#")[0].partition("=") for line in lines if "=" in line)
-    values = {name.strip().replace("VOCAB_SIZE", "vocab_size"): int(value.replace("_", "")) for name, _, value in said}
-    assert len(values) == 6 and {name: getattr(CONFIGS[size], name) for name in values} == values
 
 
 def test_the_embedded_base_is_nano():
@@ -168,7 +159,7 @@ def test_an_ablation_shows_means_and_deviations(name):
         found = drawn(panels[panel])
         assert list(found) == [labels[value] for value in values]
         for value in values:
-            expected = {PARAMETERS[size]: by_definition(results, size, tasks, **{axis: value}) for size in SIZES}
+            expected = {PARAMETERS[size]: by_definition(results, size, tasks, **{axis: value}) for size in DRAWN}
             for size, point in found[labels[value]].items():
                 # An error bar is two ends about a mean, each rounded.
                 assert point == pytest.approx(expected[size], abs=1e-9)
@@ -186,10 +177,10 @@ def test_figure_1_shows_each_method():
     labels = {method: series.label for method, series in figure_1.SERIES.items()}
     found = {panel: drawn(axis) for panel, axis in panels.items()}
     assert list(found["this project"]) == [*labels.values()]
-    for method, size in itertools.product(("prompt_tuning", "model_tuning"), SIZES):
+    for method, size in itertools.product(("prompt_tuning", "model_tuning"), DRAWN):
         point = found["this project"][labels[method]][PARAMETERS[size]]
         assert point == pytest.approx(by_definition(results, size, TASKS, METHOD=method), abs=1e-9)
-    for size in SIZES:
+    for size in DRAWN:
         runs = [one for one in results if one.axes["METHOD"] == "multi_task" and one.axes["SIZE"] == size]
         # What only the mixture has takes no part: the score of the fixture's runs is without it.
         point = found["this project"][labels["multi_task"]][PARAMETERS[size]]

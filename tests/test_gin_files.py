@@ -11,6 +11,7 @@ from pathlib import Path
 import gin
 import pytest
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax import demo, eval, gin_files, sweep
 from prompt_tuning_jax.batches import dataset
 from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
@@ -20,7 +21,7 @@ from prompt_tuning_jax.t5 import config
 train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
 CONFIGS = Path(__file__).parent.parent / "gin_configs"
 MODELS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("models/*.gin"))]
-SIZES = [model for model in MODELS if model != "models/t5_1_1.gin"]
+SIZE_FILES = [model for model in MODELS if model != "models/t5_1_1.gin"]
 PROMPTS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("prompts/*.gin"))]
 TASK = {
     "MIXTURE_OR_TASK_NAME": "taskless_glue_sst2_v200",
@@ -81,7 +82,7 @@ def test_a_method_is_any_model_before_or_after_it(method):
     assert gin_files.config_text() == first
     given = gin.query_parameter("run.TrainConfig.method").scoped_configurable_fn()
     assert type(given).__name__.lower() == Path(method).stem.replace("_", "")
-    given.check(config.SIZES["nano"], 32)
+    given.check(SIZES["nano"], 32)
     gin.query_parameter("run.TrainConfig.optimizer").scoped_configurable_fn()
 
 
@@ -119,11 +120,11 @@ def test_no_gin_file_is_left_out_of_these_tests():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")} == tested
 
 
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("model", SIZE_FILES)
 def test_a_models_file_is_the_size_of_its_name(model):
     parse(model, "prompts/random_uniform.gin", "runs/prompt_tune.gin", **RUN)
     found = gin.get_configurable(config.T5Config)()
-    expected = config.SIZES[Path(model).stem.removeprefix("t5_1_1_")]
+    expected = SIZES[Path(model).stem.removeprefix("t5_1_1_")]
     expected = dataclasses.replace(expected, dropout_rate=0.1)
     remat = {"models/t5_1_1_xl.gin": "minimal", "models/t5_1_1_xxl.gin": "full"}.get(model, "none")
     assert found == dataclasses.replace(expected, remat_policy=remat)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import random_base
@@ -29,7 +30,6 @@ from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.parallel.mesh import MeshShape
 from prompt_tuning_jax.prompts.initializers import RandomUniform
-from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training import memory_plan
 from prompt_tuning_jax.training.memory_plan import device_part, largest_batch, plan, start_shapes, step_memory
@@ -449,7 +449,7 @@ import jax, jax.numpy as jnp
 from test_memory_plan import run_of
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import random_base
-from prompt_tuning_jax.t5.config import SIZES
+from experiments.sizes import SIZES
 from prompt_tuning_jax.training.memory_plan import plan
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.network import Transformer

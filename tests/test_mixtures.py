@@ -193,7 +193,7 @@ def in_process(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def own_tasks(tmp_path_factory):
+def own_tasks(tmp_path_factory, forget_tasks):
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_mixtures.py").write_text(MODULE)
     return folder

@@ -15,11 +15,12 @@ from fixtures.models import OFFICIAL_PROMPT, apart, parameters, prompted, random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
-from prompt_tuning_jax.t5.config import SIZES, T5Config
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.t5.scoring import token_log_probs

@@ -20,6 +20,7 @@ import pytest
 from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
 
 from experiments import scaling
+from experiments.sizes import SIZES
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
 from prompt_tuning_jax.checkpoints.model import load
@@ -30,7 +31,6 @@ from prompt_tuning_jax.parallel import processes
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import logical_axes
 from prompt_tuning_jax.parallel.processes import LOST_PEER, PeerWatch, process_of
-from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.layout import mesh_for
 from prompt_tuning_jax.training.run import TrainConfig, start_state

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, make_tiny, random_params
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import SIZES
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs

@@ -13,11 +13,12 @@ from sentencepiece import sentencepiece_model_pb2
 from tiny import CONFIG
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, default_vocabulary, expected_shapes, open_vocabulary
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
-from prompt_tuning_jax.t5.config import SIZES, T5Config
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import BYTES, EOS, Vocabulary, seqio_vocabulary
 from prompt_tuning_jax.training.loop import train

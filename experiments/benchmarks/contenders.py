@@ -21,9 +21,9 @@ CORES = len(os.sched_getaffinity(0))
 
 def write_base(folder: Path, size: str) -> None:
     """A random base in Hugging Face's layout, whose end of sequence has a logit of 0: it is never the likeliest."""
+    from experiments.sizes import SIZES
     from prompt_tuning_jax.checkpoints import huggingface
     from prompt_tuning_jax.checkpoints.base import expected_shapes
-    from prompt_tuning_jax.t5.config import SIZES
 
     rng, params = np.random.default_rng(0), {}
     for path, shape in expected_shapes(SIZES[size]).items():
@@ -42,7 +42,7 @@ def deviation(path: str, shape: Sequence[int], head_dim: int) -> float:
 
 
 def random_prompt(seed: int, length: int, size: str) -> np.ndarray:
-    from prompt_tuning_jax.t5.config import SIZES
+    from experiments.sizes import SIZES
 
     return np.random.default_rng(seed).standard_normal((length, SIZES[size].emb_dim), np.float32)
 

@@ -47,9 +47,9 @@ class Ours:
         import jax
         from flax.traverse_util import unflatten_dict
 
+        from experiments.sizes import SIZES
         from prompt_tuning_jax.checkpoints.base import load_base
         from prompt_tuning_jax.prompts.peft import read_adapter
-        from prompt_tuning_jax.t5.config import SIZES
         from prompt_tuning_jax.t5.decoding import greedy
         from prompt_tuning_jax.t5.network import Transformer
 
@@ -68,7 +68,7 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from prompt_tuning_jax.t5.config import SIZES
+        from experiments.sizes import SIZES
 
         layers, heads, width = SIZES[size].num_decoder_layers, SIZES[size].num_heads, SIZES[size].head_dim
         draws = jax.random.split(jax.random.key(0), 2 * layers)

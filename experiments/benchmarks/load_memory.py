@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.sizes import SIZES
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
-from prompt_tuning_jax.t5.config import SIZES
 
 FORMATS = ("huggingface", "huggingface_sharded", "t5x", "orbax")
 

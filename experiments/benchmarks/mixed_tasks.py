@@ -71,8 +71,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The base in memory."""
+    from experiments.sizes import SIZES
     from prompt_tuning_jax.checkpoints.base import load_base
-    from prompt_tuning_jax.t5.config import SIZES
 
     return load_base(str(arguments.folder / "base"), SIZES[arguments.size]).params
 
@@ -81,10 +81,10 @@ def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank
     """A predictor without prompts. It is given token ids, and a vocabulary that only counts them."""
     from types import SimpleNamespace
 
+    from experiments.sizes import SIZES
     from prompt_tuning_jax.checkpoints.model import Model
     from prompt_tuning_jax.inference.bank import PromptBank
     from prompt_tuning_jax.inference.predictor import Predictor
-    from prompt_tuning_jax.t5.config import SIZES
 
     config: Any = SIZES[arguments.size]
     tokenizer: Any = SimpleNamespace(encode=lambda text: [3], decode=len)

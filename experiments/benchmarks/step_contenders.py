@@ -55,10 +55,10 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
+        from experiments.sizes import SIZES
         from prompt_tuning_jax.batches.loader import Batch
         from prompt_tuning_jax.methods.model_tuning import ModelTuning
         from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
-        from prompt_tuning_jax.t5.config import SIZES
         from prompt_tuning_jax.t5.network import Transformer
         from prompt_tuning_jax.training.optimizer import adafactor
         from prompt_tuning_jax.training.step import TrainState, make_train_step
@@ -87,8 +87,8 @@ class Ours:
         """Read from the folder, or random where there is none: made where they stay, an array at a time."""
         import jax
 
+        from experiments.sizes import SIZES
         from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
-        from prompt_tuning_jax.t5.config import SIZES
         from prompt_tuning_jax.t5.quantized import quantized
 
         config = SIZES[asked.size]
@@ -165,7 +165,7 @@ class Peft:
         """Random weights, made where they stay."""
         import transformers
 
-        from prompt_tuning_jax.t5.config import SIZES
+        from experiments.sizes import SIZES
 
         ours, torch = SIZES[size], self._torch
         config = transformers.T5Config(
@@ -246,7 +246,7 @@ def contend(asked: Asked) -> None:
 
     def products() -> dict[str, float]:
         from experiments.benchmarks.flop import Shape, product_rates, product_shapes
-        from prompt_tuning_jax.t5.config import SIZES
+        from experiments.sizes import SIZES
 
         inputs, targets = max(rows, key=lambda pair: pair[0].size)
         shape = Shape(len(inputs), inputs.shape[1], targets.shape[1], asked.prompt_length)

@@ -168,7 +168,7 @@ def by_turns(running: Mapping[str, Contender], rows: Mapping[str, Rows], rounds:
 def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the seconds of steps say; with `--lengths` step n was on batch n."""
     from experiments.benchmarks.flop import Shape, step_flop
-    from prompt_tuning_jax.t5.config import SIZES
+    from experiments.sizes import SIZES
 
     model = arguments.mode == "model"
     prompt = 0 if model else arguments.prompt_length
@@ -232,7 +232,8 @@ def compare(folder: Path, names: Sequence[str], arguments: argparse.Namespace) -
 
 
 def parse() -> argparse.Namespace:
-    from prompt_tuning_jax.t5.config import ATTENTIONS, REMAT_POLICIES, SIZES
+    from experiments.sizes import SIZES
+    from prompt_tuning_jax.t5.config import ATTENTIONS, REMAT_POLICIES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")

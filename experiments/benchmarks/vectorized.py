@@ -85,12 +85,12 @@ def step(size: str, seeds: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from experiments.sizes import SIZES
     from prompt_tuning_jax.batches.loader import Batch
     from prompt_tuning_jax.checkpoints.base import random_base
     from prompt_tuning_jax.methods.prompt_tuning import PROMPT as PATH
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
     from prompt_tuning_jax.sweeps.joint_step import joint_step
-    from prompt_tuning_jax.t5.config import SIZES
     from prompt_tuning_jax.t5.network import Transformer
     from prompt_tuning_jax.training.optimizer import adafactor
     from prompt_tuning_jax.training.step import TrainState, make_train_step

@@ -71,22 +71,3 @@ def has_cudnn_attention() -> bool:
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; of an AMD GPU "gfx90a"
     return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8
-
-
-def _size(emb_dim: int, mlp_dim: int, num_heads: int, layers: int, vocab_size: int = 32_128) -> T5Config:
-    return T5Config(vocab_size, emb_dim, num_heads, layers, layers, mlp_dim)
-
-
-# The ladder below small is this project's own, and has the embedded tokenizer: 8,192 subwords and 100 sentinels, padded
-# to a multiple of 128. small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
-EMBEDDED_VOCABULARY = 8_320
-SIZES = {
-    "nano": _size(128, 256, 2, 4, EMBEDDED_VOCABULARY),
-    "micro": _size(256, 512, 4, 4, EMBEDDED_VOCABULARY),
-    "mini": _size(384, 1024, 6, 6, EMBEDDED_VOCABULARY),
-    "small": _size(512, 1024, 6, 8),
-    "base": _size(768, 2048, 12, 12),
-    "large": _size(1024, 2816, 16, 24),
-    "xl": _size(2048, 5120, 32, 24),
-    "xxl": _size(4096, 10240, 64, 24),
-}
