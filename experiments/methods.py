@@ -265,10 +265,10 @@ def page(found: Sequence[Found]) -> str:
         "# The methods on real tasks",
         "Written by `python -m experiments.methods --page` from methods.csv. Accuracy in per cent of generated answers "
         "on training rows held back, at each run's best evaluation; mean over the seeds. In brackets: the middle 95% "
-        f"of {DRAWS:,} bootstrap draws over rows and seeds. Each method had the same number of learning rates, tried with "
-        f'the first seed; the best of them was run with the other seeds. "less {PLAIN}" is the difference to prompt '
-        'tuning by the official recipe on the same rows; "none" stands where its interval has 0 in it. The rows that '
-        "are scored also choose the learning rate and the step, so all scores are a little too high.",
+        f"of {DRAWS:,} bootstrap draws over rows and seeds. Each method had the same number of learning rates, tried "
+        f'with the first seed; the best of them was run with the other seeds. "less {PLAIN}" is the difference to '
+        'prompt tuning by the official recipe on the same rows; "none" stands where its interval has 0 in it. The rows '
+        "that are scored also choose the learning rate and the step, so all scores are a little too high.",
     ]
     for size, task in dict.fromkeys((one.size, one.task) for one in found):
         count = next(len(one.right) for one in found if (one.size, one.task) == (size, task))
