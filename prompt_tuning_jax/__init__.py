@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.inference.predictor import Predictor as Predictor
     from prompt_tuning_jax.methods.ia3 import IA3 as IA3
     from prompt_tuning_jax.methods.lora import LoRA as LoRA
+    from prompt_tuning_jax.methods.low_rank_prompt import LowRankPrompt as LowRankPrompt
+    from prompt_tuning_jax.methods.lstm_prompt import LSTMPrompt as LSTMPrompt
     from prompt_tuning_jax.methods.method import Injection as Injection
     from prompt_tuning_jax.methods.method import Method as Method
+    from prompt_tuning_jax.methods.mlp_prompt import MLPPrompt as MLPPrompt
     from prompt_tuning_jax.methods.model_tuning import ModelTuning as ModelTuning
     from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt as PerLayerPrompt
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning as PromptTuning
     from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt as ResidualPrompt
+    from prompt_tuning_jax.methods.scale_shift_prompt import ScaleShiftPrompt as ScaleShiftPrompt
+    from prompt_tuning_jax.methods.super_pos import SuperPos as SuperPos
+    from prompt_tuning_jax.methods.ulpt import ULPT as ULPT
     from prompt_tuning_jax.prompts import initializers as init  # noqa: F401
     from prompt_tuning_jax.training.api import Result as Result
     from prompt_tuning_jax.training.api import evaluate as evaluate
@@ -40,7 +46,10 @@ if TYPE_CHECKING:
 _PLACES = {
     "IA3": "methods.ia3:IA3",
     "Injection": "methods.method:Injection",
+    "LSTMPrompt": "methods.lstm_prompt:LSTMPrompt",
     "LoRA": "methods.lora:LoRA",
+    "LowRankPrompt": "methods.low_rank_prompt:LowRankPrompt",
+    "MLPPrompt": "methods.mlp_prompt:MLPPrompt",
     "Method": "methods.method:Method",
     "Model": "checkpoints.model:Model",
     "ModelTuning": "methods.model_tuning:ModelTuning",
@@ -49,6 +58,9 @@ _PLACES = {
     "PromptTuning": "methods.prompt_tuning:PromptTuning",
     "ResidualPrompt": "methods.residual_prompt:ResidualPrompt",
     "Result": "training.api:Result",
+    "ScaleShiftPrompt": "methods.scale_shift_prompt:ScaleShiftPrompt",
+    "SuperPos": "methods.super_pos:SuperPos",
+    "ULPT": "methods.ulpt:ULPT",
     "adafactor": "training.optimizer:adafactor",
     "evaluate": "training.api:evaluate",
     "files": "batches.data:files",

@@ -73,8 +73,8 @@ def test_prompt_tuning_is_any_model_with_any_prompt_in_any_order(model, prompt):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_any_model_before_or_after_it(method):
-    """With a start from prompts/, if it has a prompt: the settings are those of the method."""
-    starts = ["prompts/random_uniform.gin"] if "prompt" in method else []
+    """With a start from prompts/, if it takes one: the settings are those of the method."""
+    starts = ["prompts/random_uniform.gin"] if "%PROMPT_INIT" in (CONFIGS / method).read_text() else []
     macros = RUN | {"TRAIN_STEPS": 10}
     parse(MODELS[0], *starts, method, **macros)
     first = gin_files.config_text()

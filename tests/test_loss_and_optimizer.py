@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prompt_tuning_jax.t5.scoring import token_log_probs
 from prompt_tuning_jax.training.loss import cross_entropy
-from prompt_tuning_jax.training.optimizer import adafactor, warmup_cosine
+from prompt_tuning_jax.training.optimizer import adafactor, clipped_adamw, warmup_cosine, warmup_linear
 
 
 def log_softmax(logits):
@@ -129,3 +129,34 @@ def test_schedule_rises_and_falls():
     assert float(schedule(550)) == pytest.approx(0.006, rel=1e-5)
     assert float(schedule(1_000)) == pytest.approx(0.002, rel=1e-6)
     assert float(warmup_cosine(0.01, 1)(1)) > 0  # a run of one step
+
+
+def test_warmup_linear_is_transformers_schedule():
+    """The rise as a number of steps and as a share; its end is 0, and stays there."""
+    expected = [0, 0.15, 0.3, 0.45, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0]
+    for warmup in (4, 0.4):
+        found = [float(warmup_linear(0.6, 10, warmup)(step)) for step in range(12)]
+        np.testing.assert_allclose(found, expected, atol=1e-7)
+    found = [float(warmup_linear(0.6, 6)(step)) for step in range(8)]
+    np.testing.assert_allclose(found, [0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0], atol=1e-7)
+
+
+def test_clipped_adamw_is_torchs():
+    """AdamW after clip_grad_norm_, with gradients on both sides of the limit."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in {"a": (3, 4), "b": (5,)}.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    torchs = torch.optim.AdamW(theirs.values(), lr=0.3, weight_decay=1e-2)
+    ours, optimizer = jax.tree.map(jnp.asarray, start), clipped_adamw(0.3, weight_decay=1e-2, clip_norm=1.0)
+    state = optimizer.init(ours)
+    for size in (0.01, 3.0, 0.1, 1.0):
+        gradients = {name: (size * rng.normal(size=value.shape)).astype(np.float32) for name, value in start.items()}
+        for name, value in gradients.items():
+            theirs[name].grad = torch.tensor(value)
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        torchs.step()
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, gradients), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value.detach().numpy(), atol=1e-5)

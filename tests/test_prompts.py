@@ -80,6 +80,18 @@ def test_sampled_words_repeat_only_where_there_are_too_few():
     assert set(drawn(200, population=5_000, table=TABLE[:10])) == set(range(3, 10))
 
 
+@pytest.mark.parametrize("vocabulary, words, rows", [("t5", 32_000, 32_128), ("bytes", 248, 384)])
+def test_no_sentinel_and_no_padding_row_is_drawn(vocabulary, words, rows, data_dir):
+    """However many tokens are asked for; PEFT draws from the whole table."""
+    tokenizer = Vocabulary(data_dir / "t5" / "spiece.model" if vocabulary == "t5" else "bytes")
+    model = model_of(jnp.repeat(jnp.arange(float(rows))[:, None], WIDTH, axis=1))
+    model.tokenizer = tokenizer
+    found = initializers.SampledVocabulary(population=rows)(KEY, words - 3, model)
+    np.testing.assert_array_equal(np.sort(found[:, 0]), np.arange(3, words))
+    model.tokenizer = types.SimpleNamespace(vocab_size=tokenizer.size, extra_ids=tokenizer.sentinels)  # SeqIO's names
+    np.testing.assert_array_equal(initializers.SampledVocabulary(population=rows)(KEY, words - 3, model), found)
+
+
 def test_population_of_special_tokens_alone_is_refused():
     with pytest.raises(ValueError, match="population is 3"):
         drawn(2, population=3)

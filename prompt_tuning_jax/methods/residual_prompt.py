@@ -11,7 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.checks import check_whole_number
+from prompt_tuning_jax.methods.linear import draw_linear
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
@@ -43,8 +44,8 @@ class ResidualPrompt(Method):
         of_prompt, of_down, of_up = jax.random.split(key, 3)
         prompt = self.initializer(of_prompt, self.length, model)
         width = prompt.shape[1]
-        down, down_bias = _linear(of_down, width, self.bottleneck)
-        up, up_bias = _linear(of_up, self.bottleneck, width)
+        down, down_bias = draw_linear(of_down, width, self.bottleneck)
+        up, up_bias = draw_linear(of_up, self.bottleneck, width)
         return {
             "prompt": prompt,
             "down": down,
@@ -65,13 +66,4 @@ class ResidualPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        if isinstance(self.bottleneck, bool) or not isinstance(self.bottleneck, int) or self.bottleneck < 1:
-            raise SettingError(Setting("bottleneck"), f" is {self.bottleneck!r}, expected a whole number of at least 1")
-
-
-def _linear(key: jax.Array, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
-    """Weights [inputs, outputs] and bias, drawn as torch.nn.Linear draws them: uniform within inputs ** -0.5 of 0."""
-    of_weights, of_bias = jax.random.split(key)
-    bound = inputs**-0.5
-    weights = jax.random.uniform(of_weights, (inputs, outputs), jnp.float32, -bound, bound)
-    return weights, jax.random.uniform(of_bias, (outputs,), jnp.float32, -bound, bound)
+        check_whole_number("bottleneck", self.bottleneck)

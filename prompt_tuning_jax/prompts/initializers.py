@@ -52,8 +52,8 @@ class OfficialRandomUniform(RandomUniform):
 class SampledVocabulary:
     """Embeddings of distinct tokens, drawn from the `population` first ids: the most common ones, no special ones.
 
-    They are drawn with replacement only if the prompt is longer than the population. The official code also draws
-    <pad>, </s> and <unk>.
+    Sentinels and padding rows of the table are never drawn, however large the population. Tokens are drawn with
+    replacement only if the prompt is longer than the population. The official code also draws <pad>, </s> and <unk>.
     """
 
     population: int = 5_000
@@ -64,9 +64,23 @@ class SampledVocabulary:
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         table = jnp.asarray(model.embeddings)
-        ids = jnp.arange(SPECIAL_TOKENS, min(self.population, table.shape[0]))
+        words = word_ids(model.tokenizer, table.shape[0])
+        ids = jnp.arange(words.start, min(self.population, words.stop))
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
         return table[drawn].astype(jnp.float32)
+
+
+def word_ids(tokenizer: Any, rows: int) -> range:
+    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table.
+
+    Args:
+      tokenizer: one with `size` and `sentinels`, as `tasks.vocabularies.Vocabulary`, or with `vocab_size` and
+        `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or padding.
+      rows: of the embedding table.
+    """
+    size = getattr(tokenizer, "size", getattr(tokenizer, "vocab_size", rows))
+    sentinels = getattr(tokenizer, "sentinels", getattr(tokenizer, "extra_ids", 0))  # the last ids below `size`
+    return range(SPECIAL_TOKENS, min(rows, size - sentinels))
 
 
 SAMPLED_VOCABULARY = SampledVocabulary()  # the default of every method that starts from a prompt

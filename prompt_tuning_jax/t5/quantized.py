@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
 
 TABLE = "token_embedder/embedding"
 LARGEST = 127  # symmetric: -128 is not used
@@ -58,3 +59,10 @@ def embedding_table(params: Mapping[str, Array]) -> Float[Array, "V D"]:
     table = params[TABLE]
     scale = params.get(scale_path(TABLE))
     return table if scale is None else table.astype(jnp.float32) * scale[:, None]
+
+
+def embedding_rows(params: Mapping[str, Array], ids: Int[np.ndarray, " n"]) -> Float[Array, "n D"]:
+    """Returns rows of a base model's embedding table in floats, as `embedding_table(params)[ids]`."""
+    rows = params[TABLE][ids]
+    scale = params.get(scale_path(TABLE))
+    return rows if scale is None else rows.astype(jnp.float32) * scale[ids][:, None]

@@ -1,4 +1,4 @@
-"""Adafactor as T5X runs it, through optax, and learning-rate schedules."""
+"""Adafactor as T5X runs it, AdamW with clipped gradients, both through optax, and learning-rate schedules."""
 
 import math
 
@@ -39,6 +39,24 @@ def adafactor(
         weight_decay_rate=weight_decay or None,
         eps=1e-30,
     )
+
+
+def clipped_adamw(
+    learning_rate: float | optax.Schedule, *, weight_decay: float = 1e-5, clip_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """AdamW of gradients whose global norm is at most `clip_norm`."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
+
+
+def warmup_linear(peak: float, steps: int, warmup: float | int = 0.0) -> optax.Schedule:
+    """Linear up to `peak`, then linear down to 0 at `steps`, as transformers' schedule of that name.
+
+    Args:
+      warmup: how many steps the rise takes, or which share of `steps` if it is below 1.
+    """
+    rise = math.ceil(warmup * steps) if warmup < 1 else math.ceil(warmup)
+    fall = optax.linear_schedule(peak, 0.0, max(steps - rise, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), fall], [rise]) if rise else fall
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, floor: float = 0.05) -> optax.Schedule:

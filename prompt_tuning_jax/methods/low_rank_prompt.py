@@ -1,0 +1,47 @@
+"""Low-rank prompts: DPT (Xiao et al. 2023, arXiv 2310.10094) and LoPT (Guo et al. 2024, arXiv 2406.19486).
+
+    P = A B,    A [P, r],  B [r, D]
+
+Both factors start uniform over [-0.5, 0.5), as in the authors' code (XYaoooo/DPT, modeling_t5.py).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.methods.checks import check_whole_number
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankPrompt(Method):
+    """Trains two factors of the prompt; (P + D) r parameters.
+
+        >>> LowRankPrompt(length=100, rank=10)
+        LowRankPrompt(length=100, rank=10)
+
+    Attributes:
+      length: positions, P.
+      rank: columns of A and rows of B, r: at most the smaller of P and D, which any prompt can be written with. The
+        authors use 10; ULPT's table 1 has 10 and 64.
+    """
+
+    length: int = 100
+    rank: int = 10
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        of_a, of_b = jax.random.split(key)
+        a = jax.random.uniform(of_a, (self.length, self.rank), jnp.float32, -0.5, 0.5)
+        b = jax.random.uniform(of_b, (self.rank, model.config.emb_dim), jnp.float32, -0.5, 0.5)
+        return {"a": a, "b": b}
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        return Injection(prompt=trained["a"] @ trained["b"])
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)
+        shape = (self.length, config.emb_dim)
+        check_whole_number("rank", self.rank, min(shape), f"the smaller side of a prompt of {list(shape)}")

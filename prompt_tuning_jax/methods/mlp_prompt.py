@@ -1,0 +1,65 @@
+"""P-tuning's prompt encoder with a multilayer perceptron (Liu et al. 2021, arXiv 2103.10385; PEFT's `p_tuning`, MLP).
+
+    P'_i = W_3 ReLU(W_2 ReLU(W_1 P_i + b_1) + b_2) + b_3
+
+One network serves all positions. After training P' is the prompt: the network is folded in and gone.
+"""
+
+import dataclasses
+
+import jax
+
+from prompt_tuning_jax.methods.checks import check_whole_number
+from prompt_tuning_jax.methods.linear import draw_linear
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class MLPPrompt(Method):
+    """Trains P and a network of three linear layers, which start as torch's.
+
+    Unlike `ResidualPrompt`, whose network adds to P, the model sees only the network's output.
+
+    Attributes:
+      length: positions, P.
+      hidden_size: width of the two hidden layers. PEFT's example has 128.
+      initializer: how P starts; see `prompts.initializers`. PEFT draws it standard normal.
+    """
+
+    length: int
+    hidden_size: int
+    initializer: Initializer
+
+    def __init__(self, length: int = 20, hidden_size: int = 128, init: Initializer = SAMPLED_VOCABULARY):
+        object.__setattr__(self, "length", length)
+        object.__setattr__(self, "hidden_size", hidden_size)
+        object.__setattr__(self, "initializer", init)
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        of_prompt, of_first, of_second, of_third = jax.random.split(key, 4)
+        prompt = self.initializer(of_prompt, self.length, model)
+        width = prompt.shape[1]
+        first, first_bias = draw_linear(of_first, width, self.hidden_size)
+        second, second_bias = draw_linear(of_second, self.hidden_size, self.hidden_size)
+        third, third_bias = draw_linear(of_third, self.hidden_size, width)
+        return {
+            "prompt": prompt,
+            "first": first,
+            "first_bias": first_bias,
+            "second": second,
+            "second_bias": second_bias,
+            "third": third,
+            "third_bias": third_bias,
+        }
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        x = jax.nn.relu(trained["prompt"] @ trained["first"] + trained["first_bias"])
+        x = jax.nn.relu(x @ trained["second"] + trained["second_bias"])
+        return Injection(prompt=x @ trained["third"] + trained["third_bias"])
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)
+        check_whole_number("hidden_size", self.hidden_size)

@@ -1,0 +1,45 @@
+"""A prompt with a learned scale and shift per feature.
+
+    P'_ij = P_ij s_j + b_j,    s [D] from 1,  b [D] from 0
+
+P' is what ULPT (arXiv 2502.04501) makes of its projected prompt; here P itself is trained. As a function it is no more
+than prompt tuning, but s and b move all positions at once, which changes how it is optimised.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ScaleShiftPrompt(Method):
+    """Trains a prompt, and one scale and one shift per feature; P D + 2 D parameters.
+
+    Attributes:
+      length: positions, P.
+      initializer: how P starts; see `prompts.initializers`.
+    """
+
+    length: int
+    initializer: Initializer
+
+    def __init__(self, length: int = 100, init: Initializer = SAMPLED_VOCABULARY):
+        object.__setattr__(self, "length", length)
+        object.__setattr__(self, "initializer", init)
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        prompt = self.initializer(key, self.length, model)
+        width = prompt.shape[1]
+        return {"prompt": prompt, "scale": jnp.ones(width, jnp.float32), "shift": jnp.zeros(width, jnp.float32)}
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        return Injection(prompt=trained["prompt"] * trained["scale"] + trained["shift"])
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)

@@ -1,0 +1,83 @@
+"""SuperPos: prompts as superpositions of token embeddings (Sadraei Javaeri et al. 2024, arXiv 2406.05279).
+
+    p_i = (E + dE_i) w_i,    E [D, m] frozen,  dE_i [D, m],  w_i [m]
+
+The columns of E are the embeddings of m sampled tokens, the same ones for every position; each position i has its own
+change dE_i, which starts at 0, and its own weights w_i, which no softmax bounds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.checks import check_seed, check_whole_number
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, word_ids
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.quantized import embedding_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperPos(Method):
+    """Trains, for each position, a change to m token embeddings and their weights; P m (D + 1) parameters.
+
+        >>> SuperPos(length=10, tokens=128)
+        SuperPos(length=10, tokens=128, population=5000, token_seed=0)
+
+    E is read from the base model's embedding table in every step, and is neither trained nor stored: weight decay takes
+    dE to 0, not E. A trained prompt no longer depends on it. The weights start normal with variance 1 / m, so that a
+    position starts at the scale of an embedding. No code of the authors was found; this start is our own choice.
+
+    Attributes:
+      length: positions, P. The trained parameters are m + m / D times those of prompt tuning of the same length.
+      tokens: how many embeddings are superposed, m. The paper finds no gain above 128.
+      population: the tokens are drawn from the first ids up to here, the most common ones, without special tokens; none
+        of them may be a sentinel or a padding row of the embedding table.
+      token_seed: of the draw. It does not follow the run's seed, so that the tokens are a function of the fields alone.
+    """
+
+    length: int = 10
+    tokens: int = 128
+    population: int = 5_000
+    token_seed: int = 0
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        words = word_ids(model.tokenizer, model.config.vocab_size)
+        if self.population > words.stop:
+            rest = f"expected at most {words.stop}: the ids from there on are sentinels and padding"
+            raise SettingError(Setting("population"), f" is {self.population}, {rest}")
+        weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
+        change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
+        return {"weights": weights, "change": change}
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        weights, change = trained["weights"], trained["change"]
+        superposed = weights @ self.embeddings(frozen)
+        return Injection(prompt=superposed + jnp.einsum("pm,pmd->pd", weights, change))
+
+    def token_ids(self) -> np.ndarray:
+        """Returns the ids of the sampled tokens, [m], all different."""
+        # NumPy promises that these numbers never change with its version (NEP 19): a run may resume under another.
+        draw = np.random.RandomState(self.token_seed)
+        ids = SPECIAL_TOKENS + draw.permutation(self.population - SPECIAL_TOKENS)[: self.tokens]
+        return ids.astype(np.int32)
+
+    def embeddings(self, frozen: Params) -> Float[Array, "m D"]:
+        """Returns the transpose of E in float32, of a base model's parameters in any dtype."""
+        return embedding_rows(frozen, self.token_ids()).astype(jnp.float32)
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)
+        check_seed("token_seed", self.token_seed)
+        size = config.vocab_size
+        if type(self.population) is int and self.population <= SPECIAL_TOKENS:
+            found = f" is {self.population}, expected more than the {SPECIAL_TOKENS} special tokens"
+            raise SettingError(Setting("population"), found)
+        check_whole_number("population", self.population, size, "the rows of the model's embedding table")
+        drawn = self.population - SPECIAL_TOKENS
+        check_whole_number("tokens", self.tokens, drawn, f"the tokens among the first {self.population} ids")

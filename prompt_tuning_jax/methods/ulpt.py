@@ -1,0 +1,61 @@
+"""ULPT: prompt tuning with ultra-low-dimensional optimisation (Wu et al. 2025, arXiv 2502.04501).
+
+    P_ij = (sum_k Z_ik R_kj) s_j + b_j,    Z [P, r],  R [r, D] random and frozen,  s [D],  b [D]
+
+Z starts standard normal, s at 1 and b at 0, as in the authors' code (MANGA-UOFA/ULPT).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from prompt_tuning_jax.methods.checks import check_seed, check_whole_number
+from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.t5.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class ULPT(Method):
+    """Trains Z, and one scale and one shift per feature; P r + 2 D parameters.
+
+        >>> ULPT(length=100, rank=64)
+        ULPT(length=100, rank=64, projection_seed=0)
+
+    R is a function of `projection_seed` alone. It is neither trained nor stored: it is drawn again wherever it is
+    needed, and a trained prompt no longer depends on it. The paper draws R standard normal, the authors' code Xavier
+    uniform, within sqrt(6 / (r + D)) of 0. It is drawn here as in their code, with which their scores were made.
+
+    Attributes:
+      length: positions, P.
+      rank: columns of Z and rows of R, r: at most D.
+      projection_seed: of R. It does not follow the run's seed, so that runs of several seeds share one projection.
+    """
+
+    length: int = 100
+    rank: int = 64
+    projection_seed: int = 0
+
+    def init(self, key: jax.Array, model: FrozenModel) -> Params:
+        width = model.config.emb_dim
+        z = jax.random.normal(key, (self.length, self.rank), jnp.float32)
+        return {"z": z, "scale": jnp.ones(width, jnp.float32), "shift": jnp.zeros(width, jnp.float32)}
+
+    def apply(self, trained: Params, frozen: Params) -> Injection:
+        projected = trained["z"] @ self.projection(len(trained["scale"]))
+        return Injection(prompt=projected * trained["scale"] + trained["shift"])
+
+    def projection(self, width: int) -> Float[np.ndarray, "r D"]:
+        """Returns R for a model of this d_model."""
+        # NumPy promises that these numbers never change with its version (NEP 19): a run may resume under another.
+        draw = np.random.RandomState(self.projection_seed)
+        limit = (6 / (self.rank + width)) ** 0.5
+        return draw.uniform(-limit, limit, (self.rank, width)).astype(np.float32)
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        check_length(self.length, input_length)
+        check_whole_number("rank", self.rank, config.emb_dim, "the model's d_model")
+        check_seed("projection_seed", self.projection_seed)
