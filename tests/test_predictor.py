@@ -1,5 +1,6 @@
 """Rows of many prompts in one batch, against each row decoded alone with its own prompt."""
 
+import dataclasses
 import functools
 import time
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.models import prompted, tree
+from fixtures.models import prompted, random_model, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, make_tiny, random_params
@@ -18,10 +19,11 @@ from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs
+from prompt_tuning_jax.t5.scoring import shift_right, target_scores, token_log_probs
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 
@@ -189,6 +191,102 @@ def test_new_prompts_compile_nothing_until_the_capacity_doubles(words, params, c
     assert compiles("3", 5) == 0
     bank.remove("4")
     assert compiles("new", 2) == compiles("8", 1) == 0
+
+
+DEEP = dataclasses.replace(CONFIG, num_encoder_layers=3)
+KINDS = ("ordinary", "replacing", "adding", "adding too", None)
+
+
+@pytest.fixture(scope="module")
+def deep(words):
+    """A predictor with prompts of every kind, and what each row is to run with if it is alone."""
+    params = random_model(DEEP)[1]
+    rng, width = np.random.default_rng(3), DEEP.emb_dim
+
+    def draw(*shape):
+        return rng.normal(0, 0.7, (*shape, width)).astype(np.float32)
+
+    injections = {
+        "ordinary": Injection(draw(5)),
+        "replacing": Injection(layer_prompts=draw(3, 2)),
+        "adding": Injection(draw(4), draw(3, 4)),
+        "adding too": Injection(draw(6), draw(3, 6)),
+    }
+    model = Model("made here", DEEP, params, words, "0" * 16)
+    options = {"input_length": INPUTS, "max_new_tokens": ANSWER, "batch_size": 8, "decoding": Decoding(beams=3)}
+    return Predictor(model, injections, **options), params, injections | {None: Injection()}
+
+
+def found_alone(params, injection, row, words):
+    """The text and the scores of one row by the model with its prompts and no other row, position or mask."""
+    ids = [*words.encode(row["inputs"]), EOS]
+    given = (Transformer(DEEP), tree(params), jnp.asarray([ids], jnp.int32))
+    if "labels" in row:
+        scores = []
+        for label in row["labels"]:
+            targets = jnp.asarray([[*words.encode(label), EOS]], jnp.int32)
+            scores.append(float(target_scores(*given, targets, **injection.prompts)[0]))
+        return row["labels"][int(np.argmax(scores))], scores
+    if row["decode"] == "beam":
+        tokens, scores = beam_search(*given, ANSWER, beams=3, **injection.prompts)
+        return words.decode(np.asarray(tokens[0, 0])), [float(scores[0, 0])]
+    if row["decode"] == "greedy":
+        tokens, scores = greedy(*given, ANSWER, **injection.prompts)
+    else:
+        own = {"seeds": np.uint32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32}
+        settings = {name: np.array([row[name.rstrip("s")]], kind) for name, kind in own.items()}
+        tokens, scores = sample(*given, ANSWER, **settings, **injection.prompts)
+    return words.decode(np.asarray(tokens[0])), [float(scores[0])]
+
+
+DRAWN = {"decode": "sample", "seed": 5, "temperature": 1.2, "top_k": 0, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("way", [{"decode": "greedy"}, {"decode": "beam"}, DRAWN, {"labels": LABELS}], ids=str)
+def test_a_mixed_batch_is_each_row_alone(deep, words, way):
+    """Ordinary prompts, prompts that replace and that add in every layer, and none: of other lengths, in one batch."""
+    predictor, params, injections = deep
+    rows = [{"prompt": name, "inputs": text} | way for text in ("a dull film", "a fine movie") for name in KINDS[:4]]
+    rows[-1]["prompt"] = None
+    requests = [predictor.request(row) for row in rows]
+    assert len([*predictor._batches(requests, range(len(rows)))]) == 1
+    texts = set()
+    for row, answer in zip(rows, predictor.predict(rows), strict=True):
+        text, scores = found_alone(params, injections[row["prompt"]], row, words)
+        assert answer["prediction"] == text
+        found = [*answer["scores"].values()] if "scores" in answer else [answer["score"]]
+        np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
+        texts.add((text, *np.round(found, 4)))
+    assert len(texts) == len(rows)  # no two prompts give the same
+
+
+def test_every_mixture_is_the_same_program_and_ordinary_batches_keep_theirs(words, compiled):
+    params, rng = random_model(DEEP)[1], np.random.default_rng(3)
+    shapes = {"ordinary": (4, 16), "other": (1, 16), "replacing": (3, 3, 16)}
+    prompts = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    prompts["adding"] = Injection(prompts["ordinary"][:2], prompts["replacing"][:, :2])
+    model = Model("made here", DEEP, params, words, "0" * 16)
+    own = Predictor(model, prompts, max_new_tokens=2, input_length=16, batch_size=4)
+
+    def compiles(*names):
+        before = compiled()
+        answers = [*own.predict([{"prompt": name, "inputs": "a movie"} for name in names])]
+        return compiled() - before, [answer["score"] for answer in answers]
+
+    count, ordinary = compiles("ordinary", "other", None, None)
+    assert count > 0
+    assert compiles("ordinary", "replacing", "adding", None)[0] > 0
+    for names in (["replacing"] * 4, ["adding"] * 3, ["adding", "ordinary", "other", None], ["other"] * 3):
+        assert compiles(*names)[0] == 0, names
+    assert compiles("ordinary", "other", None, None) == (0, ordinary)
+
+
+def test_ordinary_rows_and_others_stand_apart_in_full_batches(deep):
+    predictor, _, _ = deep
+    names = ["adding", "ordinary"] * 8
+    requests = [predictor.request({"prompt": name, "inputs": "a movie"}) for name in names]
+    batches = [{names[at] for at in batch.places} for batch in predictor._batches(requests, range(len(names)))]
+    assert batches == [{"ordinary"}, {"adding"}]
 
 
 def test_a_thousand_prompts_fit_and_the_next_is_answered_at_once(tiny):
