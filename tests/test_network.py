@@ -21,6 +21,7 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.t5.scoring import token_log_probs
@@ -439,8 +440,7 @@ def test_rows_of_each_kind_of_prompt_share_a_batch():
 
     @jax.jit
     def run(inputs, targets, prompt, layer_prompts, **more):
-        prompts = {"prompt": prompt, "layer_prompts": layer_prompts} | more
-        return model.apply({"params": tree(params)}, inputs, targets, targets, enable_dropout=False, **prompts)
+        return encode_once(model, tree(params), inputs, prompt=prompt, layer_prompts=layer_prompts, **more)(targets)
 
     arrays = (jnp.asarray(array, jnp.float32) for array in (prompt, layer_prompts))
     found = run(inputs, targets, *arrays, prompt_mask=mask, layers_replace=np.array([True, False, False, False]))

@@ -190,7 +190,7 @@ def test_a_summary_beside_a_prompt_checks_the_base(folder):
 
 
 def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
-    """In a folder of prompts, as one prompt, as either of its files, and as a run's best; changed files are read again."""
+    """In a folder of prompts, by itself, by either of its files, and in a run; changed files are read again."""
     injection = Injection(prompt_of(2, 1), layers_of(2, 3))
     write_prompts(tmp_path / "adding", injection)
     write_prompts(tmp_path / "run" / "best", injection)

@@ -208,7 +208,7 @@ class PromptBank:
         self._ordinary.remove(name)
 
     def take(self, names: Sequence[str | None], size: int) -> tuple[Injection, Bool[Array, "B P"], dict[str, Array]]:
-        """Returns the prompts of a batch's rows: an injection, its mask and further arguments, for an engine's programs.
+        """Returns the prompts of a batch's rows: an injection, its mask, and more arguments for an engine's programs.
 
         Rows of ordinary prompts alone are given an ordinary batch. With one prompt per layer among them it is a mixed
         one, which has the same shapes whatever it mixes.
@@ -263,7 +263,7 @@ def _take_mixed(ordinary: Prompts, layered: Prompts, rows: Int[Array, " B"], lay
     prompt, mask = _lengthened(prompt, longest), _lengthened(mask[..., None], longest)[..., 0]
     per_layer, layered_mask = _lengthened(per_layer, longest), _lengthened(layered_mask[..., None], longest)[..., 0]
     replaces = layered.replaces[layered_rows]
-    # The first of a row's prompts per layer is in front of its inputs: the first layer replaces it by itself, or adds 0.
+    # The first of a row's prompts per layer is in front of its inputs: layer 0 replaces it by itself, or adds 0.
     first = jnp.where((layered_rows != BASE_ALONE)[:, None, None], per_layer[:, 0], prompt)
     again = jnp.where(replaces[:, None, None], per_layer[:, 0], 0.0)
     return Mixed(first, per_layer.at[:, 0].set(again), mask | layered_mask, replaces)
