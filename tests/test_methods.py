@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixtures.models import random_model
 from tiny import CONFIG, keeping_compiled_programs, make_tiny
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.checkpoints.base import expected_shapes
+from prompt_tuning_jax.checkpoints.conversion import convert
 from prompt_tuning_jax.checkpoints.model import load
 from prompt_tuning_jax.checkpoints.state import StateStore
 from prompt_tuning_jax.checkpoints.tuned import injection_of, read_tuned
@@ -83,13 +85,14 @@ METHODS = {
     "MLPPrompt": MLPPrompt(length=4, hidden_size=6),
     "LSTMPrompt": LSTMPrompt(length=4, hidden_size=6),
     "PerLayerPrompt": PerLayerPrompt(length=3),
+    "PerLayerPrompt that adds": PerLayerPrompt(length=3, combine="add"),
     "LoRA": LoRA(rank=2),
     "IA3": IA3(),
     "ModelTuning": ModelTuning(),
     "ScaledQuery": ScaledQuery(),
 }
 FOLDING_TO_ONE_PROMPT = [*METHODS][: [*METHODS].index("PerLayerPrompt")]
-FOLDING = (*FOLDING_TO_ONE_PROMPT, "PerLayerPrompt")
+FOLDING = (*FOLDING_TO_ONE_PROMPT, "PerLayerPrompt", "PerLayerPrompt that adds")
 METHOD = pytest.mark.parametrize("name", METHODS)
 
 
@@ -217,7 +220,8 @@ def test_saved_by_a_result_is_loaded_into_the_plain_model(name, model, rows, tmp
     if name in FOLDING:
         path = tmp_path / "prompt.npy"
         result.save(path)
-        assert np.array_equal(np.load(path), result.prompt) and result.prompt.dtype == np.float32
+        file = path / "prompt.npy" if path.is_dir() else path
+        assert np.array_equal(np.load(file), result.prompt) and result.prompt.dtype == np.float32
         found = logits(model, jax.tree.map(jnp.asarray, injection_of(path, model.config)), model.parameters)
         np.testing.assert_array_equal(found, expected)
         return
@@ -285,9 +289,8 @@ def test_methods_of_different_kinds_do_not_share_a_program(settings):
 def test_a_prompt_of_any_method_answers_beside_others(name, model):
     """Rows of a method's prompt in a mixed batch get what `evaluate` finds of that prompt alone."""
     injection = METHODS[name].apply(trained_by(METHODS[name], model), model.parameters)
-    prompt = injection.prompt if injection.prompt is not None else injection.layer_prompts
     other = np.random.default_rng(0).normal(size=(2, CONFIG.emb_dim)).astype(np.float32)
-    predictor = pt.Predictor(model, {"own": np.asarray(prompt), "other": other}, max_new_tokens=4)
+    predictor = pt.Predictor(model, {"own": injection, "other": other}, max_new_tokens=4)
     asked = [{"prompt": name, "inputs": text} for text in ("a dull film", "a fine") for name in ("own", "other", None)]
     mixed = [*predictor.predict(asked)]
     for row, answer in zip(asked, mixed, strict=True):
@@ -315,6 +318,54 @@ def test_the_residual_prompts_formula(model):
         normed = (up - up.mean()) / np.sqrt(up.var() + EPSILON)
         expected = vector + normed * p["norm_scale"] + p["norm_bias"]
         np.testing.assert_allclose(found[position], expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def deep(model):
+    """A model of three encoder layers, where prompts per layer differ from one prompt."""
+    config = dataclasses.replace(model.config, num_encoder_layers=3)
+    return dataclasses.replace(model, config=config, parameters=random_model(config)[1])
+
+
+def test_prompts_that_are_added_start_as_prompt_tuning_does(deep):
+    method, key = PerLayerPrompt(4, "add", RandomUniform()), jax.random.key(3)
+    trained = method.init(key, deep)
+    start = PromptTuning(4, RandomUniform()).init(key, deep)[PROMPT]
+    assert trained["layer_prompts"].shape == (3, 4, CONFIG.emb_dim)
+    injection = method.apply(trained, deep.parameters)
+    np.testing.assert_array_equal(
+        logits(deep, injection, deep.parameters), logits(deep, Injection(prompt=start), deep.parameters)
+    )
+    # Each of the L matrices then enters its own layer, and none enters twice.
+    injection = method.apply({"layer_prompts": jnp.arange(3.0)[:, None, None] + start}, deep.parameters)
+    np.testing.assert_array_equal(injection.prompt, start)
+    np.testing.assert_array_equal(injection.layer_prompts[0], jnp.zeros_like(start))
+    np.testing.assert_array_equal(injection.layer_prompts[1:], jnp.array([1.0, 2.0])[:, None, None] + start)
+
+
+def test_a_prompt_with_additions_is_read_back_wherever_a_prompt_is(deep, rows, tmp_path):
+    method = PerLayerPrompt(4, "add")
+    result = pt.Result(deep, method.apply(trained_by(method, deep), deep.parameters), {}, 0, {})
+    folder = tmp_path / "saved"
+    result.save(folder)
+    result.save(folder)  # an earlier one is replaced
+    expected = logits(deep, result.injection, deep.parameters)
+    for path in (folder, folder / "prompt.npy"):
+        found = jax.tree.map(jnp.asarray, injection_of(path, deep.config))
+        np.testing.assert_array_equal(logits(deep, found, deep.parameters), expected)
+    alone = logits(deep, Injection(prompt=jnp.asarray(result.prompt)), deep.parameters)
+    assert np.abs(alone - expected).max() > 1e-2  # the additions matter
+    scored = {"labels": ["negative", "positive"], "lengths": {"inputs": 16, "targets": 8}}
+    assert pt.evaluate(deep, rows, prompt=folder, **scored) == pt.evaluate(deep, rows, prompt=result, **scored)
+    answers = [next(pt.Predictor(deep, given).predict([{"prompt": "saved", "inputs": "a film"}])) for given in (
+        folder, tmp_path, {"saved": folder}, {"saved": result},
+    )]  # fmt: skip
+    assert all(answer == answers[0] for answer in answers) and "score" in answers[0]
+    with pytest.raises(ValueError, match="is a prompt with additions per layer, which none of npy, peft, t5x holds"):
+        convert(str(folder), str(tmp_path / "peft"), "peft")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="saved is there already and holds more than prompt.npy and layer_prompts.npy"):
+        result.save(folder)
 
 
 def test_a_residual_prompt_has_the_papers_number_of_parameters():
@@ -376,6 +427,7 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (PromptTuning(5_000), "prompt_length", "is 5000, expected 1 to"),
         (ResidualPrompt(4, 0), "bottleneck", "`bottleneck` is 0, expected a whole number of at least 1"),
         (PerLayerPrompt(0), "prompt_length", "is 0, expected 1 to"),
+        (PerLayerPrompt(4, "sum"), "combine", "`combine` is 'sum', expected replace or add"),
         (LoRA(rank=17), "rank", "`rank` is 17, expected a number from 1 to 16"),
         (LoRA(rank=0), "rank", "`rank` is 0"),
     ],

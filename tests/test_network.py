@@ -21,6 +21,7 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.t5.scoring import token_log_probs
@@ -425,6 +426,29 @@ def test_layer_prompts_behind_masked_positions_are_the_shorter_ones(added):
     shorter = run(None if prompt is None else prompt[3:], layer_prompts[:, 3:], None)
     np.testing.assert_allclose(run(prompt, layer_prompts, behind), shorter, rtol=1e-5, atol=1e-5)
     assert not np.allclose(run(prompt, layer_prompts, None), shorter, atol=1e-2)
+
+
+def test_rows_of_each_kind_of_prompt_share_a_batch():
+    """One replaces, one adds, one is an ordinary prompt, and one has none: each is as it is alone, without padding."""
+    config = dataclasses.replace(SMALL, num_encoder_layers=3)
+    model, params = random_model(config)
+    rng, lengths = np.random.default_rng(2), [2, 4, 3, 0]
+    inputs, targets = random_tokens(rng, [5, 2, 4, 3], 5, 23), random_tokens(rng, [4, 3, 2, 4], 4, 23)
+    prompt, layer_prompts = rng.normal(size=(4, 4, config.emb_dim)), rng.normal(size=(4, 3, 4, config.emb_dim))
+    layer_prompts[2:] = 0
+    mask = np.arange(4) >= 4 - np.array(lengths)[:, None]
+
+    @jax.jit
+    def run(inputs, targets, prompt, layer_prompts, **more):
+        return encode_once(model, tree(params), inputs, prompt=prompt, layer_prompts=layer_prompts, **more)(targets)
+
+    arrays = (jnp.asarray(array, jnp.float32) for array in (prompt, layer_prompts))
+    found = run(inputs, targets, *arrays, prompt_mask=mask, layers_replace=np.array([True, False, False, False]))
+    for row, length in enumerate(lengths):
+        own = jnp.asarray(prompt[row, 4 - length :], jnp.float32) if row else None
+        per_layer = jnp.asarray(layer_prompts[row, :, 4 - length :], jnp.float32) if row < 2 else None
+        alone = run(inputs[row, None], targets[row, None], own if length else None, per_layer)
+        np.testing.assert_allclose(found[row, None], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_layer_prompts_of_zero_beside_a_prompt_add_nothing():

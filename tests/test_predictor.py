@@ -1,5 +1,6 @@
 """Rows of many prompts in one batch, against each row decoded alone with its own prompt."""
 
+import dataclasses
 import functools
 import time
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.models import prompted, tree
+from fixtures.decoders import fast_jit
+from fixtures.models import prompted, random_model, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, make_tiny, random_params
@@ -18,6 +20,7 @@ from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
@@ -189,6 +192,124 @@ def test_new_prompts_compile_nothing_until_the_capacity_doubles(words, params, c
     assert compiles("3", 5) == 0
     bank.remove("4")
     assert compiles("new", 2) == compiles("8", 1) == 0
+
+
+DEEP = dataclasses.replace(CONFIG, num_encoder_layers=3)
+WAYS_ALONE = {
+    "greedy": {"decode": "greedy"},
+    "beam": {"decode": "beam"},
+    "sample": {"decode": "sample", "seed": 5, "temperature": 1.2, "top_k": 0, "top_p": 1.0},
+    "rank": {"labels": LABELS},
+}
+
+
+@pytest.fixture(scope="module")
+def deep(words):
+    """A predictor with prompts of every kind, and what each row is to run with if it is alone."""
+    params = random_model(DEEP)[1]
+    rng, width = np.random.default_rng(3), DEEP.emb_dim
+
+    def draw(*shape):
+        return rng.normal(0, 0.7, (*shape, width)).astype(np.float32)
+
+    injections = {
+        "ordinary": Injection(draw(5)),
+        "replacing": Injection(layer_prompts=draw(3, 2)),
+        "adding": Injection(draw(6), draw(3, 6)),
+    }
+    model = Model("made here", DEEP, params, words, "0" * 16)
+    options = {"input_length": INPUTS, "max_new_tokens": ANSWER, "batch_size": 8, "decoding": Decoding(beams=3)}
+    own = Predictor(model, injections, **options)
+    return own, params, jax.tree.map(jnp.asarray, injections) | {None: Injection()}
+
+
+@fast_jit
+def forward(params, injection, inputs, targets):
+    """Log-probabilities [1, U, V] of one pass over whole targets, by a row with its prompts and no other's padding."""
+    logits = Transformer(DEEP).apply(
+        {"params": tree(params)}, inputs, shift_right(targets), targets, enable_dropout=False, **injection.prompts
+    )
+    return jax.nn.log_softmax(logits)
+
+
+def found_alone(params, injection, row, words):
+    """The text and the scores of a row, by their definition: the decoder's cache is not used."""
+    ids = [*words.encode(row["inputs"]), EOS]
+    inputs = jnp.asarray([ids + [0] * (16 - len(ids))], jnp.int32)
+
+    def log_probs(tokens):
+        """Of the tokens after these, and of each of these."""
+        targets = jnp.asarray([[*tokens, *[0] * (12 - len(tokens))]], jnp.int32)
+        found = np.asarray(forward(params, injection, inputs, targets)[0])
+        return found[len(tokens)], found[np.arange(len(tokens)), list(tokens)]
+
+    if "labels" in row:
+        scores = [log_probs((*words.encode(label), EOS))[1].sum() for label in row["labels"]]
+        return row["labels"][int(np.argmax(scores))], scores
+    beams, live, ended = (3 if row["decode"] == "beam" else 1), [(0.0, ())], []
+    for length in range(1, ANSWER + 1):
+        grown = []
+        for score, tokens in live:
+            log_p = log_probs(tokens)[0]
+            if row["decode"] == "sample":
+                key = jax.random.fold_in(jax.random.key(row["seed"]), len(tokens))
+                best = [int(np.argmax(log_p / row["temperature"] + jax.random.gumbel(key, log_p.shape)))]
+            else:
+                best = np.argsort(-log_p)[: 2 * beams]
+            grown += [(score + log_p[token], (*tokens, int(token))) for token in best]
+        grown = sorted(grown, reverse=True)[: beams if beams == 1 else 2 * beams]
+        penalty = ((5 + length) / 6) ** 0.6 if row["decode"] == "beam" else 1
+        ended += [(score / penalty, tokens) for score, tokens in grown if tokens[-1] == EOS]
+        live = [(score, tokens) for score, tokens in grown if tokens[-1] != EOS][:beams]
+    score, tokens = max(ended) if ended else live[0]
+    return words.decode(tokens), [score]
+
+
+@pytest.mark.parametrize("way", WAYS_ALONE)
+def test_a_mixed_batch_is_each_row_alone(deep, words, way):
+    """Ordinary prompts, prompts that replace and that add in every layer, and none: of other lengths, in one batch."""
+    predictor, params, injections = deep
+    texts = ("a dull film", "a fine movie")
+    rows = [{"prompt": name, "inputs": text} | WAYS_ALONE[way] for text in texts for name in injections]
+    requests = [predictor.request(row) for row in rows]
+    assert len([*predictor._batches(requests, range(len(rows)))]) == 1
+    different = set()
+    for row, answer in zip(rows, predictor.predict(rows), strict=True):
+        text, scores = found_alone(params, injections[row["prompt"]], row, words)
+        assert answer["prediction"] == text
+        found = [*answer["scores"].values()] if "scores" in answer else [answer["score"]]
+        np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
+        different.add((text, *np.round(found, 4)))
+    assert len(different) == len(rows)
+
+
+def test_every_mixture_is_the_same_program_and_ordinary_batches_keep_theirs(words, compiled):
+    params, rng = random_model(DEEP)[1], np.random.default_rng(3)
+    shapes = {"ordinary": (4, 16), "other": (1, 16), "replacing": (3, 3, 16)}
+    prompts = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    prompts["adding"] = Injection(prompts["ordinary"][:2], prompts["replacing"][:, :2])
+    model = Model("made here", DEEP, params, words, "0" * 16)
+    own = Predictor(model, prompts, max_new_tokens=2, input_length=16, batch_size=4)
+
+    def compiles(*names):
+        before = compiled()
+        answers = [*own.predict([{"prompt": name, "inputs": "a movie"} for name in names])]
+        return compiled() - before, [answer["score"] for answer in answers]
+
+    count, ordinary = compiles("ordinary", "other", None, None)
+    assert count > 0
+    assert compiles("ordinary", "replacing", "adding", None)[0] > 0
+    for names in (["replacing"] * 4, ["adding"] * 3, ["adding", "ordinary", "other", None], ["other"] * 3):
+        assert compiles(*names)[0] == 0, names
+    assert compiles("ordinary", "other", None, None) == (0, ordinary)
+
+
+def test_ordinary_rows_and_others_stand_apart_in_full_batches(deep):
+    predictor, _, _ = deep
+    names = ["adding", "ordinary"] * 8
+    requests = [predictor.request({"prompt": name, "inputs": "a movie"}) for name in names]
+    batches = [{names[at] for at in batch.places} for batch in predictor._batches(requests, range(len(names)))]
+    assert batches == [{"ordinary"}, {"adding"}]
 
 
 def test_a_thousand_prompts_fit_and_the_next_is_answered_at_once(tiny):

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.checkpoints.tuned import write_prompts
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, write_prompt
 from prompt_tuning_jax.prompts.peft import write_adapter
 
@@ -59,6 +61,54 @@ def test_a_row_is_used_again_and_the_capacity_doubles():
     assert bank.prompts.values.shape == (4, 2, WIDTH)
     bank.add("e", prompt_of(5, 3))
     assert bank.prompts.values.shape == (8, 5, WIDTH)
+
+
+def layers_of(length, value, layers=3):
+    return np.arange(layers, dtype=np.float32)[:, None, None] + prompt_of(length, value)
+
+
+def test_a_batch_has_the_prompts_of_its_rows():
+    """An ordinary batch has no prompts per layer. A mixed one has each row's, behind padding, and 0 for the others."""
+    bank = PromptBank(WIDTH, capacity=2, layers=3)
+    bank.add("ordinary", prompt_of(4, 1))
+    bank.add("replacing", layers_of(2, 5))
+    bank.add("adding", prompt_of(3, 7), additions=layers_of(3, 10))
+    assert bank.lengths == {"adding": 3, "ordinary": 4, "replacing": 2}
+    assert [bank.is_layered(name) for name in (*bank, None, "x")] == [True, False, True, False, False]
+
+    injection, mask, more = bank.take(["ordinary", None], 4)
+    assert injection.layer_prompts is None and not more
+    assert mask.sum(axis=1).tolist() == [4, 0, 0, 0]
+    np.testing.assert_array_equal(injection.prompt[0], prompt_of(4, 1))
+
+    injection, mask, more = bank.take(["replacing", "ordinary", None, "adding"], 5)
+    assert mask.sum(axis=1).tolist() == [2, 4, 0, 3, 0] and np.all(np.diff(mask.astype(int)) >= 0)
+    assert more["layers_replace"].tolist() == [True, False, False, False, False]
+    prompt, layer_prompts = np.asarray(injection.prompt), np.asarray(injection.layer_prompts)
+    np.testing.assert_array_equal(layer_prompts[0, :, 2:], layers_of(2, 5))
+    np.testing.assert_array_equal(prompt[1], prompt_of(4, 1))
+    np.testing.assert_array_equal(prompt[3, 1:] + layer_prompts[3, 0, 1:], prompt_of(3, 7 + 10))
+    np.testing.assert_array_equal(layer_prompts[3, 1:, 1:], layers_of(3, 10)[1:])
+    assert not layer_prompts[[1, 2, 4]].any() and not prompt[[2, 4]].any()
+
+
+def test_a_name_may_change_its_kind():
+    bank = PromptBank(WIDTH)
+    for prompt, additions, layered in (
+        (prompt_of(2, 1), None, False),
+        (layers_of(2, 2), None, True),
+        (prompt_of(3, 3), layers_of(3, 3), True),
+        (prompt_of(1, 4), None, False),
+    ):
+        bank.add("a", prompt, additions=additions)
+        assert [*bank] == ["a"] and bank.is_layered("a") == layered and bank.lengths == {"a": prompt.shape[-2]}
+    with pytest.raises(ValueError, match=r"prompt b is \[2, 2, 4\], but the base has 3 encoder layers"):
+        bank.add("b", layers_of(2, 1, layers=2))
+    bank.add("c", layers_of(2, 1))
+    bank.remove("c")
+    assert [*bank] == ["a"]
+    with pytest.raises(ValueError, match="no prompt 'c'"):
+        bank.take(["c"], 1)
 
 
 def test_a_prompt_of_another_base_is_refused():
@@ -137,6 +187,36 @@ def test_a_summary_beside_a_prompt_checks_the_base(folder):
     (folder / "npy.json").write_text('{"base_fingerprint": "aaaa"}')
     changes = prompts.sync(bank)
     assert changes.added == ["npy"] and [*changes.broken] == ["run"]
+
+
+def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
+    """In a folder of prompts, by itself, by either of its files, and in a run; changed files are read again."""
+    injection = Injection(prompt_of(2, 1), layers_of(2, 3))
+    write_prompts(tmp_path / "adding", injection)
+    write_prompts(tmp_path / "run" / "best", injection)
+    write_prompts(tmp_path / "ordinary.npy", Injection(prompt_of(2, 9)))
+    bank, prompts = PromptBank(WIDTH, layers=3), PromptFolder(tmp_path)
+    assert sorted(prompts.sync(bank).added) == ["adding", "ordinary", "run"]
+    assert bank.is_layered("adding") and bank.is_layered("run") and not bank.is_layered("ordinary")
+    for path, name in (
+        ("adding", "adding"),
+        ("adding/prompt.npy", "prompt"),
+        ("adding/layer_prompts.npy", "layer_prompts"),
+        ("run", "run"),
+        ("run/best/prompt.npy", "prompt"),
+    ):
+        own, single = PromptBank(WIDTH, layers=3), PromptFolder(tmp_path / path)
+        assert single.single == name and single.sync(own).added == [name]
+        (found, _, _), (expected, _, _) = own.take([name], 1), bank.take(["adding"], 1)
+        np.testing.assert_array_equal(found.prompt + found.layer_prompts[:, 0], prompt_of(2, 4)[None])
+        np.testing.assert_array_equal(found.layer_prompts, expected.layer_prompts)
+
+    write_prompt(tmp_path / "run" / "best" / "layer_prompts.npy", layers_of(2, 30))
+    write_prompt(tmp_path / "adding" / "layer_prompts.npy", layers_of(3, 30))
+    changes = prompts.sync(bank)
+    assert changes.added == ["run"] and [*changes.broken] == ["adding"]
+    assert "is [3, 3, 4] and prompt.npy beside it is [2, 4]" in str(changes.broken["adding"])
+    np.testing.assert_array_equal(bank.take(["run"], 1)[0].layer_prompts[0, 1:], layers_of(2, 30)[1:])
 
 
 ONE = [("npy.npy", "npy"), ("t5x", "t5x"), ("run", "run"), ("run/best/prompt.npy", "prompt")]

@@ -14,6 +14,7 @@ from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, check_shapes, check_vocabulary, default_vocabulary, open_model
+from prompt_tuning_jax.checkpoints.tuned import folder_of_additions
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
@@ -74,7 +75,9 @@ def is_prompt(source: str) -> bool:
     folder = Path(source)
     if "://" in source or _is_model_alone(source):
         return False
-    return folder.is_file() or is_adapter(folder) or ((folder / OFFICIAL_NAME).is_file() and not is_t5x(folder))
+    if folder.is_file() or is_adapter(folder) or folder_of_additions(folder):
+        return True
+    return (folder / OFFICIAL_NAME).is_file() and not is_t5x(folder)
 
 
 def _is_model_alone(source: str) -> bool:
@@ -82,6 +85,12 @@ def _is_model_alone(source: str) -> bool:
 
 
 def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
+    if folder_of_additions(source):
+        raise SettingError(
+            f"{source} is a prompt with additions per layer, which none of {', '.join(PROMPT_FORMATS)} holds: set ",
+            Setting("source"),
+            " to a prompt [P, D]",
+        )
     prompt = read_prompt(source)
     if base is not None and (base in EMBEDDED or Path(base).exists()):
         with renamed(initial_checkpoint_path="base"):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
@@ -42,16 +43,46 @@ def write_tuned(
       dtype: of model/.
     """
     folder = Path(folder)
+    _write_prompts(folder, injection)
+    if adapters_alone(injection.parameters):
+        write_adapter(folder / ADAPTER, injection, config, base)
+    elif injection.parameters:
+        huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
+
+
+def write_prompts(path: str | os.PathLike, injection: Injection) -> None:
+    """Writes an injection's prompts, whole or not at all, for `read_prompts`.
+
+    A prompt, or one per encoder layer, becomes a `.npy` file. A prompt with additions per layer becomes a folder of two.
+
+    Raises:
+      ValueError: such a folder is there already and holds anything but these two files.
+    """
+    path = Path(path)
+    if not has_additions(injection):
+        prompt = injection.layer_prompts if injection.prompt is None else injection.prompt
+        return write_prompt(path, np.asarray(prompt))
+    if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {PROMPT, LAYER_PROMPTS}):
+        raise ValueError(
+            f"{path} is there already and holds more than {PROMPT} and {LAYER_PROMPTS}; expected a new folder for a "
+            "prompt with additions per layer, or an earlier one of these two files to replace"
+        )
+    with whole_folder(path) as partial:
+        _write_prompts(partial, injection)
+
+
+def _write_prompts(folder: Path, injection: Injection) -> None:
     first, second = injection.prompt, injection.layer_prompts
     if first is None:
         first, second = second, None
     for name, prompt in ((PROMPT, first), (LAYER_PROMPTS, second)):
         if prompt is not None:
             write_prompt(folder / name, np.asarray(prompt))
-    if adapters_alone(injection.parameters):
-        write_adapter(folder / ADAPTER, injection, config, base)
-    elif injection.parameters:
-        huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
+
+
+def has_additions(injection: Injection) -> bool:
+    """Returns whether there is a prompt to which layer prompts are added."""
+    return injection.prompt is not None and injection.layer_prompts is not None
 
 
 def adapters_alone(parameters: Mapping[str, Any]) -> bool:
@@ -69,19 +100,46 @@ def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
       ValueError: a file is damaged, or there is none.
     """
     folder = Path(folder)
-    prompt, layer_prompts = (
-        read_prompt(folder / name, (2, 3)) if (folder / name).is_file() else None for name in (PROMPT, LAYER_PROMPTS)
-    )
-    if prompt is not None and prompt.ndim == 3:
-        prompt, layer_prompts = None, prompt
+    prompts = read_prompts(folder / PROMPT) if (folder / PROMPT).is_file() else Injection()
     parameters = {}
     if (folder / ADAPTER).is_dir():
         parameters = read_adapter(folder / ADAPTER, config).parameters
     elif (folder / MODEL).is_dir():
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
-    if prompt is None and layer_prompts is None and not parameters:
+    if not prompts.length and not parameters:
         raise ValueError(f"{folder} holds no {PROMPT}, {ADAPTER} or {MODEL}: nothing that was trained")
-    return Injection(prompt, layer_prompts, parameters)
+    return prompts._replace(parameters=parameters)
+
+
+def read_prompts(path: str | os.PathLike) -> Injection:
+    """Reads a prompt of any format, prompts per layer, or a prompt with additions per layer.
+
+    Args:
+      path: what `read_prompt` takes; or a folder with prompt.npy and layer_prompts.npy, or either of these two files,
+        which are then read together: the one is not what was trained without the other.
+
+    Raises:
+      ValueError: as `read_prompt` does; or the two files do not fit each other.
+    """
+    folder = folder_of_additions(path)
+    if folder is None:
+        prompt = read_prompt(path, (2, 3))
+        return Injection(prompt=prompt) if prompt.ndim == 2 else Injection(layer_prompts=prompt)
+    prompt, additions = read_prompt(folder / PROMPT), read_prompt(folder / LAYER_PROMPTS, (3,))
+    if additions.shape[1:] != prompt.shape:
+        raise SettingError(
+            f"{folder / LAYER_PROMPTS} is {list(additions.shape)} and {PROMPT} beside it is {list(prompt.shape)}, "
+            "expected a prompt [P, D] and additions [L, P, D] to it: set ",
+            Setting("prompt_file"),
+        )
+    return Injection(prompt, additions)
+
+
+def folder_of_additions(path: str | os.PathLike) -> Path | None:
+    """Returns the folder of a prompt with additions per layer if `path` is one, or one of its two files."""
+    folder = Path(path)
+    folder = folder.parent if folder.name in (PROMPT, LAYER_PROMPTS) else folder
+    return folder if (folder / PROMPT).is_file() and (folder / LAYER_PROMPTS).is_file() else None
 
 
 def injection_of(tuned: Any, config: T5Config) -> Injection:
@@ -89,7 +147,8 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
 
     Args:
       tuned: a prompt [P, D] or prompts per layer [L, P, D]; an `Injection`; or a path: of a prompt file of any format,
-        of a PEFT adapter's folder, or of a run's folder, whose best evaluation is taken.
+        of a folder that `Result.save` wrote, of a PEFT adapter's folder, or of a run's folder, whose best evaluation is
+        taken.
 
     Raises:
       SettingError: there is nothing of that kind, or it is of another model size.
@@ -121,14 +180,13 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
 
 
 def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
-    """Reads a prompt file, an adapter's folder, or a run's folder."""
+    """Reads prompts of any format, an adapter's folder, or a run's folder."""
     folder = Path(path)
     if (folder / "best").is_dir():
         return read_tuned(folder / "best", config)
     if (folder / peft.CONFIG).is_file() and adapter_kind(folder) in (LORA, IA3):
         return read_adapter(folder, config)
-    prompt = read_prompt(path, (2, 3))
-    return Injection(prompt=prompt) if prompt.ndim == 2 else Injection(layer_prompts=prompt)
+    return read_prompts(path)
 
 
 def check_width(what: str, shape: tuple[int, ...], d_model: int) -> None:

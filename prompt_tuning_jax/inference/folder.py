@@ -3,8 +3,9 @@
 Each entry is one prompt, named after it:
 
     sst2.npy, and beside it, where one wants the base checked, sst2.json: the summary.json of its run
-    rte/            a run (best/prompt.npy, summary.json), a PEFT adapter, a folder with the official file, or a
-                    T5X checkpoint with a prompt in it
+    rte/            a run (best/prompt.npy, summary.json), a prompt with additions per layer (prompt.npy and
+                    layer_prompts.npy), a PEFT adapter, a folder with the official file, or a T5X checkpoint with a
+                    prompt in it
 
 A single prompt, by its own path, is a folder of one.
 """
@@ -19,19 +20,20 @@ import numpy as np
 from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.t5x import is_t5x
+from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, PROMPT, folder_of_additions, read_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME
 
-RUN_PROMPT, RUN_SUMMARY = Path("best", "prompt.npy"), "summary.json"
+RUN_PROMPT, RUN_SUMMARY = Path("best", PROMPT), "summary.json"
 
 
 class Entry(NamedTuple):
     """A prompt on disk.
 
     Attributes:
-      prompt: for `read_prompt`.
+      prompt: for `read_prompts`.
       summary: a JSON object with "base_fingerprint"; it need not be there.
       state: changes when the files do.
     """
@@ -108,8 +110,10 @@ class PromptFolder:
         return Changes(added, removed, dict(self.broken))
 
 
-def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "*L P D"], str | None]:
-    """The prompt, and the fingerprint of the base it was trained on where that is known.
+def read_entry(
+    entry: Entry,
+) -> tuple[Float[np.ndarray, "*L P D"], str | None, Float[np.ndarray, "L P D"] | None]:
+    """The prompt, the fingerprint of the base it was trained on where that is known, and its additions if it has any.
 
     Raises:
       ValueError: the prompt cannot be read, or the summary beside it.
@@ -120,7 +124,10 @@ def read_entry(entry: Entry) -> tuple[Float[np.ndarray, "*L P D"], str | None]:
             fingerprint = json.loads(entry.summary.read_text(encoding="utf-8")).get("base_fingerprint")
         except (ValueError, AttributeError):
             raise ValueError(f"{entry.summary} is no JSON object; expected the summary.json of a run") from None
-    return read_prompt(entry.prompt, (2, 3)), fingerprint if isinstance(fingerprint, str) else None
+    found, fingerprint = read_prompts(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
+    if found.prompt is None:
+        return np.asarray(found.layer_prompts), fingerprint, None
+    return np.asarray(found.prompt), fingerprint, found.layer_prompts
 
 
 def _name(path: Path) -> str:
@@ -132,7 +139,10 @@ def _entry(path: Path) -> Entry | None:
     if path.is_dir():
         summary = path / RUN_SUMMARY
         if (path / RUN_PROMPT).is_file():
-            return Entry(path / RUN_PROMPT, summary, _state([path / RUN_PROMPT, summary]))
+            files = [path / RUN_PROMPT, path / RUN_PROMPT.with_name(LAYER_PROMPTS), summary]
+            return Entry(path / RUN_PROMPT, summary, _state(files))
+        if folder_of_additions(path):
+            return Entry(path, summary, _state([path / PROMPT, path / LAYER_PROMPTS, summary]))
         if peft.is_adapter(path):
             return Entry(path, summary, _state([path / peft.CONFIG, path / peft.WEIGHTS, summary]))
         if (path / OFFICIAL_NAME).is_file():
@@ -142,7 +152,8 @@ def _entry(path: Path) -> Entry | None:
         summary = path.with_suffix(".json")
         if path.match(str(Path("*", RUN_PROMPT))) and (path.parents[1] / RUN_SUMMARY).is_file():
             summary = path.parents[1] / RUN_SUMMARY
-        return Entry(path, summary, _state([path, summary]))
+        beside = [path.with_name(name) for name in (PROMPT, LAYER_PROMPTS)] if folder_of_additions(path) else []
+        return Entry(path, summary, _state([path, *beside, summary]))
     return None
 
 

@@ -13,11 +13,10 @@ from prompt_tuning_jax.batches.loader import default_buckets
 from prompt_tuning_jax.checkpoints.model import Model, load
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.inference.bank import PromptBank, power_of_two, take
+from prompt_tuning_jax.inference.bank import PromptBank, power_of_two
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
-from prompt_tuning_jax.methods.method import Injection
 
 WINDOW = 32  # batches whose rows are sorted by length together
 ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
@@ -142,27 +141,25 @@ class Predictor:
         return answers
 
     def _batches(self, requests: Sequence[Request], places: Sequence[int]) -> Iterator["Planned"]:
-        """Yields rows of one method, one kind of prompt and about the same length, the longest first.
+        """Yields rows of one method and about the same length, the longest first.
 
-        Rows of other lengths share a batch as long as that at most doubles the positions of none.
+        Rows of other lengths share a batch as long as that at most doubles the positions of none. Rows of one kind of
+        prompt stand side by side: at most one batch of each length has both kinds.
         """
 
-        def kind(at: int) -> tuple[str, bool]:
-            return requests[at].method, self.bank.is_layered(requests[at].prompt)
+        def order(at: int) -> tuple:
+            request = requests[at]
+            layered = self.bank.is_layered(request.prompt)
+            return request.method, -self.bucket(request), layered, -len(request.inputs), at
 
-        order = sorted(places, key=lambda at: (kind(at), -len(requests[at].inputs), at))
-        for (method, layered), group in itertools.groupby(order, key=kind):
-            rest, prompt = [*group], self._bank(layered).prompts.values.shape[-2]
+        for method, group in itertools.groupby(sorted(places, key=order), key=lambda at: requests[at].method):
+            rest = [*group]
             while rest:
-                length = self.bucket(requests[rest[0]])
-                taken = [
-                    at for at in rest[: self.batch_size] if prompt + length <= 2 * (prompt + self.bucket(requests[at]))
-                ]
-                yield Planned(method, layered, length, taken)
+                length, first = self.bucket(requests[rest[0]]), rest[: self.batch_size]
+                prompt = self.bank.longest(any(self.bank.is_layered(requests[at].prompt) for at in first))
+                taken = [at for at in first if prompt + length <= 2 * (prompt + self.bucket(requests[at]))]
+                yield Planned(method, length, taken)
                 rest = rest[len(taken) :]
-
-    def _bank(self, layered: bool) -> PromptBank:
-        return self.bank.layered if layered and self.bank.layered is not None else self.bank
 
     def bucket(self, request: Request) -> int:
         """The length that its inputs are padded to where no longer ones share the batch."""
@@ -171,18 +168,16 @@ class Predictor:
     def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
         """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
         size = min(power_of_two(len(requests)), self.batch_size)
-        inputs, rows = np.zeros((size, batch.length), np.int32), np.zeros(size, np.int32)
+        inputs = np.zeros((size, batch.length), np.int32)
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
-            rows[place] = self.bank.row(request.prompt)
-        prompt, mask = take(self._bank(batch.layered).prompts, rows)
-        injection = Injection(layer_prompts=prompt) if batch.layered else Injection(prompt=prompt)
+        injection, mask, more = self.bank.take([request.prompt for request in requests], size)
         given = (injection, self._frozen, inputs, mask)
         if batch.method == RANK:
-            return self._engine.rank(*given, **_choices(requests, size))
+            return self._engine.rank(*given, **_choices(requests, size), **more)
         if batch.method == "sample":
-            return self._engine.sample(*given, self._length, **_sampling_arrays(requests, size))
-        return getattr(self._engine, batch.method)(*given, self._length)
+            return self._engine.sample(*given, self._length, **_sampling_arrays(requests, size), **more)
+        return getattr(self._engine, batch.method)(*given, self._length, **more)
 
     def _finish(self, batch: "Planned", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
         found = jax.device_get(started)
@@ -209,8 +204,11 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     """
     folder = PromptFolder(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
     size, fingerprint = model.config, model.fingerprint
+    def bank_of(prompts: int) -> PromptBank:
+        return PromptBank(size.emb_dim, fingerprint, capacity=max(prompts, 1), layers=size.num_encoder_layers)
+
     if isinstance(folder, PromptFolder):
-        bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(folder.entries()), 1))
+        bank = bank_of(len(folder.entries()))
         changes = folder.sync(bank)
         if folder.single and changes.broken:
             raise changes.broken[folder.single]
@@ -218,17 +216,20 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     named: Any = prompts or {}
     if not isinstance(named, Mapping):
         raise SettingError(Setting("prompts"), f" is {prompts!r:.60}, expected prompts by name, or a folder of them")
-    bank = PromptBank(size.emb_dim, fingerprint, capacity=max(len(named), 1))
+    bank = bank_of(len(named))
     for name, values in named.items():
         injection = injection_of(getattr(values, "injection", values), size)
-        given = [prompt for prompt in (injection.prompt, injection.layer_prompts) if prompt is not None]
-        if len(given) != 1 or injection.parameters:
+        if not injection.length or injection.parameters:
             raise SettingError(
                 Setting("prompts"),
                 f" has {name!r}, which is no prompt alone: adapters and tuned models are used one at a time, as a "
                 "model of their own, `result.merged()`",
             )
-        bank.add(name, np.asarray(given[0], np.float32))
+        prompt, per_layer = (
+            None if array is None else np.asarray(array, np.float32)
+            for array in (injection.prompt, injection.layer_prompts)
+        )
+        bank.add(name, per_layer) if prompt is None else bank.add(name, prompt, additions=per_layer)
     return bank, None
 
 
@@ -242,13 +243,11 @@ class Planned(NamedTuple):
 
     Attributes:
       method: how it is answered.
-      layered: whether its prompts are prompts per layer.
       length: of its inputs.
       places: the indices of its requests.
     """
 
     method: str
-    layered: bool
     length: int
     places: list[int]
 

@@ -1,5 +1,6 @@
 """Compiles, before the first row comes, the programs that rows like given ones need."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from prompt_tuning_jax.inference.requests import RANK, Request
 
 def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
     """Answers batches of each size for each method and length of the rows, and for each length of labels.
+
+    If there are prompts per layer, there are twice as many: the batches that have one run other programs.
 
     Args:
       rows: as those to come; which prompts they name does not matter.
@@ -30,10 +33,12 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
         kinds.setdefault((request.method, predictor.bucket(request)), request)
         if request.choices is not None:
             labels.setdefault(max(request.choices.shape[1] - 1, 0).bit_length(), request)
+    per_layer = next(filter(predictor.bank.is_layered, predictor.bank), None)
     batches = 0
     for (method, _), request in kinds.items():
-        for other in labels.values() if method == RANK else (request,):
-            asked = request._replace(labels=other.labels, choices=other.choices)
+        others = labels.values() if method == RANK else (request,)
+        for other, prompt in itertools.product(others, dict.fromkeys((None, per_layer))):
+            asked = request._replace(prompt=prompt, labels=other.labels, choices=other.choices)
             for size in sizes(predictor.batch_size):
                 predictor.answer([asked] * size)
                 batches += 1

@@ -8,34 +8,54 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
 from prompt_tuning_jax.t5.config import T5Config
 
+REPLACE, ADD = COMBINE = ("replace", "add")
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PerLayerPrompt(Method):
-    """A prompt in front of the input, which each layer's own prompt then replaces; L P D parameters.
+    """A prompt in front of the input, and one more for each further encoder layer; L P D parameters.
+
+    Layer l reads [p_l; x] if `combine` is "replace", and [e + p_l; x] if it is "add", where the layer before gave
+    [e; x]. The first layer reads [p_0; x] either way. The official code has a prompt p in front and L more: the first
+    of these replaces p, or is added to it, so that two matrices would do the work of one. Here p_0 stands for both.
 
     Attributes:
       length: positions, P, of each layer's prompt.
-      initializer: how each starts, with a key of its own; see `prompts.initializers`.
+      combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
+      initializer: how prompts start, with a key for each; see `prompts.initializers`. With "add" it is for p_0 alone:
+        the others start at zero, so that the first step is that of prompt tuning. The official code draws them like p.
     """
 
     length: int
+    combine: str
     initializer: Initializer
 
-    def __init__(self, length: int = 20, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: int = 20, combine: str = REPLACE, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
+        object.__setattr__(self, "combine", combine)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
-        keys = jax.random.split(key, model.config.num_encoder_layers)
+        layers = model.config.num_encoder_layers
+        if self.combine == ADD:
+            first = self.initializer(key, self.length, model)
+            return {"layer_prompts": jnp.zeros((layers, *first.shape), first.dtype).at[0].set(first)}
+        keys = jax.random.split(key, layers)
         return {"layer_prompts": jnp.stack([self.initializer(own, self.length, model) for own in keys])}
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
-        return Injection(layer_prompts=trained["layer_prompts"])
+        prompts = trained["layer_prompts"]
+        if self.combine == ADD:
+            return Injection(prompt=prompts[0], layer_prompts=prompts.at[0].set(0.0))
+        return Injection(layer_prompts=prompts)
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
+        if self.combine not in COMBINE:
+            raise SettingError(Setting("combine"), f" is {self.combine!r:.60}, expected {' or '.join(COMBINE)}")

@@ -26,7 +26,7 @@ def encode_once(model: Transformer, params: Any, inputs: Int[Array, "B T"], **pr
     Args:
       params: of the model, without the "params" level.
       inputs: tokens, 0 is padding.
-      prompts: `prompt`, `layer_prompts` and `prompt_mask`, as `Transformer.encode` takes them.
+      prompts: `prompt`, `layer_prompts`, `prompt_mask` and `layers_replace`, as `Transformer.encode` takes them.
 
     Returns:
       `decode(tokens [B, Q], cache={}, **options)`.

@@ -120,6 +120,7 @@ class Encoder(nn.Module):
         prompt: Prompt = None,
         layer_prompts: LayerPrompts = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        layers_replace: Bool[Array, " B"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         rows: Rows = None,
     ) -> Float[Array, "B S D"]:
@@ -134,10 +135,10 @@ class Encoder(nn.Module):
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
         bias = self.relpos_bias(x.shape[1], x.shape[1])
+        replaces = prompt is None if layers_replace is None else layers_replace
         for number, layer in enumerate(self.layers):
             if layer_prompts is not None:
-                own = layer_prompts[..., number, :, :]
-                x = prepend_prompt(x[:, own.shape[-2] :], own) if prompt is None else add_to_prompt(x, own)
+                x = change_prompt(x, layer_prompts[..., number, :, :], replaces)
             x = layer(x, bias, mask, lengths, rows)
         return self.dropout(self.encoder_norm(x), rows)
 
@@ -218,6 +219,7 @@ class Transformer(nn.Module):
         prompt: Prompt = None,
         layer_prompts: LayerPrompts = None,
         prompt_mask: Bool[Array, "B P"] | None = None,
+        layers_replace: Bool[Array, " B"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's output over prompt and inputs, [B, P+T, D].
@@ -231,6 +233,8 @@ class Transformer(nn.Module):
             extended/train/per_layer.py).
           prompt_mask: false where a prompt position is padding, which belongs in front of a shorter prompt: T5's
             positions are relative, so the row is then what it would be with the shorter prompt alone.
+          layers_replace: true for each row whose layer prompts replace what they would be added to: rows of both kinds
+            share a batch. A row without layer prompts has additions of zero.
           row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
         """
         mask = (encoder_input_tokens > 0)[:, None, None, :]
@@ -241,7 +245,7 @@ class Transformer(nn.Module):
         embedded = self.token_embedder(encoder_input_tokens)
         lengths = _lengths(encoder_input_tokens) if encoder_segment_ids is None else None
         rows = _rows(embedded, enable_dropout, row_numbers)
-        return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, lengths, rows)
+        return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, layers_replace, lengths, rows)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
@@ -340,12 +344,19 @@ def prepend_prompt(
     return jnp.concatenate([_per_row(prompt, embedded), embedded], axis=1)
 
 
-def add_to_prompt(
-    x: Float[Array, "B S D"], delta: Float[Array, "P D"] | Float[Array, "B P D"]
+def change_prompt(
+    x: Float[Array, "B S D"],
+    layer_prompt: Float[Array, "P D"] | Float[Array, "B P D"],
+    replaces: bool | Bool[Array, " B"],
 ) -> Float[Array, "B S D"]:
-    """Adds `delta` to the first P positions of each row."""
-    length = delta.shape[-2]
-    return jnp.concatenate([x[:, :length] + _per_row(delta, x), x[:, length:]], axis=1)
+    """Puts `layer_prompt` in place of each row's first P positions if it replaces them, and else adds it to them."""
+    before, rest = x[:, : layer_prompt.shape[-2]], x[:, layer_prompt.shape[-2] :]
+    own = _per_row(layer_prompt, x)
+    if isinstance(replaces, bool):
+        changed = own if replaces else before + own
+    else:
+        changed = jnp.where(replaces[:, None, None], own, before + own)
+    return jnp.concatenate([changed, rest], axis=1)
 
 
 def _per_row(prompt: Float[Array, "P D"] | Float[Array, "B P D"], x: Float[Array, "B _ D"]) -> Float[Array, "B P D"]:

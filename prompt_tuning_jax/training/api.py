@@ -17,10 +17,9 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import write_adapter
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Method
-from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.adapters import merged
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
@@ -49,7 +48,10 @@ class Result:
 
     @property
     def prompt(self) -> Float[np.ndarray, "P D"] | Float[np.ndarray, "L P D"] | None:
-        """The prompt, [P, D], or [L, P, D] of prompts per layer; None if the method gives none."""
+        """The prompt, [P, D], or [L, P, D] of prompts per layer; None if the method gives none.
+
+        Additions per layer to a prompt are in `injection.layer_prompts`.
+        """
         prompt = self.injection.prompt if self.injection.prompt is not None else self.injection.layer_prompts
         return None if prompt is None else np.asarray(prompt)
 
@@ -64,17 +66,15 @@ class Result:
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
 
-        A prompt becomes a `.npy` file, LoRA and IA3 a folder that `peft` loads, and a tuned model a folder that
-        `transformers` loads.
+        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, LoRA and IA3 a folder that
+        `peft` loads, and a tuned model a folder that `transformers` loads.
 
         Args:
           merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
         """
-        parameters, prompt = self.injection.parameters, self.prompt
-        if prompt is not None and not parameters:
-            if self.injection.prompt is not None and self.injection.layer_prompts is not None:
-                raise ValueError("a prompt with additions per layer fits no single file: train with `folder`")
-            write_prompt(path, prompt)
+        parameters = self.injection.parameters
+        if self.injection.length and not parameters:
+            write_prompts(path, self.injection)
         elif adapters_alone(parameters) and not merge:
             write_adapter(path, self.injection, self.model.config, self.model.path)
         else:

@@ -13,14 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.checkpoints.tuned import has_additions, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.identity import differences
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import barrier, is_writer
-from prompt_tuning_jax.prompts.files import write_prompt
 
 IDENTITY = "run.json"
 
@@ -170,10 +168,12 @@ class RunFolder:
                 self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def keep_prompt(self, step: int, injection: Injection) -> None:
-        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt."""
-        prompt = injection.prompt if injection.prompt is not None else injection.layer_prompts
-        if self.writes and prompt is not None:
-            write_prompt(self.path / "prompts" / f"{step}.npy", np.asarray(prompt))
+        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt.
+
+        A prompt with additions per layer becomes a folder, prompts/<step>.
+        """
+        if self.writes and injection.length:
+            write_prompts(self.path / "prompts" / f"{step}{'' if has_additions(injection) else '.npy'}", injection)
 
     def close(self) -> None:
         if self.states is not None:
