@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.methods.method import Injection as Injection
     from prompt_tuning_jax.methods.method import Method as Method
     from prompt_tuning_jax.methods.model_tuning import ModelTuning as ModelTuning
+    from prompt_tuning_jax.methods.mpt import MPT as MPT
+    from prompt_tuning_jax.methods.multitask_prompt import MultitaskPrompt as MultitaskPrompt
     from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt as PerLayerPrompt
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning as PromptTuning
     from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt as ResidualPrompt
@@ -41,9 +43,11 @@ _PLACES = {
     "IA3": "methods.ia3:IA3",
     "Injection": "methods.method:Injection",
     "LoRA": "methods.lora:LoRA",
+    "MPT": "methods.mpt:MPT",
     "Method": "methods.method:Method",
     "Model": "checkpoints.model:Model",
     "ModelTuning": "methods.model_tuning:ModelTuning",
+    "MultitaskPrompt": "methods.multitask_prompt:MultitaskPrompt",
     "PerLayerPrompt": "methods.per_layer_prompt:PerLayerPrompt",
     "Predictor": "inference.predictor:Predictor",
     "PromptTuning": "methods.prompt_tuning:PromptTuning",

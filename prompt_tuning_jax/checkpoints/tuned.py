@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
@@ -19,6 +20,7 @@ from prompt_tuning_jax.t5.adapters import is_adapter, merged
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
+TASK_PROMPTS = "prompts"
 
 
 def write_tuned(
@@ -34,7 +36,8 @@ def write_tuned(
     """Writes what a model runs with.
 
     prompt.npy is a prompt [P, D], or one per encoder layer [L, P, D]; where both are there, layer_prompts.npy has the
-    second. adapter/ is a PEFT folder of LoRA or IA3. model/ is a folder in Hugging Face's layout, with all parameters.
+    second. prompts/ has a prompt [P, D] per task, TASK.npy. adapter/ is a PEFT folder of LoRA or IA3. model/ is a
+    folder in Hugging Face's layout, with all parameters.
 
     Args:
       frozen: the base model's parameters; those that the injection replaces may be missing.
@@ -48,10 +51,19 @@ def write_tuned(
     for name, prompt in ((PROMPT, first), (LAYER_PROMPTS, second)):
         if prompt is not None:
             write_prompt(folder / name, np.asarray(prompt))
+    if injection.task_prompts is not None:
+        write_task_prompts(folder / TASK_PROMPTS, injection.task_prompts)
     if adapters_alone(injection.parameters):
         write_adapter(folder / ADAPTER, injection, config, base)
     elif injection.parameters:
         huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
+
+
+def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) -> None:
+    """Writes a folder of one prompt per task, TASK.npy, whole or not at all."""
+    with whole_folder(folder) as partial:
+        for task, prompt in prompts.items():
+            write_prompt(partial / f"{task}.npy", np.asarray(prompt))
 
 
 def adapters_alone(parameters: Mapping[str, Any]) -> bool:
@@ -74,22 +86,25 @@ def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
     )
     if prompt is not None and prompt.ndim == 3:
         prompt, layer_prompts = None, prompt
+    task_prompts = None
+    if (folder / TASK_PROMPTS).is_dir():
+        task_prompts = {path.stem: read_prompt(path) for path in sorted((folder / TASK_PROMPTS).glob("*.npy"))}
     parameters = {}
     if (folder / ADAPTER).is_dir():
         parameters = read_adapter(folder / ADAPTER, config).parameters
     elif (folder / MODEL).is_dir():
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
-    if prompt is None and layer_prompts is None and not parameters:
-        raise ValueError(f"{folder} holds no {PROMPT}, {ADAPTER} or {MODEL}: nothing that was trained")
-    return Injection(prompt, layer_prompts, parameters)
+    if prompt is None and layer_prompts is None and not task_prompts and not parameters:
+        raise ValueError(f"{folder} holds no {PROMPT}, {TASK_PROMPTS}, {ADAPTER} or {MODEL}: nothing that was trained")
+    return Injection(prompt, layer_prompts, parameters, task_prompts)
 
 
 def injection_of(tuned: Any, config: T5Config) -> Injection:
     """Returns what a model of this size is to run with.
 
     Args:
-      tuned: a prompt [P, D] or prompts per layer [L, P, D]; an `Injection`; or a path: of a prompt file of any format,
-        of a PEFT adapter's folder, or of a run's folder, whose best evaluation is taken.
+      tuned: a prompt [P, D] or prompts per layer [L, P, D]; prompts by task; an `Injection`; or a path: of a prompt
+        file of any format, of a PEFT adapter's folder, or of a run's folder, whose best evaluation is taken.
 
     Raises:
       SettingError: there is nothing of that kind, or it is of another model size.
@@ -99,6 +114,8 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
         found = read_injection(tuned, config)
     elif isinstance(tuned, Injection):
         found = tuned
+    elif isinstance(tuned, Mapping):
+        found = Injection(task_prompts={str(task): np.asarray(prompt) for task, prompt in tuned.items()})
     else:
         array = np.asarray(tuned)
         if array.ndim not in (2, 3) or array.dtype.kind != "f":
@@ -107,7 +124,7 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
                 f" is an array of {array.dtype} {list(array.shape)}, expected floats [P, D] or [L, P, D]",
             )
         found = Injection(prompt=array) if array.ndim == 2 else Injection(layer_prompts=array)
-    for prompt in (found.prompt, found.layer_prompts):
+    for prompt in (found.prompt, found.layer_prompts, *(found.task_prompts or {}).values()):
         if prompt is not None:
             check_width(where, prompt.shape, config.emb_dim)
     if found.layer_prompts is not None and len(found.layer_prompts) != config.num_encoder_layers:

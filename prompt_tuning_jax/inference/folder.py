@@ -6,7 +6,7 @@ Each entry is one prompt, named after it:
     rte/            a run (best/prompt.npy, summary.json), a PEFT adapter, a folder with the official file, or a
                     T5X checkpoint with a prompt in it
 
-A single prompt, by its own path, is a folder of one.
+A single prompt, by its own path, is a folder of one. A run with one prompt per task is the folder of these.
 """
 
 import json
@@ -22,9 +22,9 @@ from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, read_prompt
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, RUN_PROMPT, RUN_PROMPTS, read_prompt
 
-RUN_PROMPT, RUN_SUMMARY = Path("best", "prompt.npy"), "summary.json"
+RUN_SUMMARY = "summary.json"
 
 
 class Entry(NamedTuple):
@@ -63,6 +63,8 @@ class PromptFolder:
           ValueError: there is nothing at `path`.
         """
         self.path = Path(path)
+        if (self.path / RUN_PROMPTS).is_dir():
+            self.path = self.path / RUN_PROMPTS
         if not self.path.exists():
             raise SettingError(
                 f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
@@ -140,8 +142,9 @@ def _entry(path: Path) -> Entry | None:
         return Entry(path, summary, _state([path, summary])) if is_t5x(path) else None
     if path.suffix == ".npy":
         summary = path.with_suffix(".json")
-        if path.match(str(Path("*", RUN_PROMPT))) and (path.parents[1] / RUN_SUMMARY).is_file():
-            summary = path.parents[1] / RUN_SUMMARY
+        for pattern, run in ((RUN_PROMPT, 1), (RUN_PROMPTS / "*.npy", 2)):
+            if path.match(str(Path("*", pattern))) and (path.parents[run] / RUN_SUMMARY).is_file():
+                summary = path.parents[run] / RUN_SUMMARY
         return Entry(path, summary, _state([path, summary]))
     return None
 

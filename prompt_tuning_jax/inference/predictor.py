@@ -222,6 +222,12 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     for name, values in named.items():
         injection = injection_of(getattr(values, "injection", values), size)
         given = [prompt for prompt in (injection.prompt, injection.layer_prompts) if prompt is not None]
+        if injection.task_prompts is not None:
+            raise SettingError(
+                Setting("prompts"),
+                f" has {name!r}, which is a prompt for each of {', '.join(sorted(injection.task_prompts))}: give these "
+                "by their own names, `result.prompts`",
+            )
         if len(given) != 1 or injection.parameters:
             raise SettingError(
                 Setting("prompts"),

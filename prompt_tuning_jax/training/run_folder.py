@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.state import StateStore
+from prompt_tuning_jax.checkpoints.tuned import write_task_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.identity import differences
 from prompt_tuning_jax.methods.method import Injection
@@ -170,8 +171,13 @@ class RunFolder:
                 self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def keep_prompt(self, step: int, injection: Injection) -> None:
-        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt."""
+        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt.
+
+        Of a prompt per task it writes prompts/<step>/TASK.npy.
+        """
         prompt = injection.prompt if injection.prompt is not None else injection.layer_prompts
+        if self.writes and injection.task_prompts is not None:
+            write_task_prompts(self.path / "prompts" / str(step), injection.task_prompts)
         if self.writes and prompt is not None:
             write_prompt(self.path / "prompts" / f"{step}.npy", np.asarray(prompt))
 
