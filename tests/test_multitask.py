@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, keeping_compiled_programs, make_tiny
+from tiny import CONFIG, ROOT, keeping_compiled_programs, make_tiny
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax import neighbors
@@ -291,7 +293,7 @@ def train(model, method, rows=ROWS, validation=None, **options):
         (
             lambda model: train(model, pt.MPT(TASKS, 3), ROWS["sst2"]),
             "tasks",
-            "`tasks` has cola, mrpc, sst2, with a prompt each, but rows is one task: set `name` to the mixture of these",
+            "`tasks` has cola, mrpc, sst2, with a prompt each, but rows is one task: set `name` to the mixture of th",
         ),
         (
             lambda model: train(model, pt.MPT(("sst2", "rte"), 3)),
@@ -324,3 +326,33 @@ def test_what_is_wrong_is_one_line_that_names_the_setting(call, setting, message
     with pytest.raises(SettingError, match=message) as refused:
         call(model)
     assert "\n" not in str(refused.value) and refused.value.setting == setting
+
+
+ON_MESH = """
+import json, sys
+import jax, numpy as np
+sys.path.insert(0, {tests!r})
+import prompt_tuning_jax as pt
+from test_multitask import OPTIONS, ROWS
+result = pt.train(pt.load({base!r}), pt.MPT(length=3), ROWS, ROWS, **OPTIONS, **json.loads(sys.argv[1]))
+np.savez({out!r}, **result.prompts)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "model": 2}], ids=str)
+def test_prompts_per_task_are_the_same_on_a_mesh(mesh, trained, tiny, tmp_path):
+    """Each device has its own rows of a batch, and with them their tasks."""
+    result, _ = trained
+    program = ON_MESH.format(tests=str(ROOT / "tests"), base=str(tiny.base), out=str(tmp_path / "prompts.npz"))
+    environment = os.environ | tiny.environment
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    settings = json.dumps({"mesh": mesh})
+    done = subprocess.run(
+        [sys.executable, "-c", program, settings], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(tmp_path / "prompts.npz")
+    assert {*found} == {*TASKS}
+    for task, prompt in result.prompts.items():
+        np.testing.assert_allclose(found[task], prompt, rtol=0, atol=1e-5)

@@ -113,8 +113,8 @@ def dataset_of(
     *,
     batch_size: int,
     lengths: Mapping[str, int],
-    labels: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    metrics: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     setting: str | None = None,
 ) -> DatasetConfig:
     """Returns what a run reads of `data`.
@@ -206,7 +206,7 @@ def default_lengths(
     train: Any,
     validation: Any,
     vocabulary: Vocabulary,
-    labels: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     *,
     say: Say | None = None,
 ) -> dict[str, int]:

@@ -96,7 +96,7 @@ def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
     if prompt is None and layer_prompts is None and not task_prompts and not parameters:
         raise ValueError(f"{folder} holds no {PROMPT}, {TASK_PROMPTS}, {ADAPTER} or {MODEL}: nothing that was trained")
-    return Injection(prompt, layer_prompts, parameters, task_prompts)
+    return Injection(prompt, layer_prompts, parameters, task_prompts=task_prompts)
 
 
 def injection_of(tuned: Any, config: T5Config) -> Injection:
