@@ -38,7 +38,6 @@ class Found(NamedTuple):
     """What a finished trial found.
 
     Attributes:
-      curve: accuracy in per cent by step, of each evaluation; empty where it was read from the table.
       right: which rows were answered right at the best evaluation.
       stored_bytes: of what is kept of it, `best/`.
     """
@@ -207,9 +206,22 @@ def from_csv(path: Path) -> list[Found]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8), count=int(row["rows"]))
-            numbers = (int(row[name]) for name in ("steps_to_99", "best_step", "steps", "trainable_parameters"))
-            place = (row["METHOD"], row["SIZE"], row["TASK"], row["LEARNING_RATE"], int(row["RANDOM_SEED"]))
-            found.append(Found(*place, *numbers, int(row["stored_bytes"]), bits.astype(bool), row["base_fingerprint"]))
+            found.append(
+                Found(
+                    row["METHOD"],
+                    row["SIZE"],
+                    row["TASK"],
+                    row["LEARNING_RATE"],
+                    int(row["RANDOM_SEED"]),
+                    int(row["steps_to_99"]),
+                    int(row["best_step"]),
+                    int(row["steps"]),
+                    int(row["trainable_parameters"]),
+                    int(row["stored_bytes"]),
+                    bits.astype(bool),
+                    row["base_fingerprint"],
+                )
+            )
     return found
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.methods.method import Method as Method
     from prompt_tuning_jax.methods.mlp_prompt import MLPPrompt as MLPPrompt
     from prompt_tuning_jax.methods.model_tuning import ModelTuning as ModelTuning
+    from prompt_tuning_jax.methods.mpt import MPT as MPT
+    from prompt_tuning_jax.methods.multitask_prompt import MultitaskPrompt as MultitaskPrompt
     from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt as PerLayerPrompt
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning as PromptTuning
     from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt as ResidualPrompt
@@ -50,9 +52,11 @@ _PLACES = {
     "LoRA": "methods.lora:LoRA",
     "LowRankPrompt": "methods.low_rank_prompt:LowRankPrompt",
     "MLPPrompt": "methods.mlp_prompt:MLPPrompt",
+    "MPT": "methods.mpt:MPT",
     "Method": "methods.method:Method",
     "Model": "checkpoints.model:Model",
     "ModelTuning": "methods.model_tuning:ModelTuning",
+    "MultitaskPrompt": "methods.multitask_prompt:MultitaskPrompt",
     "PerLayerPrompt": "methods.per_layer_prompt:PerLayerPrompt",
     "Predictor": "inference.predictor:Predictor",
     "PromptTuning": "methods.prompt_tuning:PromptTuning",

@@ -24,6 +24,8 @@ ARGUMENTS = {
     "model_dir": "folder",
     "task_feature_lengths": "lengths",
     "prompt_length": "length",
+    "prompt_folder": "folder",
+    "prompt_like": "like",
     "class_labels": "labels",
     "mixture_or_task_name": "name",
     "mixture_or_task_module": "module",

@@ -18,7 +18,7 @@ from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_voc
 from prompt_tuning_jax.checkpoints.tuned import check_width
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.flags import Parser, flag_errors
-from prompt_tuning_jax.prompts.files import read_prompt
+from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
@@ -65,11 +65,10 @@ def read(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--before is given for {len(arguments.prompts)} prompts: set it with one PROMPT")
     base = arguments.base or base_of(arguments.prompts)
     model = open_table(base)
-    for name in arguments.prompts:
-        file = prompt_file(name)
+    for name, file, start in [one for given in arguments.prompts for one in prompt_files(given)]:
         prompts[name] = read_prompt(file)
         check_width(str(file), prompts[name].shape, model.arrays[TABLE].shape[1])
-        first = prompt_file(arguments.before) if arguments.before else Path(name, "prompts", "0.npy")
+        first = prompt_file(arguments.before) if arguments.before else start
         if arguments.before or first.is_file():
             befores[name] = read_prompt(first)
             if befores[name].shape != prompts[name].shape:
@@ -87,8 +86,16 @@ def read(arguments: argparse.Namespace) -> None:
 
 def prompt_file(name: str) -> Path | str:
     """The best prompt of a run's folder; anything else as it is."""
-    best = Path(name, "best", "prompt.npy")
+    best = Path(name) / RUN_PROMPT
     return best if best.is_file() else name
+
+
+def prompt_files(name: str) -> list[tuple[str, Path | str, Path]]:
+    """Returns `(name, file, file before training)` of a prompt, or of each prompt of a run with one per task."""
+    if (Path(name) / RUN_PROMPTS).is_dir():
+        files = sorted((Path(name) / RUN_PROMPTS).glob("*.npy"))
+        return [(f"{name}/{file.stem}", file, Path(name, "prompts", "0", file.name)) for file in files]
+    return [(name, prompt_file(name), Path(name, "prompts", "0.npy"))]
 
 
 def base_of(names: Sequence[str]) -> str:
@@ -97,7 +104,8 @@ def base_of(names: Sequence[str]) -> str:
     Raises:
       ValueError: they have several.
     """
-    summaries = [path for name in names if prompt_file(name) != name and (path := Path(name, "summary.json")).is_file()]
+    runs = [name for name in names if Path(name, "best").is_dir()]
+    summaries = [path for name in runs if (path := Path(name, "summary.json")).is_file()]
     bases = sorted({str(json.loads(path.read_text(encoding="utf-8"))["base"]) for path in summaries})
     if len(bases) > 1:
         raise ValueError(f"the runs are on different bases ({', '.join(bases)}): set --base, or compare runs on one")

@@ -34,6 +34,7 @@ CONSTRUCTED = ("train_dataset", "eval_dataset", "size", "method")  # the argumen
 OF_PROMPT = {
     "prompts/class_labels.gin": {"CLASS_LABELS": ["positive", "negative"]},
     "prompts/from_file.gin": {"PROMPT_FILE": "prompt.npy"},
+    "prompts/nearest.gin": {"PROMPT_FOLDER": "runs", "PROMPT_LIKE": "runs/target"},
     "prompts/string.gin": {"PROMPT_TEXT": "is it 100% good? It %IS"},
 }
 
@@ -76,6 +77,8 @@ def test_a_method_is_any_model_before_or_after_it(method):
     """With a start from prompts/, if it takes one: the settings are those of the method."""
     starts = ["prompts/random_uniform.gin"] if "%PROMPT_INIT" in (CONFIGS / method).read_text() else []
     macros = RUN | {"TRAIN_STEPS": 10}
+    if "TASKS" in defined(CONFIGS / method):
+        macros["TASKS"] = ("sst2", "mrpc")
     parse(MODELS[0], *starts, method, **macros)
     first = gin_files.config_text()
     parse(method, MODELS[0], *starts, **macros)

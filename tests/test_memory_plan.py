@@ -22,8 +22,9 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import random_base
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
-from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
+from prompt_tuning_jax.methods.mpt import MPT
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
@@ -122,6 +123,7 @@ def numbers(config):
         PROMPT_TUNING: PROMPT_LENGTH * width,
         ResidualPrompt(PROMPT_LENGTH, 6): PROMPT_LENGTH * width + (width * 6 + 6) + (6 * width + width) + 2 * width,
         PerLayerPrompt(PROMPT_LENGTH): encoder * PROMPT_LENGTH * width,
+        MPT(("a", "b", "c"), PROMPT_LENGTH): PROMPT_LENGTH * width + 3 * (PROMPT_LENGTH + width),
         LoRA(2): attentions * 2 * 2 * (width + joined),
         IA3(): attentions * 2 * joined + (encoder + decoder) * hidden,
         ModelTuning(): tables + norms + layers,
@@ -157,14 +159,16 @@ def test_a_method_is_planned_as_its_arrays_and_its_step_are(method):
     assert found.prompt_length == (0 if isinstance(method, (LoRA, IA3, ModelTuning)) else PROMPT_LENGTH)
 
     step = make_train_step(Transformer(DEEP), method, run.optimizer, run.z_loss, 2)
-    batch = Batch(*(np.ones((8, LENGTHS[name]), np.int32) for name in ("inputs", "targets")), np.zeros(8, np.int32))
+    ids = np.zeros(8, np.int32)
+    tasks = None if tasks_of(method) is None else ids
+    batch = Batch(*(np.ones((8, LENGTHS[name]), np.int32) for name in ("inputs", "targets")), ids, tasks)
     program = step.lower(state, frozen, batch).compile()
     real = program.memory_analysis()
     # What is trained and its optimiser's state are written where they were. Adafactor's two placeholders for what it
     # does not factor, which none of these is large enough for, are not read.
     carried = nbytes(state) - 2 * 4 * len(trained)
     assert real.alias_size_in_bytes == carried
-    assert real.argument_size_in_bytes == found.frozen.bytes + carried + nbytes(batch[:2])
+    assert real.argument_size_in_bytes == found.frozen.bytes + carried + nbytes((batch.inputs, batch.targets, tasks))
     assert found.step[:4] == (
         real.argument_size_in_bytes,
         real.temp_size_in_bytes,

@@ -26,9 +26,11 @@ from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.low_rank_prompt import LowRankPrompt
 from prompt_tuning_jax.methods.lstm_prompt import LSTMPrompt
-from prompt_tuning_jax.methods.method import Injection, Method, merge
+from prompt_tuning_jax.methods.method import Injection, Method, merge, tasks_of
 from prompt_tuning_jax.methods.mlp_prompt import MLPPrompt
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
+from prompt_tuning_jax.methods.mpt import MPT
+from prompt_tuning_jax.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import EPSILON, ResidualPrompt
@@ -74,6 +76,7 @@ class ScaledQuery(Method):
         return Injection(parameters={path: trained["factor"] * frozen[path]})
 
 
+TASKS = ("reviews", "films")
 METHODS = {
     "PromptTuning": PromptTuning(length=4),
     "ResidualPrompt": ResidualPrompt(length=4, bottleneck=6),
@@ -86,6 +89,8 @@ METHODS = {
     "LSTMPrompt": LSTMPrompt(length=4, hidden_size=6),
     "PerLayerPrompt": PerLayerPrompt(length=3),
     "PerLayerPrompt that adds": PerLayerPrompt(length=3, combine="add"),
+    "MPT": MPT(TASKS, length=4),
+    "MultitaskPrompt": MultitaskPrompt(TASKS, length=3, combine="concatenate", task_length=2),
     "LoRA": LoRA(rank=2),
     "IA3": IA3(),
     "ModelTuning": ModelTuning(),
@@ -93,6 +98,7 @@ METHODS = {
 }
 FOLDING_TO_ONE_PROMPT = [*METHODS][: [*METHODS].index("PerLayerPrompt")]
 FOLDING = (*FOLDING_TO_ONE_PROMPT, "PerLayerPrompt", "PerLayerPrompt that adds")
+OF_TASKS = ("MPT", "MultitaskPrompt")  # these fold into a prompt per task
 METHOD = pytest.mark.parametrize("name", METHODS)
 
 
@@ -119,18 +125,24 @@ def rows():
     return [{"inputs": f"sentence: {text}", "targets": ["negative", "positive"][i % 2]} for i, text in enumerate(texts)]
 
 
+def data_for(method, rows):
+    """The rows; a method of a prompt per task gets them as two tasks, one of which has them all."""
+    return rows if tasks_of(method) is None else {"reviews": rows, "films": rows[:4]}
+
+
 @pytest.fixture(scope="module")
 def settings(model, rows):
     """Makes the settings of a run of a few steps."""
 
     def make(folder, method, seed=0, **other):
+        own = data_for(method, rows)
         data = {"lengths": {"inputs": 16, "targets": 8}, "labels": ["negative", "positive"]}
         chosen = {
             "size": dataclasses.replace(model.config, dropout_rate=0.1),
             "initial_checkpoint_path": model.path,
             "model": model,
-            "train_dataset": dataset_of(rows, "train", batch_size=2, **data),
-            "eval_dataset": dataset_of(rows, "validation", batch_size=6, **data),
+            "train_dataset": dataset_of(own, "train", batch_size=2, **data),
+            "eval_dataset": dataset_of(own, "validation", batch_size=6, **data),
             "method": method,
             "optimizer": adafactor(0.02),
             "train_steps": STEPS,
@@ -172,7 +184,9 @@ def assert_same_files(folder, other):
 
 
 def logits(model, injection, params, rng=0):
-    """The plain model's logits of some rows, padded ones among them."""
+    """The plain model's logits of some rows, padded ones among them; with a prompt per task, of the rows in each."""
+    if injection.task_prompts is not None:
+        return np.stack([logits(model, injection.of_task(task), params, rng) for task in TASKS])
     inputs = np.random.default_rng(rng).integers(3, CONFIG.vocab_size, (3, 7)).astype(np.int32)
     inputs[1, 4:] = 0
     inputs, targets = jnp.asarray(inputs), jnp.asarray(inputs[:, :5])
@@ -204,7 +218,7 @@ def test_what_is_saved_is_what_was_evaluated(name, finished, model):
     expected = logits(model, training, model.parameters)
     saved = read_tuned(Path(run.config.model_dir) / "best", model.config)
     found = logits(model, jax.tree.map(jnp.asarray, saved), model.parameters)
-    if name in FOLDING:
+    if name in (*FOLDING, *OF_TASKS):
         np.testing.assert_array_equal(found, expected)
     else:  # in best/model the parameters are stored as they are; an adapter's factor is split from its matrix
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
@@ -215,7 +229,8 @@ def test_what_is_saved_is_what_was_evaluated(name, finished, model):
 @METHOD
 def test_saved_by_a_result_is_loaded_into_the_plain_model(name, model, rows, tmp_path):
     options = {"steps": 2, "batch_size": 2, "labels": ["negative", "positive"], "progress": False}
-    result = pt.train(model, METHODS[name], rows, rows, optimizer=optax.adamw(0.05), **options)
+    data = data_for(METHODS[name], rows)
+    result = pt.train(model, METHODS[name], data, data, optimizer=optax.adamw(0.05), **options)
     expected = logits(model, jax.tree.map(jnp.asarray, result.injection), model.parameters)
     if name in FOLDING:
         path = tmp_path / "prompt.npy"
@@ -224,6 +239,14 @@ def test_saved_by_a_result_is_loaded_into_the_plain_model(name, model, rows, tmp
         assert np.array_equal(np.load(file), result.prompt) and result.prompt.dtype == np.float32
         found = logits(model, jax.tree.map(jnp.asarray, injection_of(path, model.config)), model.parameters)
         np.testing.assert_array_equal(found, expected)
+        return
+    if name in OF_TASKS:
+        result.save(tmp_path / "prompts")
+        for task, of_task in zip(TASKS, expected, strict=True):
+            path = tmp_path / "prompts" / f"{task}.npy"
+            assert np.array_equal(np.load(path), result.prompts[task])
+            found = logits(model, jax.tree.map(jnp.asarray, injection_of(path, model.config)), model.parameters)
+            np.testing.assert_array_equal(found, of_task)
         return
     result.save(tmp_path / "merged", merge=True)
     plain = load(str(tmp_path / "merged"))
@@ -280,8 +303,11 @@ def test_methods_that_fold_share_a_program_with_each_other(finished, settings, t
         assert_same_files(tmp_path / name, Path(finished(name).config.model_dir))
 
 
+DIFFERENT = ("PromptTuning", "PerLayerPrompt", "MPT", "LoRA", "IA3")
+
+
 def test_methods_of_different_kinds_do_not_share_a_program(settings):
-    keys = [joint_key(settings(None, METHODS[name])) for name in ("PromptTuning", "PerLayerPrompt", "LoRA", "IA3")]
+    keys = [joint_key(settings(None, METHODS[name])) for name in DIFFERENT]
     assert len(set(keys)) == len(keys)
 
 
@@ -411,6 +437,7 @@ KERNEL = "encoder/layers_0/mlp/wo/kernel"
             Injection(np.zeros((4, 16)), np.zeros((1, 3, 16))),
             r"layer prompts of shape \[1, 3, 16\], expected \[1, 4, 16\]",
         ),
+        (Injection(task_prompts={"a": np.zeros((3, 16))}), r"gives prompts for \['a'\], expected one for each of its"),
         (Injection(parameters={"encoder/layers_0/mlp/wo/kernal": np.zeros(1)}), "which the model does not read"),
         (Injection(parameters={KERNEL: np.zeros((16, 32))}), r"of shape \[16, 32\], expected \[32, 16\]"),
     ],
@@ -428,6 +455,20 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (ResidualPrompt(4, 0), "bottleneck", "`bottleneck` is 0, expected a whole number of at least 1"),
         (PerLayerPrompt(0), "prompt_length", "is 0, expected 1 to"),
         (PerLayerPrompt(4, "sum"), "combine", "`combine` is 'sum', expected replace or add"),
+        (MPT(TASKS, 0), "prompt_length", "is 0, expected 1 to"),
+        (MPT(TASKS, 4, rank=5), "rank", "`rank` is 5, expected 1 to 4, the smaller side of the prompt"),
+        (MPT(), "tasks", "`tasks` is empty, expected the tasks of a mixture, two or more"),
+        (MPT(("reviews",)), "tasks", "`tasks` has one task, 'reviews', expected the tasks of a mixture"),
+        (MPT(("a", "../b")), "tasks", r"has '\.\./b', expected a name that a file may have"),
+        (MPT(("a", "b", "a")), "tasks", "has 'a' twice"),
+        (MultitaskPrompt(TASKS, combine="ad"), "combine", "`combine` is 'ad'; did you mean 'add'?"),
+        (MultitaskPrompt(TASKS, task_length=3), "task_length", "is only for 'concatenate': leave it out, or set `comb"),
+        (MultitaskPrompt(TASKS, 4_000, "concatenate"), "prompt_length", "is 8000, expected 1 to"),
+        (
+            MultitaskPrompt(TASKS, combine="concatenate_features", shared_features=16),
+            "shared_features",
+            "`shared_features` is 16, expected 1 to 15",
+        ),
         (LoRA(rank=17), "rank", "`rank` is 17, expected a number from 1 to 16"),
         (LoRA(rank=0), "rank", "`rank` is 0"),
     ],

@@ -284,3 +284,31 @@ def test_a_run_on_a_mixture_records_every_task(tiny, tmp_path, own_tasks):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "outer" and {*summary["best"]} == {*record} - {"step", "split", "seconds"}
     assert summary["examples_seen"] == 4 * 8
+
+
+def test_a_mixture_leaves_a_prompt_for_each_of_its_tasks(tiny, tmp_path, own_tasks):
+    """By gin files alone, with what `inner` holds named in TASKS; other names are one line, which lists them."""
+    macros = {"MIXTURE_OR_TASK_NAME": "inner", "MIXTURE_OR_TASK_MODULE": "own_mixtures", "EVAL_SPLIT": "validation"}
+    macros |= {"TRAIN_STEPS": 4, "EVAL_PERIOD": 2, "PROMPT_LENGTH": 3, "MODEL_DIR": str(tmp_path / "run")}
+    files = ("prompts/sampled_vocabulary.gin", "methods/mpt.gin")
+
+    def command(**more):
+        return subprocess.run(
+            [sys.executable, "-m", "prompt_tuning_jax.train", *tiny.arguments(*files, **(macros | more))],
+            env=os.environ | tiny.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{own_tasks}"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    refused = command(TASKS=["one", "three"])
+    assert refused.returncode == 2
+    assert refused.stderr == "error: TASKS has one, three, expected those of the training data: one, two\n"
+    assert not (tmp_path / "run").exists()
+    done = command(TASKS=["one", "two"])
+    assert done.returncode == 0, done.stderr
+    prompts = {task: np.load(tmp_path / "run" / "best" / "prompts" / f"{task}.npy") for task in ("one", "two")}
+    starts = {task: np.load(tmp_path / "run" / "prompts" / "0" / f"{task}.npy") for task in prompts}
+    np.testing.assert_array_equal(starts["one"], starts["two"])
+    assert all(np.abs(prompts[task] - starts[task]).max() > 0.1 for task in prompts)
+    assert np.abs(prompts["one"] - prompts["two"]).max() > 0.1

@@ -15,13 +15,14 @@ from typing import Any
 
 from prompt_tuning_jax.batches.cache import no_split, split_rows
 from prompt_tuning_jax.batches.dataset import DatasetConfig, Say
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, prefixed
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 INPUT_LENGTH, MOST_TARGETS = 512, 512  # tokens, end of sequence included
+SPLITS = frozenset(("train", "validation", "test"))  # no names of tasks: a mapping with one of these is of splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +113,19 @@ def dataset_of(
     *,
     batch_size: int,
     lengths: Mapping[str, int],
-    labels: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     setting: str | None = None,
 ) -> DatasetConfig:
     """Returns what a run reads of `data`.
 
     Args:
-      data: a `Data`, or a sequence of rows, mappings with "inputs" and "targets".
+      data: a `Data`; a sequence of rows, mappings with "inputs" and "targets"; or several of these by their tasks'
+        names, `{"sst2": rows, "mrpc": rows}`, from which training draws in proportion to their rows.
       default_split: the split of a `Data` that has none chosen.
       lengths: the most tokens of "inputs" and "targets", end of sequence included.
-      labels: the answers, if they are a closed set: only for rows, and for files without labels of their own.
+      labels: the answers, if they are a closed set: only for rows, and for files without labels of their own. Of
+        several tasks, those of all tasks, or those of each by its name.
       metrics: the same, by name.
       setting: the canonical name of the argument that `data` is, for errors; None for `default_split`.
 
@@ -131,6 +134,20 @@ def dataset_of(
         own.
     """
     argument = Setting(setting or default_split)
+    if _are_tasks(data):
+        tasks = {}
+        for name, one in data.items():
+            own = {"labels": _of_task(name, "labels", labels), "metrics": _of_task(name, "metrics", metrics)}
+            try:
+                tasks[name] = dataset_of(
+                    one, default_split, batch_size=batch_size, lengths=lengths, **own, setting=setting
+                )
+            except ValueError as error:
+                raise prefixed(f"task {name}: ", error) from None
+        return DatasetConfig("rows", default_split, batch_size, lengths, tasks=tasks)
+    for name, given in (("labels", labels), ("metrics", metrics)):
+        if isinstance(given, Mapping):
+            raise SettingError(Setting(name), " is a mapping, expected a list: ", argument, " is no mapping of tasks")
     if not isinstance(data, Data):
         _check_sequence(data, argument)
         check_answers(labels, metrics)
@@ -165,11 +182,31 @@ def dataset_of(
     )
 
 
+def _are_tasks(data: Any) -> bool:
+    """Returns whether `data` is several tasks by name, and not columns or splits by theirs."""
+    return (
+        isinstance(data, Mapping)
+        and len(data) > 0
+        and all(isinstance(name, str) for name in data)
+        and not {"inputs", "targets"} <= {*data}
+        and not SPLITS & {*data}
+    )
+
+
+def _of_task(name: str, setting: str, given: Any) -> Any:
+    """Returns a task's own labels or metrics, of those that were given for all tasks or by task."""
+    if not isinstance(given, Mapping):
+        return given
+    if name not in given:
+        raise SettingError(Setting(setting), f" has nothing for the task {name}: set it to None there if it has none")
+    return given[name]
+
+
 def default_lengths(
     train: Any,
     validation: Any,
     vocabulary: Vocabulary,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     *,
     say: Say | None = None,
 ) -> dict[str, int]:
@@ -190,16 +227,23 @@ def default_lengths(
     for data, split in ((train, "train"), (validation, "validation")):
         own_labels = None if isinstance(data, Data) and (data.source is None or data.source.labels) else labels
         config = dataset_of(data, split, batch_size=1, lengths=most, labels=own_labels)
-        if config.source is None:
-            for part in config.load(vocabulary, to_train=split == "train", say=say).values():
-                examples = part.examples
-                texts = answers(examples.postprocess) or ()
-                longest = max(longest, int(examples.targets.lengths[examples.rows].max()))
-        else:
-            name, rows = split_rows(config.split)
-            texts = {row["targets"] for row in config.source.rows(name)[rows]} | {*(config.source.labels or ())}
-        longest = max([longest, *(len(ids) + 1 for ids in vocabulary.encode_all(sorted(texts)))])
+        for one in [config] if config.tasks is None else config.tasks.values():
+            longest = max(longest, _longest_target(one, vocabulary, split == "train", say))
     return {"inputs": INPUT_LENGTH, "targets": min(longest, MOST_TARGETS)}
+
+
+def _longest_target(config: DatasetConfig, vocabulary: Vocabulary, to_train: bool, say: Say | None) -> int:
+    """Returns the most tokens of a target, or of a label, end of sequence included."""
+    longest, texts = 1, set()
+    if config.source is None:
+        for part in config.load(vocabulary, to_train=to_train, say=say).values():
+            examples = part.examples
+            texts |= {*(answers(examples.postprocess) or ())}
+            longest = max(longest, int(examples.targets.lengths[examples.rows].max()))
+    else:
+        name, rows = split_rows(config.split)
+        texts = {row["targets"] for row in config.source.rows(name)[rows]} | {*(config.source.labels or ())}
+    return max([longest, *(len(ids) + 1 for ids in vocabulary.encode_all(sorted(texts)))])
 
 
 def _check_sequence(data: Any, argument: Setting) -> None:

@@ -29,6 +29,8 @@ class DatasetConfig:
       source: gives rows of text, which are tokenised in this process each time: no SeqIO task, child process or cache.
         MIXTURE_OR_TASK_NAME then names what it gives, and `data_dir`, `cache_dir` and `use_cached` do not matter. None
         for a registered task.
+      tasks: several tasks by name, each read as its own config says, and drawn in proportion to their rows. The name,
+        split, lengths and batch size are then those of this config, and all else is not read.
     """
 
     mixture_or_task_name: str
@@ -41,6 +43,7 @@ class DatasetConfig:
     buckets: Sequence[int] | None = None
     use_cached: bool = True
     source: RowSource | None = None
+    tasks: Mapping[str, "DatasetConfig"] | None = None
 
     def batches(
         self,
@@ -71,7 +74,7 @@ class DatasetConfig:
             "process_index": process_index,
             "process_count": process_count,
         }
-        if not self.use_cached and self.source is None:
+        if not self.use_cached and self.source is None and self.tasks is None:
             name, rows = split_rows(self.split)
             if rows != slice(None):
                 raise SettingError(
@@ -136,6 +139,16 @@ class DatasetConfig:
         Raises:
           ValueError: as `batches`.
         """
+        if self.tasks is not None:
+            loaded = {name: one.load(vocabulary, to_train=to_train, say=say) for name, one in self.tasks.items()}
+            for name, parts in loaded.items():
+                if len(parts) > 1:
+                    raise SettingError(
+                        f"{name} is a mixture of {', '.join(parts)}, expected one task by each name: set ",
+                        Setting("mixture_or_task_name"),
+                    )
+            examples = {name: next(iter(parts.values())).examples for name, parts in loaded.items()}
+            return {name: Part(float(len(one)), one) for name, one in examples.items()}
         if self.source is None:
             return load_tasks(self._request(vocabulary), self.split, self.cache_dir, to_train=to_train, say=say)
         if self.module:

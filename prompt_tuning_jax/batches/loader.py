@@ -25,11 +25,13 @@ class Batch(NamedTuple):
       inputs, targets: 0 is padding.
       ids: the place of each row's example in its split; in a mixture, in its tasks' splits one after another; in a
         stream, in the stream.
+      tasks: the index of each row's prompt, for a method of one prompt per task; else None. The run sets it.
     """
 
     inputs: Int[np.ndarray, "B T"]
     targets: Int[np.ndarray, "B U"]
     ids: Int[np.ndarray, " B"]
+    tasks: Int[np.ndarray, " B"] | None = None
 
 
 def default_buckets(length: int, shortest: int = 16) -> tuple[int, ...]:
@@ -256,6 +258,10 @@ class MixedBatches(Planned):
 
     def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return self._lengths[1][ids]
+
+    def tasks_of(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Returns the index in `parts` of each example's task."""
+        return np.searchsorted(self._starts, ids, side="right") - 1
 
     def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
         task = int(np.searchsorted(self._starts, at, side="right")) - 1

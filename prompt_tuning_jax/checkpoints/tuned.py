@@ -20,6 +20,7 @@ from prompt_tuning_jax.t5.adapters import is_adapter, merged
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
+TASK_PROMPTS = "prompts"
 
 
 def write_tuned(
@@ -35,7 +36,8 @@ def write_tuned(
     """Writes what a model runs with.
 
     prompt.npy is a prompt [P, D], or one per encoder layer [L, P, D]; where both are there, layer_prompts.npy has the
-    second. adapter/ is a PEFT folder of LoRA or IA3. model/ is a folder in Hugging Face's layout, with all parameters.
+    second. prompts/ has a prompt [P, D] per task, TASK.npy. adapter/ is a PEFT folder of LoRA or IA3. model/ is a
+    folder in Hugging Face's layout, with all parameters.
 
     Args:
       frozen: the base model's parameters; those that the injection replaces may be missing.
@@ -53,13 +55,16 @@ def write_tuned(
 def write_prompts(path: str | os.PathLike, injection: Injection) -> None:
     """Writes an injection's prompts, whole or not at all, for `read_prompts`.
 
-    A prompt, or one per encoder layer, becomes a `.npy` file. A prompt with additions per layer becomes a folder of two.
+    A prompt, or one per encoder layer, becomes a `.npy` file. A prompt with additions per layer becomes a folder of two
+    files, prompts per task a folder of one file each.
 
     Raises:
       ValueError: such a folder is there already and holds anything but these two files.
     """
     path = Path(path)
-    if not has_additions(injection):
+    if injection.task_prompts is not None:
+        return write_task_prompts(path, injection.task_prompts)
+    if is_one_file(injection):
         prompt = injection.layer_prompts if injection.prompt is None else injection.prompt
         return write_prompt(path, np.asarray(prompt))
     if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {PROMPT, LAYER_PROMPTS}):
@@ -78,11 +83,20 @@ def _write_prompts(folder: Path, injection: Injection) -> None:
     for name, prompt in ((PROMPT, first), (LAYER_PROMPTS, second)):
         if prompt is not None:
             write_prompt(folder / name, np.asarray(prompt))
+    if injection.task_prompts is not None:
+        write_task_prompts(folder / TASK_PROMPTS, injection.task_prompts)
 
 
-def has_additions(injection: Injection) -> bool:
-    """Returns whether there is a prompt to which layer prompts are added."""
-    return injection.prompt is not None and injection.layer_prompts is not None
+def is_one_file(injection: Injection) -> bool:
+    """Returns whether `write_prompts` writes one file, and no folder."""
+    return injection.task_prompts is None and (injection.prompt is None or injection.layer_prompts is None)
+
+
+def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) -> None:
+    """Writes a folder of one prompt per task, TASK.npy, whole or not at all."""
+    with whole_folder(folder) as partial:
+        for task, prompt in prompts.items():
+            write_prompt(partial / f"{task}.npy", np.asarray(prompt))
 
 
 def adapters_alone(parameters: Mapping[str, Any]) -> bool:
@@ -101,14 +115,17 @@ def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
     """
     folder = Path(folder)
     prompts = read_prompts(folder / PROMPT) if (folder / PROMPT).is_file() else Injection()
+    task_prompts = None
+    if (folder / TASK_PROMPTS).is_dir():
+        task_prompts = {path.stem: read_prompt(path) for path in sorted((folder / TASK_PROMPTS).glob("*.npy"))}
     parameters = {}
     if (folder / ADAPTER).is_dir():
         parameters = read_adapter(folder / ADAPTER, config).parameters
     elif (folder / MODEL).is_dir():
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
-    if not prompts.length and not parameters:
-        raise ValueError(f"{folder} holds no {PROMPT}, {ADAPTER} or {MODEL}: nothing that was trained")
-    return prompts._replace(parameters=parameters)
+    if not prompts.length and not task_prompts and not parameters:
+        raise ValueError(f"{folder} holds no {PROMPT}, {TASK_PROMPTS}, {ADAPTER} or {MODEL}: nothing that was trained")
+    return prompts._replace(parameters=parameters, task_prompts=task_prompts)
 
 
 def read_prompts(path: str | os.PathLike) -> Injection:
@@ -146,9 +163,9 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
     """Returns what a model of this size is to run with.
 
     Args:
-      tuned: a prompt [P, D] or prompts per layer [L, P, D]; an `Injection`; or a path: of a prompt file of any format,
-        of a folder that `Result.save` wrote, of a PEFT adapter's folder, or of a run's folder, whose best evaluation is
-        taken.
+      tuned: a prompt [P, D] or prompts per layer [L, P, D]; prompts by task; an `Injection`; or a path: of a prompt
+        file of any format, of a folder that `Result.save` wrote, of a PEFT adapter's folder, or of a run's folder,
+        whose best evaluation is taken.
 
     Raises:
       SettingError: there is nothing of that kind, or it is of another model size.
@@ -158,6 +175,8 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
         found = read_injection(tuned, config)
     elif isinstance(tuned, Injection):
         found = tuned
+    elif isinstance(tuned, Mapping):
+        found = Injection(task_prompts={str(task): np.asarray(prompt) for task, prompt in tuned.items()})
     else:
         array = np.asarray(tuned)
         if array.ndim not in (2, 3) or array.dtype.kind != "f":
@@ -166,7 +185,7 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
                 f" is an array of {array.dtype} {list(array.shape)}, expected floats [P, D] or [L, P, D]",
             )
         found = Injection(prompt=array) if array.ndim == 2 else Injection(layer_prompts=array)
-    for prompt in (found.prompt, found.layer_prompts):
+    for prompt in (found.prompt, found.layer_prompts, *(found.task_prompts or {}).values()):
         if prompt is not None:
             check_width(where, prompt.shape, config.emb_dim)
     if found.layer_prompts is not None and len(found.layer_prompts) != config.num_encoder_layers:

@@ -7,7 +7,7 @@ Each entry is one prompt, named after it:
                     layer_prompts.npy), a PEFT adapter, a folder with the official file, or a T5X checkpoint with a
                     prompt in it
 
-A single prompt, by its own path, is a folder of one.
+A single prompt, by its own path, is a folder of one. A run with one prompt per task is the folder of these.
 """
 
 import json
@@ -24,9 +24,9 @@ from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, PROMPT, folder_of
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, RUN_PROMPT, RUN_PROMPTS
 
-RUN_PROMPT, RUN_SUMMARY = Path("best", PROMPT), "summary.json"
+RUN_SUMMARY = "summary.json"
 
 
 class Entry(NamedTuple):
@@ -65,6 +65,8 @@ class PromptFolder:
           ValueError: there is nothing at `path`.
         """
         self.path = Path(path)
+        if (self.path / RUN_PROMPTS).is_dir():
+            self.path = self.path / RUN_PROMPTS
         if not self.path.exists():
             raise SettingError(
                 f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
@@ -127,7 +129,8 @@ def read_entry(
     found, fingerprint = read_prompts(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
     if found.prompt is None:
         return np.asarray(found.layer_prompts), fingerprint, None
-    return np.asarray(found.prompt), fingerprint, found.layer_prompts
+    additions = None if found.layer_prompts is None else np.asarray(found.layer_prompts)
+    return np.asarray(found.prompt), fingerprint, additions
 
 
 def _name(path: Path) -> str:
@@ -150,8 +153,9 @@ def _entry(path: Path) -> Entry | None:
         return Entry(path, summary, _state([path, summary])) if is_t5x(path) else None
     if path.suffix == ".npy":
         summary = path.with_suffix(".json")
-        if path.match(str(Path("*", RUN_PROMPT))) and (path.parents[1] / RUN_SUMMARY).is_file():
-            summary = path.parents[1] / RUN_SUMMARY
+        for pattern, run in ((RUN_PROMPT, 1), (RUN_PROMPTS / "*.npy", 2)):
+            if path.match(str(Path("*", pattern))) and (path.parents[run] / RUN_SUMMARY).is_file():
+                summary = path.parents[run] / RUN_SUMMARY
         beside = [path.with_name(name) for name in (PROMPT, LAYER_PROMPTS)] if folder_of_additions(path) else []
         return Entry(path, summary, _state([path, *beside, summary]))
     return None

@@ -204,6 +204,7 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     """
     folder = PromptFolder(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
     size, fingerprint = model.config, model.fingerprint
+
     def bank_of(prompts: int) -> PromptBank:
         return PromptBank(size.emb_dim, fingerprint, capacity=max(prompts, 1), layers=size.num_encoder_layers)
 
@@ -219,6 +220,12 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     bank = bank_of(len(named))
     for name, values in named.items():
         injection = injection_of(getattr(values, "injection", values), size)
+        if injection.task_prompts is not None:
+            raise SettingError(
+                Setting("prompts"),
+                f" has {name!r}, which is a prompt for each of {', '.join(sorted(injection.task_prompts))}: give these "
+                "by their own names, `result.prompts`",
+            )
         if not injection.length or injection.parameters:
             raise SettingError(
                 Setting("prompts"),

@@ -15,12 +15,13 @@ method is one subclass:
             return Injection(prompt=trained["scale"] * trained["prompt"])
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -69,16 +70,18 @@ class Injection(NamedTuple):
       parameters: by path. One of the path of a frozen parameter takes its place. Beside a kernel there may be
         `.../lora_a` [in, r] and `.../lora_b` [r, out] (see `t5.layers.Dense`), `.../input_scale` [in] and
         `.../output_scale` [out]: all of them change what the kernel's layer computes, and leave the kernel alone.
+      task_prompts: by task, in place of a `prompt` for all rows; all of one shape. See `of_task` and `of_rows`.
     """
 
     prompt: Float[Array, "P D"] | None = None
     layer_prompts: Float[Array, "L P D"] | None = None
     parameters: Mapping[str, Array] = {}
+    task_prompts: Mapping[str, Float[Array, "P D"]] | None = None
 
     @property
     def length(self) -> int:
         """The number of positions in front of the encoder's input, P; 0 if there is no prompt."""
-        for prompt in (self.prompt, self.layer_prompts):
+        for prompt in (self.prompt, self.layer_prompts, *(self.task_prompts or {}).values()):
             if prompt is not None:
                 return prompt.shape[-2]
         return 0
@@ -87,6 +90,32 @@ class Injection(NamedTuple):
     def prompts(self) -> dict[str, Any]:
         """The prompts, as `Transformer.encode` takes them."""
         return {"prompt": self.prompt, "layer_prompts": self.layer_prompts}
+
+    def of_task(self, task: str) -> "Injection":
+        """Returns the injection of the rows of one task, with the task's own prompt if there is one per task."""
+        if self.task_prompts is None:
+            return self
+        return self._replace(prompt=self.task_prompts[task], task_prompts=None)
+
+    def of_rows(self, tasks: Int[Array, " B"] | None) -> "Injection":
+        """Returns the injection of a batch, with a prompt per row, [B, P, D], if there is one per task.
+
+        Args:
+          tasks: of each row, the index of its task among the sorted names of `task_prompts`.
+        """
+        if self.task_prompts is None:
+            return self
+        prompts = jnp.stack([self.task_prompts[task] for task in sorted(self.task_prompts)])
+        # A matmul with ones and zeros, exact in float32, in place of `prompts[tasks]`: the gradient of an index is a
+        # scatter, which adds in another order each time on a GPU.
+        rows = jax.nn.one_hot(tasks, len(prompts), dtype=prompts.dtype)
+        own = jnp.einsum("bk,kpd->bpd", rows, prompts, precision=jax.lax.Precision.HIGHEST)
+        return self._replace(prompt=own, task_prompts=None)
+
+
+def tasks_of(method: "Method") -> Sequence[str] | None:
+    """Returns the tasks that a method trains a prompt each for; None if it trains the same for all rows."""
+    return getattr(method, "tasks", None)
 
 
 def merge(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
@@ -99,6 +128,8 @@ class Method:
 
     A method is a frozen dataclass: its fields are part of a run's identity. A trained parameter that has the path of a
     base model's parameter takes that parameter's place, and the base model's own value is not kept in memory.
+
+    A method of one prompt per task has the field `tasks`, their names.
     """
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
@@ -120,3 +151,8 @@ class Method:
         Args:
           input_length: the most tokens of inputs, end of sequence included.
         """
+
+    def start_line(self) -> str | None:
+        """Returns a line that says where the start is from, if that was chosen among several."""
+        chosen = getattr(getattr(self, "initializer", None), "chosen", None)
+        return None if chosen is None else chosen()

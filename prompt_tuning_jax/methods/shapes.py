@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS
 from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
@@ -75,6 +75,16 @@ def check_injection(method: Method, injection: Injection, config: T5Config, base
             raise ValueError(
                 f"{name} gives layer prompts of shape {list(deep.shape)}, expected [{layers}, {length}, {wide}]"
             )
+    own = injection.task_prompts
+    if own is not None:
+        found = sorted({tuple(one.shape) for one in own.values()})
+        if prompt is not None or deep is not None:
+            raise ValueError(f"{name} gives a prompt per task beside another prompt, expected one of them")
+        if sorted(own) != sorted(tasks_of(method) or ()):
+            raise ValueError(f"{name} gives prompts for {sorted(own)}, expected one for each of its `tasks`")
+        if len(found) != 1 or len(found[0]) != 2 or found[0][1] != wide:
+            shapes = " and ".join(str(list(shape)) for shape in found)
+            raise ValueError(f"{name} gives prompts of shape {shapes}, expected [P, {wide}] for every task")
     for path in injection.parameters:
         if path in base and scale_path(path) in base:
             raise ValueError(f"{name} replaces {path}, but the base model is int8, which is only read")

@@ -1,4 +1,4 @@
-"""Prompt files: `.npy`, PEFT's adapter folder, the official file without suffix, and a prompt in a T5X checkpoint."""
+"""Prompt files: `.npy`, PEFT's adapter folder, the official file without suffix, a run's folder, a T5X checkpoint."""
 
 import io
 import os
@@ -13,6 +13,8 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts import peft
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
+# Of a run's folder: the prompt of its best evaluation, or the folder of one prompt per task, TASK.npy.
+RUN_PROMPT, RUN_PROMPTS = Path("best", "prompt.npy"), Path("best", "prompts")
 # Where a prompt lies in a T5X checkpoint: under this project's module, and under the official one.
 IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
 EXPECTED = ("a prompt, float32 [prompt length, d_model]: set ", Setting("prompt_file"))
@@ -23,8 +25,8 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
 
     Args:
       dimensions: 2 for a prompt [P, D], 3 for one per encoder layer [L, P, D]; (2, 3) takes either.
-      path: a `.npy` file, under any name; a folder with the official file; a PEFT adapter folder; or a T5X checkpoint,
-        by path or URL.
+      path: a `.npy` file, under any name; a run's folder, whose best prompt is read; a folder with the official file;
+        a PEFT adapter folder; or a T5X checkpoint, by path or URL.
 
     Raises:
       ValueError: nothing is there, or it is truncated, not an array of two dimensions, or not of finite floats.
@@ -34,6 +36,14 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
         prompt = _read_t5x(path)
     elif not folder.is_dir():
         prompt = _read_npy(folder)
+    elif (folder / RUN_PROMPT).is_file():
+        prompt = _read_npy(folder / RUN_PROMPT)
+    elif (folder / RUN_PROMPTS).is_dir():
+        tasks = ", ".join(sorted(task.stem for task in (folder / RUN_PROMPTS).glob("*.npy")))
+        raise SettingError(
+            f"{path} is a run with a prompt for each of {tasks}: set ", Setting("prompt_file"),
+            f" to one of them, {folder / RUN_PROMPTS / 'TASK.npy'}",
+        )  # fmt: skip
     elif peft.is_adapter(folder):
         prompt = peft.read_adapter(folder)
     elif (folder / OFFICIAL_NAME).is_file():
@@ -41,7 +51,7 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
     elif is_t5x(folder):
         prompt = _read_t5x(folder)
     else:
-        held = f"{OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
+        held = f"{RUN_PROMPT} (a run), {OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise SettingError(f"no prompt file in {path}, which has no {held}; expected ", *EXPECTED)
     # V: bfloat16 is no type of NumPy's own
     if prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size:
@@ -51,6 +61,30 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
     if not np.isfinite(prompt).all():
         raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
     return prompt
+
+
+def prompts_in(folder: str | os.PathLike) -> dict[str, Path]:
+    """Returns the paths of a folder's prompts by name, for `read_prompt`; nothing is read.
+
+    A prompt is a `.npy` file, or a folder that `read_prompt` reads. A run with one prompt per task has each of these
+    prompts, called RUN/TASK; it may also be `folder` itself.
+    """
+    folder = Path(folder)
+    if (folder / RUN_PROMPTS).is_dir():
+        folder = folder / RUN_PROMPTS
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix == ".npy":
+            found[path.stem] = path
+        elif (path / RUN_PROMPTS).is_dir():
+            found |= {f"{path.name}/{task.stem}": task for task in sorted((path / RUN_PROMPTS).glob("*.npy"))}
+        elif path.is_dir() and (
+            (path / RUN_PROMPT).is_file() or (path / OFFICIAL_NAME).is_file() or peft.is_adapter(path) or is_t5x(path)
+        ):
+            found[path.name] = path
+    return found
 
 
 def _read_npy(path: Path) -> np.ndarray:

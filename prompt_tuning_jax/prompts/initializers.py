@@ -1,4 +1,4 @@
-"""How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a text, or a file.
+"""How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a text, or a prompt trained before.
 
 Each is a frozen dataclass that is called with `(key, length, model)` and returns a prompt, float32 [P, D]. `model` is
 the frozen base model, of which it may read `config`, `embeddings` [V, D] and `tokenizer`. A function of these three
@@ -12,7 +12,9 @@ arguments is an initialiser, too.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.prompts.files import read_prompt
+from prompt_tuning_jax.errors import Setting, SettingError, renamed
+from prompt_tuning_jax.prompts.files import RUN_PROMPT, prompts_in, read_prompt
+from prompt_tuning_jax.prompts.similarity import mean_vector_similarity
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
 UNKNOWN = 2
@@ -130,16 +133,87 @@ class FromFile:
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         del key
-        prompt, width = read_prompt(self.path), model.config.emb_dim
-        if prompt.shape != (length, width):
-            raise SettingError(
-                f"prompt {self.path} is [{prompt.shape[0]}, {prompt.shape[1]}], expected [{length}, {width}]: set ",
-                Setting("prompt_length"),
-                " to its length, and ",
-                Setting("initial_checkpoint_path"),
-                " to the base model it was trained on",
-            )
+        prompt = read_prompt(self.path)
+        _check_shape(self.path, prompt, length, model.config.emb_dim)
         return jnp.asarray(prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """The prompt of a folder that is nearest to a prompt of the target task (SPoT, Vu et al. 2022, section 3).
+
+    Prompts stand for their tasks: near is a large cosine of two prompts' average vectors. `similarities` gives them.
+
+    Attributes:
+      folder: of the source prompts, all of the shape asked for: files and folders as `read_prompt` takes them, so that
+        a folder of runs is one. It must not change while a run that starts from it is under way.
+      like: a prompt of the target task, trained for a short while: a file or folder, as `read_prompt` takes it. In
+        `folder` itself it is no candidate.
+    """
+
+    folder: str | os.PathLike
+    like: str | os.PathLike
+
+    def __post_init__(self):
+        for name in ("folder", "like"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+
+    def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+        del key
+        target, sources = self._read()
+        for path, prompt in {self.like: target, **sources}.items():
+            _check_shape(path, prompt, length, model.config.emb_dim)
+        nearest = max(sources, key=lambda path: mean_vector_similarity(sources[path], target))
+        return jnp.asarray(sources[nearest])
+
+    def similarities(self) -> dict[str, float]:
+        """Returns the cosine of each source prompt to `like`, by path, the nearest first."""
+        target, sources = self._read()
+        found = {path: mean_vector_similarity(prompt, target) for path, prompt in sources.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def chosen(self) -> str:
+        """Returns a line that says which prompt the start is."""
+        found = self.similarities()
+        path, cosine = next(iter(found.items()))
+        return f"the prompt starts from {path}, the nearest of {len(found)} to {self.like} (cosine {cosine:.3f})"
+
+    def _read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns `like` and the source prompts by path, all of one width."""
+        with renamed(prompt_file="prompt_like"):
+            target = read_prompt(self.like)
+        folder = Setting("prompt_folder")
+        if not Path(self.folder).is_dir():
+            raise SettingError(f"no folder of prompts at {self.folder}: set ", folder, " to a folder of prompts")
+        own = _real(self.like)
+        paths = [str(path) for path in prompts_in(self.folder).values() if _real(path) != own]
+        if not paths:
+            raise SettingError(f"{self.folder} holds no prompt but {self.like}: set ", folder, " to one with others")
+        with renamed(prompt_file="prompt_folder"):
+            sources = {path: read_prompt(path) for path in paths}
+        for path, prompt in sources.items():
+            if prompt.shape[1] != target.shape[1]:
+                shapes = f"{list(prompt.shape)}, and {self.like} {list(target.shape)}"
+                raise SettingError(f"{path} is {shapes}: set ", folder, " to prompts of the same base model")
+        return target, sources
+
+
+def _real(path: str | os.PathLike) -> str:
+    """Returns where a prompt lies, the same for a run's folder and for the prompt in it."""
+    inner = Path(path) / RUN_PROMPT
+    return os.path.realpath(inner if inner.is_file() else path)
+
+
+def _check_shape(path: str, prompt: np.ndarray, length: int, width: int) -> None:
+    """Raises SettingError if a prompt to start from is longer, shorter, wider or narrower than the one asked for."""
+    if prompt.shape != (length, width):
+        raise SettingError(
+            f"prompt {path} is [{prompt.shape[0]}, {prompt.shape[1]}], expected [{length}, {width}]: set ",
+            Setting("prompt_length"),
+            " to its length, and ",
+            Setting("initial_checkpoint_path"),
+            " to the base model it was trained on",
+        )
 
 
 def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:

@@ -7,7 +7,7 @@ Everything is measured by cosine. The paper names no measures beyond "nearest ne
   cluster: positions connected by overlaps of at least a half.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +15,13 @@ from jaxtyping import Float, Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, UNKNOWN, Encode
-
-Prompt = Float[np.ndarray, "P D"]
-
-BLOCK = 4_096  # rows in float32 at a time: XXL's whole table would be another 526 MB
+from prompt_tuning_jax.prompts.similarity import (
+    Prompt,
+    best_match_similarity,
+    cosines,
+    mean_vector_similarity,
+    unit_blocks,
+)
 
 
 class Lexicon(NamedTuple):
@@ -165,12 +168,6 @@ def name_neighbors(found: Neighbors, lexicon: Lexicon) -> list[list[dict[str, An
     ]
 
 
-def cosines(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n m"]:
-    """The cosine of each row of `a` to each of `b`; 0 where one of them is zero."""
-    unit = np.concatenate(list(_unit_blocks(a)))
-    return np.concatenate([unit @ block.T for block in _unit_blocks(b)], axis=1)
-
-
 def nearest(prompt: Prompt, lexicon: Lexicon, k: int = 5) -> Neighbors:
     """The `k` vectors of `lexicon` with the largest cosine to each position; of equal ones the first."""
     parts = [part for part in (lexicon.words, lexicon.others) if len(part)]
@@ -189,7 +186,7 @@ def tightness(found: Neighbors, lexicon: Lexicon) -> list[float]:
     k = found.places.shape[1]
     tight = []
     for places in found.places:
-        unit = np.concatenate(list(_unit_blocks(lexicon.vectors(places)))).astype(np.float64)
+        unit = np.concatenate(list(unit_blocks(lexicon.vectors(places)))).astype(np.float64)
         # Of k unit vectors the squared length of the sum is that of each, and each pair's cosine twice.
         tight.append(float(np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
     return tight
@@ -219,24 +216,6 @@ def shared(places: Int[np.ndarray, "P k"]) -> dict[int, list[int]]:
     positions = {int(place): np.flatnonzero((places == place).any(axis=1)).tolist() for place in np.unique(places)}
     several = {place: where for place, where in positions.items() if len(where) > 1}
     return dict(sorted(several.items(), key=lambda item: -len(item[1])))
-
-
-def mean_vector_similarity(a: Prompt, b: Float[np.ndarray, "Q D"]) -> float:
-    """The cosine of two prompts' mean vectors."""
-    return float(cosines(a.mean(axis=0, keepdims=True), b.mean(axis=0, keepdims=True))[0, 0])
-
-
-def best_match_similarity(a: Prompt, b: Float[np.ndarray, "Q D"]) -> float:
-    """The mean cosine of a position to the one most like it in the other prompt, over `a` and over `b`, halved."""
-    found = cosines(a, b)
-    return float(found.max(axis=1).mean() + found.max(axis=0).mean()) / 2
-
-
-def _unit_blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(vectors), BLOCK):
-        block = vectors[start : start + BLOCK].astype(np.float32)
-        block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
-        yield block
 
 
 def _largest(row: np.ndarray, k: int) -> np.ndarray:

@@ -60,6 +60,7 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         config.num_microbatches,
         injection.prompt is None,
         injection.layer_prompts is None,
+        tuple(sorted(injection.task_prompts or ())),
         tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
         tuple(sorted(path for path in trained if path in base)),
         injection.length if config.size.dropout_rate else None,  # see `joint_step`
@@ -75,7 +76,7 @@ def joint_step(
     z_loss: float = 1e-4,
     num_microbatches: int | None = None,
 ) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
-    """Returns the compiled `(states, frozen, inputs [R, B, T], targets [R, B, U]) -> (states, metrics)`.
+    """Returns the compiled `(states, frozen, inputs [R, B, T], targets [R, B, U], tasks) -> (states, metrics)`.
 
     The states are donated. A shorter prompt is put behind masked positions, which with T5's relative positions equals
     the shorter prompt alone. Dropout would draw other bits for positions so moved: with dropout all lengths must be
@@ -101,25 +102,32 @@ def joint_step(
         mask: Bool[Array, " P"],
         inputs: Int[Array, "B T"],
         targets: Int[Array, "B U"],
+        tasks: Int[Array, " B"] | None,
     ) -> tuple[Injection, LossSums]:
         def loss(
             injection: Injection,
             inputs: Int[Array, "b T"],
             targets: Int[Array, "b U"],
             numbers: Int[Array, " b"],
+            tasks: Int[Array, " b"] | None,
         ) -> tuple[jax.Array, LossSums]:
             prompt_mask = jnp.broadcast_to(mask, (len(inputs), longest)) if uneven else None
-            sums = batch_loss(model, injection, frozen, inputs, targets, key, z_loss, prompt_mask, numbers)
+            own = injection.of_rows(tasks)
+            sums = batch_loss(model, own, frozen, inputs, targets, key, z_loss, prompt_mask, numbers)
             return sums.loss, sums
 
         key = jax.random.fold_in(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
         # Kept apart from the slices of the stack, so that they are rounded as a run's own program rounds them.
         injection = jax.lax.optimization_barrier(injection)
-        return jax.lax.optimization_barrier(summed_gradients(loss, injection, inputs, targets, rows))
+        return jax.lax.optimization_barrier(summed_gradients(loss, injection, inputs, targets, rows, tasks))
 
     def step(
-        states: States, frozen: Params, inputs: Int[Array, "R B T"], targets: Int[Array, "R B U"]
+        states: States,
+        frozen: Params,
+        inputs: Int[Array, "R B T"],
+        targets: Int[Array, "R B U"],
+        tasks: Int[Array, "R B"] | None = None,
     ) -> tuple[States, tuple[StepMetrics, ...]]:
         injections, pull_backs = [], []
         for state, method in zip(states, methods, strict=True):
@@ -128,7 +136,7 @@ def joint_step(
             pull_backs.append(pull_back)
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *injections)
         keys, steps = (jnp.stack([getattr(state, name) for state in states]) for name in ("key", "step"))
-        each = (stacked, keys, steps, masks, inputs, targets)
+        each = (stacked, keys, steps, masks, inputs, targets, tasks)
         if at_once == 1:
             gradients, sums = jax.lax.map(lambda own: gradient(frozen, *own), each)
         else:
@@ -148,20 +156,21 @@ def joint_step(
 def _padded(injection: Injection, longest: int) -> Injection:
     """Returns the injection with positions in front, as many as it lacks of `longest`."""
 
-    def pad(prompt: jax.Array | None) -> jax.Array | None:
-        if prompt is None:
-            return None
+    def pad(prompt: jax.Array) -> jax.Array:
         return jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 2) + [(longest - prompt.shape[-2], 0), (0, 0)])
 
-    return injection._replace(prompt=pad(injection.prompt), layer_prompts=pad(injection.layer_prompts))
+    return _map_prompts(pad, injection)
 
 
 def _unpadded(injection: Injection, before: int) -> Injection:
     """Returns the injection without its first positions."""
-    prompt, layer_prompts = (
-        None if prompt is None else prompt[..., before:, :] for prompt in (injection.prompt, injection.layer_prompts)
-    )
-    return injection._replace(prompt=prompt, layer_prompts=layer_prompts)
+    return _map_prompts(lambda prompt: prompt[..., before:, :], injection)
+
+
+def _map_prompts(function: Callable[[jax.Array], jax.Array], injection: Injection) -> Injection:
+    prompts = (injection.prompt, injection.layer_prompts, injection.task_prompts)
+    prompt, layer_prompts, task_prompts = jax.tree.map(function, prompts)
+    return injection._replace(prompt=prompt, layer_prompts=layer_prompts, task_prompts=task_prompts)
 
 
 def program_of(runs: Sequence[Run], at_once: int) -> Step:
@@ -182,12 +191,15 @@ def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tu
     return joint_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
 
 
-def stacked(batches: Sequence[Batch]) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"]]:
-    """Returns the runs' batches, padded to the widest: padding changes no row's loss."""
+def stacked(
+    batches: Sequence[Batch],
+) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"], Int[np.ndarray, "R B"] | None]:
+    """Returns the runs' inputs and targets, padded to the widest (which changes no row's loss), and the rows' tasks."""
 
     def stack(name: str) -> Int[np.ndarray, "R B _"]:
         arrays = [getattr(batch, name) for batch in batches]
         width = max(array.shape[1] for array in arrays)
         return np.stack([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
 
-    return stack("inputs"), stack("targets")
+    tasks = [batch.tasks for batch in batches if batch.tasks is not None]
+    return stack("inputs"), stack("targets"), np.stack(tasks) if tasks else None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.methods.method import tasks_of
 from prompt_tuning_jax.sweeps.joint_step import step_of
 from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, free_bytes
 from prompt_tuning_jax.training.run import Run
@@ -72,5 +73,7 @@ def step_bytes(runs: Sequence[Run], widest: Sequence[int]) -> int:
     """Bytes that a pass of these runs takes besides its arguments, as compiled for batches of `widest` (T, U)."""
     rows = (len(runs), runs[0].config.train_dataset.batch_size)
     arrays = [jax.ShapeDtypeStruct((*rows, width), jnp.int32) for width in widest]
+    if tasks_of(runs[0].config.method) is not None:
+        arrays.append(jax.ShapeDtypeStruct(rows, jnp.int32))
     compiled = step_of(runs, len(runs)).lower(tuple(run.state for run in runs), runs[0].frozen, *arrays).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -19,13 +19,14 @@ from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.methods.method import Injection, Method
+from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
+from prompt_tuning_jax.methods.task_prompts import with_tasks
 from prompt_tuning_jax.t5.adapters import merged
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import Record, TrainConfig
-from prompt_tuning_jax.training.score import check_labelled, results_of
+from prompt_tuning_jax.training.score import check_labelled, check_task_prompts, results_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Result:
     Attributes:
       model: the base model.
       injection: what it runs with.
+      prompts: by task, [P, D] each, if the method trains one prompt per task; else empty.
       metrics: of that evaluation, in per cent, by name.
       trainable_parameters: how many numbers were trained.
       summary: what a run's folder has in summary.json.
@@ -51,9 +53,18 @@ class Result:
         """The prompt, [P, D], or [L, P, D] of prompts per layer; None if the method gives none.
 
         Additions per layer to a prompt are in `injection.layer_prompts`.
+
+        Raises:
+          ValueError: there are several, one per task.
         """
+        if self.prompts:
+            raise ValueError(f"there is a prompt for each of {', '.join(self.prompts)}: take `prompts`, by task")
         prompt = self.injection.prompt if self.injection.prompt is not None else self.injection.layer_prompts
         return None if prompt is None else np.asarray(prompt)
+
+    @property
+    def prompts(self) -> dict[str, Float[np.ndarray, "P D"]]:
+        return {task: np.asarray(prompt) for task, prompt in (self.injection.task_prompts or {}).items()}
 
     def merged(self) -> Model:
         """Returns a model of its own with the trained parameters in place of the base model's."""
@@ -66,8 +77,9 @@ class Result:
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
 
-        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, LoRA and IA3 a folder that
-        `peft` loads, and a tuned model a folder that `transformers` loads.
+        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, prompts per task a folder of
+        such files, TASK.npy. LoRA and IA3 become a folder that `peft` loads, and a tuned model one that `transformers`
+        loads.
 
         Args:
           merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
@@ -91,8 +103,8 @@ def train(
     steps: int,
     optimizer: optax.GradientTransformation | None = None,
     batch_size: int = 32,
-    labels: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     lengths: Mapping[str, int] | None = None,
     eval_every: int | None = None,
     eval_batch_size: int = 128,
@@ -110,12 +122,14 @@ def train(
       model: of `load`; it is not changed.
       method: what is trained, `PromptTuning(length=100)` for instance.
       train, validation: rows, a sequence of `{"inputs": text, "targets": text}`; or a `task` or `files`, whose splits
-        of these names are taken unless one is chosen, `data["train[:-500]"]`.
+        of these names are taken unless one is chosen, `data["train[:-500]"]`; or several of these by their tasks'
+        names, `{"sst2": rows, "mrpc": rows}`: each task is drawn in proportion to its rows, and evaluated by itself.
       steps: updates in all.
       optimizer: of optax. None for the paper's Adafactor at learning rate 0.3, which is meant for prompts.
       batch_size: rows per update.
-      labels: the answers, if they are a closed set; they are then ranked, too.
-      metrics: by name; None for accuracy.
+      labels: the answers, if they are a closed set; they are then ranked, too. Of several tasks they may be given for
+        each, by its name.
+      metrics: by name; None for accuracy. Of several tasks the same.
       lengths: the most tokens of "inputs" and "targets", end of sequence included; longer rows are truncated. None for
         512 and the longest target.
       eval_every: updates between two evaluations; None for ten in all.
@@ -146,11 +160,14 @@ def train(
     if lengths is None:
         lengths = default_lengths(train, validation, model.tokenizer, labels)
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
+    train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)
+    if tasks_of(method) == ():
+        method = with_tasks(method, train_dataset.load(model.tokenizer, to_train=True, say=warn))
     config = TrainConfig(
         size=dataclasses.replace(model.config, dropout_rate=dropout_rate),
         initial_checkpoint_path=model.path or "",
         model=model,
-        train_dataset=dataset_of(train, "train", batch_size=batch_size, **scored),
+        train_dataset=train_dataset,
         eval_dataset=dataset_of(validation, "validation", batch_size=eval_batch_size, **scored),
         method=method,
         optimizer=adafactor(0.3) if optimizer is None else optimizer,
@@ -176,8 +193,8 @@ def evaluate(
     data: Any,
     *,
     prompt: Any = None,
-    labels: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     lengths: Mapping[str, int] | None = None,
     batch_size: int = 128,
 ) -> dict[str, Any]:
@@ -186,8 +203,8 @@ def evaluate(
     Args:
       model: of `load`.
       data: as of `train`; the split "validation" of a task or of files, unless one is chosen.
-      prompt: an array, [P, D] or [L, P, D]; a path of a prompt, an adapter or a run's folder; a `Result`, or its
-        `injection`; None for the model alone.
+      prompt: an array, [P, D] or [L, P, D]; prompts by task; a path of a prompt, an adapter or a run's folder; a
+        `Result`, or its `injection`; None for the model alone.
       labels, metrics, lengths: as of `train`.
       batch_size: rows per batch.
 
@@ -212,6 +229,7 @@ def evaluate(
     injection = Injection() if given is None else injection_of(given, model.config)
     tasks = dataset.eval_batches(model.tokenizer, say=warn)
     check_labels(tasks, model.tokenizer)
+    check_task_prompts(injection, tasks)
     check_labelled(tasks, dataset.split)
     found = results_of(Evaluator(model.config, model.tokenizer), injection, dict(model.parameters), tasks)
     if "tasks" in found:

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import check_base_dtype, expected_shapes
 from prompt_tuning_jax.methods import shapes
-from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.methods.method import Injection, tasks_of
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.network import Transformer
@@ -287,7 +287,8 @@ def _batch(config: TrainConfig, batch_size: int) -> Batch:
     """
     lengths = config.train_dataset.checked_lengths()
     inputs, targets = (jax.ShapeDtypeStruct((batch_size, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
-    return Batch(inputs, targets, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+    ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return Batch(inputs, targets, ids, None if tasks_of(config.method) is None else ids)
 
 
 def _compile(config: TrainConfig, batch_size: int) -> StepMemory:
@@ -348,14 +349,17 @@ def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) 
     """
     model, method = Transformer(config.size), config.method
 
-    def forward(trainable: Any, frozen: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> list[jax.Array]:
+    def forward(
+        trainable: Any, frozen: Any, inputs: jax.Array, targets: jax.Array, tasks: jax.Array | None, key: jax.Array
+    ) -> list[jax.Array]:
         def loss(trainable: Any) -> jax.Array:
-            injection = method.apply(trainable, frozen)
+            injection = method.apply(trainable, frozen).of_rows(tasks)
             return batch_loss(model, injection, frozen, inputs, targets, key, config.z_loss).loss
 
         return jax.tree.leaves(jax.vjp(loss, trainable)[1])
 
-    program = jax.make_jaxpr(forward)(state.trainable, frozen, batch.inputs, batch.targets, jax.random.key(0)).jaxpr
+    of_rows = (batch.inputs, batch.targets, batch.tasks)
+    program = jax.make_jaxpr(forward)(state.trainable, frozen, *of_rows, jax.random.key(0)).jaxpr
     parameters = len(jax.tree.leaves((state.trainable, frozen)))
     of_parameters, of_batch = set(program.invars[:parameters]), set(program.invars[parameters:])
     for equation in program.eqns:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +106,19 @@ def stopping_on_sigterm() -> Iterator[Stop]:
 
 
 def moved(injection: Injection, start: Injection) -> dict[str, float]:
-    """Returns the mean norm of a prompt's positions, and how far the prompt has moved in units of its start's norm."""
-    prompt, before = (one.prompt if one.prompt is not None else one.layer_prompts for one in (injection, start))
+    """Returns the mean norm of a prompt's positions, and how far the prompt has moved in units of its start's norm.
+
+    Several prompts, per layer or per task, count as one.
+    """
+    prompt, before = (_positions(one) for one in (injection, start))
     if prompt is None or before is None:
         return {}
     norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))
     return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - before) / jnp.linalg.norm(before))}
+
+
+def _positions(injection: Injection) -> Any:
+    """Returns the positions of whatever prompts there are; None if there are none."""
+    if injection.task_prompts is not None:
+        return jnp.stack([injection.task_prompts[task] for task in sorted(injection.task_prompts)])
+    return injection.prompt if injection.prompt is not None else injection.layer_prompts

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.batches.loader import Batch, Batches
+from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import adapters_alone, read_tuned, write_tuned
@@ -220,7 +220,8 @@ class Run:
         trained = method.init(jax.random.fold_in(jax.random.key(config.random_seed), 1), model)
         check_not_int8(trained, model.parameters)
         self.frozen = {path: value for path, value in model.parameters.items() if path not in trained}
-        check_injection(method, jax.eval_shape(method.apply, trained, self.frozen), config.size, model.parameters)
+        injection = jax.eval_shape(method.apply, trained, self.frozen)
+        check_injection(method, injection, config.size, model.parameters)
         trained = partitioner.place(trained)
         self._fold = make_fold(method, trained, self.frozen, partitioner.jit)
 
@@ -230,6 +231,11 @@ class Run:
         self.batches = config.train_dataset.batches(self.tokenizer, seed=config.random_seed, shuffle=True, **options)
         self._eval_batches = config.eval_dataset.eval_batches(self.tokenizer, **say)
         check_labels(self._eval_batches, self.tokenizer)
+        self._prompt_of: Int[np.ndarray, " K"] | None = None
+        if injection.task_prompts is not None:
+            self._prompt_of = prompts_of_tasks(
+                injection.task_prompts, self.batches, self._eval_batches, config.train_dataset.mixture_or_task_name
+            )
 
         start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
         shardings = partitioner.state(jax.eval_shape(start, trained))
@@ -256,7 +262,9 @@ class Run:
             "train_data": self.batches.fingerprint(),
             "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
         }
-        return self._folder.open(self.config.keep_checkpoints, read)
+        said = self._folder.open(self.config.keep_checkpoints, read)
+        start = None if self.saved_steps else self.config.method.start_line()
+        return said if start is None else [*said, start]
 
     @property
     def prompt_length(self) -> int:
@@ -301,8 +309,13 @@ class Run:
         return self.step >= self.config.train_steps or self.stop_reason is not None
 
     def batches_to_come(self) -> Iterator[Batch]:
-        """Yields the batches from this step to TRAIN_STEPS."""
-        return self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
+        """Yields the batches from this step to TRAIN_STEPS, with their rows' tasks if there is a prompt per task."""
+        batches = self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
+        return batches if self._prompt_of is None else map(self._with_tasks, batches)
+
+    def _with_tasks(self, batch: Batch) -> Batch:
+        assert isinstance(self.batches, MixedBatches) and self._prompt_of is not None
+        return batch._replace(tasks=self._prompt_of[self.batches.tasks_of(batch.ids)])
 
     def after_step(
         self, state: TrainState, ids: Int[np.ndarray, " B"], metrics: StepMetrics, evaluator: Evaluator, say: Say
@@ -414,6 +427,41 @@ class Run:
         return summary
 
 
+def prompts_of_tasks(
+    prompts: Collection[str], train: Planned, evaluated: Collection[str], mixture: str
+) -> Int[np.ndarray, " K"]:
+    """Returns the index of each training task's prompt among the sorted names, as `Injection.of_rows` takes it.
+
+    Args:
+      prompts: the tasks that have a prompt.
+      evaluated: the tasks of the validation data.
+      mixture: what the data is called.
+
+    Raises:
+      SettingError: the tasks of the data are others.
+    """
+    tasks, own = Setting("tasks"), sorted(prompts)
+    if isinstance(train, StreamedBatches):
+        raise SettingError(
+            Setting("use_cached_tasks"), " is False, but a stream does not tell its rows' tasks, each of which has a "
+            "prompt of its own: set it to True",
+        )  # fmt: skip
+    if not isinstance(train, MixedBatches):
+        raise SettingError(
+            tasks, f" has {', '.join(own)}, with a prompt each, but {mixture} is one task: set ",
+            Setting("mixture_or_task_name"), " to the mixture of these tasks",
+        )  # fmt: skip
+    found = [*train.parts]
+    if sorted(found) != own:
+        raise SettingError(tasks, f" has {', '.join(own)}, expected those of the training data: {', '.join(found)}")
+    for task in evaluated:
+        if task not in own:
+            raise SettingError(
+                Setting("eval_split"), f" has the task {task}, which has no prompt: ", tasks, f" has {', '.join(own)}"
+            )
+    return np.array([own.index(task) for task in found], np.int32)
+
+
 def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Returns the state before the first update. The parameters are copies: the step donates its state's memory."""
     trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
@@ -430,10 +478,11 @@ def evaluate(
     """
     record, odd = {}, {}
     for name, batches in tasks.items():
+        own = injection.of_task(name)
         if batches.examples.metrics:
-            metrics, answers = evaluator.metrics(injection, frozen, batches)
+            metrics, answers = evaluator.metrics(own, frozen, batches)
         else:
-            metrics, answers = evaluator.losses(injection, frozen, batches, loss_eval_steps), {}
+            metrics, answers = evaluator.losses(own, frozen, batches, loss_eval_steps), {}
         if len(tasks) == 1:
             return metrics, answers
         record |= {f"{name}/{metric}": value for metric, value in metrics.items()}

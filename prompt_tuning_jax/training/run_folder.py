@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.state import StateStore
-from prompt_tuning_jax.checkpoints.tuned import has_additions, write_prompts
+from prompt_tuning_jax.checkpoints.tuned import is_one_file, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.identity import differences
 from prompt_tuning_jax.methods.method import Injection
@@ -170,10 +170,10 @@ class RunFolder:
     def keep_prompt(self, step: int, injection: Injection) -> None:
         """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt.
 
-        A prompt with additions per layer becomes a folder, prompts/<step>.
+        A prompt with additions per layer becomes a folder, prompts/<step>, and so do prompts per task.
         """
         if self.writes and injection.length:
-            write_prompts(self.path / "prompts" / f"{step}{'' if has_additions(injection) else '.npy'}", injection)
+            write_prompts(self.path / "prompts" / f"{step}{'.npy' if is_one_file(injection) else ''}", injection)
 
     def close(self) -> None:
         if self.states is not None:

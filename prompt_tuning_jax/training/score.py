@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def evaluate_prompt(
         injection = injection_of(prompt_file, size)
     tasks = dataset.eval_batches(tokenizer)
     check_labels(tasks, tokenizer)
+    check_task_prompts(injection, tasks)
     files = {}
     if submission is None:
         check_labelled(tasks, dataset.split)
@@ -96,7 +97,8 @@ def evaluate_prompt(
     model = Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
     if prompt_text is not None:
         injection = Injection(prompt=written_prompt(prompt_text, model))
-    injection = Injection(*partitioner.replicate(injection[:2]), parameters=partitioner.place(injection.parameters))
+    prompts = partitioner.replicate(injection._replace(parameters={}))
+    injection = prompts._replace(parameters=partitioner.place(injection.parameters))
     result: dict[str, Any] = {
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
@@ -111,7 +113,7 @@ def evaluate_prompt(
         return left(model_dir, result | (found.popitem()[1] if len(found) == 1 else {"tasks": found}))
     evaluator = Evaluator(size, tokenizer, partitioner)
     if submission is not None:
-        predicted = {name: evaluator.predictions(injection, base.params, tasks[name]) for name in files}
+        predicted = {name: evaluator.predictions(injection.of_task(name), base.params, tasks[name]) for name in files}
         written = [
             write_file(Path(submission), file, name, tasks[name].examples, predicted[name])
             for name, file in files.items()
@@ -131,13 +133,25 @@ def results_of(
     """
     results = {}
     for name, batches in tasks.items():
-        found = evaluator.predictions(injection, frozen, batches)
-        results[name] = task_result(batches, found, evaluator.rank_metrics(injection, frozen, batches))
+        own = injection.of_task(name)
+        found = evaluator.predictions(own, frozen, batches)
+        results[name] = task_result(batches, found, evaluator.rank_metrics(own, frozen, batches))
         if samples and is_writer():
             show_samples(name, found.samples(batches.examples, samples))
     if len(results) == 1:
         return results.popitem()[1]
     return {"tasks": results} | suite_result(results)
+
+
+def check_task_prompts(injection: Injection, tasks: Iterable[str]) -> None:
+    """Raises SettingError if there is a prompt per task, but none for one of these."""
+    own = injection.task_prompts
+    for task in tasks:
+        if own is not None and task not in own:
+            raise SettingError(
+                f"there is a prompt for each of {', '.join(sorted(own))}, but none for {task}: set ",
+                Setting("prompt_file"), " to one of them",
+            )  # fmt: skip
 
 
 def prompt_of(injection: Injection, path: str) -> np.ndarray:

@@ -104,25 +104,30 @@ def summed_gradients(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B U"],
     rows: int,
+    tasks: Int[Array, " B"] | None = None,
 ) -> tuple[Any, LossSums]:
-    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers) -> (loss, sums)` and the sums.
+    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers, tasks) -> (loss, sums)` and the sums.
 
     Both are over all rows of the batch.
 
     Args:
       rows: how many pass through the model at once; a divisor of B.
+      tasks: of each row, see `Injection.of_rows`.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     numbers = jnp.arange(len(inputs))
     if rows == len(inputs):
-        return gradient(injection, inputs, targets, numbers)
+        return gradient(injection, inputs, targets, numbers, tasks)
 
-    def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def add(total: Any, part: tuple[jax.Array | None, ...]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(injection, *part)), None
 
     # Micro-batch n takes every k-th row, so that it stays evenly sharded over the batch axis.
-    parts = tuple(x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1) for x in (inputs, targets, numbers))
-    shapes = jax.eval_shape(gradient, injection, *(part[0] for part in parts))
+    parts = tuple(
+        None if x is None else x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
+        for x in (inputs, targets, numbers, tasks)
+    )
+    shapes = jax.eval_shape(gradient, injection, *(None if part is None else part[0] for part in parts))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, nothing, parts)[0]
 
@@ -175,13 +180,18 @@ def make_train_step(
         injection, pull_back = inject(method, state.trainable, frozen)
 
         def loss_fn(
-            injection: Injection, inputs: Int[Array, "b T"], targets: Int[Array, "b U"], numbers: Int[Array, " b"]
+            injection: Injection,
+            inputs: Int[Array, "b T"],
+            targets: Int[Array, "b U"],
+            numbers: Int[Array, " b"],
+            tasks: Int[Array, " b"] | None,
         ) -> tuple[jax.Array, LossSums]:
-            sums = batch_loss(model, injection, frozen, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
+            own = injection.of_rows(tasks)
+            sums = batch_loss(model, own, frozen, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
             return sums.loss, sums
 
         rows = micro_batch(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
-        of_injection, sums = summed_gradients(loss_fn, injection, batch.inputs, batch.targets, rows)
+        of_injection, sums = summed_gradients(loss_fn, injection, batch.inputs, batch.targets, rows, batch.tasks)
         gradients = pull_back(of_injection)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

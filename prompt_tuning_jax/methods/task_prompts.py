@@ -1,0 +1,30 @@
+"""What the methods of one prompt per task share: the tasks by name, and what these must be."""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.method import Method
+
+
+def with_tasks(method: Method, tasks: Iterable[str]) -> Method:
+    """Returns the method with these tasks in its field of that name."""
+    named = copy.copy(method)
+    object.__setattr__(named, "tasks", tuple(tasks))
+    return named
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises SettingError if these are not two tasks or more, whose names can be those of files."""
+    setting = Setting("tasks")
+    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+        raise SettingError(setting, f" is {tasks!r:.60}, expected a list of the tasks' names")
+    if len(tasks) < 2:
+        found = f"has one task, {tasks[0]!r}" if tasks else "is empty"
+        raise SettingError(setting, f" {found}, expected the tasks of a mixture, two or more: each gets its own prompt")
+    for task in tasks:
+        if not task or task.startswith(".") or "/" in task:
+            raise SettingError(setting, f" has {task!r}, expected a name that a file may have: its prompt is TASK.npy")
+    twice = sorted({task for task in tasks if tasks.count(task) > 1})
+    if twice:
+        raise SettingError(setting, f" has {twice[0]!r} twice, expected each task once")
