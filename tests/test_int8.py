@@ -26,6 +26,7 @@ from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel, check_not_int8
+from prompt_tuning_jax.methods.super_pos import SuperPos
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import quantized_product
@@ -201,6 +202,7 @@ def words_100_on(key, length, model):
     [
         (PromptTuning(8, words_100_on), 0.1),
         (ResidualPrompt(8, 16, words_100_on), 0.1),
+        (SuperPos(8, 32), 0.1),  # reads rows of the table in every step
         (PerLayerPrompt(8, words_100_on), 0.1),
         (LoRA(4), 0.01),
         (IA3(), 0.1),

@@ -27,7 +27,7 @@ class ULPT(Method):
 
     R is a function of `projection_seed` alone. It is neither trained nor stored: it is drawn again wherever it is
     needed, and a trained prompt no longer depends on it. The paper draws R standard normal, the authors' code Xavier
-    uniform, within sqrt(6 / (r + D)) of 0. It is drawn here as in their code, with which their scores were made.
+    uniform, within sqrt(6 / (r + D)) of 0. It is drawn here as in their code; s can learn another scale.
 
     Attributes:
       length: positions, P.
