@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.methods.method import Method as Method
     from prompt_tuning_jax.methods.model_tuning import ModelTuning as ModelTuning
     from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt as PerLayerPrompt
+    from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning as PromptTuning
     from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt as ResidualPrompt
     from prompt_tuning_jax.prompts import initializers as init  # noqa: F401
@@ -45,6 +46,7 @@ _PLACES = {
     "Model": "checkpoints.model:Model",
     "ModelTuning": "methods.model_tuning:ModelTuning",
     "PerLayerPrompt": "methods.per_layer_prompt:PerLayerPrompt",
+    "PrefixTuning": "methods.prefix_tuning:PrefixTuning",
     "Predictor": "inference.predictor:Predictor",
     "PromptTuning": "methods.prompt_tuning:PromptTuning",
     "ResidualPrompt": "methods.residual_prompt:ResidualPrompt",

@@ -27,6 +27,7 @@ from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Injection, Method, merge
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import EPSILON, ResidualPrompt
 from prompt_tuning_jax.methods.shapes import check_injection, start_shapes
@@ -76,6 +77,7 @@ METHODS = {
     "PerLayerPrompt that adds": PerLayerPrompt(length=3, combine="add"),
     "LoRA": LoRA(rank=2),
     "IA3": IA3(),
+    "PrefixTuning": PrefixTuning(length=2),
     "ModelTuning": ModelTuning(),
     "ScaledQuery": ScaledQuery(),
 }
@@ -212,11 +214,24 @@ def test_saved_by_a_result_is_loaded_into_the_plain_model(name, model, rows, tmp
         found = logits(model, jax.tree.map(jnp.asarray, injection_of(path, model.config)), model.parameters)
         np.testing.assert_array_equal(found, expected)
         return
-    result.save(tmp_path / "merged", merge=True)
-    plain = load(str(tmp_path / "merged"))
+    if name == "PrefixTuning":  # a folder of matrices has no place for it; in memory it stays beside them
+        with pytest.raises(
+            ValueError, match="prefix_key is a learned prefix, which Hugging Face's T5 has no place for"
+        ):
+            result.save(tmp_path / "merged", merge=True)
+        plain = result.merged()
+        with pytest.raises(SettingError, match="`prompts` are given for a model with a learned prefix in its encoder"):
+            pt.Predictor(plain, {"a": np.zeros((2, CONFIG.emb_dim), np.float32)})
+        asked = [{"prompt": None, "inputs": row["inputs"], "labels": options["labels"]} for row in rows]
+        best = [answer["prediction"] for answer in pt.Predictor(plain).predict(asked)]
+        task = [row | {"targets": label} for row, label in zip(rows, best, strict=True)]
+        assert pt.evaluate(model, task, prompt=result, labels=options["labels"])["ranking"]["accuracy"] == 100
+    else:
+        result.save(tmp_path / "merged", merge=True)
+        plain = load(str(tmp_path / "merged"))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits(plain, Injection(), plain.parameters), expected, atol=1e-6 * scale)
-    if name in ("LoRA", "IA3"):
+    if name in ("LoRA", "IA3", "PrefixTuning"):
         result.save(tmp_path / "adapter")
         found = jax.tree.map(jnp.asarray, injection_of(tmp_path / "adapter", model.config))
         np.testing.assert_allclose(logits(model, found, model.parameters), expected, atol=1e-6 * scale)
@@ -263,7 +278,10 @@ def test_methods_that_fold_share_a_program_with_each_other(finished, settings, t
 
 
 def test_methods_of_different_kinds_do_not_share_a_program(settings):
-    keys = [joint_key(settings(None, METHODS[name])) for name in ("PromptTuning", "PerLayerPrompt", "LoRA", "IA3")]
+    keys = [
+        joint_key(settings(None, METHODS[name]))
+        for name in ("PromptTuning", "PerLayerPrompt", "LoRA", "IA3", "PrefixTuning")
+    ]
     assert len(set(keys)) == len(keys)
 
 

@@ -14,10 +14,9 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.batches.data import Data, dataset_of, default_lengths
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.adapters import write_adapter
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_prompts
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Method
 from prompt_tuning_jax.t5.adapters import merged
@@ -56,7 +55,10 @@ class Result:
         return None if prompt is None else np.asarray(prompt)
 
     def merged(self) -> Model:
-        """Returns a model of its own with the trained parameters in place of the base model's."""
+        """Returns a model of its own with the trained parameters in place of the base model's.
+
+        A prefix of keys and values stays beside them.
+        """
         if not self.injection.parameters:
             raise ValueError("the method trained a prompt, which is no part of a model's parameters")
         changed = {path: jnp.asarray(value) for path, value in self.injection.parameters.items()}
@@ -66,8 +68,9 @@ class Result:
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
 
-        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, LoRA and IA3 a folder that
-        `peft` loads, and a tuned model a folder that `transformers` loads.
+        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, and a tuned model a folder
+        that `transformers` loads. LoRA, IA3 and a prefix of the decoder become a folder that `peft` loads; a prefix of
+        the encoder, which PEFT does not know, a folder that this project alone reads.
 
         Args:
           merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
@@ -76,7 +79,7 @@ class Result:
         if self.injection.length and not parameters:
             write_prompts(path, self.injection)
         elif adapters_alone(parameters) and not merge:
-            write_adapter(path, self.injection, self.model.config, self.model.path)
+            write_adapters(path, self.injection, self.model.config, self.model.path)
         else:
             model = self.merged()
             huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
