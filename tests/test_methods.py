@@ -328,7 +328,7 @@ def deep(model):
 
 
 def test_prompts_that_are_added_start_as_prompt_tuning_does(deep):
-    method, key = PerLayerPrompt(4, "add", RandomUniform()), jax.random.key(3)
+    method, key = PerLayerPrompt(4, RandomUniform(), "add"), jax.random.key(3)
     trained = method.init(key, deep)
     start = PromptTuning(4, RandomUniform()).init(key, deep)[PROMPT]
     assert trained["layer_prompts"].shape == (3, 4, CONFIG.emb_dim)
@@ -344,7 +344,7 @@ def test_prompts_that_are_added_start_as_prompt_tuning_does(deep):
 
 
 def test_a_prompt_with_additions_is_read_back_wherever_a_prompt_is(deep, rows, tmp_path):
-    method = PerLayerPrompt(4, "add")
+    method = PerLayerPrompt(4, combine="add")
     result = pt.Result(deep, method.apply(trained_by(method, deep), deep.parameters), {}, 0, {})
     folder = tmp_path / "saved"
     result.save(folder)
@@ -427,7 +427,7 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (PromptTuning(5_000), "prompt_length", "is 5000, expected 1 to"),
         (ResidualPrompt(4, 0), "bottleneck", "`bottleneck` is 0, expected a whole number of at least 1"),
         (PerLayerPrompt(0), "prompt_length", "is 0, expected 1 to"),
-        (PerLayerPrompt(4, "sum"), "combine", "`combine` is 'sum', expected replace or add"),
+        (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected replace or add"),
         (LoRA(rank=17), "rank", "`rank` is 17, expected a number from 1 to 16"),
         (LoRA(rank=0), "rank", "`rank` is 0"),
     ],
