@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.methods.mpt import MPT as MPT
     from prompt_tuning_jax.methods.multitask_prompt import MultitaskPrompt as MultitaskPrompt
     from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt as PerLayerPrompt
+    from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning as PromptTuning
     from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt as ResidualPrompt
     from prompt_tuning_jax.methods.scale_shift_prompt import ScaleShiftPrompt as ScaleShiftPrompt
@@ -58,6 +59,7 @@ _PLACES = {
     "ModelTuning": "methods.model_tuning:ModelTuning",
     "MultitaskPrompt": "methods.multitask_prompt:MultitaskPrompt",
     "PerLayerPrompt": "methods.per_layer_prompt:PerLayerPrompt",
+    "PrefixTuning": "methods.prefix_tuning:PrefixTuning",
     "Predictor": "inference.predictor:Predictor",
     "PromptTuning": "methods.prompt_tuning:PromptTuning",
     "ResidualPrompt": "methods.residual_prompt:ResidualPrompt",

@@ -22,6 +22,7 @@ from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Method
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel
@@ -38,6 +39,7 @@ METHODS = {
     "PromptTuning": PromptTuning(PROMPT_LENGTH),
     "ResidualPrompt": ResidualPrompt(PROMPT_LENGTH),
     "PerLayerPrompt": PerLayerPrompt(PROMPT_LENGTH),
+    "PrefixTuning": PrefixTuning(PROMPT_LENGTH),
     "LoRA": LoRA(2),
     "IA3": IA3(),
 }

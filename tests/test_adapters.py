@@ -24,6 +24,7 @@ from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.targets import matrix_shapes
 from prompt_tuning_jax.t5.adapters import check_parameters, merged
 from prompt_tuning_jax.t5.config import T5Config
@@ -446,6 +447,8 @@ def made_in_a_step(config, trained, apply, frozen, rows):
         ("lora-everywhere", "int8", "none", 2),
         ("ia3", "float32", "none", 2),
         ("ia3", "bfloat16", "none", 4),
+        ("prefix", "float32", "full", 2),
+        ("prefix", "int8", "none", 4),
     ],
 )
 def test_a_step_makes_nothing_of_a_kernels_shape(name, dtype, remat, rows):
@@ -459,7 +462,7 @@ def test_a_step_makes_nothing_of_a_kernels_shape(name, dtype, remat, rows):
         frozen |= quantized(path, value) if dtype == "int8" else {path: value.astype(dtype)}
     kernels = {value.shape for path, value in base.parameters.items() if path.endswith("/kernel")}
     kernels |= {shape[::-1] for shape in kernels} - {(61, 24)}  # the embedding table's shape
-    method = METHODS[name]
+    method = METHODS.get(name) or PrefixTuning(6)
     trained = method.init(jax.random.key(0), base)
 
     def made(trained, apply):

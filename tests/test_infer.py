@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import CONFIG, make_tiny
 
 from prompt_tuning_jax import infer
+from prompt_tuning_jax.checkpoints.tuned import write_prompts
 from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import write_prompt
 
 ROWS = [
@@ -74,6 +77,26 @@ def test_rows_come_back_in_order_with_what_the_predictor_says(run, tiny, prompts
     assert code == 0 and answers[:3] == expected and answers[0]["id"] == 7
     assert answers[3].keys() == {"prompt", "inputs", "decode", "prediction", "score"}
     assert "prompt broken is left out: " in err and "Ünïcode" in out
+
+
+def test_prompts_per_layer_are_answered_beside_others(run, tiny, tmp_path):
+    """A folder with one of each kind: what replaces, what is added, an ordinary prompt, and the base model alone."""
+    rng, shape = np.random.default_rng(0), (CONFIG.num_encoder_layers, 3, CONFIG.emb_dim)
+    write_prompt(tmp_path / "ordinary.npy", rng.normal(size=(5, CONFIG.emb_dim)))
+    write_prompt(tmp_path / "replacing.npy", rng.normal(size=shape))
+    adding = Injection(*(jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape[1:], shape)))
+    write_prompts(tmp_path / "adding", adding)
+    rows = [{"prompt": name, "inputs": "a movie"} for name in ("adding", "ordinary", None, "replacing")]
+    code, out, err = run(jsonl(rows), only=[f"--base={tiny.base}", f"--prompts={tmp_path}", *SMALL])
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["prompt"] for answer in answers] == [row["prompt"] for row in rows]
+    assert len({answer["score"] for answer in answers}) == 4
+    for answer, path in zip(answers, ("adding", "ordinary.npy", None, "replacing.npy"), strict=True):
+        given = None if path is None else tmp_path / path
+        alone = Predictor.load(str(tiny.base), given, input_length=24, max_new_tokens=4)
+        (expected,) = alone.predict([{"prompt": answer["prompt"], "inputs": "a movie"}])
+        assert answer["prediction"] == expected["prediction"]
+        assert answer["score"] == pytest.approx(expected["score"], rel=1e-5, abs=1e-5)
 
 
 def test_a_line_that_is_no_row_has_an_error_and_the_rest_go_on(run):

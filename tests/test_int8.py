@@ -23,6 +23,7 @@ from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Injection, Method
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel, check_not_int8
@@ -204,6 +205,7 @@ def words_100_on(key, length, model):
         (ResidualPrompt(8, 16, words_100_on), 0.1),
         (SuperPos(8, 32), 0.1),  # reads rows of the table in every step
         (PerLayerPrompt(8, words_100_on), 0.1),
+        (PrefixTuning(8), 0.1),
         (LoRA(4), 0.01),
         (IA3(), 0.1),
     ],

@@ -26,6 +26,7 @@ from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
 from prompt_tuning_jax.methods.mpt import MPT
 from prompt_tuning_jax.methods.per_layer_prompt import PerLayerPrompt
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel
@@ -124,6 +125,7 @@ def numbers(config):
         ResidualPrompt(PROMPT_LENGTH, 6): PROMPT_LENGTH * width + (width * 6 + 6) + (6 * width + width) + 2 * width,
         PerLayerPrompt(PROMPT_LENGTH): encoder * PROMPT_LENGTH * width,
         MPT(("a", "b", "c"), PROMPT_LENGTH): PROMPT_LENGTH * width + 3 * (PROMPT_LENGTH + width),
+        PrefixTuning(PROMPT_LENGTH): 2 * (encoder + decoder) * PROMPT_LENGTH * joined,
         LoRA(2): attentions * 2 * 2 * (width + joined),
         IA3(): attentions * 2 * joined + (encoder + decoder) * hidden,
         ModelTuning(): tables + norms + layers,
@@ -156,7 +158,7 @@ def test_a_method_is_planned_as_its_arrays_and_its_step_are(method):
     assert found.frozen.count == sum(value.size for value in base.values()) - (
         sum(value.size for path, value in trained.items() if path in base)
     )
-    assert found.prompt_length == (0 if isinstance(method, (LoRA, IA3, ModelTuning)) else PROMPT_LENGTH)
+    assert found.prompt_length == (0 if isinstance(method, (PrefixTuning, LoRA, IA3, ModelTuning)) else PROMPT_LENGTH)
 
     step = make_train_step(Transformer(DEEP), method, run.optimizer, run.z_loss, 2)
     ids = np.zeros(8, np.int32)
@@ -188,6 +190,7 @@ def test_a_method_is_planned_as_its_arrays_and_its_step_are(method):
         ("tpu", PROMPT_TUNING, "bfloat16"),
         ("gpu", ResidualPrompt(PROMPT_LENGTH, 6), "bfloat16"),
         ("gpu", PerLayerPrompt(PROMPT_LENGTH), "bfloat16"),
+        ("gpu", PrefixTuning(PROMPT_LENGTH), "bfloat16"),
         ("gpu", LoRA(2), "bfloat16"),
         ("gpu", IA3(), "bfloat16"),
         ("gpu", ModelTuning(), None),
@@ -250,7 +253,9 @@ def test_deep_models_are_continued_from_shallow_ones(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method", [PROMPT_TUNING, ResidualPrompt(4, 6), PerLayerPrompt(4), LoRA(2), IA3(), ModelTuning()], ids=of_type
+    "method",
+    [PROMPT_TUNING, ResidualPrompt(4, 6), PerLayerPrompt(4), PrefixTuning(4), LoRA(2), IA3(), ModelTuning()],
+    ids=of_type,
 )
 def test_methods_on_all_layers_are_continued_too(method):
     deep = dataclasses.replace(CONFIG, num_encoder_layers=5, num_decoder_layers=4)
@@ -349,6 +354,12 @@ RANDOM, SHORT_PROMPT = ("prompts/random_uniform.gin",), {"PROMPT_LENGTH": PROMPT
             lambda count, _: 2 * count + 1,
         ),
         (PerLayerPrompt(PROMPT_LENGTH), (*RANDOM, "methods/per_layer_prompt.gin"), SHORT_PROMPT, numbers_of_adafactor),
+        (
+            PrefixTuning(PROMPT_LENGTH),
+            ("methods/prefix_tuning.gin",),
+            SHORT_PROMPT,
+            lambda count, _: 2 * count + 1,
+        ),
         (LoRA(2), ("methods/lora.gin",), {"RANK": 2}, lambda count, _: 2 * count + 1),
         (IA3(), ("methods/ia3.gin",), {}, numbers_of_adafactor),
         (ModelTuning(), ("runs/model_tune.gin",), {}, numbers_of_adafactor),
@@ -408,7 +419,11 @@ def test_a_mesh_is_planned_without_its_devices(command):
     assert device_part(config, MeshShape(data=8)).activations == part.activations // 8
 
 
-@pytest.mark.parametrize("method", [ResidualPrompt(PROMPT_LENGTH, 6), PerLayerPrompt(PROMPT_LENGTH), LoRA(2), IA3()])
+@pytest.mark.parametrize(
+    "method",
+    [ResidualPrompt(PROMPT_LENGTH, 6), PerLayerPrompt(PROMPT_LENGTH), PrefixTuning(PROMPT_LENGTH), LoRA(2), IA3()],
+    ids=of_type,
+)
 def test_what_is_not_the_base_models_is_whole_on_each_device_of_a_mesh(method):
     whole = plan(run_of(method=method))
     part = device_part(run_of(method=method), MeshShape(fsdp=2, model=2))
@@ -455,6 +470,7 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import random_base
 from experiments.sizes import SIZES
 from prompt_tuning_jax.training.memory_plan import plan
+from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.step import TrainState, make_train_step

@@ -273,6 +273,7 @@ RANDOM = "prompts/random_uniform.gin"
 METHODS = {
     "ResidualPrompt": {"files": (RANDOM, "methods/residual_prompt.gin"), "BOTTLENECK": 6} | SHORT_PROMPT,
     "PerLayerPrompt": {"files": (RANDOM, "methods/per_layer_prompt.gin")} | SHORT_PROMPT,
+    "PrefixTuning": {"files": ("methods/prefix_tuning.gin",)} | SHORT_PROMPT,
     "LoRA": {"files": ("methods/lora.gin",), "RANK": 2},
     "IA3": {"files": ("methods/ia3.gin",)},
 }
@@ -348,7 +349,7 @@ def test_a_data_parallel_step_exchanges_the_gradient_of_what_is_injected_and_the
     (said,) = ends(start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: arguments, 1, 8))
     found = json.loads(said)
     injected, prompt_bytes = found["injected_bytes"], PROMPT_LENGTH * CONFIG.emb_dim * 4
-    assert injected == prompt_bytes or name in ("PerLayerPrompt", "LoRA", "IA3")
+    assert injected == prompt_bytes or name in ("PerLayerPrompt", "PrefixTuning", "LoRA", "IA3")
     assert set(found["sent"]) == {"all-reduce"}
     count, numbers, sent = found["sent"]["all-reduce"]
     assert injected <= sent < 4 * injected + 1024 and sent == 4 * numbers and count < 4

@@ -454,6 +454,23 @@ def test_callers_share_windows_and_take_turns():
     asyncio.run(run())
 
 
+def test_after_warming_up_mixed_batches_compile_nothing_either(tiny):
+    """With a prompt per layer in the bank both kinds of batch are warm; new prompts of either kind change nothing."""
+    engine._engine_of.cache_clear()
+    rng, width = np.random.default_rng(0), CONFIG.emb_dim
+    shapes = {"ordinary": (5, width), "layered": (CONFIG.num_encoder_layers, 3, width)}
+    prompts = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=2, batch_size=2)
+    assert warm_up(predictor, [GREEDY]) == 2 * 2
+    assert predictor._engine.greedy._cache_size() == 4
+    predictor.bank.add("adding", prompts["ordinary"][:2], additions=prompts["layered"][:, :2])
+    names = ("layered", "ordinary", "adding", None, "adding", "layered", "ordinary")
+    with serving(predictor) as served:
+        status, found = served.predict([GREEDY | {"prompt": name} for name in names])
+    assert status == 200 and all("score" in row for row in found["rows"])
+    assert predictor._engine.greedy._cache_size() == 4
+
+
 def test_after_warming_up_nothing_is_compiled(tiny, prompts):
     """For any mix of the rows in any number, and for as many more prompts as one likes."""
     engine._engine_of.cache_clear()  # other tests' programs

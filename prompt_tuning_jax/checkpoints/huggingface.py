@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.t5.adapters import is_prefix
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 
@@ -181,8 +182,10 @@ def write(
       shard_bytes: how much goes into one file, a larger tensor apart.
 
     Raises:
-      ValueError: Hugging Face has no name for the model's feed-forward.
+      ValueError: Hugging Face has no name for the model's feed-forward, or no place for a prefix among `params`.
     """
+    for path in filter(is_prefix, params):
+        raise ValueError(f"{path} is a learned prefix, which Hugging Face's T5 has no place for: save it by itself")
     feed_forward = {activations: name for name, activations in ACTIVATIONS.items()}.get(tuple(config.mlp_activations))
     if feed_forward is None:
         raise ValueError(f"Hugging Face's T5 has no feed-forward of {config.mlp_activations}, only {list(ACTIVATIONS)}")

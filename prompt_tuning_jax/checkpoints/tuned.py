@@ -12,11 +12,12 @@ from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.checkpoints.prefixes import holds_prefix, read_prefix, write_prefix
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
-from prompt_tuning_jax.t5.adapters import is_adapter, merged
+from prompt_tuning_jax.t5.adapters import is_adapter, is_prefix, merged
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
@@ -36,8 +37,8 @@ def write_tuned(
     """Writes what a model runs with.
 
     prompt.npy is a prompt [P, D], or one per encoder layer [L, P, D]; where both are there, layer_prompts.npy has the
-    second. prompts/ has a prompt [P, D] per task, TASK.npy. adapter/ is a PEFT folder of LoRA or IA3. model/ is a
-    folder in Hugging Face's layout, with all parameters.
+    second. prompts/ has a prompt [P, D] per task, TASK.npy. adapter/ is a PEFT folder of LoRA or IA3, or holds a prefix
+    of keys and values. model/ is a folder in Hugging Face's layout, with all parameters.
 
     Args:
       frozen: the base model's parameters; those that the injection replaces may be missing.
@@ -47,7 +48,7 @@ def write_tuned(
     folder = Path(folder)
     _write_prompts(folder, injection)
     if adapters_alone(injection.parameters):
-        write_adapter(folder / ADAPTER, injection, config, base)
+        write_adapters(folder / ADAPTER, injection, config, base)
     elif injection.parameters:
         huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
 
@@ -100,8 +101,18 @@ def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) ->
 
 
 def adapters_alone(parameters: Mapping[str, Any]) -> bool:
-    """Returns whether there are parameters, and all of them are adapters beside kernels."""
-    return bool(parameters) and all(map(is_adapter, parameters))
+    """Returns whether there are parameters, and all of them are adapters beside kernels or prefixes."""
+    return bool(parameters) and all(is_adapter(path) or is_prefix(path) for path in parameters)
+
+
+def write_adapters(folder: str | os.PathLike, injection: Injection, config: T5Config, base: str | None = None) -> None:
+    """Writes the parameters of LoRA, IA3 or prefix tuning; see `write_adapter` and `write_prefix`."""
+    write = write_prefix if any(map(is_prefix, injection.parameters)) else write_adapter
+    write(folder, injection, config, base)
+
+
+def _read_adapters(folder: Path, config: T5Config) -> Injection:
+    return read_prefix(folder, config) if holds_prefix(folder) else read_adapter(folder, config)
 
 
 def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
@@ -120,7 +131,7 @@ def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
         task_prompts = {path.stem: read_prompt(path) for path in sorted((folder / TASK_PROMPTS).glob("*.npy"))}
     parameters = {}
     if (folder / ADAPTER).is_dir():
-        parameters = read_adapter(folder / ADAPTER, config).parameters
+        parameters = _read_adapters(folder / ADAPTER, config).parameters
     elif (folder / MODEL).is_dir():
         parameters = {path: np.asarray(array) for path, array in open_model(str(folder / MODEL)).arrays.items()}
     if not prompts.length and not task_prompts and not parameters:
@@ -155,7 +166,7 @@ def read_prompts(path: str | os.PathLike) -> Injection:
 def folder_of_additions(path: str | os.PathLike) -> Path | None:
     """Returns the folder of a prompt with additions per layer if `path` is one, or one of its two files."""
     folder = Path(path)
-    folder = folder.parent if folder.name in (PROMPT, LAYER_PROMPTS) else folder
+    folder = folder.parent if folder.is_file() and folder.name in (PROMPT, LAYER_PROMPTS) else folder
     return folder if (folder / PROMPT).is_file() and (folder / LAYER_PROMPTS).is_file() else None
 
 
@@ -203,8 +214,8 @@ def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
     folder = Path(path)
     if (folder / "best").is_dir():
         return read_tuned(folder / "best", config)
-    if (folder / peft.CONFIG).is_file() and adapter_kind(folder) in (LORA, IA3):
-        return read_adapter(folder, config)
+    if holds_prefix(folder) or ((folder / peft.CONFIG).is_file() and adapter_kind(folder) in (LORA, IA3)):
+        return _read_adapters(folder, config)
     return read_prompts(path)
 
 

@@ -127,10 +127,11 @@ def read_entry(
         except (ValueError, AttributeError):
             raise ValueError(f"{entry.summary} is no JSON object; expected the summary.json of a run") from None
     found, fingerprint = read_prompts(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
-    if found.prompt is None:
-        return np.asarray(found.layer_prompts), fingerprint, None
-    additions = None if found.layer_prompts is None else np.asarray(found.layer_prompts)
-    return np.asarray(found.prompt), fingerprint, additions
+    per_layer = None if found.layer_prompts is None else np.asarray(found.layer_prompts)
+    if found.prompt is not None:
+        return np.asarray(found.prompt), fingerprint, per_layer
+    assert per_layer is not None
+    return per_layer, fingerprint, None
 
 
 def _name(path: Path) -> str:

@@ -17,6 +17,7 @@ from prompt_tuning_jax.inference.bank import PromptBank, power_of_two
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
+from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # batches whose rows are sorted by length together
 ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
@@ -204,6 +205,12 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     """
     folder = PromptFolder(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
     size, fingerprint = model.config, model.fingerprint
+    if prompts is not None and f"encoder/{PREFIX_KEY}" in model.parameters:
+        raise SettingError(
+            Setting("prompts"),
+            " are given for a model with a learned prefix in its encoder, which would not be next to the shorter "
+            "prompts of a batch: such a model answers without prompts",
+        )
 
     def bank_of(prompts: int) -> PromptBank:
         return PromptBank(size.emb_dim, fingerprint, capacity=max(prompts, 1), layers=size.num_encoder_layers)

@@ -70,6 +70,8 @@ class Injection(NamedTuple):
       parameters: by path. One of the path of a frozen parameter takes its place. Beside a kernel there may be
         `.../lora_a` [in, r] and `.../lora_b` [r, out] (see `t5.layers.Dense`), `.../input_scale` [in] and
         `.../output_scale` [out]: all of them change what the kernel's layer computes, and leave the kernel alone.
+        `encoder/prefix_key` and `prefix_value`, `decoder/prefix_key` and `prefix_value` [L, H, P, K] are what each
+        layer of the stack attends to before its own keys and values (see `t5.adapters`).
       task_prompts: by task, in place of a `prompt` for all rows; all of one shape. See `of_task` and `of_rows`.
     """
 

@@ -27,19 +27,19 @@ class PerLayerPrompt(Method):
 
     Attributes:
       length: positions, P, of each layer's prompt.
-      combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
       initializer: how prompts start, with a key for each; see `prompts.initializers`. With "add" it is for p_0 alone:
         the others start at zero, so that the first step is that of prompt tuning. The official code draws them like p.
+      combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
     """
 
     length: int
-    combine: str
     initializer: Initializer
+    combine: str
 
-    def __init__(self, length: int = 20, combine: str = REPLACE, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: int = 20, init: Initializer = SAMPLED_VOCABULARY, combine: str = REPLACE):
         object.__setattr__(self, "length", length)
-        object.__setattr__(self, "combine", combine)
         object.__setattr__(self, "initializer", init)
+        object.__setattr__(self, "combine", combine)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         layers = model.config.num_encoder_layers

@@ -17,6 +17,7 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.methods.method import Injection, Method, Params
 from prompt_tuning_jax.methods.shapes import start_shapes
+from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.loop import States, Step
 from prompt_tuning_jax.training.loss import LossSums
@@ -63,7 +64,8 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         tuple(sorted(injection.task_prompts or ())),
         tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
         tuple(sorted(path for path in trained if path in base)),
-        injection.length if config.size.dropout_rate else None,  # see `joint_step`
+        # See `joint_step`; a prefix of the encoder would not be next to a shorter prompt that lies behind padding.
+        injection.length if config.size.dropout_rate or f"encoder/{PREFIX_KEY}" in injection.parameters else None,
     )
 
 

@@ -27,8 +27,8 @@ class T5Config:
       attention: of the encoder's layers: "products", written out in `kernels.attend`; "cudnn", that library's fused
         attention on a GPU, which wants bfloat16; "xla", the same function of JAX without the library; or "auto",
         cuDNN's where it is known to be right and faster (bfloat16, one NVIDIA GPU of compute capability 8 or more: how
-        JAX divides it over several was never tried), products elsewhere. Rows with hidden keys before visible ones, and
-        odd numbers of positions, take products whatever it is.
+        JAX divides it over several was never tried), products elsewhere. Rows with hidden keys before visible ones, odd
+        numbers of positions, and layers with a learned prefix take products whatever it is.
     """
 
     vocab_size: int

@@ -37,6 +37,13 @@ class KeyValue(NamedTuple):
     value: Float[Array, "B H K head_dim"]
 
 
+class Prefix(NamedTuple):
+    """Learned keys and values of one attention (Li and Liang 2021), the same for all rows."""
+
+    key: Float[Array, "H P head_dim"]
+    value: Float[Array, "H P head_dim"]
+
+
 class RMSNorm(nn.Module):
     """Scales each vector to unit root mean square, in float32, with no mean subtracted and no bias."""
 
@@ -226,6 +233,19 @@ class Attention(nn.Module):
     def project(self, x: Float[Array, "B K D"]) -> KeyValue:
         """Keys and values of `x`."""
         return KeyValue(self._heads(self.key(x)), self._heads(self.value(x)))
+
+    def after(self, prefix: Prefix | None, key_value: KeyValue) -> KeyValue:
+        """Puts a prefix in front of keys and values."""
+        if prefix is None:
+            return key_value
+
+        def put_before(rest: Float[Array, "B H K head_dim"], own: Float[Array, "H P head_dim"]) -> Array:
+            # Broadcast before it is cast: the rows' gradients are then summed in the prefix's own float32.
+            rows = jnp.broadcast_to(own, (rest.shape[0], *own.shape)).astype(rest.dtype)
+            rows = with_logical_constraint(rows, ("batch", "heads", "length", "kv"))
+            return jnp.concatenate([rows, rest], axis=2)
+
+        return KeyValue(put_before(key_value.key, prefix.key), put_before(key_value.value, prefix.value))
 
     def __call__(
         self,

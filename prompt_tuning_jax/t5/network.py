@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
+from prompt_tuning_jax.t5.adapters import PREFIX
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.layers import (
     RESIDUAL,
@@ -18,6 +20,7 @@ from prompt_tuning_jax.t5.layers import (
     Embed,
     KeyValue,
     MlpBlock,
+    Prefix,
     RelativePositionBias,
     RMSNorm,
     Rows,
@@ -37,14 +40,22 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], bias: Bias, mask: Mask, lengths: Int[Array, " B"] | None, rows: Rows
+        self,
+        x: Float[Array, "B S D"],
+        bias: Bias,
+        mask: Mask,
+        lengths: Int[Array, " B"] | None,
+        rows: Rows,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "B S D"]:
         cfg = self.config
         dropout = functools.partial(Dropout(cfg.dropout_rate), rows=rows)
         attention = Attention(cfg, name="attention")
 
         y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
-        y = attention(y, attention.project(y), bias=bias, mask=mask, lengths=lengths, rows=rows)
+        y = attention(
+            y, attention.after(prefix, attention.project(y)), bias=bias, mask=mask, lengths=lengths, rows=rows
+        )
         x = with_logical_constraint(x + dropout(y), RESIDUAL)
 
         y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
@@ -78,11 +89,12 @@ class DecoderLayer(nn.Module):
         encoded_mask: EncodedMask,
         cache_index: Int[Array, ""] | None,
         rows: Rows,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "B Q D"]:
         y = self.pre_self_attention_layer_norm(x)
         cached = cache_index is not None
         kv = self.self_attention.extend_cache(y, cache_index) if cached else self.self_attention.project(y)
-        y = self.self_attention(y, kv, bias=bias, mask=mask, rows=rows)
+        y = self.self_attention(y, self.self_attention.after(prefix, kv), bias=bias, mask=mask, rows=rows)
         x = x + self.dropout(y, rows)
 
         y = self.pre_cross_attention_layer_norm(x)
@@ -134,12 +146,18 @@ class Encoder(nn.Module):
             mask = extend_over_prompt(mask, prompt_length, prompt_mask)
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
-        bias = self.relpos_bias(x.shape[1], x.shape[1])
+        prefixes = prefixes_of(self)
+        if prefixes is None:
+            bias = self.relpos_bias(x.shape[1], x.shape[1])
+        else:
+            length = prefixes.key.shape[2]
+            mask, lengths = extend_over_prompt(mask, length), None  # with a prefix there is no fused attention
+            bias = self.relpos_bias(x.shape[1], length + x.shape[1], length)
         replaces = prompt is None if layers_replace is None else layers_replace
         for number, layer in enumerate(self.layers):
             if layer_prompts is not None:
                 x = change_prompt(x, layer_prompts[..., number, :, :], replaces)
-            x = layer(x, bias, mask, lengths, rows)
+            x = layer(x, bias, mask, lengths, rows, prefix_of_layer(prefixes, number))
         return self.dropout(self.encoder_norm(x), rows)
 
 
@@ -183,11 +201,18 @@ class Decoder(nn.Module):
         first = 0 if index is None else index
         causal = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + first)[:, None]
         mask = causal[None, None] if mask is None else causal[None, None] & mask
-        bias = self.relpos_bias(queries, keys, first)
+        prefixes = prefixes_of(self)
+        if prefixes is None:
+            bias = self.relpos_bias(queries, keys, first)
+        else:
+            length = prefixes.key.shape[2]
+            mask = extend_over_prompt(mask, length)
+            bias = self.relpos_bias(queries, length + keys, first + length)
 
         x = self.dropout(embedded, rows)
-        for layer, key_value in zip(self.layers, encoded_kv, strict=True):
-            x = layer(x, key_value, bias, mask, encoded_mask, index, rows)
+        for number, (layer, key_value) in enumerate(zip(self.layers, encoded_kv, strict=True)):
+            prefix = prefix_of_layer(prefixes, number)
+            x = layer(x, key_value, bias, mask, encoded_mask, index, rows, prefix)
         return self.dropout(self.decoder_norm(x), rows)
 
 
@@ -335,6 +360,24 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
         return layer
     policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
+
+
+class Prefixes(NamedTuple):
+    """Learned keys and values of a stack's layers; see `adapters`."""
+
+    key: Float[Array, "L H P head_dim"]
+    value: Float[Array, "L H P head_dim"]
+
+
+def prefixes_of(stack: nn.Module) -> Prefixes | None:
+    """Returns the prefixes among a stack's parameters; None if it has none."""
+    key, value = (stack.get_variable("params", name) for name in PREFIX)
+    return None if key is None or value is None else Prefixes(key, value)
+
+
+def prefix_of_layer(prefixes: Prefixes | None, number: int) -> Prefix | None:
+    """Returns the prefix of a stack's layer."""
+    return None if prefixes is None else Prefix(prefixes.key[number], prefixes.value[number])
 
 
 def prepend_prompt(

@@ -14,10 +14,9 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.batches.data import Data, dataset_of, default_lengths
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.adapters import write_adapter
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_prompts
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.task_prompts import with_tasks
@@ -67,7 +66,10 @@ class Result:
         return {task: np.asarray(prompt) for task, prompt in (self.injection.task_prompts or {}).items()}
 
     def merged(self) -> Model:
-        """Returns a model of its own with the trained parameters in place of the base model's."""
+        """Returns a model of its own with the trained parameters in place of the base model's.
+
+        A prefix of keys and values stays beside them.
+        """
         if not self.injection.parameters:
             raise ValueError("the method trained a prompt, which is no part of a model's parameters")
         changed = {path: jnp.asarray(value) for path, value in self.injection.parameters.items()}
@@ -78,8 +80,9 @@ class Result:
         """Writes what was trained, whole or not at all.
 
         A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, prompts per task a folder of
-        such files, TASK.npy. LoRA and IA3 become a folder that `peft` loads, and a tuned model one that `transformers`
-        loads.
+        such files, TASK.npy, and a tuned model a folder that `transformers` loads. LoRA, IA3 and a prefix of the decoder
+        become a folder that `peft` loads; a prefix of the encoder, which PEFT does not know, a folder that this project
+        alone reads.
 
         Args:
           merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
@@ -88,7 +91,7 @@ class Result:
         if self.injection.length and not parameters:
             write_prompts(path, self.injection)
         elif adapters_alone(parameters) and not merge:
-            write_adapter(path, self.injection, self.model.config, self.model.path)
+            write_adapters(path, self.injection, self.model.config, self.model.path)
         else:
             model = self.merged()
             huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
