@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import ROOT
 
 from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest
-from prompt_tuning_jax.batches.loader import Batches, default_buckets
+from prompt_tuning_jax.batches.loader import Batch, Batches, default_buckets
 from prompt_tuning_jax.tasks.vocabularies import EOS
 
 LENGTHS = {"inputs": 40, "targets": 12}
@@ -50,6 +50,11 @@ def splits(draw):
 
 
 batch_sizes, seeds = st.integers(1, 9), st.integers(0, 2**31)
+
+
+def joined(shares):
+    """The batch that processes share."""
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*(share[:3] for share in shares), strict=True)))
 
 
 def assert_equal(one, other):
@@ -143,8 +148,7 @@ def test_processes_share_the_batches_of_one(examples, batch_size, seed, number, 
         Batches(examples, batch_size, LENGTHS, seed=seed, shuffle=shuffle, process_index=index, process_count=count)
         for index in range(count)
     ]
-    joined = [np.concatenate(arrays) for arrays in zip(*(share[number] for share in shares), strict=True)]
-    assert_equal(joined, whole[number])
+    assert_equal(joined([share[number] for share in shares]), whole[number])
     assert {share.examples_before(number) for share in shares} == {whole.examples_before(number)}
 
 
@@ -160,7 +164,7 @@ def test_stopping_and_resuming_repeats_and_drops_nothing(examples, batch_size, s
     whole = read(0, 1, 0, stop + more)
     parts = [read(index, count, 0, stop) + read(index, count, stop, stop + more) for index in range(count)]
     for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
-        assert_equal([np.concatenate(arrays) for arrays in zip(*shares, strict=True)], batch)
+        assert_equal(joined(shares), batch)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

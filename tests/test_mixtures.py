@@ -13,7 +13,7 @@ import pytest
 from cached import score
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import LENGTHS, assert_equal, make_examples, seeds, tokens
+from test_loader import LENGTHS, assert_equal, joined, make_examples, seeds, tokens
 from tiny import LENGTHS as TINY_LENGTHS
 from tiny import ROOT, make_tiny
 
@@ -126,7 +126,7 @@ def test_processes_share_the_batches_of_one(parts, batch_size, seed, number, cou
         MixedBatches(parts, batch_size, LENGTHS, seed=seed, process_index=index, process_count=count)[number]
         for index in range(count)
     ]
-    assert_equal(whole, [np.concatenate(arrays) for arrays in zip(*shares, strict=True)])
+    assert_equal(whole, joined(shares))
 
 
 def test_batches_hold_examples_of_about_the_same_length():

@@ -22,6 +22,7 @@ from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
 from prompt_tuning_jax.prompts import neighbors
+from prompt_tuning_jax.prompts import similarity as similarity_file
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.prompts.initializers import ClassLabels
 from prompt_tuning_jax.prompts.neighbors import (
@@ -62,7 +63,7 @@ def test_neighbours_are_those_of_scikit_learn(seed, length, k, padding):
     named |= {"two": (table[9] + table[12]) / 2, "three": (2 * table[20] + table[31]) / 3}
     assert lexicon.names == list(named) and lexicon.labels == {"one": 5, "two": 30, "three": 31}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "BLOCK", 10)
+        patch.setattr(similarity_file, "BLOCK", 10)
         found = nearest(prompt, lexicon, k)
     expected = 1 - cosine_distances(prompt, np.stack(list(named.values())))
     np.testing.assert_allclose(found.cosines, -np.sort(-expected, axis=1)[:, :k], atol=1e-6)

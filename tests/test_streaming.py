@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import LENGTHS, assert_equal, seeds, tokens
+from test_loader import LENGTHS, assert_equal, joined, seeds, tokens
 from tiny import LENGTHS as TINY_LENGTHS
 from tiny import make_tiny
 
@@ -136,7 +136,7 @@ def test_reading_may_start_anywhere(batch_size, seed, start, count):
 def test_processes_share_the_batches_of_one(batch_size, seed, number, count):
     whole = MadeUp(batch_size, seed)[number]
     shares = [MadeUp(batch_size, seed, process_index=index, process_count=count)[number] for index in range(count)]
-    assert_equal(whole, [np.concatenate(arrays) for arrays in zip(*shares, strict=True)])
+    assert_equal(whole, joined(shares))
 
 
 def texts(words, examples):

@@ -111,7 +111,7 @@ def joint_step(
             inputs: Int[Array, "b T"],
             targets: Int[Array, "b U"],
             numbers: Int[Array, " b"],
-            tasks: Int[Array, " b"] | None,
+            tasks: Int[Array, " b"] | None = None,
         ) -> tuple[jax.Array, LossSums]:
             prompt_mask = jnp.broadcast_to(mask, (len(inputs), longest)) if uneven else None
             own = injection.of_rows(tasks)

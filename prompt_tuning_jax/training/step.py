@@ -106,28 +106,25 @@ def summed_gradients(
     rows: int,
     tasks: Int[Array, " B"] | None = None,
 ) -> tuple[Any, LossSums]:
-    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers, tasks) -> (loss, sums)` and the sums.
+    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers) -> (loss, sums)` and the sums.
 
     Both are over all rows of the batch.
 
     Args:
       rows: how many pass through the model at once; a divisor of B.
-      tasks: of each row, see `Injection.of_rows`.
+      tasks: of each row, see `Injection.of_rows`: the last argument of `loss_fn`, if they are given.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
-    numbers = jnp.arange(len(inputs))
+    columns = (inputs, targets, jnp.arange(len(inputs)), *(() if tasks is None else (tasks,)))
     if rows == len(inputs):
-        return gradient(injection, inputs, targets, numbers, tasks)
+        return gradient(injection, *columns)
 
-    def add(total: Any, part: tuple[jax.Array | None, ...]) -> tuple[Any, None]:
+    def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(injection, *part)), None
 
     # Micro-batch n takes every k-th row, so that it stays evenly sharded over the batch axis.
-    parts = tuple(
-        None if x is None else x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
-        for x in (inputs, targets, numbers, tasks)
-    )
-    shapes = jax.eval_shape(gradient, injection, *(None if part is None else part[0] for part in parts))
+    parts = tuple(x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1) for x in columns)
+    shapes = jax.eval_shape(gradient, injection, *(part[0] for part in parts))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, nothing, parts)[0]
 
@@ -184,7 +181,7 @@ def make_train_step(
             inputs: Int[Array, "b T"],
             targets: Int[Array, "b U"],
             numbers: Int[Array, " b"],
-            tasks: Int[Array, " b"] | None,
+            tasks: Int[Array, " b"] | None = None,
         ) -> tuple[jax.Array, LossSums]:
             own = injection.of_rows(tasks)
             sums = batch_loss(model, own, frozen, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
