@@ -79,10 +79,10 @@ class Result:
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
 
-        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, prompts per task a folder of
-        such files, TASK.npy, and a tuned model a folder that `transformers` loads. LoRA, IA3 and a prefix of the decoder
-        become a folder that `peft` loads; a prefix of the encoder, which PEFT does not know, a folder that this project
-        alone reads.
+        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, and prompts per task a folder
+        of such files, TASK.npy. A tuned model becomes a folder that `transformers` loads. LoRA, IA3 and a prefix of the
+        decoder become a folder that `peft` loads; a prefix of the encoder, which PEFT does not know, becomes a folder
+        that this project alone reads.
 
         Args:
           merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
