@@ -402,6 +402,9 @@ def test_a_prompt_with_additions_is_read_back_wherever_a_prompt_is(deep, rows, t
         folder, tmp_path, {"saved": folder}, {"saved": result},
     )]  # fmt: skip
     assert all(answer == answers[0] for answer in answers) and "score" in answers[0]
+    wrong = Injection(jnp.zeros((2, CONFIG.emb_dim)), jnp.zeros((3, 4, CONFIG.emb_dim)))
+    with pytest.raises(SettingError, match=r"the prompt has a prompt \[2, 16\] and additions \[3, 4, 16\] to it"):
+        pt.Predictor(deep, {"wrong": wrong})
     with pytest.raises(ValueError, match="is a prompt with additions per layer, which none of npy, peft, t5x holds"):
         convert(str(folder), str(tmp_path / "peft"), "peft")
     (folder / "notes.txt").write_text("mine")

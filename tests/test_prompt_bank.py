@@ -215,7 +215,9 @@ def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
     write_prompt(tmp_path / "adding" / "layer_prompts.npy", layers_of(3, 30))
     changes = prompts.sync(bank)
     assert changes.added == ["run"] and [*changes.broken] == ["adding"]
-    assert "is [3, 3, 4] and prompt.npy beside it is [2, 4]" in str(changes.broken["adding"])
+    assert "adding has a prompt [2, 4] and additions [3, 3, 4] to it, expected [P, D] and [L, P, D]" in str(
+        changes.broken["adding"]
+    )
     np.testing.assert_array_equal(bank.take(["run"], 1)[0].layer_prompts[0, 1:], layers_of(2, 30)[1:])
 
 

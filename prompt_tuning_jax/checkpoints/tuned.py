@@ -154,13 +154,15 @@ def read_prompts(path: str | os.PathLike) -> Injection:
         prompt = read_prompt(path, (2, 3))
         return Injection(prompt=prompt) if prompt.ndim == 2 else Injection(layer_prompts=prompt)
     prompt, additions = read_prompt(folder / PROMPT), read_prompt(folder / LAYER_PROMPTS, (3,))
-    if additions.shape[1:] != prompt.shape:
-        raise SettingError(
-            f"{folder / LAYER_PROMPTS} is {list(additions.shape)} and {PROMPT} beside it is {list(prompt.shape)}, "
-            "expected a prompt [P, D] and additions [L, P, D] to it: set ",
-            Setting("prompt_file"),
-        )
+    _check_additions(str(folder), prompt, additions)
     return Injection(prompt, additions)
+
+
+def _check_additions(where: str, prompt: Any, additions: Any) -> None:
+    """Raises SettingError if what the layers add does not fit the prompt that it is added to."""
+    if prompt is not None and additions is not None and additions.shape[1:] != prompt.shape:
+        found = f"{where} has a prompt {list(prompt.shape)} and additions {list(additions.shape)} to it"
+        raise SettingError(f"{found}, expected [P, D] and [L, P, D]: set ", Setting("prompt_file"))
 
 
 def folder_of_additions(path: str | os.PathLike) -> Path | None:
@@ -199,6 +201,7 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
     for prompt in (found.prompt, found.layer_prompts, *(found.task_prompts or {}).values()):
         if prompt is not None:
             check_width(where, prompt.shape, config.emb_dim)
+    _check_additions(where, found.prompt, found.layer_prompts)
     if found.layer_prompts is not None and len(found.layer_prompts) != config.num_encoder_layers:
         raise SettingError(
             f"{where} is {list(found.layer_prompts.shape)}, but the base model has {config.num_encoder_layers} encoder "
@@ -214,7 +217,8 @@ def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
     folder = Path(path)
     if (folder / "best").is_dir():
         return read_tuned(folder / "best", config)
-    if holds_prefix(folder) or ((folder / peft.CONFIG).is_file() and adapter_kind(folder) in (LORA, IA3)):
+    kind = adapter_kind(folder) if (folder / peft.CONFIG).is_file() else None
+    if kind in (LORA, IA3) or holds_prefix(folder):
         return _read_adapters(folder, config)
     return read_prompts(path)
 

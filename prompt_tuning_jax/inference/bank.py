@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.methods.method import Injection
@@ -258,19 +258,19 @@ take = jax.jit(Prompts.take)
 @jax.jit
 def _take_mixed(ordinary: Prompts, layered: Prompts, rows: Int[Array, " B"], layered_rows: Int[Array, " B"]) -> Mixed:
     """Returns a batch's prompts; each row names a prompt in one of the two arrays, and `BASE_ALONE` in the other."""
-    (prompt, mask), (per_layer, layered_mask) = ordinary.take(rows), layered.take(layered_rows)
-    longest = max(prompt.shape[1], per_layer.shape[2])
-    prompt, mask = _lengthened(prompt, longest), _lengthened(mask[..., None], longest)[..., 0]
-    per_layer, layered_mask = _lengthened(per_layer, longest), _lengthened(layered_mask[..., None], longest)[..., 0]
+    longest = max(table.values.shape[-2] for table in (ordinary, layered))
+    lengths = ordinary.lengths[rows] + layered.lengths[layered_rows]  # one of them is 0
+    mask = jnp.arange(longest)[None, :] >= longest - lengths[:, None]
+    prompt, per_layer = _behind(ordinary.values[rows], longest), _behind(layered.values[layered_rows], longest)
     replaces = layered.replaces[layered_rows]
     # The first of a row's prompts per layer is in front of its inputs: layer 0 replaces it by itself, or adds 0.
     first = jnp.where((layered_rows != BASE_ALONE)[:, None, None], per_layer[:, 0], prompt)
     again = jnp.where(replaces[:, None, None], per_layer[:, 0], 0.0)
-    return Mixed(first, per_layer.at[:, 0].set(again), mask | layered_mask, replaces)
+    return Mixed(first, per_layer.at[:, 0].set(again), mask, replaces)
 
 
-def _lengthened(prompts: Shaped[Array, "*B P D"], longest: int) -> Shaped[Array, "*B {longest} D"]:
-    """Returns prompts behind more padding."""
+def _behind(prompts: Float[Array, "*B P D"], longest: int) -> Float[Array, "*B {longest} D"]:
+    """Returns prompts behind so much padding that they have `longest` positions."""
     return jnp.pad(prompts, [(0, 0)] * (prompts.ndim - 2) + [(longest - prompts.shape[-2], 0), (0, 0)])
 
 
