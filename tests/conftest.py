@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks import TASK_MODULES
 
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")  # of torch's CUDA builds: loaded after TensorFlow, it crashes
@@ -48,7 +49,8 @@ def data_dir() -> Path:
 @pytest.fixture(scope="module")
 def forget_tasks():
     """Removes the tasks and mixtures that the module's tests registered in this process: near misses name them all."""
-    importlib.import_module("prompt_tuning_jax.tasks.register")
+    for module in TASK_MODULES:  # a module registers its tasks once only, when it is first imported
+        importlib.import_module(module)
     seqio = importlib.import_module("seqio")
     registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
     before = [set(registry.names()) for registry in registries]

@@ -1,4 +1,4 @@
-"""MPT, multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861, section 3.1).
+"""MPT, multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861).
 
     P_k = P * (u_k v_k^T), elementwise
 

@@ -164,7 +164,8 @@ def train(
         lengths = default_lengths(train, validation, model.tokenizer, labels)
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)
-    if tasks_of(method) == ():
+    tasks = tasks_of(method)
+    if tasks is not None and not tasks:
         method = with_tasks(method, train_dataset.load(model.tokenizer, to_train=True, say=warn))
     config = TrainConfig(
         size=dataclasses.replace(model.config, dropout_rate=dropout_rate),
