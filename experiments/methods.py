@@ -7,7 +7,7 @@
 `--next` prints the trials to run now, as `sweep --only=` takes them: of each method and task every learning rate with
 the first seed, and once these are finished, the other seeds at the rate with the best score. `--collect` answers the
 rows of the finished trials again from their best evaluation, and keeps which answers were right in
-experiments/results/methods.csv. `--page` writes methods.md and methods.png from that file alone.
+experiments/results/methods.csv. `--page` writes methods.md from that file alone.
 """
 
 import csv

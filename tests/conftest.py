@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.tasks import TASK_MODULES
 
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")  # of torch's CUDA builds: loaded after TensorFlow, it crashes
@@ -46,10 +45,39 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A base model so small that a run of it takes seconds, and what a run of it needs: see tiny.py."""
+    return importlib.import_module("tiny").make_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tiny):
+    """Keeps the programs that a module's runs compile: runs of one method and shape compile the same ones."""
+    with importlib.import_module("tiny").keeping_compiled_programs(tiny.folder / "compiled_here"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """The tiny base model, as `pt.load` gives it."""
+    return importlib.import_module("prompt_tuning_jax").load(str(tiny.base))
+
+
+@pytest.fixture(scope="session")
+def peft():
+    """PEFT, without a network, and with one thread."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    pytest.importorskip("torch").set_num_threads(1)
+    return pytest.importorskip("peft")
+
+
 @pytest.fixture(scope="module")
 def forget_tasks():
     """Removes the tasks and mixtures that the module's tests registered in this process: near misses name them all."""
-    for module in TASK_MODULES:  # a module registers its tasks once only, when it is first imported
+    for module in importlib.import_module(
+        "prompt_tuning_jax.tasks"
+    ).TASK_MODULES:  # a module registers its tasks once only, when it is first imported
         importlib.import_module(module)
     seqio = importlib.import_module("seqio")
     registries = (seqio.TaskRegistry, seqio.MixtureRegistry)

@@ -1,9 +1,7 @@
 """LoRA and IA3: PEFT's logits, gradients and folders, their merge, and what a step of theirs computes."""
 
 import dataclasses
-import functools
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -13,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.models import random_model, random_tokens, shapes_of, tree
+from fixtures.models import random_model, shapes_of, tree
+from fixtures.peft_models import our_logits, some_tokens, their_base, their_logits, torch_tokens, write_bases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -90,55 +89,10 @@ def random_injection(method, model, seed=0):
     return method.apply(trained, model.parameters)
 
 
-def some_tokens(rows=6, width=12, seed=0):
-    """Padded inputs of 1 to `width` tokens, and decoder inputs."""
-    rng = np.random.default_rng(seed)
-    inputs = random_tokens(rng, [1, width, *rng.integers(1, width + 1, rows - 2)], width, GATED.vocab_size)
-    return inputs, random_tokens(rng, [5] * rows, 5, GATED.vocab_size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_logits(config, params, inputs, decoder_inputs):
-    model = Transformer(config)
-    return model.apply({"params": tree(params)}, inputs, decoder_inputs, decoder_inputs, enable_dropout=False)
-
-
-@pytest.fixture(scope="module")
-def peft():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    pytest.importorskip("torch").set_num_threads(1)
-    return pytest.importorskip("peft")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of the two base models, which both sides load."""
-    found = {}
-    for name, config in CONFIGS.items():
-        found[name] = tmp_path_factory.mktemp("bases") / name
-        huggingface.write(found[name], config, jax.device_get(random_model(config)[1]))
-    return found
-
-
-def their_base(folder):
-    """A fresh one each time: PEFT changes the model that it is given."""
-    import transformers
-
-    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
-
-
-def torch_tokens(inputs, decoder_inputs):
-    import torch
-
-    inputs, decoder_inputs = (torch.tensor(np.asarray(x, np.int64)) for x in (inputs, decoder_inputs))
-    return {"input_ids": inputs, "attention_mask": (inputs > 0).long(), "decoder_input_ids": decoder_inputs}
-
-
-def their_logits(model, inputs, decoder_inputs):
-    import torch
-
-    with torch.no_grad():
-        return model(**torch_tokens(inputs, decoder_inputs)).logits.numpy()
+    return write_bases(CONFIGS, tmp_path_factory.mktemp("bases"))
 
 
 def their_adapter(peft, folder, kind, **options):
@@ -177,7 +131,7 @@ def trained(request, peft, folders, tmp_path_factory):
 
 def test_an_adapter_of_peft_gives_its_logits(trained, folders):
     size, method, model, folder = trained
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(GATED)
     base = base_model(config)
     injection = read_adapter(folder, config)
     # Which matrices these are, our own method says.
@@ -194,7 +148,7 @@ def test_an_adapter_of_peft_gives_its_logits(trained, folders):
 
 def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path):
     size, method, _, _ = trained
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(GATED)
     base = base_model(config)
     injection = random_injection(method, base)
     alpha = getattr(method, "alpha", None)
@@ -217,7 +171,7 @@ def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path)
 @pytest.mark.parametrize("pair", ["lora", "ia3"])
 def test_answers_are_those_of_peft(peft, folders, tmp_path, pair):
     """Token for token through the cache of the decoder, which holds adapted keys and values."""
-    base, (inputs, _) = base_model(GATED), some_tokens(rows=16)
+    base, (inputs, _) = base_model(GATED), some_tokens(GATED, rows=16)
     injection = random_injection(METHODS[pair], base)
     write_adapter(tmp_path / "adapter", injection, GATED)
     model = peft.PeftModel.from_pretrained(their_base(folders["t5_1_1"]), tmp_path / "adapter").eval()
@@ -240,7 +194,7 @@ def test_gradients_are_those_of_torch(peft, folders, tmp_path, pair):
     """Of a sum over the logits with random weights; LoRA's with its alpha in neither matrix."""
     import torch
 
-    base, tokens = base_model(GATED), some_tokens()
+    base, tokens = base_model(GATED), some_tokens(GATED)
     method = METHODS[pair]
     rng = np.random.default_rng(3)
     trained = {
@@ -279,7 +233,7 @@ def test_gradients_are_those_of_torch(peft, folders, tmp_path, pair):
 @pytest.mark.parametrize("size", CONFIGS)
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_changes_before_the_first_step(size, name):
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(GATED)
     base, method = base_model(config), for_size(METHODS[name], config)
     trained = method.init(jax.random.key(0), base)
     assert not set(trained) & set(base.parameters)
@@ -360,7 +314,7 @@ def test_a_small_scale_is_not_lost_in_bfloat16():
 @pytest.mark.parametrize("size", CONFIGS)
 @pytest.mark.parametrize("name", METHODS)
 def test_merged_into_the_plain_model(size, name):
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(GATED)
     base = base_model(config)
     parameters = random_injection(for_size(METHODS[name], config), base).parameters
     whole = merged(parameters, base.parameters)
@@ -391,7 +345,7 @@ def test_all_adapters_of_a_kernel_and_replaced_parameters_merge():
 @pytest.mark.parametrize("name", METHODS)
 def test_an_int8_base_model_takes_adapters(name):
     """Its logits are those of the matrices that it stands for, and it is not merged into."""
-    base, tokens = base_model(GATED), some_tokens()
+    base, tokens = base_model(GATED), some_tokens(GATED)
     small: dict = {}
     for path, value in base.parameters.items():
         small |= quantized(path, value)
@@ -484,7 +438,7 @@ def refused(call, setting):
 @pytest.mark.parametrize(
     ("method", "setting", "found"),
     [
-        (LoRA(rank=0), "rank", "`rank` is 0, expected a number from 1 to 21"),
+        (LoRA(rank=0), "rank", "`rank` is 0, expected a whole number from 1 to 21"),
         (LoRA(rank=22), "rank", "the smaller side of q, which is [24, 21]"),
         (LoRA(rank=25, targets=("wo",)), "rank", "from 1 to 24, the smaller side of wo, which is [40, 24]"),
         (LoRA(rank=True), "rank", "`rank` is True"),
@@ -575,7 +529,7 @@ ODD_OPTIONS = {
 def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
     model = their_adapter(peft, folders["t5_1_1"], "LORA", **ODD_OPTIONS[option])
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    base, tokens = base_model(GATED), some_tokens()
+    base, tokens = base_model(GATED), some_tokens(GATED)
     injection = read_adapter(tmp_path / "theirs", GATED)
     count = sum(value.numel() for value in model.parameters() if value.requires_grad)
     assert sum(value.size for value in injection.parameters.values()) == count
@@ -603,7 +557,7 @@ def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
 def test_feedforward_modules_are_those_of_peft(peft, folders, tmp_path, options):
     model = their_adapter(peft, folders["t5_1_1"], "IA3", **options)
     model.save_pretrained(tmp_path / "theirs")
-    base, tokens = base_model(GATED), some_tokens()
+    base, tokens = base_model(GATED), some_tokens(GATED)
     injection = read_adapter(tmp_path / "theirs", GATED)
     expected = their_logits(model, *tokens)
     within = {"rtol": 0, "atol": 1e-5}

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, ROOT, keeping_compiled_programs, make_tiny
+from tiny import CONFIG, ROOT
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.errors import SettingError
@@ -27,20 +27,7 @@ ROWS = [
 OPTIONS = {"steps": 4, "batch_size": 2, "eval_every": 2, "labels": LABELS, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tiny):
-    with keeping_compiled_programs(tiny.folder / "compiled_here"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return pt.load(str(tiny.base))
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import seqio
 from cached import load_split
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, own_caches, random_params
 
 from prompt_tuning_jax.batches.build import build_split
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -24,11 +24,6 @@ from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 from prompt_tuning_jax.train import main as train_main
 
 TUNE = "runs/prompt_tune.gin"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from cached import load_split, score
-from tiny import LENGTHS, ROOT, make_tiny, train_vocabulary
+from tiny import LENGTHS, ROOT, train_vocabulary
 
 from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches.build import build_missing, build_split, find_task
@@ -33,11 +33,6 @@ from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.vocabularies import trim
 
 TEXT_LENGTHS = {"inputs": 24, "targets": 12}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import LENGTHS, ROOT, make_tiny
+from tiny import LENGTHS, ROOT
 
 from prompt_tuning_jax.batches.build import build_missing
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -24,11 +24,6 @@ from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
 WORDS = Vocabulary(EMBEDDED["nano"] / BESIDE)
 ROWS = [{"inputs": f"the {noun} was {word}", "targets": label} for noun in ("film", "plot", "score")
         for word, label in (("dull", "bad"), ("great", "good"))]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def of(data, split="train", **options):

@@ -11,7 +11,6 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from task_rows import dataset, examples, plain, register, texts
-from tiny import make_tiny
 
 from prompt_tuning_jax.batches.build import build_missing
 from prompt_tuning_jax.batches.cache import TaskRequest, load_tasks
@@ -24,11 +23,6 @@ from prompt_tuning_jax.tasks.wrapped_postprocessors import after_sentinel, of_ch
 from prompt_tuning_jax.training.evaluation import judge, takes_scores
 
 register("spot", "recycling", "sentinel")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def write(folder, name, rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIG, LENGTHS, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, random_params
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.inference.ensembling import Ensemble, vote
@@ -20,11 +20,6 @@ from prompt_tuning_jax.training.score import evaluate_prompt
 
 MODEL = Transformer(CONFIG)
 PROMPTS = [np.random.default_rng(n).normal(size=(1 + 2 * n, CONFIG.emb_dim)).astype(np.float32) for n in range(3)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,11 @@ from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.tasks.find import find
-from tests.tiny import make_tiny, own_caches
+from tests.tiny import own_caches
 
 PACKAGE = Path(prompt_tuning_jax.__file__).parent
 train = importlib.import_module("prompt_tuning_jax.train").main  # `prompt_tuning_jax.train` is a function
 CONFIGS = PACKAGE.parent / "gin_configs"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def an_error():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, LENGTHS, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, random_params
 
 from prompt_tuning_jax.batches.cache import CachedExamples
 from prompt_tuning_jax.batches.loader import Batches
@@ -31,11 +31,6 @@ POSTPROCESSORS, METRICS = "prompt_tuning_jax.tasks.postprocessors", "prompt_tuni
 LABELS = ["negative", "positive"]
 MODEL = Transformer(CONFIG)
 SENTENCES = [*unlabelled(23)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import tensorflow as tf
 from cached import load_split
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LENGTHS, ROOT, make_tiny
+from tiny import LENGTHS, ROOT
 
 from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches import examples as examples_module
@@ -40,11 +40,6 @@ HARD = [
 ]  # fmt: skip
 # Of ByT5, which has no ids for them, only SeqIO's own preprocessors make sentinels, not its tokenizer.
 SENTINELS = ["<extra_id_0> a <extra_id_1> b<extra_id_2>", "<extra_id_99><extra_id_100>"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def seqio_task(rows, vocabulary):

@@ -8,7 +8,7 @@ import mock_rows
 import pytest
 import seqio
 from conftest import FIXTURES
-from tiny import LENGTHS, make_tiny
+from tiny import LENGTHS
 
 from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -19,11 +19,6 @@ OFFICIAL = json.loads((FIXTURES / "official_golden_texts.json").read_text())
 CORE = json.loads((FIXTURES / "official_core_names.json").read_text())["tasks"]
 T5 = json.loads((FIXTURES / "t5_texts.json").read_text())
 REAL = [(folder, task, split) for folder, tasks in T5.items() for task, splits in tasks.items() for split in splits]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, make_tiny
+from tiny import CONFIG
 
 from prompt_tuning_jax import infer
 from prompt_tuning_jax.checkpoints.tuned import write_prompts
@@ -24,11 +24,6 @@ ROWS = [
     {"prompt": "short", "inputs": "a movie", "decode": "beam"},
 ]
 SMALL = ["--input_length=24", "--max_new_tokens=4", "--batch_size=4", "--beams=2"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, own_caches, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, own_caches, random_params
 
 from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.dataset import DatasetConfig
@@ -42,11 +42,6 @@ from prompt_tuning_jax.training.step import batch_loss, make_train_step
 
 train = importlib.import_module("prompt_tuning_jax.train")  # `prompt_tuning_jax.train` is the function
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

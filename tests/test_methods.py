@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from fixtures.models import random_model
-from tiny import CONFIG, keeping_compiled_programs, make_tiny
+from tiny import CONFIG
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.batches.data import dataset_of
@@ -104,21 +104,7 @@ OF_TASKS = ("MPT", "MultitaskPrompt")  # these fold into a prompt per task
 METHOD = pytest.mark.parametrize("name", METHODS)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tiny):
-    """Runs of one method compile the same programs."""
-    with keeping_compiled_programs(tiny.folder / "compiled_here"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return load(str(tiny.base))
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +460,11 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (PerLayerPrompt(0), "prompt_length", "is 0, expected 1 to"),
         (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected replace or add"),
         (MPT(TASKS, 0), "prompt_length", "is 0, expected 1 to"),
-        (MPT(TASKS, 4, rank=5), "rank", "`rank` is 5, expected 1 to 4, the smaller side of the prompt"),
+        (
+            MPT(TASKS, 4, rank=5),
+            "rank",
+            "`rank` is 5, expected a whole number from 1 to 4, the smaller side",
+        ),
         (MPT(), "tasks", "`tasks` is empty, expected the tasks of a mixture, two or more"),
         (MPT(("reviews",)), "tasks", "`tasks` has one task, 'reviews', expected the tasks of a mixture"),
         (MPT(("a", "../b")), "tasks", r"has '\.\./b', expected a name that a file may have"),
@@ -485,9 +475,9 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (
             MultitaskPrompt(TASKS, combine="concatenate_features", shared_features=16),
             "shared_features",
-            "`shared_features` is 16, expected 1 to 15",
+            "`shared_features` is 16, expected a whole number from 1 to 15",
         ),
-        (LoRA(rank=17), "rank", "`rank` is 17, expected a number from 1 to 16"),
+        (LoRA(rank=17), "rank", "`rank` is 17, expected a whole number from 1 to 16"),
         (LoRA(rank=0), "rank", "`rank` is 0"),
     ],
 )

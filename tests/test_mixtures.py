@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import LENGTHS, assert_equal, joined, make_examples, seeds, tokens
 from tiny import LENGTHS as TINY_LENGTHS
-from tiny import ROOT, make_tiny
+from tiny import ROOT
 
 from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches.build import build_missing
@@ -166,11 +166,6 @@ seqio.MixtureRegistry.add("inner", [("one", 3.0), ("two", 1.0)])
 seqio.MixtureRegistry.add("outer", [("inner", 8.0), ("three", 0.0), ("four", 1.0)])
 seqio.MixtureRegistry.add("resting", [("three", 0.0), ("four", 1.0)])
 """
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, ROOT, keeping_compiled_programs, make_tiny
+from tiny import CONFIG, ROOT
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax import neighbors
@@ -42,20 +42,7 @@ OPTIONS = {"steps": 4, "eval_every": 2, "batch_size": 4, "metrics": [], "progres
 OPTIONS |= {"optimizer": optax.adamw(0.05), "lengths": {"inputs": 16, "targets": 8}}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tiny):
-    with keeping_compiled_programs(tiny.folder / "compiled_here"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return pt.load(str(tiny.base))
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

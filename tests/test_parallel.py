@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, random_params
 
 from experiments import scaling
 from experiments.sizes import SIZES
@@ -47,11 +47,6 @@ MESHES = {
 # With the paper's rate of 0.3 a prompt on random weights is thrown about so that a difference in the last digit triples
 # in every step. With this one it moves by a sixth of its size in 20 steps.
 RATE = 0.01
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 # --- the mesh

@@ -35,13 +35,6 @@ LENGTH = 5
 
 
 @pytest.fixture(scope="module")
-def peft():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    pytest.importorskip("torch").set_num_threads(1)
-    return pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
     """A T5 1.1 with every weight random, logits of its own, in a folder that both sides load."""
     folder = tmp_path_factory.mktemp("base") / "model"

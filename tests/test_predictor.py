@@ -12,7 +12,7 @@ from fixtures.decoders import fast_jit
 from fixtures.models import prompted, random_model, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, make_tiny, random_params
+from tiny import CONFIG, random_params
 
 from experiments.sizes import SIZES
 from prompt_tuning_jax.checkpoints import t5x
@@ -32,11 +32,6 @@ LENGTHS = {"one": 2, "three": 5, "three too": 5}
 INPUTS, ANSWER, WIDTH = 24, 6, CONFIG.emb_dim
 TEXTS = [*unlabelled(12), "a", "a movie"]
 LABELS = ["negative", "positive", "a b c"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +233,7 @@ def found_alone(params, injection, row, words):
     inputs = jnp.asarray([ids + [0] * (16 - len(ids))], jnp.int32)
 
     def log_probs(tokens):
-        """Of the tokens after these, and of each of these."""
+        """Returns the log-probabilities of every possible next token, and those of `tokens` themselves."""
         targets = jnp.asarray([[*tokens, *[0] * (12 - len(tokens))]], jnp.int32)
         found = np.asarray(forward(params, injection, inputs, targets)[0])
         return found[len(tokens)], found[np.arange(len(tokens)), list(tokens)]

@@ -1,9 +1,7 @@
 """Prefix tuning: the keys and values of real positions, PEFT's logits, answers and folders, and the decoder's cache."""
 
 import dataclasses
-import functools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 from fixtures.decoders import fast_jit
 from fixtures.models import random_model, random_tokens, tree
+from fixtures.peft_models import our_logits, some_tokens, their_base, their_logits, torch_tokens, write_bases
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.prefixes import FILE, read_prefix, write_prefix
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import SettingError
@@ -43,19 +41,6 @@ def random_prefix(config, *, stacks=("encoder", "decoder"), length=LENGTH, seed=
     """What the method gives, by path."""
     trained = PrefixTuning(length, stacks).init(jax.random.key(seed), ShapeModel(config, random_model(config)[1]))
     return PrefixTuning(length, stacks).apply(trained, {}).parameters
-
-
-def some_tokens(rows=5, width=12, seed=0):
-    """Padded inputs of 1 to `width` tokens, and decoder inputs."""
-    rng = np.random.default_rng(seed)
-    inputs = random_tokens(rng, [1, width, *rng.integers(1, width + 1, rows - 2)], width, ODD.vocab_size)
-    return inputs, random_tokens(rng, [5] * rows, 5, ODD.vocab_size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_logits(config, params, inputs, decoder_inputs):
-    model = Transformer(config)
-    return model.apply({"params": tree(params)}, inputs, decoder_inputs, decoder_inputs, enable_dropout=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -107,7 +92,7 @@ def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype):
 @pytest.mark.parametrize("stacks", [("encoder", "decoder"), ("decoder",)], ids=["both", "decoder"])
 def test_the_cache_answers_as_teacher_forcing_does(stacks):
     """Greedily, with beams, and at random: every token's log-probability is that of one pass over the answer."""
-    config, (inputs, _) = ODD, some_tokens(rows=4)
+    config, (inputs, _) = ODD, some_tokens(ODD, rows=4)
     params = {**random_model(config)[1], **random_prefix(config, stacks=stacks)}
     params["decoder/logits_dense/kernel"] = params["decoder/logits_dense/kernel"].at[:, EOS].multiply(2.0)
     model, size = Transformer(config), 6
@@ -139,41 +124,9 @@ def test_the_cache_answers_as_teacher_forcing_does(stacks):
 
 
 @pytest.fixture(scope="module")
-def peft():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    pytest.importorskip("torch").set_num_threads(1)
-    return pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of the two base models, which both sides load."""
-    found = {}
-    for name, config in CONFIGS.items():
-        found[name] = tmp_path_factory.mktemp("bases") / name
-        huggingface.write(found[name], config, jax.device_get(random_model(config)[1]))
-    return found
-
-
-def their_base(folder):
-    """A fresh one each time: PEFT changes the model that it is given."""
-    import transformers
-
-    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
-
-
-def torch_tokens(inputs, decoder_inputs):
-    import torch
-
-    inputs, decoder_inputs = (torch.tensor(np.asarray(x, np.int64)) for x in (inputs, decoder_inputs))
-    return {"input_ids": inputs, "attention_mask": (inputs > 0).long(), "decoder_input_ids": decoder_inputs}
-
-
-def their_logits(model, inputs, decoder_inputs):
-    import torch
-
-    with torch.no_grad():
-        return model(**torch_tokens(inputs, decoder_inputs)).logits.numpy()
+    return write_bases(CONFIGS, tmp_path_factory.mktemp("bases"))
 
 
 def their_prefix(peft, base, config, **options):
@@ -195,7 +148,7 @@ PROJECTED = {"prefix_projection": True, "encoder_hidden_size": 9}
     ids=["odd", "even", "more pairs", "projected"],
 )
 def test_a_prefix_of_peft_gives_its_logits(peft, folders, tmp_path, size, options):
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(ODD)
     model = their_prefix(peft, folders[size], config, **options)
     model.save_pretrained(tmp_path)
     expected = their_logits(model, *tokens)
@@ -210,7 +163,7 @@ def test_a_prefix_of_peft_gives_its_logits(peft, folders, tmp_path, size, option
 
 @pytest.mark.parametrize("size", CONFIGS)
 def test_peft_gives_our_logits_and_answers_from_our_folder(peft, folders, tmp_path, size):
-    config, tokens = CONFIGS[size], some_tokens()
+    config, tokens = CONFIGS[size], some_tokens(ODD)
     base, parameters = random_model(config)[1], random_prefix(config, stacks=("decoder",))
     write_prefix(tmp_path / "adapter", Injection(parameters=parameters), config)
     model = peft.PeftModel.from_pretrained(their_base(folders[size]), tmp_path / "adapter").eval()
@@ -232,7 +185,7 @@ def test_peft_gives_our_logits_and_answers_from_our_folder(peft, folders, tmp_pa
 def test_gradients_are_those_of_torch(peft, folders, tmp_path):
     import torch
 
-    tokens = some_tokens()
+    tokens = some_tokens(ODD)
     model = their_prefix(peft, folders["odd"], ODD)
     model.save_pretrained(tmp_path)
     weights = np.random.default_rng(0).normal(size=(5, 5, ODD.vocab_size)).astype(np.float32)
@@ -251,7 +204,7 @@ def test_peft_runs_no_t5_with_one_submodule(peft, folders):
     """Which is why such a folder is refused."""
     model = their_prefix(peft, folders["odd"], ODD, num_transformer_submodules=1)
     with pytest.raises(RuntimeError):
-        their_logits(model, *some_tokens())
+        their_logits(model, *some_tokens(ODD))
 
 
 def test_a_prefix_that_peft_does_not_know_is_our_own_file(tmp_path):

@@ -21,7 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from tiny import CONFIG, ROOT, make_tiny
+from tiny import CONFIG, ROOT
 
 from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference.batcher import Batcher, ModelThread
@@ -34,11 +34,6 @@ from prompt_tuning_jax.serve import listen, make_server, serve
 
 GREEDY = {"prompt": "p0", "inputs": "the plot was a treasure"}
 RANKED = {"prompt": "p1", "inputs": "the plot was a stinker", "labels": ["negative", "positive"]}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def write_prompt(folder, name, length=3, seed=0, width=CONFIG.emb_dim):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from tiny import make_tiny
 
 COMMANDS = ("train", "eval", "infer", "serve", "sweep", "convert", "neighbors", "demo")
 # What takes long to import and is needed late, seldom, or only by a process of its own.
@@ -79,11 +78,6 @@ loop.make_train_step = make_watched
 train.main()
 print(json.dumps({"imported": imported, "asked": asked, "ahead": ahead, "compiled": compiled}))
 """
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

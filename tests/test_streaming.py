@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import LENGTHS, assert_equal, joined, seeds, tokens
 from tiny import LENGTHS as TINY_LENGTHS
-from tiny import make_tiny
 
 from prompt_tuning_jax.batches import stream
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -30,11 +29,6 @@ from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 COUNT = 40
 NAME = "taskless_glue_sst2_v200"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

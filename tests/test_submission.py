@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
-from tiny import make_tiny
 
 from prompt_tuning_jax import eval as command
 from prompt_tuning_jax.batches.cache import CachedExamples
@@ -46,11 +45,6 @@ SUPER_GLUE = {
     "super_glue_axb_v102": ("AX-b.jsonl", 1_104, NLI),
     "super_glue_axg_v102": ("AX-g.jsonl", 356, NLI),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture

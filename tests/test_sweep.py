@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from test_train import prompts, records, summary
-from tiny import LENGTHS, PROMPT_LENGTH, make_tiny
+from tiny import LENGTHS, PROMPT_LENGTH
 
 from prompt_tuning_jax.sweeps.spec import Sweep
 
@@ -41,11 +41,6 @@ spec.Sweep:
       }},
   }}
 """
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow as tf
 from conftest import FIXTURES
-from tiny import LENGTHS, ROOT, make_tiny
+from tiny import LENGTHS, ROOT
 
 from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -22,11 +22,6 @@ from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 _CORE = json.loads((FIXTURES / "official_core_names.json").read_text())
 TASKS, MIXTURES = _CORE["tasks"], _CORE["mixtures"]
 LONG = {"inputs": 512, "targets": 512}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

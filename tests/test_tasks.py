@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import LENGTHS, make_tiny
+from tiny import LENGTHS
 
 from prompt_tuning_jax.batches.build import build_split, find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -19,11 +19,6 @@ from prompt_tuning_jax.tasks import imdb, module_for, preprocessors, review_gram
 from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK, Vocabulary
 
 SENTINEL = 31_999  # <extra_id_0> of the noise tests; their tokens are far below
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

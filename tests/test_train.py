@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cached import load_split
 from sentencepiece import sentencepiece_model_pb2
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, make_tiny, random_params
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, random_params
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
@@ -29,11 +29,6 @@ from prompt_tuning_jax.training.step import TrainState
 STEPS, EVAL_PERIOD, LOG_PERIOD = 400, 50, 20
 TRIALS = 3  # of a run that is killed
 TIMES = {"seconds", "examples_per_second"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

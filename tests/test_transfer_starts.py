@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, keeping_compiled_programs, make_tiny
+from tiny import CONFIG
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.batches.data import dataset_of
@@ -20,20 +20,7 @@ ROWS = [{"inputs": "a fine film", "targets": "good"}, {"inputs": "a dull film", 
 OPTIONS = {"steps": 1, "batch_size": 2, "optimizer": optax.sgd(0.0), "progress": False, "metrics": []}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tiny):
-    with keeping_compiled_programs(tiny.folder / "compiled_here"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return pt.load(str(tiny.base))
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def drawn(seed, length=P, width=D):

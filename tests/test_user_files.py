@@ -9,7 +9,7 @@ import sys
 import gin
 import pytest
 from cached import score
-from tiny import LENGTHS, make_tiny, own_caches
+from tiny import LENGTHS, own_caches
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.tasks import metrics, rows
@@ -19,11 +19,6 @@ from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
 from prompt_tuning_jax.train import main as train
 
 ROWS = [("a dull plot", "bad"), ('a lovely "score"', "good"), ("dull ", "bad"), ("the end", "good")]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
 
 
 def write(path, rows=ROWS, columns=("text", "answer")):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, keeping_compiled_programs, make_tiny
+from tiny import CONFIG, LENGTHS, PROMPT_LENGTH
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import open_model
@@ -34,16 +34,7 @@ RANDOM = RandomUniform()
 TIMES = {"seconds", "examples_per_second"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tiny):
-    """Every run here would compile the same evaluation anew."""
-    with keeping_compiled_programs(tiny.folder / "compiled_here"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,11 @@ from prompt_tuning_jax.checkpoints.prefixes import holds_prefix, read_prefix, wr
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts import peft
-from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
+from prompt_tuning_jax.prompts.files import PROMPT, TASK_PROMPTS, read_prompt, write_prompt
 from prompt_tuning_jax.t5.adapters import is_adapter, is_prefix, merged
 from prompt_tuning_jax.t5.config import T5Config
 
-PROMPT, LAYER_PROMPTS, ADAPTER, MODEL = "prompt.npy", "layer_prompts.npy", "adapter", "model"
-TASK_PROMPTS = "prompts"
+LAYER_PROMPTS, ADAPTER, MODEL = "layer_prompts.npy", "adapter", "model"
 
 
 def write_tuned(

@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.t5x import is_t5x
-from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, PROMPT, folder_of_additions, read_prompts
+from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, folder_of_additions, read_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
-from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, RUN_PROMPT, RUN_PROMPTS
+from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, RUN_PROMPTS
 
 RUN_SUMMARY = "summary.json"
 

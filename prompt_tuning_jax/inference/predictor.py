@@ -243,7 +243,10 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
             None if array is None else np.asarray(array, np.float32)
             for array in (injection.prompt, injection.layer_prompts)
         )
-        bank.add(name, per_layer) if prompt is None else bank.add(name, prompt, additions=per_layer)
+        if prompt is None:
+            bank.add(name, per_layer)
+        else:
+            bank.add(name, prompt, additions=per_layer)
     return bank, None
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.targets import as_peft_names, check_targets, matrix_shapes, targeted_modules
 from prompt_tuning_jax.t5.adapters import LORA_A, LORA_B
@@ -43,9 +44,7 @@ class LoRA(Method):
         shapes = matrix_shapes(config)
         narrow = min(self.targets, key=lambda name: min(shapes[name]))
         most = min(shapes[narrow])
-        if type(self.rank) is not int or not 1 <= self.rank <= most:
-            wide = f"the smaller side of {narrow}, which is {list(shapes[narrow])}"
-            raise SettingError(Setting("rank"), f" is {self.rank!r:.60}, expected a number from 1 to {most}, {wide}")
+        check_whole_number("rank", self.rank, most, f"the smaller side of {narrow}, which is {list(shapes[narrow])}")
         known = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if not known or not math.isfinite(self.alpha) or self.alpha == 0:
             raise SettingError(Setting("alpha"), f" is {self.alpha!r:.60}, expected a finite number other than 0")

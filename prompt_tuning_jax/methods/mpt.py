@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
@@ -55,8 +55,9 @@ class MPT(Method):
         of_prompt, of_columns = jax.random.split(key)
         prompt = self.initializer(of_prompt, self.length, model)
         count, width = len(self.tasks), prompt.shape[1]
-        # Of rank 1 all is 1. Further ranks are drawn on one side and 0 on the other, as LoRA starts: equal ranks would
-        # stay equal.
+        # The first of the r columns and rows is 1, which makes every mask 1. The others have random columns and rows of
+        # 0, so that they add nothing at first: this is how LoRA starts. If they all started alike, their gradients
+        # would be alike, and a mask of rank r would stay one of rank 1.
         columns = 0.02 * jax.random.normal(of_columns, (count, self.length, self.rank))
         return {
             "prompt": prompt,
@@ -73,6 +74,4 @@ class MPT(Method):
         check_tasks(self.tasks)
         check_length(self.length, input_length)
         most = min(self.length, config.emb_dim)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= most:
-            smaller = "the smaller side of the prompt"
-            raise SettingError(Setting("rank"), f" is {self.rank!r:.60}, expected 1 to {most}, {smaller}")
+        check_whole_number("rank", self.rank, most, "the smaller side of the prompt")

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
@@ -120,12 +121,12 @@ class MultitaskPrompt(Method):
             raise SettingError(Setting("combine"), f" is {self.combine!r:.60}; {hint}")
         if self.task_length is not None:
             _check_used("task_length", ("concatenate",), self.combine)
-            _check_number("task_length", self.task_length, None)
+            check_whole_number("task_length", self.task_length)
         check_length(self.length + self._task_positions, input_length)
         if self.shared_features is not None:
             _check_used("shared_features", ("concatenate_features", "project"), self.combine)
             most = config.emb_dim - 1 if self.combine == "concatenate_features" else None
-            _check_number("shared_features", self.shared_features, most)
+            check_whole_number("shared_features", self.shared_features, most, "one less than the model's d_model")
 
 
 def _add(shared: jax.Array, own: jax.Array) -> jax.Array:
@@ -152,9 +153,3 @@ def _check_used(name: str, by: tuple[str, ...], combine: str) -> None:
     if combine not in by:
         readers = " and ".join(map(repr, by))
         raise SettingError(Setting(name), f" is only for {readers}: leave it out, or set ", Setting("combine"))
-
-
-def _check_number(name: str, value: int, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        expected = "a whole number of at least 1" if most is None else f"1 to {most}"
-        raise SettingError(Setting(name), f" is {value!r:.60}, expected {expected}")

@@ -13,8 +13,9 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts import peft
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
-# Of a run's folder: the prompt of its best evaluation, or the folder of one prompt per task, TASK.npy.
-RUN_PROMPT, RUN_PROMPTS = Path("best", "prompt.npy"), Path("best", "prompts")
+PROMPT, TASK_PROMPTS = "prompt.npy", "prompts"
+# Where a run's folder keeps what it trained: one prompt, or a folder with a file TASK.npy for each task.
+RUN_PROMPT, RUN_PROMPTS = Path("best", PROMPT), Path("best", TASK_PROMPTS)
 # Where a prompt lies in a T5X checkpoint: under this project's module, and under the official one.
 IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
 EXPECTED = ("a prompt, float32 [prompt length, d_model]: set ", Setting("prompt_file"))
