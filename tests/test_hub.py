@@ -8,20 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import pytest
 from fixtures.fake_hub import TOKEN, serving
-from tiny import CONFIG, ROOT, random_params
+from tiny import CONFIG, LENGTHS, ROOT, own_caches, random_params
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax import convert, infer
+from prompt_tuning_jax import convert, eval, infer
+from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.checkpoints import hub, huggingface
 from prompt_tuning_jax.checkpoints.base import load_base, open_model, resolve
 from prompt_tuning_jax.checkpoints.t5x_names import CHECKPOINTS
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.prompts.files import write_prompt
+from prompt_tuning_jax.train import main as train_main
+from prompt_tuning_jax.training import loop
+from prompt_tuning_jax.training.run import TrainConfig
 
 OTHERS = {"README.md": b"read me", "pytorch_model.bin": b"pickle", "flax_model.msgpack": b"flax", "tf_model.h5": b"tf"}
 EXPECTED = "; expected a folder, an id on the hub or one of nano: set `where`"
+ROWS = [{"inputs": "good", "targets": "positive"}, {"inputs": "bad", "targets": "negative"}]
 DESCRIPTION = ["config.json", "spiece.model"]
 
 
@@ -310,9 +316,8 @@ def test_a_run_records_the_commit(server, client, files, tmp_path):
     """In summary.json and in the adapter that it writes; the run itself is known by the fingerprint alone."""
     commit = server.put("me/tiny", files)
     model = pt.load("me/tiny")
-    rows = [{"inputs": "good", "targets": "positive"}, {"inputs": "bad", "targets": "negative"}]
     options = {"steps": 1, "batch_size": 2, "optimizer": pt.adafactor(1e-3), "progress": False}
-    pt.train(model, pt.LoRA(rank=1), rows, rows, folder=tmp_path, **options)
+    pt.train(model, pt.LoRA(rank=1), ROWS, ROWS, folder=tmp_path, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["base"], summary["base_fingerprint"]) == (f"me/tiny@{commit}", model.fingerprint)
     assert model.fingerprint in (text := (tmp_path / "run.json").read_text()) and commit not in text
@@ -333,7 +338,7 @@ def run(monkeypatch, capfd):
         except SystemExit as stop:
             code = stop.code
         out, err = capfd.readouterr()
-        assert code == (2 if err.startswith("error: ") else 0) and "Traceback" not in err
+        assert code == (2 if "error: " in err else 0) and "Traceback" not in err
         return out, err
 
     return run
@@ -369,6 +374,37 @@ def test_inspecting_an_id_fetches_no_weights(server, client, files, tiny, tmp_pa
     out, _ = run("--inspect", "me/sharded", "--fingerprint")
     assert f"Hugging Face, model-*.safetensors, {len(sizes)} shards, {sum(sizes):,} bytes\n" in out
     assert pt.load(str(tiny.base)).fingerprint in out
+
+
+def test_gin_takes_ids(server, client, files, tiny, tmp_path, monkeypatch, run):
+    """A base model of another size is refused before its weights are downloaded."""
+    rows = dataset_of(ROWS, "train", batch_size=2, lengths={"inputs": 8, "targets": 4})
+    data = {"train_dataset": rows, "eval_dataset": rows, "train_steps": 1, "eval_period": 1}
+    options = data | {"method": pt.PromptTuning(2), "optimizer": pt.adafactor(0.3)}
+    commit = server.put("me/tiny", files)
+    config = TrainConfig(size=CONFIG, initial_checkpoint_path="me/tiny", **options)
+    assert loop.open_model(config).path == f"me/tiny@{commit}"
+
+    other = files["config.json"].replace(b'"d_model": 16', b'"d_model": 24')
+    server.put("me/other", files | {"config.json": other})
+    server.asked.clear()
+    with own_caches(tiny, monkeypatch):
+        macros = {"INITIAL_CHECKPOINT_PATH": "me/other", "MODEL_DIR": str(tmp_path / "run")}
+        _, err = run(*tiny.arguments(**macros), main=train_main)
+        assert "another size than configured (emb_dim 24, not 16)" in err and err.endswith("INITIAL_CHECKPOINT_PATH\n")
+        assert "config.json" in server.downloaded() and "model.safetensors" not in server.downloaded()
+        gin.clear_config()
+        lengths = f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}"
+        scored = (
+            "--gin_file=runs/eval.gin",
+            "--gin.MIXTURE_OR_TASK_NAME='demo_reviews'",
+            "--gin.PROMPT_FILE=None",
+            lengths,
+        )
+        _, err = run(f"--gin_file={tiny.gin}", *scored, "--gin.INITIAL_CHECKPOINT_PATH='me/none'", main=eval.main)
+        assert "error: no base model at me/none: no folder is there, and there is no repository" in err
+        assert err.endswith("set INITIAL_CHECKPOINT_PATH\n")
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_base_of_a_prompt_to_convert_is_an_id(server, client, files, tmp_path, run):

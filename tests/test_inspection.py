@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import random_params
+from tiny import ROOT, random_params
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax import convert
@@ -148,6 +148,13 @@ def test_the_command_line_prints_a_line_per_fact_and_reason(said, tiny, tmp_path
     assert code == 0 and text.splitlines()[-1].startswith(
         f"refused      no vocabulary beside the base {tmp_path / 'base'}: set --vocabulary to its SentencePiece"
     )
+
+
+def test_the_readme_shows_what_is_printed(said):
+    readme = (ROOT / "README.md").read_text().partition("--inspect nano\n")[2].partition("```")[0].splitlines()
+    _, printed = said("--inspect", "nano")
+    assert len(readme) == 6 and readme.pop() == "..."
+    assert [line for line in readme if f"\n{line.removesuffix(', ...')}" not in printed] == []
 
 
 @pytest.mark.parametrize(
