@@ -237,8 +237,21 @@ def test_offline_a_cache_that_another_program_filled_is_enough(server, client, f
     for name in files:
         hf_hub_download("me/tiny", name)
     client(HF_HUB_OFFLINE="1")
-    assert pt.load("me/tiny").fingerprint == pt.load(str(tiny.base)).fingerprint
-    assert server.asked == []
+    model = pt.load("me/tiny")
+    assert model.fingerprint == pt.load(str(tiny.base)).fingerprint
+    client()
+    assert pt.load(resolve(model.path)).path == model.path
+    assert "model.safetensors" not in server.downloaded()
+
+
+def test_a_snapshots_own_path_is_a_folder_like_any_other(server, client, files):
+    """Nothing is asked of the hub."""
+    from huggingface_hub import hf_hub_download
+
+    commit = server.put("me/tiny", files)
+    folder = str(Path([hf_hub_download("me/tiny", name) for name in files][0]).parent)
+    client()
+    assert pt.load(folder).path == f"me/tiny@{commit}" and server.asked == []
 
 
 def test_offline_weights_of_another_format_are_taken_if_they_alone_are_there(server, client, files):

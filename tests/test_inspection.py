@@ -1,5 +1,6 @@
 """`convert --inspect`: what a base model is, and every reason why it would be refused."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -7,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import ROOT, random_params
+from tiny import CONFIG, ROOT, random_params
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax import convert
 from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.checkpoints.inspection import family, inspect_base
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -70,8 +72,19 @@ def test_the_facts_of_a_base(tiny):
         "dtype": "float32",
         "ids": "pad 0, end 1, start 0",
         "tokenizer": "SentencePiece (spiece.model), 300 tokens, 100 sentinels after them",
-        "head": "a matrix of its own",
+        "head": "a matrix of its own, decoder outputs not scaled",
     }
+
+
+def test_the_facts_of_t5_1_0(tmp_path):
+    """Whose head is the embedding table; and of bytes in place of a tokenizer's file."""
+    config = dataclasses.replace(CONFIG, vocab_size=384, mlp_activations=("relu",), logits_via_embedding=True)
+    params = {name: np.zeros(shape, np.float16) for name, shape in expected_shapes(config).items()}
+    huggingface.write(tmp_path / "base", config, params, "bytes")
+    facts, refused = inspect_base(str(tmp_path / "base"))
+    assert refused == [] and facts["dtype"] == "float16"
+    assert facts["head"] == "tied to the embedding table, decoder outputs scaled by d_model^-0.5"
+    assert facts["tokenizer"] == "bytes, 259 ids, 11 sentinels among them"
 
 
 def test_the_facts_of_a_t5x_checkpoint(tiny, tmp_path):

@@ -164,7 +164,7 @@ def _download(folder: Path, names: Collection[str]) -> None:
       HubError: a file cannot be downloaded.
     """
     listed = _listed(folder)
-    if listed is not None and all((folder / name).is_file() for name in names if name in listed):
+    if all((folder / name).is_file() for name in names if listed is None or name in listed):
         return
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm

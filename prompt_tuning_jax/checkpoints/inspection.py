@@ -69,7 +69,7 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
     except ValueError as error:
         refused.append(error)
     if config is not None:
-        facts["head"] = "tied to the embedding table, scaled" if config.logits_via_embedding else "a matrix of its own"
+        facts["head"] = _head(config)
     if fingerprint and arrays is not None and not refused:
         facts["fingerprint"] = stored_fingerprint(arrays)
     return Inspection(facts, refused)
@@ -206,6 +206,12 @@ def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
         for name, (field, default) in IDS.items()
     }
     return {"ids": ", ".join(f"{name} {value!r:.20}" for name, value in found.items())}
+
+
+def _head(config: T5Config) -> str:
+    head = "tied to the embedding table" if config.logits_via_embedding else "a matrix of its own"
+    scaled = getattr(config, "scales_logits", config.logits_via_embedding)
+    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if scaled else 'not scaled'}"
 
 
 def _vocabulary(location: str, config: T5Config | None) -> Vocabulary:
