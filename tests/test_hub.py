@@ -24,6 +24,7 @@ from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.train import main as train_main
 from prompt_tuning_jax.training import loop
 from prompt_tuning_jax.training.run import TrainConfig
+from prompt_tuning_jax.training.score import evaluate_prompt
 
 OTHERS = {"README.md": b"read me", "pytorch_model.bin": b"pickle", "flax_model.msgpack": b"flax", "tf_model.h5": b"tf"}
 EXPECTED = "; expected a folder, an id on the hub or one of nano: set `where`"
@@ -397,6 +398,8 @@ def test_gin_takes_ids(server, client, files, tiny, tmp_path, monkeypatch, run):
     commit = server.put("me/tiny", files)
     config = TrainConfig(size=CONFIG, initial_checkpoint_path="me/tiny", **options)
     assert loop.open_model(config).path == f"me/tiny@{commit}"
+    scored = evaluate_prompt(size=CONFIG, initial_checkpoint_path="me/tiny", dataset=rows, prompt_file=None)
+    assert scored["base"] == f"me/tiny@{commit}"
 
     other = files["config.json"].replace(b'"d_model": 16', b'"d_model": 24')
     server.put("me/other", files | {"config.json": other})

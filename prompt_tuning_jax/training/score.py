@@ -105,6 +105,7 @@ def evaluate_prompt(
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
         "examples": sum(len(batches.examples) for batches in tasks.values()),
+        "base": base.path,
         "base_fingerprint": base.fingerprint,
         "prompt": prompt_file if prompt_text is None else prompt_text,
     }
