@@ -22,7 +22,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     formats = sorted({*MODEL_FORMATS, *PROMPT_FORMATS})
     parser.add_argument("--to", required=True, choices=formats)
     parser.add_argument("--base", help="the base a prompt was trained on, by path, or by name for --to=peft")
-    parser.add_argument("--vocabulary", help="a SentencePiece model, or 'bytes', to put beside a model that has none")
+    parser.add_argument(
+        "--vocabulary", help="a tokenizer (spiece.model, tokenizer.json or 'bytes') for a model without"
+    )
     return parser.parse_args(argv)
 
 

@@ -222,7 +222,9 @@ def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:
 
 
 def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
-    ids = np.asarray(model.tokenizer.encode(text), np.int32)
+    # Without what a tokenizer puts in front of every text, such as CodeT5's <s>.
+    encode = getattr(model.tokenizer, "subwords", model.tokenizer.encode)
+    ids = np.asarray(encode(text), np.int32)
     if not len(ids) or UNKNOWN in ids:
         found = "nothing" if not len(ids) else "<unk>"
         raise SettingError(
