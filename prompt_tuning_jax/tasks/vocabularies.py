@@ -4,8 +4,12 @@ T5's own: 0 pads, 1 ends, 2 is unknown, and sentinels count down from the top. B
 https://arxiv.org/abs/2105.13626.
 
 SentencePiece files and bytes are read as SeqIO reads them, which is what T5 was trained on. A `tokenizer.json` is read
-as transformers reads it. For the same SentencePiece file the two differ in these ways alone:
+as transformers 5 reads it, with or without `legacy`. For the same SentencePiece file the two differ in these ways:
   - A sentinel within a word, or directly after another one, is one id for transformers, and its letters for SeqIO.
+  - A combining mark after another one, or on a character that normalisation replaces, may be lost in transformers,
+    whose normalisation goes by grapheme.
+  - The control character U+0085 is unknown for SeqIO, and a blank for transformers.
+  - Where two ways to split a text are equally likely, as for 40 question marks, each may take another one.
   - "</s>", "<pad>" and "<unk>" within a text are those special ids for transformers, and their letters for SeqIO.
   - SeqIO writes an unknown id as " \u2047 "; transformers leaves it out.
   - SeqIO writes a blank in front of a sentinel within a text; the decoder of `tokenizer.json` does not.
