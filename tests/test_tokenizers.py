@@ -284,6 +284,17 @@ def test_tokenizer_config_says_how_many_sentinels_a_spiece_model_gets(spiece, tm
     assert Vocabulary(tmp_path / "spiece.model").size == 32_100
 
 
+def test_a_model_with_a_row_per_piece_has_no_sentinels(spiece, tmp_path):
+    """MADLAD-400: 256,000 pieces and rows; its files say nothing of sentinels."""
+    (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
+    for rows, size in {32_000: 32_000, 32_128: 32_100}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        words = open_vocabulary(None, str(tmp_path), T5Config(rows, 8, 2, 1, 1, 8))
+        assert (words.size, words.sentinels) == (size, size - 32_000)
+        assert (words.fingerprint == Vocabulary(spiece).fingerprint) == (size == 32_100)
+        assert seqio_vocabulary.__wrapped__(words.path).vocab_size == size
+
+
 # Sentinels that are not the last ids.
 
 

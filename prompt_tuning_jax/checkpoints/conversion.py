@@ -34,7 +34,8 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
         T5X writes through Orbax); for a prompt, "npy", "peft" (an adapter folder) or "t5x" (a folder with the
         official implementation's file).
       base: the base that a prompt was trained on: its width is checked, and a PEFT adapter names it.
-      vocabulary: a SentencePiece model, or 'bytes', to put beside a model; None for the one beside `source`.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes', to put beside a model; None for the one beside
+        `source`.
 
     Returns:
       What was written, in one line.

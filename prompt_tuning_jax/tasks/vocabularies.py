@@ -25,6 +25,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -49,7 +50,8 @@ class Vocabulary:
 
     A SentencePiece file may have the sentinels as pieces already, as mT5's and T5X's `cc_all.32000.100extra` do; to
     others they are added as SeqIO adds them, so that `<extra_id_0>` is the last id: 100 sentinels, or as many as
-    `tokenizer_config.json` beside the file says (300 for umT5). The `vocab.json` of CodeT5 is read with the
+    `tokenizer_config.json` beside the file says (300 for umT5), or none where `config.json` beside it gives the model a
+    row per piece and no more (MADLAD-400). The `vocab.json` of CodeT5 is read with the
     `merges.txt` beside it.
 
     Attributes:
@@ -89,13 +91,12 @@ class Vocabulary:
 
     def _open_sentencepiece(self, data: bytes) -> None:
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
-        if b"<extra_id_0>" not in data:
-            declared = declared_sentinels(Path(self.path).parent)
-            self.extra_ids = EXTRA_IDS if declared is None else declared
-            if self.extra_ids != EXTRA_IDS:
-                self.fingerprint += f"+{self.extra_ids}"
         try:
             model = sentencepiece_model_pb2.ModelProto.FromString(data)
+            if b"<extra_id_0>" not in data:
+                self.extra_ids = _sentinels_to_add(Path(self.path).parent, len(model.pieces))
+                if self.extra_ids != EXTRA_IDS:
+                    self.fingerprint += f"+{self.extra_ids}"
             for i in reversed(range(self.extra_ids)):
                 model.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
@@ -223,6 +224,22 @@ class _Bytes:
         return chr(byte) if 0x20 < byte < 0x7F else f"<0x{byte:02X}>"
 
 
+def _sentinels_to_add(folder: Path, pieces: int) -> int:
+    """Returns how many sentinels the files beside a SentencePiece model add to its pieces."""
+    if (declared := declared_sentinels(folder)) is not None:
+        return declared
+    return 0 if _read_settings(folder / "config.json").get("vocab_size") == pieces else EXTRA_IDS
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object, which is empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def vocabulary_in(folder: str | os.PathLike) -> str | None:
     """The tokenizer that lies in the folder of a base, or `BYTES` where Hugging Face's files say ByT5.
 
@@ -231,14 +248,8 @@ def vocabulary_in(folder: str | os.PathLike) -> str | None:
     for name, *others in _LAYOUTS:
         if all(Path(folder, one).is_file() for one in (name, *others)):
             return str(Path(folder, name))
-    for name in (SETTINGS, "config.json"):
-        try:
-            settings = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer":
-            return BYTES
-    return None
+    settings = (_read_settings(Path(folder, name)) for name in (SETTINGS, "config.json"))
+    return BYTES if any(found.get("tokenizer_class") == "ByT5Tokenizer" for found in settings) else None
 
 
 def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
