@@ -1,5 +1,6 @@
 """Tokenizers of every kind beside transformers' own, and the few texts in which transformers and SeqIO disagree."""
 
+import functools
 import itertools
 import json
 import lzma
@@ -22,12 +23,16 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
+from prompt_tuning_jax.batches.build import build_missing
+from prompt_tuning_jax.batches.cache import TaskRequest
+from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import default_vocabulary, expected_shapes, open_vocabulary
 from prompt_tuning_jax.inference.requests import Decoding, Reader
-from prompt_tuning_jax.prompts.initializers import ClassLabels
+from prompt_tuning_jax.prompts.initializers import ClassLabels, SampledVocabulary
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.preprocessors import prepend_sentinel, sentinel_ids, span_corruption
+from prompt_tuning_jax.tasks.reviews import NAME, Reviews
 from prompt_tuning_jax.tasks.vocabularies import (
     BYTES,
     Vocabulary,
@@ -136,10 +141,10 @@ def make_llama(folder, model, normalizer=None, pre_tokenizer=None, template="<s>
     (folder / "config.json").write_text(json.dumps({"model_type": "umt5"}))
 
 
-NAMES = ["t5", "umt5", "codet5", "codet5p", "llama", "pile_t5"]
+KINDS = ["t5", "umt5", "codet5", "codet5p", "llama", "pile_t5"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_ids_and_texts_are_those_of_transformers(folders, lines, name):
     ours, theirs = Vocabulary(vocabulary_in(folders / name)), AutoTokenizer.from_pretrained(folders / name)
     assert ours.size == len(theirs)
@@ -175,6 +180,16 @@ def test_ids_that_no_token_has_are_left_out(folders):
     assert [words.piece(token) for token in (0, 1, 2, 3, 32_099, 32_127)] == [
         "<pad>", "</s>", "<unk>", "▁", "<extra_id_0>", "<unk>",
     ]  # fmt: skip
+
+
+def test_blanks_before_punctuation_are_kept(folders, tmp_path):
+    """transformers drops them on request, SeqIO never does: a metric compares with the target as it was written."""
+    write_vocabulary(folders / "t5" / "tokenizer.json", tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"clean_up_tokenization_spaces": True}))
+    words, theirs = Vocabulary(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
+    ids = words.encode("a film .")
+    assert theirs.decode(ids) == "a film." and words.decode(ids) == "a film ."
 
 
 # SentencePiece files: SeqIO's ids, which are transformers' own but where listed.
@@ -248,7 +263,7 @@ def test_bytes_are_read_as_transformers_reads_them(lines):
         assert words.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("name", ["spiece", BYTES, *NAMES])
+@pytest.mark.parametrize("name", ["spiece", BYTES, *KINDS])
 def test_half_a_surrogate_pair_is_refused(folders, spiece, name):
     words = Vocabulary({"spiece": spiece, BYTES: BYTES}.get(name) or vocabulary_in(folders / name))
     for encode in (words.encode, lambda text: words.encode_all(["a film", text])):
@@ -383,6 +398,17 @@ def test_seqio_gets_the_same_ids(folders, lines, name):
     assert theirs == type(theirs)(Vocabulary(path)) != seqio_vocabulary(BYTES)
 
 
+def test_a_registered_task_is_tokenised_by_it(folders, tmp_path):
+    """The cache that SeqIO writes has the tokens of the same rows in memory."""
+    words = Vocabulary(folders / "t5" / "tokenizer.json")
+    build_missing(TaskRequest(NAME, words.path, {"inputs": 48, "targets": 8}), "unseen_words", tmp_path, False)
+    config = functools.partial(DatasetConfig, NAME, "unseen_words", 32, {"inputs": 48, "targets": 8})
+    both = (config(source=Reviews()), config(cache_dir=str(tmp_path)))
+    (ours,), (theirs,) = (one.eval_batches(words).values() for one in both)
+    assert ours.examples.token_fingerprint() == theirs.examples.token_fingerprint()
+    assert len(ours.examples) > 100
+
+
 def test_bytes_that_are_no_text_become_a_replacement_character(folders):
     """TensorFlow's strings are bytes."""
     theirs = seqio_vocabulary(vocabulary_in(folders / "codet5"))
@@ -474,6 +500,18 @@ def test_what_begins_a_text_is_no_part_of_a_label(folders):
         reader.request({"prompt": None, "inputs": "a film", "labels": [""]}, 0)
 
 
+def test_special_tokens_do_not_start_a_prompt(ascending, folders):
+    """CodeT5's <unk> and <mask> are ids 3 and 4; and sentinels wherever they lie."""
+    words = Vocabulary(vocabulary_in(folders / "codet5"))
+    assert words.special_ids == {0, 1, 2, 3, 4, *range(700, 800)}
+    assert Vocabulary(ascending).special_ids == {0, 1, 2, 3, 4, 5}
+    for tokenizer, ids in ((words, range(5, 700)), (Vocabulary(ascending), range(6, 26))):
+        table = np.arange(tokenizer.size, dtype=np.float32)[:, None]
+        model = types.SimpleNamespace(config=types.SimpleNamespace(emb_dim=1), embeddings=table, tokenizer=tokenizer)
+        prompt = SampledVocabulary()(jax.random.key(0), len(ids), model)
+        assert sorted(prompt[:, 0].astype(int).tolist()) == [*ids]
+
+
 # What cannot be read.
 
 
@@ -502,6 +540,11 @@ def test_files_that_are_no_tokenizer_are_refused_by_name(folders, tmp_path):
             {"added_tokens_decoder": {"800": {"content": "<extra_id_0>", "special": True}}},
             "gives '<extra_id_0>' the id 700, and the files beside it 800",
         ),
+        ({"eos_token": 2}, r"tokenizer_config.json has tokens that are no texts with flags \(eos_token\)"),
+        ({"eos_token": {"text": "</s>"}}, r"no texts with flags \(eos_token\)"),
+        ({"additional_special_tokens": "<a>"}, r"no texts with flags \(additional_special_tokens\)"),
+        ({"added_tokens_decoder": {"x": "<a>"}}, r"no texts with flags \(added_tokens_decoder\)"),
+        ({"added_tokens_decoder": [1]}, r"no texts with flags \(added_tokens_decoder\)"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folders, tmp_path, settings, message):

@@ -68,7 +68,9 @@ class SampledVocabulary:
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         table = jnp.asarray(model.embeddings)
         words = word_ids(model.tokenizer, table.shape[0])
-        ids = jnp.arange(words.start, min(self.population, words.stop))
+        special = getattr(model.tokenizer, "special_ids", ())
+        allowed = [n for n in range(words.start, min(self.population, words.stop)) if n not in special]
+        ids = jnp.array(allowed, jnp.int32)
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
         return table[drawn].astype(jnp.float32)
 

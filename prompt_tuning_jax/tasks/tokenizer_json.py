@@ -4,10 +4,14 @@ CodeT5's and CodeT5+'s byte-level BPE, Llama's in Pile-T5, and T5's, mT5's or um
 lies beside the model. Ids are those of `transformers.AutoTokenizer`: the files beside the tokenizer
 (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) say which tokens are special and what begins
 a text. `add_bos_token` and `add_eos_token` do not: a `tokenizer.json` has its own template, which wins in transformers.
+
+Two habits of transformers are left out on purpose. It builds T5's tokenizer anew from the vocabulary in
+`tokenizer.json`; here that file is used as it is, which comes to the same for files that transformers wrote. And where
+`clean_up_tokenization_spaces` is set it drops blanks before punctuation when it decodes; T5X and SeqIO keep them.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 ADDED = "added_tokens.json"  # ids of tokens that are not in vocab.json
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRA = ("additional_special_tokens", "extra_special_tokens")
 ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
 BYTE_LEVEL = ("Roberta", "Bart")  # classes of transformers that read `vocab.json` and `merges.txt` in the same way
 
@@ -39,9 +44,9 @@ class TokenizerFile:
     def __init__(self, path: str):
         folder, content = Path(path).parent, _read_object(Path(path))
         self.files = [Path(path)]
-        settings = self._read_beside(folder, SETTINGS[0])
+        settings = self._read_settings(folder, SETTINGS[0])
         if "added_tokens_decoder" not in settings:  # which newer files have, and the next one is older
-            settings |= self._read_beside(folder, SETTINGS[1])
+            settings |= self._read_settings(folder, SETTINGS[1])
         if isinstance(content.get("model"), dict):
             self._tokenizer = _built(path, lambda: Tokenizer.from_file(path))
             self._tokenizer.no_padding()
@@ -50,8 +55,8 @@ class TokenizerFile:
         elif (folder / MERGES).is_file():
             self.files.append(folder / MERGES)
             settings = ROBERTA | settings
-            numbers = self._read_beside(folder, ADDED)
-            settings.setdefault("added_tokens_decoder", {number: text for text, number in numbers.items()})
+            numbers = {number: text for text, number in self._read_beside(folder, ADDED).items()}
+            settings = _checked(folder / ADDED, {"added_tokens_decoder": numbers}) | settings
             self._tokenizer = _byte_level_bpe(path, settings)
             self._add_tokens(path, settings)
             first, last = (_text(settings[role]) for role in ("cls_token", "sep_token"))
@@ -85,6 +90,11 @@ class TokenizerFile:
             return {}
         self.files.append(file)
         return _read_object(file)
+
+    def _read_settings(self, folder: Path, name: str) -> dict[str, Any]:
+        """Returns the fields that have a value."""
+        found = {field: value for field, value in self._read_beside(folder, name).items() if value is not None}
+        return _checked(folder / name, found)
 
     def _add_tokens(self, path: str, settings: dict[str, Any]) -> None:
         """Adds the tokens that the files beside the tokenizer name, in the order in which transformers adds them."""
@@ -128,7 +138,7 @@ class TokenizerFile:
         return self._tokenizer.id_to_token(token) or "<unk>"
 
 
-def sentinels_in(id_of) -> tuple[int, ...]:
+def sentinels_in(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
     """Returns the ids of <extra_id_0>, <extra_id_1> and so on; `id_of` gives that of a token, or None."""
     found: list[int] = []
     while True:
@@ -148,8 +158,8 @@ def declared_sentinels(folder: Path) -> int | None:
     """Returns how many sentinels `tokenizer_config.json` gives a tokenizer; None where there is no word of them."""
     if not (file := folder / SETTINGS[0]).is_file():
         return None
-    settings = _read_object(file)
-    numbered = settings.get("added_tokens_decoder") or {}
+    settings = _checked(file, {name: value for name, value in _read_object(file).items() if value is not None})
+    numbered = settings.get("added_tokens_decoder", {})
     tokens = [*_extra(settings), *numbered.values()]
     if listed := len({text for token in tokens if (text := _text(token)).startswith("<extra_id_")}):
         return listed
@@ -175,8 +185,7 @@ def _added_token(token: Any, special: bool) -> AddedToken:
 
 def _extra(settings: dict[str, Any]) -> list[Any]:
     """Returns the special tokens that have no role of their own; their field's name is that of transformers 4 or 5."""
-    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    return [*extra.values()] if isinstance(extra, dict) else extra
+    return next((_several(settings[name]) for name in EXTRA if settings.get(name)), [])
 
 
 def _byte_level_bpe(path: str, settings: dict[str, Any]) -> Tokenizer:
@@ -196,7 +205,39 @@ def _byte_level_bpe(path: str, settings: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _built(path: str, build) -> Any:
+def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns `settings`, whose tokens are of the form that transformers writes.
+
+    Raises:
+      SettingError: they are not; the message names the field.
+    """
+    numbered = settings.get("added_tokens_decoder", {})
+    wrong = [role for role in ROLES if role in settings and not _is_token(settings[role])]
+    wrong += [name for name in EXTRA if not all(map(_is_token, _several(settings.get(name, []))))]
+    if not isinstance(numbered, dict) or not all(str(n).isdecimal() and _is_token(t) for n, t in numbered.items()):
+        wrong.append("added_tokens_decoder")
+    if wrong:
+        raise SettingError(
+            f"{file} has tokens that are no texts with flags ({', '.join(wrong)}): set ",
+            Setting("vocabulary"),
+            " to a whole tokenizer",
+        )
+    return settings
+
+
+def _is_token(token: Any) -> bool:
+    text = token.get("content") if isinstance(token, dict) else token
+    return isinstance(text, str) and text != ""
+
+
+def _several(tokens: Any) -> list[Any]:
+    """Returns the tokens of a list, or of an object by name; what is neither is one token, and an invalid one."""
+    if isinstance(tokens, list):
+        return tokens
+    return [*tokens.values()] if isinstance(tokens, dict) else [None]
+
+
+def _built(path: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except Exception as error:  # the library raises no narrower type

@@ -9,7 +9,8 @@ as transformers 5 reads it, with or without `legacy`. For the same SentencePiece
   - A combining mark after another one, or on a character that normalisation replaces, may be lost in transformers,
     whose normalisation goes by grapheme.
   - The control character U+0085 is unknown for SeqIO, and a blank for transformers.
-  - Where two ways to split a text are equally likely, as for 40 question marks, each may take another one.
+  - Where two ways to split a text are equally likely, as for 40 question marks, each may take another one; so do
+    SentencePiece and the TensorFlow Text within SeqIO.
   - "</s>", "<pad>" and "<unk>" within a text are those special ids for transformers, and their letters for SeqIO.
   - SeqIO writes an unknown id as " \u2047 "; transformers leaves it out.
   - SeqIO writes a blank in front of a sentinel within a text; the decoder of `tokenizer.json` does not.
@@ -60,6 +61,7 @@ class Vocabulary:
       sentinel_ids: of <extra_id_0>, <extra_id_1> and so on; empty where the tokenizer has none.
       sentinels: how many of the last ids are sentinels.
       extra_ids: sentinels that are not in the file.
+      special_ids: tokens that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
       eos_id: the end of sequence.
       unk_id: the unknown token; None where there is none.
       prefix: ids in front of every text: CodeT5's <s>; empty for T5.
@@ -112,6 +114,7 @@ class Vocabulary:
         self.size, self.prefix = self._pieces.size, self._pieces.prefix
         self.eos_id, self.unk_id = self._pieces.eos_id, self._pieces.unk_id
         self._has_sentinels(self._pieces.sentinel_ids)
+        self.special_ids = {*self._pieces.special_ids, *self.sentinel_ids}
         digest = hashlib.sha256()
         for file in self._pieces.files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -124,6 +127,7 @@ class Vocabulary:
 
     def _has_sentinels(self, ids: Iterable[int]) -> None:
         self.sentinel_ids = tuple(ids)
+        self.special_ids = {PAD, EOS, UNK, *self.sentinel_ids}
         self._written = {token: f"<extra_id_{i}>" for i, token in enumerate(self.sentinel_ids)}
         self.sentinels = next(n for n in range(self.size + 1) if self.size - 1 - n not in self._written)
 
