@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's folder")
     parser.add_argument("--base", help="what they were trained on; the runs' own where left out, or 'nano'")
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="a SentencePiece model or 'bytes', where none lies beside the base"
+        "--vocabulary",
+        metavar="FILE",
+        help="spiece.model, tokenizer.json or 'bytes', if none lies beside the base",
     )
     parser.add_argument(
         "--labels",
@@ -137,7 +139,7 @@ def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequ
         table = np.asarray(model.arrays[TABLE])
     except ArrayError as error:
         raise SettingError(f"{error}: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint") from None
-    return make_lexicon(table, words.size - words.sentinels, words.piece, words.encode, labels)
+    return make_lexicon(table, words.size - words.sentinels, words.piece, words.subwords, labels)
 
 
 def shown(neighbor: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ class TaskRequest:
 
     Attributes:
       name: of a SeqIO task or mixture.
-      vocabulary: path of the SentencePiece model, or 'bytes'.
+      vocabulary: path of the SentencePiece model or tokenizer.json, or 'bytes'.
       feature_lengths: TASK_FEATURE_LENGTHS, "inputs" and "targets", end of sequence included.
       data_dir: the benchmark's own files; None for TFDS.
       modules: imported to register tasks, beside this project's own.

@@ -309,7 +309,7 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
         raise SettingError(
             f"no vocabulary beside the base {base}: set ",
             Setting("vocabulary"),
-            f" to its SentencePiece .model file, or to {BYTES!r} for ByT5",
+            f" to its SentencePiece .model file or tokenizer.json, or to {BYTES!r} for ByT5",
         )
     vocabulary = Vocabulary(path)
     check_vocabulary(vocabulary, config)

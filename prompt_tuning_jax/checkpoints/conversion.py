@@ -43,7 +43,8 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
         official implementation's file).
       base: the base that a prompt was trained on, which a PEFT adapter names. Its width is checked if it can be read; a
         hub id that cannot be read now is only named.
-      vocabulary: a SentencePiece model, or 'bytes', to put beside a model; None for the one beside `source`.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes', to put beside a model; None for the one beside
+        `source`.
 
     Returns:
       What was written, in one line.

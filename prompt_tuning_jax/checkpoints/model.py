@@ -60,7 +60,8 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
         checkpoint that T5X publishes, such as "t5x:t5_1_1_lm100k_base".
       dtype: of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto", which is
         float32 on a CPU and bfloat16 on an accelerator.
-      vocabulary: a SentencePiece `.model` file, or "bytes" for ByT5; None for the tokenizer beside the model.
+      vocabulary: a SentencePiece `.model` file, a `tokenizer.json`, or "bytes" for ByT5; None for the tokenizer beside
+        the model.
 
     Raises:
       ValueError: no model is there, it is not whole, or its tokenizer is missing or another model's.

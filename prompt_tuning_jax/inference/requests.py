@@ -153,7 +153,7 @@ class Reader:
 def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
     """The table of labels that are neither empty, nor too long, nor the same tokens."""
     for label in labels:
-        tokens = len(vocabulary.encode(label))
+        tokens = len(vocabulary.subwords(label))
         if not 1 <= tokens < MAX_LABEL_TOKENS:
             raise ValueError(f"label {shown(label)} has {tokens} tokens, expected 1 to {MAX_LABEL_TOKENS - 1}")
     table = label_table(labels, vocabulary)

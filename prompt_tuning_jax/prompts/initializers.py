@@ -68,7 +68,9 @@ class SampledVocabulary:
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         table = jnp.asarray(model.embeddings)
         words = word_ids(model.tokenizer, table.shape[0])
-        ids = jnp.arange(words.start, min(self.population, words.stop))
+        special = getattr(model.tokenizer, "special_ids", ())
+        allowed = [n for n in range(words.start, min(self.population, words.stop)) if n not in special]
+        ids = jnp.array(allowed, jnp.int32)
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
         return table[drawn].astype(jnp.float32)
 
@@ -222,7 +224,9 @@ def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:
 
 
 def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
-    ids = np.asarray(model.tokenizer.encode(text), np.int32)
+    # Without what a tokenizer puts in front of every text, such as CodeT5's <s>.
+    encode = getattr(model.tokenizer, "subwords", model.tokenizer.encode)
+    ids = np.asarray(encode(text), np.int32)
     if not len(ids) or UNKNOWN in ids:
         found = "nothing" if not len(ids) else "<unk>"
         raise SettingError(

@@ -34,7 +34,7 @@ def names() -> set[str]:
 
 
 def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
-    """The task with the SentencePiece model at `path` in place of its own vocabulary."""
+    """The task with the tokenizer at `path` in place of its own vocabulary."""
     features = {
         # Numbers that are no text pass through as they are.
         name: feature

@@ -60,7 +60,7 @@ class TrainConfig:
       train_steps: updates in all.
       eval_period: updates between two evaluations, each of which is also a checkpoint.
       model_dir: MODEL_DIR, a folder for what `RunFolder` lists; None to write nothing.
-      vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base model.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the one beside the base model.
       random_seed: of the start, the order of the data and dropout.
       z_loss: see `loss.cross_entropy`.
       num_microbatches: how many parts a batch is divided into, which take less memory; see `step.micro_batch`.
