@@ -51,7 +51,12 @@ def logits_of(dtype: str) -> tuple[np.ndarray, int]:
     batch = next(iter(next(iter(dataset.eval_batches(words).values()))))
     model = jax.jit(functools.partial(Transformer(config).apply, enable_dropout=False))
     targets = jnp.asarray(batch.targets)
-    logits = model({"params": unflatten_dict(base.params, sep="/")}, batch.inputs, shift_right(targets), targets)
+    logits = model(
+        {"params": unflatten_dict(base.params, sep="/")},
+        batch.inputs,
+        shift_right(targets, config.decoder_start_token_id),
+        targets,
+    )
     return np.asarray(logits, np.float64)[batch.targets > 0], sum(value.nbytes for value in base.params.values())
 
 

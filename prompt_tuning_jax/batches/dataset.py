@@ -71,6 +71,7 @@ class DatasetConfig:
         options = {
             "seed": seed,
             "buckets": self.buckets,
+            "pad": vocabulary.pad_id,
             "process_index": process_index,
             "process_count": process_count,
         }
@@ -105,7 +106,12 @@ class DatasetConfig:
           ValueError: as `batches`.
         """
         lengths = self.checked_lengths()
-        options = {"buckets": self.buckets, "process_index": process_index, "process_count": process_count}
+        options = {
+            "buckets": self.buckets,
+            "pad": vocabulary.pad_id,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
         return {
             name: Batches(part.examples, self.batch_size, lengths, shuffle=False, **options)
             for name, part in self._load(vocabulary, to_train=False, say=say).items()
@@ -127,7 +133,9 @@ class DatasetConfig:
     def _request(self, vocabulary: Vocabulary) -> TaskRequest:
         modules = (self.module,) if self.module else ()
         lengths = self.checked_lengths()
-        return TaskRequest(self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules)
+        return TaskRequest(
+            self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules, vocabulary.eos_id
+        )
 
     def load(self, vocabulary: Vocabulary, *, to_train: bool = False, say: Say | None = to_stderr) -> dict[str, Part]:
         """Returns the tokenised rows of each task that has the split, by the task's name.

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -299,7 +300,7 @@ def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
 
 
 def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
-    """The vocabulary at `path`, or beside the base.
+    """The vocabulary at `path`, or beside the base, with the ids that the base model's files name.
 
     Raises:
       ValueError: there is none, or it cannot belong to the model.
@@ -311,9 +312,41 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
             Setting("vocabulary"),
             f" to its SentencePiece .model file or tokenizer.json, or to {BYTES!r} for ByT5",
         )
-    vocabulary = Vocabulary(path)
+    vocabulary = Vocabulary(path, **_told_ids(base))
     check_vocabulary(vocabulary, config)
     return vocabulary
+
+
+def _told_ids(base: str | None) -> dict[str, int]:
+    """Returns the ids that a base model's own files name, as arguments of `Vocabulary`; T5X's files name none."""
+    location = base and resolve(base)
+    if not location or not Path(location, huggingface.CONFIG).is_file():
+        return {}
+    with _explained():
+        told = huggingface.read_config(location)
+    return {"pad_id": told.pad_token_id, "eos_id": told.eos_token_id, "start_id": told.decoder_start_token_id}
+
+
+def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
+    """Returns the config with the ids of the base model's vocabulary, as `open_vocabulary` gives it.
+
+    Raises:
+      ValueError: `config` has ids of its own, which are neither T5's nor these.
+    """
+    found = {
+        "pad_token_id": vocabulary.pad_id,
+        "eos_token_id": vocabulary.eos_id,
+        "decoder_start_token_id": vocabulary.start_id,
+    }
+    for field in dataclasses.fields(T5Config):
+        asked = getattr(config, field.name)
+        if field.name in found and asked not in (field.default, found[field.name]):
+            raise SettingError(
+                f"the base model's {field.name} is {found[field.name]}, not {asked}: leave T5Config.{field.name} out, "
+                "or set ",
+                MODEL_SETTING,
+            )
+    return dataclasses.replace(config, **found)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary, resolve
+from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary, resolve, with_ids
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_table
@@ -79,6 +79,7 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
         )
     config = dataclasses.replace(found, dtype="auto", attention="auto")
     tokenizer = open_vocabulary(vocabulary, location, config)
+    config = with_ids(config, tokenizer)
     base = load_base(location, config, dtype)
     parameters: Params = base.params
     return Model(base.path, config, parameters, tokenizer, base.fingerprint)

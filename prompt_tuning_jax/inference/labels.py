@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 
 def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
@@ -32,9 +32,9 @@ def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, s
 
 
 def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
-    """The token ids of each label, end of sequence included, 0 after it: the choices of `scoring.choice_scores`."""
-    rows = [[*vocabulary.encode(label), EOS] for label in labels]
-    table = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    """The token ids of each label, end of sequence included, padding after it: the choices of `scoring.choice_scores`."""
+    rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
+    table = np.full((len(rows), max(map(len, rows))), vocabulary.pad_id, np.int32)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
     return table

@@ -169,13 +169,13 @@ class Predictor:
     def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
         """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
         size = min(power_of_two(len(requests)), self.batch_size)
-        inputs = np.zeros((size, batch.length), np.int32)
+        inputs = np.full((size, batch.length), self._tokenizer.pad_id, np.int32)
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
         injection, mask, more = self.bank.take([request.prompt for request in requests], size)
         given = (injection, self._frozen, inputs, mask)
         if batch.method == RANK:
-            return self._engine.rank(*given, **_choices(requests, size), **more)
+            return self._engine.rank(*given, **_choices(requests, size, self._tokenizer.pad_id), **more)
         if batch.method == "sample":
             return self._engine.sample(*given, self._length, **_sampling_arrays(requests, size), **more)
         return getattr(self._engine, batch.method)(*given, self._length, **more)
@@ -283,11 +283,11 @@ def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.nda
     }
 
 
-def _choices(requests: Sequence[Request], size: int) -> dict[str, Any]:
+def _choices(requests: Sequence[Request], size: int, pad: int) -> dict[str, Any]:
     """The arguments of `choice_scores`, of `size` rows, in few shapes: as many labels and tokens as a power of two."""
     tables = [request.choices for request in requests if request.choices is not None]
     count, length = (max(table.shape[axis] for table in tables) for axis in (0, 1))
-    choices = np.zeros((size, max(power_of_two(count), 16), max(power_of_two(length), 4)), np.int32)
+    choices = np.full((size, max(power_of_two(count), 16), max(power_of_two(length), 4)), pad, np.int32)
     for row, table in zip(choices, tables, strict=False):
         row[: table.shape[0], : table.shape[1]] = table
     return {"choices": choices, "count": np.int32(count)}

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.inference.labels import label_table
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary, trim
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
 
 METHODS = ("greedy", "beam", "sample")
 RANK = "rank"
@@ -52,7 +52,7 @@ class Request(NamedTuple):
       cut: whether `inputs` was longer than allowed.
       method: one of `METHODS`, or `RANK`.
       labels: to rank.
-      choices: their token ids, int32 [C, L], end of sequence included, 0 pads.
+      choices: their token ids, int32 [C, L], end of sequence included, and padding.
     """
 
     prompt: str | None
@@ -136,7 +136,7 @@ class Reader:
             raise ValueError(f"inputs is {shown(text)}, expected a text{hint and '; '}{hint}")
         if not text.strip():
             raise ValueError("inputs is empty, expected a text")
-        ids = np.array([*self._vocabulary.encode(_sound(text, "inputs")), EOS], np.int32)
+        ids = np.array([*self._vocabulary.encode(_sound(text, "inputs")), self._vocabulary.eos_id], np.int32)
         return trim(ids, self._input_length), len(ids) > self._input_length
 
     def _labels(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -48,9 +48,12 @@ class SuperPos(Method):
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         words = word_ids(model.tokenizer, model.config.vocab_size)
-        if self.population > words.stop:
-            rest = f"expected at most {words.stop}: the ids from there on are sentinels and padding"
+        if self.population > words[-1] + 1:
+            rest = f"expected at most {words[-1] + 1}: the ids from there on are sentinels and padding"
             raise SettingError(Setting("population"), f" is {self.population}, {rest}")
+        if len(odd := np.setdiff1d(self.token_ids(), words)):
+            rest = f" draws the ids {', '.join(map(str, odd))}, which are special tokens of this tokenizer: set another"
+            raise SettingError(Setting("token_seed"), f"={self.token_seed}{rest}")
         weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
         change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
         return {"weights": weights, "change": change}

@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, prompts_in, read_prompt
 from prompt_tuning_jax.prompts.similarity import mean_vector_similarity
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
-UNKNOWN = 2
+UNKNOWN = 2  # T5's <unk>, of a tokenizer that does not say its own
 
 Encode = Callable[[str], Sequence[int]]
 Initializer = Callable[..., jax.Array]  # (key, length, model) -> [P, D]
@@ -68,24 +68,24 @@ class SampledVocabulary:
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         table = jnp.asarray(model.embeddings)
         words = word_ids(model.tokenizer, table.shape[0])
-        special = getattr(model.tokenizer, "special_ids", ())
-        allowed = [n for n in range(words.start, min(self.population, words.stop)) if n not in special]
-        ids = jnp.array(allowed, jnp.int32)
+        ids = jnp.asarray(words[words < self.population])
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
         return table[drawn].astype(jnp.float32)
 
 
-def word_ids(tokenizer: Any, rows: int) -> range:
-    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table.
+def word_ids(tokenizer: Any, rows: int) -> Int[np.ndarray, " words"]:
+    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table, in order.
 
     Args:
-      tokenizer: one with `size` and `sentinels`, as `tasks.vocabularies.Vocabulary`, or with `vocab_size` and
-        `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or padding.
+      tokenizer: one with `size`, `sentinels` and `special_ids`, as `tasks.vocabularies.Vocabulary`, or with
+        `vocab_size` and `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or
+        padding, and the special tokens are T5's.
       rows: of the embedding table.
     """
     size = getattr(tokenizer, "size", getattr(tokenizer, "vocab_size", rows))
     sentinels = getattr(tokenizer, "sentinels", getattr(tokenizer, "extra_ids", 0))  # the last ids below `size`
-    return range(SPECIAL_TOKENS, min(rows, size - sentinels))
+    special = getattr(tokenizer, "special_ids", range(SPECIAL_TOKENS))
+    return np.array([n for n in range(min(rows, size - sentinels)) if n not in special], np.int32)
 
 
 SAMPLED_VOCABULARY = SampledVocabulary()  # the default of every method that starts from a prompt
@@ -227,7 +227,7 @@ def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
     # Without what a tokenizer puts in front of every text, such as CodeT5's <s>.
     encode = getattr(model.tokenizer, "subwords", model.tokenizer.encode)
     ids = np.asarray(encode(text), np.int32)
-    if not len(ids) or UNKNOWN in ids:
+    if not len(ids) or getattr(model.tokenizer, "unk_id", UNKNOWN) in ids:
         found = "nothing" if not len(ids) else "<unk>"
         raise SettingError(
             f"{text!r} tokenises to {found}: set ", Setting(setting), " to words that the tokenizer knows"

@@ -13,13 +13,17 @@ ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Size and numerics of a model. Field names are those of T5X's `network.T5Config`.
+    """Size and numerics of a model, and the ids that it is run with. Field names are those of T5X's
+    `network.T5Config`, and those of Hugging Face's `T5Config` for the ids.
 
     Attributes:
       vocab_size: rows of the embedding table, V (padded: 32,128 for T5's 32,100 ids).
       emb_dim: d_model, D.
       mlp_dim: d_ff, F.
       dropout_rate: applied wherever T5 has dropout; one mask for all positions of a row.
+      pad_token_id: fills rows up; it is never attended to, and never a target.
+      eos_token_id: ends inputs and targets, and stops generation.
+      decoder_start_token_id: the decoder's first input, in front of the targets.
       dtype: of the activations, also by name; "auto" is bfloat16 on accelerators and float32 on CPU. Softmax, RMSNorm,
         logits and loss are float32 whatever it is.
       remat_policy: what of a layer the forward pass keeps for the backward pass, by T5X's names: "none" keeps all that
@@ -43,6 +47,9 @@ class T5Config:
     logits_via_embedding: bool = False
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
     dtype: Any = jnp.float32
     remat_policy: str = "none"
     attention: str = "products"

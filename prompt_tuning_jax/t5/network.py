@@ -250,7 +250,7 @@ class Transformer(nn.Module):
         """The encoder's output over prompt and inputs, [B, P+T, D].
 
         Args:
-          encoder_input_tokens: 0 is padding, and never attended to.
+          encoder_input_tokens: `config.pad_token_id` is padding, and never attended to.
           encoder_segment_ids: of packed examples; only without a prompt.
           prompt: in front of the inputs, in place of the model's own if it has one; one for all rows or one per row.
           layer_prompts: one for each encoder layer, for all rows or per row. With a `prompt` each is added to the
@@ -262,13 +262,14 @@ class Transformer(nn.Module):
             share a batch. A row without layer prompts has additions of zero.
           row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
         """
-        mask = (encoder_input_tokens > 0)[:, None, None, :]
+        pad = self.config.pad_token_id
+        mask = (encoder_input_tokens != pad)[:, None, None, :]
         if encoder_segment_ids is not None:
             if not (self.prompt_factory is None and prompt is None and layer_prompts is None):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        lengths = _lengths(encoder_input_tokens) if encoder_segment_ids is None else None
+        lengths = _lengths(encoder_input_tokens, pad) if encoder_segment_ids is None else None
         rows = _rows(embedded, enable_dropout, row_numbers)
         return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, layers_replace, lengths, rows)
 
@@ -303,7 +304,7 @@ class Transformer(nn.Module):
         """
         del decoder_positions  # T5 has relative positions alone
         keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
-        encoded_mask = (encoder_input_tokens > 0)[:, None, None, :]
+        encoded_mask = (encoder_input_tokens != self.config.pad_token_id)[:, None, None, :]
         mask = None
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             mask = _same_segment(decoder_segment_ids, decoder_segment_ids)
@@ -423,9 +424,9 @@ def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> 
     return jnp.arange(len(x)) if row_numbers is None else row_numbers
 
 
-def _lengths(tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+def _lengths(tokens: Int[Array, "B T"], pad: int) -> Int[Array, " B"]:
     """Up to the padding at the end; 1 where all is padding, since a softmax over nothing is no number."""
-    places = jnp.where(tokens > 0, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
+    places = jnp.where(tokens != pad, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
     return 1 + jnp.max(places, axis=1)
 
 

@@ -62,27 +62,64 @@ class Vocabulary:
       sentinels: how many of the last ids are sentinels.
       extra_ids: sentinels that are not in the file.
       special_ids: tokens that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
+      pad_id: padding.
       eos_id: the end of sequence.
+      start_id: the decoder's first input.
       unk_id: the unknown token; None where there is none.
       prefix: ids in front of every text: CodeT5's <s>; empty for T5.
       reads_json: whether it is one of Hugging Face's `tokenizers`.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        pad_id: int | None = None,
+        eos_id: int | None = None,
+        start_id: int | None = None,
+    ):
+        """Reads the tokenizer.
+
+        Args:
+          path: of the file, or `BYTES`.
+          pad_id, eos_id, start_id: the model's ids, which win over the tokenizer's. None for the tokenizer's own end of
+            sequence, and for T5X's padding and start, which are 0 whatever the tokenizer.
+
+        Raises:
+          ValueError: there is no tokenizer.
+        """
         self.path = str(path)
         self.extra_ids, self.prefix, self.reads_json = 0, [], False
         self.eos_id: int = EOS
         self.unk_id: int | None = UNK
+        self._open()
+        self.pad_id, self.start_id = pad_id or PAD, start_id or PAD
+        if eos_id is not None and eos_id != self.eos_id:
+            self.eos_id = eos_id
+            self.fingerprint += f"+eos{eos_id}"
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        if isinstance(self._pieces, TokenizerFile):
+            own = self._pieces.special_ids
+        elif isinstance(self._pieces, sentencepiece.SentencePieceProcessor):
+            numbers = range(self.size)
+            own = {n for n in numbers if self._pieces.IsControl(n) or self._pieces.IsUnknown(n)}
+        else:
+            own = {PAD, EOS, UNK}
+        return frozenset({*own, *self.sentinel_ids, self.pad_id, self.eos_id, self.start_id})
+
+    def _open(self) -> None:
         if self.path == BYTES:
             self._pieces, self.fingerprint = _Bytes(), BYTES
             self.size = _Bytes.SIZE
             self._has_sentinels(range(self.size - 1, self.size - 1 - _Bytes.SENTINELS, -1))
             return
         try:
-            data = Path(path).read_bytes()
+            data = Path(self.path).read_bytes()
         except OSError as error:
             raise SettingError(
-                f"no vocabulary at {path} ({error.strerror}); expected a SentencePiece .model file, a "
+                f"no vocabulary at {self.path} ({error.strerror}); expected a SentencePiece .model file, a "
                 f"{tokenizer_json.TOKENIZER}, or {BYTES!r} for ByT5: set ",
                 Setting("vocabulary"),
             ) from None
@@ -107,6 +144,9 @@ class Vocabulary:
                 f"{self.path} is not a SentencePiece model: set ", Setting("vocabulary"), " to a .model file"
             ) from None
         self.size = self._pieces.vocab_size()
+        if (eos := self._pieces.eos_id()) >= 0:
+            self.eos_id = eos
+        self.unk_id = self._pieces.unk_id()
         self._has_sentinels(sentinels_in(self._number))
 
     def _open_tokenizer_file(self) -> None:
@@ -114,7 +154,6 @@ class Vocabulary:
         self.size, self.prefix = self._pieces.size, self._pieces.prefix
         self.eos_id, self.unk_id = self._pieces.eos_id, self._pieces.unk_id
         self._has_sentinels(self._pieces.sentinel_ids)
-        self.special_ids = {*self._pieces.special_ids, *self.sentinel_ids}
         digest = hashlib.sha256()
         for file in self._pieces.files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -127,7 +166,6 @@ class Vocabulary:
 
     def _has_sentinels(self, ids: Iterable[int]) -> None:
         self.sentinel_ids = tuple(ids)
-        self.special_ids = {PAD, EOS, UNK, *self.sentinel_ids}
         self._written = {token: f"<extra_id_{i}>" for i, token in enumerate(self.sentinel_ids)}
         self.sentinels = next(n for n in range(self.size + 1) if self.size - 1 - n not in self._written)
 
@@ -158,7 +196,7 @@ class Vocabulary:
         """
         found = [*map(int, ids)]
         found = found[: found.index(self.eos_id)] if self.eos_id in found else found
-        known = [token if token < self.size else self.unk_id for token in found]
+        known = [token if token < self.size else self.unk_id for token in found if token != self.pad_id]
         return self._pieces.decode([token for token in known if token is not None])
 
     def piece(self, token: int) -> str:
@@ -279,18 +317,28 @@ def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
 
 
 @functools.cache
-def seqio_vocabulary(path: str):
-    """The same vocabulary for a SeqIO task (imports TensorFlow)."""
+def seqio_vocabulary(path: str, eos_id: int | None = None):
+    """The same vocabulary for a SeqIO task (imports TensorFlow).
+
+    Args:
+      eos_id: the model's end of sequence; None for the tokenizer's own.
+    """
     import seqio
 
-    if path == BYTES:
-        return seqio.ByteVocabulary()
-    vocabulary = Vocabulary(path)
+    vocabulary = Vocabulary(path, eos_id=eos_id)
     if vocabulary.reads_json:
         from prompt_tuning_jax.tasks.seqio_tokenizer import TokenizerVocabulary
 
         return TokenizerVocabulary(vocabulary)
-    return seqio.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
+    if path == BYTES:
+        found = seqio.ByteVocabulary()
+    else:
+        found = seqio.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
+    if vocabulary.eos_id == found.eos_id:
+        return found
+    # SeqIO's preprocessors read the end of sequence here.
+    ended = type(f"{type(found).__name__}WithEnd", (type(found),), {"eos_id": vocabulary.eos_id})
+    return ended() if path == BYTES else ended(path, extra_ids=vocabulary.extra_ids)
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -213,7 +213,7 @@ class Run:
           ValueError: something does not fit. Nothing has been written then.
         """
         self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
-        self.tokenizer, self.size, method = model.tokenizer, config.size, config.method
+        self.tokenizer, self.size, method = model.tokenizer, model.config, config.method
         # The model itself is not kept: what is trained of it is then held once, by the state.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()

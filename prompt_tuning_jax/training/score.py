@@ -13,7 +13,14 @@ import numpy as np
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary, resolve
+from prompt_tuning_jax.checkpoints.base import (
+    auto_dtype,
+    expected_shapes,
+    load_base,
+    open_vocabulary,
+    resolve,
+    with_ids,
+)
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
@@ -77,6 +84,7 @@ def evaluate_prompt(
         check_writable(Path(model_dir))
     location = resolve(initial_checkpoint_path)
     tokenizer = open_vocabulary(vocabulary, location, size)
+    size = with_ids(size, tokenizer)
     injection, several = Injection(), {}
     if prompt_files:
         several = {path: prompt_of(injection_of(path, size), path) for path in prompt_files}
