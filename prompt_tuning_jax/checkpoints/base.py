@@ -33,9 +33,15 @@ EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 TRIM_EVERY = 32 * 2**20  # bytes read
 FLOATS = ("float32", "bfloat16", "float16")
 
-SIZES = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
+SIZES = (
+    *("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim"),
+    "relative_bias_per_layer",
+)
 # What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
-CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
+CHOICES = (
+    *("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance"),
+    "scale_decoder_outputs",
+)
 
 Params = dict[str, jax.Array]
 Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
@@ -99,9 +105,9 @@ def open_model(path: str) -> StoredModel:
     location = resolve(path)
     with _explained():
         if Path(location, huggingface.CONFIG).is_file():
-            return StoredModel(location, huggingface.read_config(location), huggingface.open_arrays(location))
+            return StoredModel(location, *huggingface.open_folder(location))
         if is_t5x(location):
-            arrays = open_t5x(location)
+            arrays = t5x.from_scalable(open_t5x(location))
             base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
             return StoredModel(location, t5x.infer_config(base), arrays)
     raise SettingError(

@@ -1,9 +1,10 @@
-"""T5 1.1 in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, in one file or in shards.
+"""T5 and its relatives in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, or its shards.
 
 Their matrices are [out, in], ours and T5X's [in, out]; the relative position table is [buckets, heads], ours
 [heads, buckets].
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -32,6 +33,7 @@ ACTIVATIONS = {
 # Tensors that some files have besides: copies of the shared table, and a table that no version has ever read.
 TABLE, TABLE_COPIES = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 LOGITS = "lm_head.weight"
+BLOCK_BYTES = 2**24  # of each of two tables that are compared
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 TO_SAFETENSORS = "import sys; from transformers import AutoModelForSeq2SeqLM as Model; "
 TO_SAFETENSORS += "Model.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
@@ -56,10 +58,10 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
             table[f"{layer}/mlp/{part}/kernel"] = (f"{theirs}.DenseReluDense.{part}.weight", True)
 
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        table[f"{stack}/relpos_bias/rel_embedding"] = (
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            True,
-        )
+        for i in range(layers if config.relative_bias_per_layer else 1):
+            ours = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
+            theirs = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+            table[f"{ours}/relpos_bias/rel_embedding"] = (theirs, True)
         table[f"{stack}/{stack}_norm/scale"] = (f"{stack}.final_layer_norm.weight", False)
         for i in range(layers):
             ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
@@ -76,7 +78,7 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
 
 
 def read_config(folder: str | os.PathLike) -> T5Config:
-    """The model's size from `config.json`.
+    """The model's size from `config.json`; see `open_folder` for what its tensors say besides.
 
     Raises:
       ArrayError: it is not the configuration of a T5 that this project has.
@@ -84,8 +86,8 @@ def read_config(folder: str | os.PathLike) -> T5Config:
     path = Path(folder, CONFIG)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        mt5 = found.get("model_type") == "mt5"
-        feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 else "relu")
+        mt5, umt5 = (found.get("model_type") == name for name in ("mt5", "umt5"))
+        feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 or umt5 else "relu")
         if feed_forward not in ACTIVATIONS:
             raise ValueError(f"feed_forward_proj is {feed_forward!r:.60}, expected one of {', '.join(ACTIVATIONS)}")
         if found.get("layer_norm_epsilon", EPSILON) != EPSILON:
@@ -108,6 +110,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             logits_via_embedding=tied,
             relative_attention_num_buckets=_size(found, "relative_attention_num_buckets", 32),
             relative_attention_max_distance=_size(found, "relative_attention_max_distance", 128),
+            relative_bias_per_layer=umt5,
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArrayError(f"{path} is not the configuration of a T5 ({first_line(error)})") from None
@@ -121,31 +124,66 @@ def _size(config: dict, name: str, default: int | None = None, at_most: int = 2*
 
 
 def open_arrays(folder: str | os.PathLike) -> dict[str, StoredArray]:
-    """Every parameter by its path, in the file's dtype; nothing is read yet.
+    """Every parameter by its path, as `open_folder` finds them."""
+    return open_folder(folder)[1]
+
+
+def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredArray]]:
+    """The model's size, and every parameter by its path, in the file's dtype.
+
+    No array is read yet, but for two tables that may or may not be the same: see `_with_head`.
 
     Raises:
       ArrayError: a file is absent, truncated, or has too few tensors or too many; each is named.
     """
     folder = Path(folder)
     config = read_config(folder)
-    table = names(config)
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled and not any(folder.glob("model*.safetensors*")):
         command = shlex.join(["python", "-c", TO_SAFETENSORS, str(folder), f"{folder}-safetensors"])
         raise ArrayError(f"{pickled[0]} is a pickle, which can run code, and is not opened; convert it: {command}")
     found = open_safetensors(folder)
-    if TABLE not in found and TABLE_COPIES[0] in found:
-        found[TABLE] = found[TABLE_COPIES[0]]
+    copy = next((name for name in TABLE_COPIES if name in found), None)
+    if TABLE not in found and copy:  # MADLAD-400 has the decoder's alone
+        found[TABLE] = found[copy]
+    config = _with_head(config, folder, found)
+    table = names(config)
     expected = {theirs for theirs, _ in table.values()}
     odd = [f"{name} is missing" for name in sorted(expected - set(found))]
     odd += [f"{name} is not part of the model" for name in sorted(set(found) - expected - _ignored(config))]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ArrayError(f"{folder} does not fit its {CONFIG}: {'; '.join(odd[:3])}{more}")
-    copies = {name: found[name] for name in _ignored(config) - {UNUSED} if name in found}
+    copies = {name: found[name] for name in TABLE_COPIES if name in found and found[name] is not found[TABLE]}
     if copies:
         found[TABLE] = _compared(found[TABLE], copies, folder)
-    return {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+    return config, {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+
+
+def _with_head(config: T5Config, folder: Path, found: Mapping[str, StoredArray]) -> T5Config:
+    """Returns `config` with the logits that transformers 5 computes, which the flags alone do not tell.
+
+    transformers 5 writes "tie_word_embeddings": true for every model. The logits are tied if the file has no matrix for
+    them, or one that equals the embedding table. Whether they are scaled is a flag of its own.
+    """
+    if LOGITS in found and TABLE in found:
+        if not config.logits_via_embedding or _equal(found[LOGITS], found[TABLE]):
+            return config
+        return dataclasses.replace(config, logits_via_embedding=False, scale_decoder_outputs=True)
+    tied = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("tie_word_embeddings")
+    if LOGITS not in found and tied is True and not config.logits_via_embedding:
+        return dataclasses.replace(config, logits_via_embedding=True, scale_decoder_outputs=False)
+    return config
+
+
+def _equal(matrix: StoredArray, other: StoredArray) -> bool:
+    """Whether two matrices have the same values, reading both by blocks of rows up to the first that differs."""
+    if matrix.shape != other.shape:
+        return False
+    count, *_ = matrix.shape
+    rows = max(1, BLOCK_BYTES * count // matrix.nbytes)
+    blocks = [(slice(row, min(row + rows, count)), slice(None)) for row in range(0, count, rows)]
+    return all(np.array_equal(matrix[block], other[block]) for block in blocks)
 
 
 def _ignored(config: T5Config) -> set[str]:
@@ -193,8 +231,10 @@ def write(
     tensors = {theirs: _lazy(params[ours], dtype, turned) for ours, (theirs, turned) in table.items()}
     kinds = {tensor.dtype.name for tensor in tensors.values()}
     text = {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [
+            "UMT5ForConditionalGeneration" if config.relative_bias_per_layer else "T5ForConditionalGeneration"
+        ],
+        "model_type": "umt5" if config.relative_bias_per_layer else "t5",
         "vocab_size": config.vocab_size,
         "d_model": config.emb_dim,
         "d_kv": config.head_dim,
@@ -203,7 +243,7 @@ def write(
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": feed_forward,
-        "tie_word_embeddings": config.logits_via_embedding,
+        **_head_fields(config),
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
         "relative_attention_max_distance": config.relative_attention_max_distance,
         "layer_norm_epsilon": EPSILON,
@@ -219,6 +259,12 @@ def write(
         (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         if vocabulary:
             write_vocabulary(vocabulary, partial)
+
+
+def _head_fields(config: T5Config) -> dict[str, bool]:
+    if config.scale_decoder_outputs is None:
+        return {"tie_word_embeddings": config.logits_via_embedding}
+    return {"tie_word_embeddings": True, "scale_decoder_outputs": config.scale_decoder_outputs}
 
 
 def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:
