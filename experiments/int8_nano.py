@@ -51,13 +51,11 @@ def logits_of(dtype: str) -> tuple[np.ndarray, int]:
     batch = next(iter(next(iter(dataset.eval_batches(words).values()))))
     model = jax.jit(functools.partial(Transformer(config).apply, enable_dropout=False))
     targets = jnp.asarray(batch.targets)
-    logits = model(
-        {"params": unflatten_dict(base.params, sep="/")},
-        batch.inputs,
-        shift_right(targets, config.decoder_start_token_id),
-        targets,
+    shifted = shift_right(targets, config.decoder_start_token_id)
+    logits = model({"params": unflatten_dict(base.params, sep="/")}, batch.inputs, shifted, targets)
+    return np.asarray(logits, np.float64)[batch.targets != config.pad_token_id], sum(
+        value.nbytes for value in base.params.values()
     )
-    return np.asarray(logits, np.float64)[batch.targets > 0], sum(value.nbytes for value in base.params.values())
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:

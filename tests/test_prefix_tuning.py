@@ -43,11 +43,11 @@ def random_prefix(config, *, stacks=("encoder", "decoder"), length=LENGTH, seed=
     return PrefixTuning(length, stacks).apply(trained, {}).parameters
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype):
+@pytest.mark.parametrize(("dtype", "per_layer"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype, per_layer):
     """A prefix that holds what a prompt's positions, or the answer's first tokens, make of themselves in each layer
     does what they do: in the same relative positions, beside padding, in both stacks."""
-    config = dataclasses.replace(ODD, dtype=dtype, num_encoder_layers=3)
+    config = dataclasses.replace(ODD, dtype=dtype, num_encoder_layers=3, relative_bias_per_layer=per_layer)
     model, params = random_model(config)
     rng = np.random.default_rng(1)
     inputs, targets = random_tokens(rng, [5], 8, 61), random_tokens(rng, [6], 6, 61)

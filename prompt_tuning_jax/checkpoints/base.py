@@ -35,9 +35,15 @@ EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 TRIM_EVERY = 32 * 2**20  # bytes read
 FLOATS = ("float32", "bfloat16", "float16")
 
-SIZES = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
+SIZES = (
+    *("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim"),
+    "relative_bias_per_layer",
+)
 # What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
-CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
+CHOICES = (
+    *("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance"),
+    "scale_decoder_outputs",
+)
 
 Params = dict[str, jax.Array]
 Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
@@ -119,11 +125,11 @@ def open_model(path: str) -> StoredModel:
     location = resolve(path)
     with _explained():
         if Path(location, huggingface.CONFIG).is_file():
-            config = huggingface.read_config(location)  # refused before its parameters are downloaded
+            huggingface.read_config(location)  # refused before its parameters are downloaded
             hub.fetch_weights(location)
-            return StoredModel(location, config, huggingface.open_arrays(location))
+            return StoredModel(location, *huggingface.open_folder(location))
         if is_t5x(location):
-            arrays = open_t5x(location)
+            arrays = t5x.from_scalable(open_t5x(location))
             base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
             return StoredModel(location, t5x.infer_config(base), arrays)
     raise SettingError(
@@ -165,11 +171,11 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
     told = Path(location, huggingface.CONFIG).is_file()
     if told:  # before the parameters of a hub id are downloaded
         with _explained():
-            check_size(huggingface.read_config(location), config, location)
+            check_size(huggingface.read_config(location), config, location, SIZES)
     model = open_model(location)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
-    if model.config is not None and not told:
-        check_size(model.config, config, model.location, SIZES)
+    if model.config is not None:
+        check_size(model.config, config, model.location, SIZES + CHOICES if told else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
     sums, params, passed = {}, {}, 0
     # The largest first: what an array needs besides its place on the device is then never on top of all the others.

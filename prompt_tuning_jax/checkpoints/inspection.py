@@ -25,7 +25,6 @@ from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_i
 
 Arrays = Mapping[str, StoredArray]
 IDS = {"pad": ("pad_token_id", 0), "end": ("eos_token_id", 1), "start": ("decoder_start_token_id", 0)}
-OTHER_NETWORKS = {"longt5": "LongT5", "t5gemma": "T5Gemma", "t5gemma2": "T5Gemma 2"}
 
 
 class Inspection(NamedTuple):
@@ -94,7 +93,7 @@ def _opened(
     try:
         config = huggingface.read_config(location)
         if downloaded:
-            arrays = huggingface.open_arrays(location)
+            config, arrays = huggingface.open_folder(location)
             refused = _unfit(arrays, config, location)
     except ArrayError as error:
         refused.append(error)
@@ -148,8 +147,8 @@ def family(told: Mapping[str, Any], config: T5Config | None) -> str:
     kind = told.get("model_type", "t5")
     rows = config.vocab_size if config is not None else told.get("vocab_size")
     gate = config.mlp_activations[0] if config is not None else ""
-    if kind in OTHER_NETWORKS:
-        return f"{OTHER_NETWORKS[kind]}, another network than T5's"
+    if kind in huggingface.OTHER_NETWORKS:
+        return huggingface.OTHER_NETWORKS[kind]
     if "chronos_config" in told:
         return "Chronos, a T5 of numbers without a text tokenizer"
     if kind == "umt5":

@@ -32,7 +32,7 @@ def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, s
 
 
 def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
-    """The token ids of each label, end of sequence included, padding after it: the choices of `scoring.choice_scores`."""
+    """The token ids of each label, end of sequence included, then padding: the choices of `scoring.choice_scores`."""
     rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
     table = np.full((len(rows), max(map(len, rows))), vocabulary.pad_id, np.int32)
     for row, ids in zip(table, rows, strict=True):

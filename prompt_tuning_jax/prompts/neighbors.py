@@ -90,8 +90,11 @@ def make_lexicon(
             places[label] = len(names)
             names.append(label)
             others.append(embeddings[ids].astype(np.float32).mean(axis=0))
+    # A view of the table if no word's id is left out between the first and the last.
+    whole = slice(int(words[0]), int(words[-1]) + 1) if len(words) == words[-1] + 1 - words[0] else words
+    own = embeddings[whole]
     others = np.array(others, np.float32).reshape(-1, embeddings.shape[1])
-    return Lexicon(embeddings[words], others, names, places)
+    return Lexicon(own, others, names, places)
 
 
 def describe(

@@ -26,6 +26,10 @@ class T5Config:
       decoder_start_token_id: the decoder's first input, in front of the targets.
       dtype: of the activations, also by name; "auto" is bfloat16 on accelerators and float32 on CPU. Softmax, RMSNorm,
         logits and loss are float32 whatever it is.
+      relative_bias_per_layer: whether each layer of both stacks has its own table of relative positions (umT5, and
+        T5X's scalable_t5); False for one table per stack.
+      scale_decoder_outputs: whether the decoder's output is multiplied by D^-0.5 before the logits. None for T5X's
+        rule: only if the logits go through the embedding table. transformers 5 has the two independently.
       remat_policy: what of a layer the forward pass keeps for the backward pass, by T5X's names: "none" keeps all that
         it reads, "minimal" the products with weights, "full" the layer's input alone; the rest is computed again.
       attention: of the encoder's layers: "products", written out in `kernels.attend`; "cudnn", that library's fused
@@ -50,6 +54,8 @@ class T5Config:
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
+    relative_bias_per_layer: bool = False
+    scale_decoder_outputs: bool | None = None
     dtype: Any = jnp.float32
     remat_policy: str = "none"
     attention: str = "products"
@@ -70,6 +76,13 @@ class T5Config:
             fused = takes and has_cudnn_attention()
             object.__setattr__(self, "attention", "cudnn" if fused else "products")
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if self.scale_decoder_outputs == self.logits_via_embedding:  # T5X's rule, said at length
+            object.__setattr__(self, "scale_decoder_outputs", None)
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether the decoder's output is multiplied by D^-0.5 before the logits."""
+        return self.logits_via_embedding if self.scale_decoder_outputs is None else self.scale_decoder_outputs
 
 
 def has_cudnn_attention() -> bool:

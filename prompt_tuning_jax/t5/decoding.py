@@ -133,8 +133,9 @@ def beam_search(
       brevity: an answer's score is its log-probability over ((5 + length) / 6) ** brevity; at least 0.
 
     Returns:
-      Tokens int32, padding after an end of sequence, and scores, the best first. A row that ended fewer than K answers has
-      padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their log-probabilities.
+      Tokens int32, padding after an end of sequence, and scores, the best first. A row that ended fewer than K answers
+      has padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their
+      log-probabilities.
     """
     batch, shape = inputs.shape[0], (inputs.shape[0], beams, max_length)
     pad, end, start = model.config.pad_token_id, model.config.eos_token_id, model.config.decoder_start_token_id

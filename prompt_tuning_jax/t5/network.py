@@ -1,7 +1,7 @@
 """T5 1.1, top to bottom: encoder, decoder, and the whole (parameter names and call signature of T5X network.py)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -38,6 +38,10 @@ class EncoderLayer(nn.Module):
 
     config: T5Config
 
+    def setup(self):
+        if self.config.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(self.config, bidirectional=True)
+
     @nn.compact
     def __call__(
         self,
@@ -69,6 +73,8 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         cfg = self.config
+        if cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.pre_self_attention_layer_norm = RMSNorm(cfg.dtype)
         self.self_attention = Attention(cfg)
         self.pre_cross_attention_layer_norm = RMSNorm(cfg.dtype)
@@ -120,7 +126,8 @@ class Encoder(nn.Module):
         cfg = self.config
         if self.prompt_factory is not None:
             self.prompt = self.prompt_factory()
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.layers = [remat(EncoderLayer, cfg)(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = RMSNorm(cfg.dtype)
         self.dropout = Dropout(cfg.dropout_rate)
@@ -147,14 +154,13 @@ class Encoder(nn.Module):
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
         prefixes = prefixes_of(self)
-        if prefixes is None:
-            bias = self.relpos_bias(x.shape[1], x.shape[1])
-        else:
-            length = prefixes.key.shape[2]
-            mask, lengths = extend_over_prompt(mask, length), None  # with a prefix there is no fused attention
-            bias = self.relpos_bias(x.shape[1], length + x.shape[1], length)
+        before = 0
+        if prefixes is not None:
+            before = prefixes.key.shape[2]
+            mask, lengths = extend_over_prompt(mask, before), None  # with a prefix there is no fused attention
+        biases = position_biases(self, x.shape[1], before + x.shape[1], before)
         replaces = prompt is None if layers_replace is None else layers_replace
-        for number, layer in enumerate(self.layers):
+        for number, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
             if layer_prompts is not None:
                 x = change_prompt(x, layer_prompts[..., number, :, :], replaces)
             x = layer(x, bias, mask, lengths, rows, prefix_of_layer(prefixes, number))
@@ -168,7 +174,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.layers = [remat(DecoderLayer, cfg)(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = RMSNorm(cfg.dtype)
         self.dropout = Dropout(cfg.dropout_rate)
@@ -202,15 +209,14 @@ class Decoder(nn.Module):
         causal = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + first)[:, None]
         mask = causal[None, None] if mask is None else causal[None, None] & mask
         prefixes = prefixes_of(self)
-        if prefixes is None:
-            bias = self.relpos_bias(queries, keys, first)
-        else:
+        if prefixes is not None:
             length = prefixes.key.shape[2]
             mask = extend_over_prompt(mask, length)
-            bias = self.relpos_bias(queries, length + keys, first + length)
+            keys, first = length + keys, first + length
+        biases = position_biases(self, queries, keys, first)
 
         x = self.dropout(embedded, rows)
-        for number, (layer, key_value) in enumerate(zip(self.layers, encoded_kv, strict=True)):
+        for number, (layer, key_value, bias) in enumerate(zip(self.layers, encoded_kv, biases, strict=True)):
             prefix = prefix_of_layer(prefixes, number)
             x = layer(x, key_value, bias, mask, encoded_mask, index, rows, prefix)
         return self.dropout(self.decoder_norm(x), rows)
@@ -316,8 +322,10 @@ class Transformer(nn.Module):
         rows = _rows(embedded, enable_dropout, row_numbers)
         x = self.decoder(embedded, keys, mask, encoded_mask, rows, decode, max_decode_length)
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
-        return with_logical_constraint(self.decoder.logits_dense(x), ("batch", "length", "vocab"))
+            logits = self.token_embedder.attend(x)
+        else:
+            logits = with_logical_constraint(self.decoder.logits_dense(x), ("batch", "length", "vocab"))
+        return logits / jnp.sqrt(x.shape[-1]) if self.config.scales_logits else logits
 
     def __call__(
         self,
@@ -361,6 +369,15 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
         return layer
     policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
+
+
+def position_biases(
+    stack: "Encoder | Decoder", queries: int, keys: int, first_query: Int[Array, ""] | int
+) -> Sequence[Bias]:
+    """Returns the relative position bias of each of a stack's layers: the stack's own for all, or each layer's."""
+    if stack.config.relative_bias_per_layer:
+        return [layer.relpos_bias(queries, keys, first_query) for layer in stack.layers]
+    return [stack.relpos_bias(queries, keys, first_query)] * len(stack.layers)
 
 
 class Prefixes(NamedTuple):
