@@ -46,6 +46,7 @@ def command(task: str, dtype: str, seed: int, out: Path, args: argparse.Namespac
 def logits_of(dtype: str) -> tuple[np.ndarray, int]:
     """Logits of the base alone on 128 of the demo's validation rows, padding left out, and the base's bytes."""
     config = open_model("nano").config
+    assert config is not None
     base, words = load_base("nano", config, dtype), open_vocabulary(None, "nano", config)
     dataset = DatasetConfig("demo_reviews", "validation", 128, {"inputs": 48, "targets": 8})
     batch = next(iter(next(iter(dataset.eval_batches(words).values()))))

@@ -140,6 +140,8 @@ FAMILIES = [
         listed=False,
         expected={"mlp_activations": ("relu",), "scale_decoder_outputs": True},
     ),
+    Family("T5 1.1 whose decoder starts with the end", "ids 0, 1, 1", UNTIED, ids=(0, 1, 1), listed=False),
+    Family("T5 1.1 with three ids of its own", "ids 2, 0, 1", UNTIED, ids=(2, 0, 1), listed=False),
     Family(
         "umT5 of all differences at once",
         "a relative position table per layer; SiLU; logits tied, not scaled",

@@ -20,9 +20,10 @@ from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.decoding import EOS, beam_search, greedy, sample
+from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right
+from prompt_tuning_jax.tasks.vocabularies import EOS
 
 # What peft 0.21 asks of transformers 5, which has other names for it.
 pytestmark = [

@@ -191,9 +191,9 @@ def _ids(found: Mapping[str, Any], generation: Path) -> dict[str, int]:
         value = default if value is None else value
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
-        rows = found.get("vocab_size")
+        rows = _size(found, "vocab_size")
         if type(value) is not int or not 0 <= value < rows:
-            raise ValueError(f"{name} is {value!r:.60}, expected one id below the vocab_size of {rows!r:.20}")
+            raise ValueError(f"{name} is {value!r:.60}, expected one id below the vocab_size of {rows}")
         ids[name] = value
     if ids["pad_token_id"] == ids["eos_token_id"]:
         raise ValueError(f"pad_token_id and eos_token_id are both {ids['eos_token_id']}: padding would end every text")
