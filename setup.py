@@ -33,6 +33,7 @@ INSTALL_REQUIRES = [
     "protobuf>=6,<8",  # in which sentencepiece's models are written
     "rouge-score>=0.1.2,<0.2",
     # Base models and prompts in and out.
+    "huggingface_hub>=2.4,<3",
     "safetensors>=0.8,<0.9",
     "tensorstore>=0.1.86,<0.2",
     # Command lines, logs and plots.

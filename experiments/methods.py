@@ -1,13 +1,14 @@
-"""Compares the methods of sweeps/methods.gin: which trials to run next, and the page of those that are finished.
+"""Compares methods: which trials of a sweep to run next, and the page and figures of those that are finished.
 
-    python -m experiments.methods --next --gin.DATA_DIR="'path/to/data'"
-    python -m experiments.methods --collect --gin.DATA_DIR="'path/to/data'"
-    python -m experiments.methods --page
+    python -m experiments.methods --next --gin_file=sweeps/methods.gin --gin.DATA_DIR="'path/to/data'"
+    python -m experiments.methods --collect --gin_file=sweeps/methods.gin --gin.DATA_DIR="'path/to/data'"
+    python -m experiments.methods --page --gin_file=sweeps/methods.gin
 
-`--next` prints the trials to run now, as `sweep --only=` takes them: of each method and task every learning rate with
-the first seed, and once these are finished, the other seeds at the rate with the best score. `--collect` answers the
-rows of the finished trials again from their best evaluation, and keeps which answers were right in
-experiments/results/methods.csv. `--page` writes methods.md from that file alone.
+The sweep is sweeps/methods.gin, all methods, or sweeps/fast.gin, the short runs against the official recipe. `--next`
+prints the trials to run now, as `sweep --only=` takes them: of each method and task every learning rate with the first
+seed, and once these are finished, the other seeds at the rate with the best score. `--collect` answers the rows of the
+finished trials again from their best evaluation, and keeps which answers were right in experiments/results/NAME.csv,
+NAME being the sweep's. `--page` writes NAME.md and NAME.png from that file alone.
 """
 
 import csv
@@ -21,23 +22,41 @@ from typing import NamedTuple
 import gin
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 
+from experiments.drawing import COLOURS
 from prompt_tuning_jax import gin_files
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.sweeps import spec
 
-SWEEP = "sweeps/methods.gin"
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("next", "collect", "page")
 PLAIN = "official"  # what the other methods are compared with
 DRAWS = 10_000
-COLUMNS = ("METHOD", "SIZE", "TASK", "LEARNING_RATE", "RANDOM_SEED", "accuracy", "best_step", "steps", "steps_to_99")
+COLUMNS = ("METHOD", "SIZE", "TASK", "LEARNING_RATE", "RANDOM_SEED", "accuracy", "best_step", "steps", "curve")
 COLUMNS += ("trainable_parameters", "stored_bytes", "rows", "right", "base_fingerprint")
+INTERVALS = (
+    f"In brackets: the middle 95% of {DRAWS:,} bootstrap draws over rows and seeds. Each method had the same number of "
+    f'learning rates, tried with the first seed; the best of them was run with the other seeds. "less {PLAIN}" is the '
+    'difference to prompt tuning by the official recipe on the same rows. "none" stands where its interval has 0 in '
+    "it: these rows and seeds tell no difference."
+)
+ABOUT = {
+    "methods": "# The methods on real tasks\n\n"
+    "Accuracy in per cent of generated answers on training rows held back, at each run's best evaluation; mean over "
+    f"the seeds. {INTERVALS} The rows that are scored also choose the learning rate and the step, so all scores are a "
+    "little too high.",
+    "fast": "# Short runs against the official recipe\n\n"
+    "Accuracy in per cent of generated answers after the last step, on rows that chose neither a recipe nor a step; "
+    f"mean over the seeds. {INTERVALS}",
+}
 
 
 class Found(NamedTuple):
     """What a finished trial found.
 
     Attributes:
+      curve: the accuracy at each evaluated step.
       right: which rows were answered right at the best evaluation.
       stored_bytes: of what is kept of it, `best/`.
     """
@@ -47,7 +66,7 @@ class Found(NamedTuple):
     task: str
     rate: str
     seed: int
-    steps_to_99: int
+    curve: Mapping[int, float]
     best_step: int
     steps: int
     trainable_parameters: int
@@ -123,11 +142,24 @@ def next_trials(trials: Sequence[spec.Trial], scores: Mapping[str, float]) -> li
     return chosen
 
 
+def sweep_of(argv: Sequence[str]) -> str:
+    """Returns the name of the one sweep that the command line names.
+
+    Raises:
+      ValueError: it names none, several, or one that has no page.
+    """
+    names = [Path(argument.partition("=")[2]).stem for argument in argv if argument.startswith("--gin_file=")]
+    if len(names) != 1 or names[0] not in ABOUT:
+        known = " or ".join(f"--gin_file=sweeps/{name}.gin" for name in ABOUT)
+        raise SettingError(f"{', '.join(names) or 'no sweep'} given, expected {known}")
+    return names[0]
+
+
 def settings_of(argv: Sequence[str]) -> tuple[spec.Sweep, list[spec.Trial]]:
-    """Returns the sweep that `sweep --gin_file=sweeps/methods.gin ARGV` runs, and its trials."""
-    own, texts = gin_files.split_bindings([f"--gin_file={SWEEP}", *argv], FLAGS, __doc__)
+    """Returns the sweep that `sweep ARGV` runs, and its trials."""
+    own, texts = gin_files.split_bindings(argv, FLAGS, __doc__)
     gin_files.parse(own, FLAGS)
-    settings = gin_files.configured(spec.Sweep, SWEEP)()
+    settings = gin_files.configured(spec.Sweep, f"sweeps/{sweep_of(argv)}.gin")()
     gin.clear_config()
     return settings, settings.trials(texts)
 
@@ -173,7 +205,7 @@ def collect(trials: Sequence[spec.Trial]) -> list[Found]:
                 values["TASK"],
                 values["LEARNING_RATE"],
                 int(values["RANDOM_SEED"]),
-                steps_to(curve_of(trial.folder)),
+                curve_of(trial.folder),
                 summary["best_step"],
                 summary["steps"],
                 summary["trainable_parameters"],
@@ -193,9 +225,10 @@ def to_csv(found: Sequence[Found], path: Path) -> None:
         writer.writerow(COLUMNS)
         for one in found:
             bits = np.packbits(one.right).tobytes().hex()
+            curve = " ".join(f"{step}:{score:.10g}" for step, score in one.curve.items())
             writer.writerow(
                 [one.method, one.size, one.task, one.rate, one.seed, f"{one.accuracy:.4f}", one.best_step, one.steps]
-                + [one.steps_to_99, one.trainable_parameters, one.stored_bytes, len(one.right), bits]
+                + [curve, one.trainable_parameters, one.stored_bytes, len(one.right), bits]
                 + [one.base_fingerprint]
             )
 
@@ -213,7 +246,7 @@ def from_csv(path: Path) -> list[Found]:
                     row["TASK"],
                     row["LEARNING_RATE"],
                     int(row["RANDOM_SEED"]),
-                    int(row["steps_to_99"]),
+                    {int(step): float(score) for step, score in (pair.split(":") for pair in row["curve"].split())},
                     int(row["best_step"]),
                     int(row["steps"]),
                     int(row["trainable_parameters"]),
@@ -263,7 +296,7 @@ def table(found: Sequence[Found], size: str, task: str) -> str:
             over = bootstrap(cell.right - plain.right)
             difference = str(over) if over.excludes_zero else f"{over}: none"
         run = cell.runs[0]
-        steps = ", ".join(str(one.steps_to_99) for one in cell.runs)
+        steps = ", ".join(str(steps_to(one.curve)) for one in cell.runs)
         lines.append(
             f"| {method} | {run.rate} of {cell.tried} | {len(cell.runs)} | {bootstrap(cell.right)} | {difference} "
             f"| {steps} | {run.trainable_parameters:,} | {run.stored_bytes:,} |"
@@ -271,22 +304,53 @@ def table(found: Sequence[Found], size: str, task: str) -> str:
     return "\n".join(lines)
 
 
-def page(found: Sequence[Found]) -> str:
-    """Returns the page in Markdown."""
-    parts = [
-        "# The methods on real tasks",
-        "Written by `python -m experiments.methods --page` from methods.csv. Accuracy in per cent of generated answers "
-        "on training rows held back, at each run's best evaluation; mean over the seeds. In brackets: the middle 95% "
-        f"of {DRAWS:,} bootstrap draws over rows and seeds. Each method had the same number of learning rates, tried "
-        f'with the first seed; the best of them was run with the other seeds. "less {PLAIN}" is the difference to '
-        'prompt tuning by the official recipe on the same rows; "none" stands where its interval has 0 in it. The rows '
-        "that are scored also choose the learning rate and the step, so all scores are a little too high.",
-    ]
+def page(name: str, found: Sequence[Found]) -> str:
+    """Returns the page of a sweep in Markdown."""
+    command = f"python -m experiments.methods --page --gin_file=sweeps/{name}.gin"
+    parts = [ABOUT[name], f"Written by `{command}` from {name}.csv.", f"![accuracy by method]({name}.png)"]
     for size, task in dict.fromkeys((one.size, one.task) for one in found):
-        count = next(len(one.right) for one in found if (one.size, one.task) == (size, task))
-        steps = max(one.steps for one in found if (one.size, one.task) == (size, task))
-        parts += [f"## {task}, {size}: {count:,} rows, {steps} steps", table(found, size, task)]
+        of_task = [one for one in found if (one.size, one.task) == (size, task)]
+        steps = sorted({one.steps for one in of_task})
+        parts.append(f"## {task}, {size}: {len(of_task[0].right):,} rows, {' or '.join(map(str, steps))} steps")
+        parts.append(table(found, size, task))
     return "\n\n".join(parts) + "\n"
+
+
+def draw(found: Sequence[Found], size: str) -> Figure:
+    """Draws a panel a task: of each method the difference to the official recipe with its interval, and below it the
+    mean accuracy at each evaluated step."""
+    of_size = {key[1:]: cell for key, cell in cells(found).items() if key[0] == size}
+    tasks, methods = ([*dict.fromkeys(key[place] for key in of_size)] for place in (0, 1))
+    figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 2.2 + 0.26 * len(methods) + 2.6), layout="constrained")
+    rows = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1.2 + 0.26 * len(methods), 2.6])
+    for task, above, below in zip(tasks, *rows, strict=True):
+        plain = of_size.get((task, PLAIN))
+        for place, method in enumerate(methods):
+            cell = of_size.get((task, method))
+            if cell is None or plain is None or len(cell.runs) != len(plain.runs):
+                continue
+            colour = COLOURS[6] if method == PLAIN else COLOURS[0]
+            if method != PLAIN:
+                over = bootstrap(cell.right - plain.right)
+                bars = [[over.mean - over.low], [over.high - over.mean]]
+                above.errorbar([over.mean], [place], xerr=bars, fmt="o", markersize=4, capsize=2, color=colour)
+            steps = [step for step in cell.runs[0].curve if all(step in run.curve for run in cell.runs)]
+            means = [float(np.mean([run.curve[step] for run in cell.runs])) for step in steps]
+            below.plot(
+                steps, means, color=colour, zorder=3 if method == PLAIN else 2, marker="." if len(steps) < 3 else ""
+            )
+            below.lines[-1].set(alpha=1.0 if method == PLAIN else 0.35, linewidth=1.8 if method == PLAIN else 1.0)
+        above.axvline(0.0, color=COLOURS[6], linewidth=0.8)
+        above.set_yticks(range(len(methods)), methods if task == tasks[0] else [""] * len(methods), fontsize=8)
+        above.set_ylim(len(methods) - 0.5, -0.5)
+        above.set_title(f"{task}, {len(next(one.right for one in found if one.task == task)):,} rows", fontsize=9)
+        above.set_xlabel(f"accuracy less {PLAIN}, points", fontsize=8)
+        below.set_xlabel("step", fontsize=8)
+        for axis in (above, below):
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=8)
+    rows[1][0].set_ylabel(f"accuracy (black: {PLAIN})", fontsize=8)
+    return figure
 
 
 def main() -> None:
@@ -295,15 +359,17 @@ def main() -> None:
     with gin_files.user_errors():
         if len(flags) != 1:
             raise ValueError(f"{' '.join(argv) or 'no flag'} given, expected one of --next, --collect, --page")
+        name = sweep_of(argv)
         if flags == ["page"]:
-            found = from_csv(RESULTS / "methods.csv")
-            (RESULTS / "methods.md").write_text(page(found))
+            found = from_csv(RESULTS / f"{name}.csv")
+            (RESULTS / f"{name}.md").write_text(page(name, found))
+            draw(found, found[0].size).savefig(RESULTS / f"{name}.png", dpi=150)
             return
         _, trials = settings_of(argv)
         if flags == ["next"]:
             print(":".join(trial.name for trial in next_trials(trials, finished_scores(trials))))
             return
-        to_csv(collect(trials), RESULTS / "methods.csv")
+        to_csv(collect(trials), RESULTS / f"{name}.csv")
 
 
 if __name__ == "__main__":

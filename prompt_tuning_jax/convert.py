@@ -1,13 +1,19 @@
 """Converts models and prompts: `python -m prompt_tuning_jax.convert SOURCE TARGET --to=FORMAT`.
 
 Models: --to=huggingface, t5x, orbax. Prompts: --to=npy, peft, t5x. Formats of SOURCE are recognised.
+
+`python -m prompt_tuning_jax.convert --inspect SOURCE` prints what a base model is, and why it would be refused.
 """
 
 import argparse
 import sys
 
 from prompt_tuning_jax.checkpoints.conversion import MODEL_FORMATS, PROMPT_FORMATS, convert
-from prompt_tuning_jax.flags import Parser, flag_errors
+from prompt_tuning_jax.checkpoints.inspection import inspect_base
+from prompt_tuning_jax.errors import renamed, spelled
+from prompt_tuning_jax.flags import Parser, as_flag, flag_errors
+
+NAMES = {"source": "SOURCE", "target": "TARGET"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -17,18 +23,51 @@ def parse(argv: list[str]) -> argparse.Namespace:
       ValueError: it is not one of this command's.
     """
     parser = Parser("prompt_tuning_jax.convert", __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a model or prompt of any format; the embedded base is 'nano'")
-    parser.add_argument("target", metavar="TARGET", help="where nothing is yet")
+    source = "a model or prompt of any format; a model also by its hub id; the embedded base is 'nano'"
+    parser.add_argument("source", metavar="SOURCE", help=source)
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="where nothing is yet")
     formats = sorted({*MODEL_FORMATS, *PROMPT_FORMATS})
-    parser.add_argument("--to", required=True, choices=formats)
-    parser.add_argument("--base", help="the base a prompt was trained on, by path, or by name for --to=peft")
+    parser.add_argument("--to", choices=formats)
+    parser.add_argument("--base", help="the base a prompt was trained on, by path or hub id; --to=peft names it")
     parser.add_argument("--vocabulary", help="a SentencePiece model, or 'bytes', to put beside a model that has none")
-    return parser.parse_args(argv)
+    parser.add_argument("--inspect", action="store_true", help="print what a base model is; nothing is converted")
+    parser.add_argument("--fingerprint", action="store_true", help="with --inspect: read all parameters, and print it")
+    arguments = parser.parse_args(argv)
+    if arguments.inspect:
+        for name in ("target", "to", "base", "vocabulary"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"{NAMES.get(name, as_flag(name))} is given with --inspect, which takes SOURCE alone")
+    elif arguments.fingerprint:
+        parser.error("--fingerprint is given without --inspect")
+    else:
+        missing = [NAMES.get(name, as_flag(name)) for name in ("target", "to") if getattr(arguments, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return arguments
 
 
 def main() -> None:
-    with flag_errors({"source": "SOURCE", "target": "TARGET"}):
-        print(convert(**vars(parse(sys.argv[1:]))))
+    with flag_errors(NAMES):
+        arguments = parse(sys.argv[1:])
+        if arguments.inspect:
+            return print_inspection(arguments.source, arguments.fingerprint)
+        names = ("source", "target", "to", "base", "vocabulary")
+        print(convert(**{name: getattr(arguments, name) for name in names}))
+
+
+def print_inspection(source: str, fingerprint: bool) -> None:
+    """Prints what a base model is: a line per fact, and a line per reason why it would be refused.
+
+    Raises:
+      ValueError: there is no base model.
+    """
+    with renamed(initial_checkpoint_path="source"):
+        facts, refused = inspect_base(source, fingerprint=fingerprint)
+    spell = lambda name: "SOURCE" if name == "initial_checkpoint_path" else as_flag(name)  # noqa: E731
+    reasons = [spelled(error, spell) for error in refused]
+    lines = [*facts.items(), *(("refused", reason) for reason in reasons or ["no reason found"])]
+    for name, text in lines:
+        print(f"{name:<12} {' '.join(text.split())}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from prompt_tuning_jax.inference.requests import Decoding
 
 def add_model_flags(parser: Parser) -> None:
     """Adds the flags of a base model, its prompts and the size of its batches."""
-    parser.add_argument("--base", default="nano", help="a base of any format, by its path; the embedded one by default")
+    parser.add_argument(
+        "--base", default="nano", help="a base of any format, by path or hub id; the embedded one by default"
+    )
     parser.add_argument("--prompts", help="a folder of prompts (NAME.npy, run folders, PEFT adapters), or one prompt")
     parser.add_argument("--vocabulary", help="a SentencePiece model or 'bytes', where none lies beside the base")
     parser.add_argument("--dtype", default="auto", help="of the base in memory: auto, float32, bfloat16, int8")

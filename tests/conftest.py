@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start, too
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network; those of the hub have a server of their own
 
 import absl.logging
 import hypothesis
@@ -66,8 +67,7 @@ def model(tiny):
 
 @pytest.fixture(scope="session")
 def peft():
-    """PEFT, without a network, and with one thread."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """PEFT, with one thread."""
     pytest.importorskip("torch").set_num_threads(1)
     return pytest.importorskip("peft")
 

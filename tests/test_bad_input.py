@@ -176,7 +176,7 @@ def test_a_base_of_another_size(refused, tiny, tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        ("no folder", "no base model at {base}; expected a folder or one of nano: set INITIAL_CHECKPOINT_PATH"),
+        ("no folder", "no base model at {base}; expected a folder, an id on the hub or one of nano: set INITIAL"),
         ("no config.json", "{base} is no base model: it has neither config.json (Hugging Face) nor"),
         ("no model.safetensors", "{base}/model.safetensors cannot be read ("),
         ("half of config.json", "{base}/config.json is not the configuration of a T5 ("),

@@ -125,7 +125,7 @@ def from_gin(tiny, tmp_path, monkeypatch, capfd, *files, **macros):
 def test_a_base_that_is_not_there(tiny, tmp_path, monkeypatch, capfd):
     macro = "INITIAL_CHECKPOINT_PATH"
     path = str(tmp_path / macro)  # a path is not a setting, whatever it is called
-    line = f"no base model at {path}; expected a folder or one of nano: set "
+    line = f"no base model at {path}; expected a folder, an id on the hub or one of nano: set "
     assert from_python(lambda: open_model(path)) == line + "`where`"
     assert from_gin(tiny, tmp_path, monkeypatch, capfd, **{macro: path}) == line + macro
     assert said(infer.main, [f"--base={path}"], monkeypatch, capfd) == line + "--base"

@@ -309,5 +309,5 @@ def test_a_mixture_is_each_task_and_the_mean(tiny, evaluator, split, capsys):
     assert sum(line.startswith("reviews, wrong: prediction ") for line in lines) == 2
     assert all("targets 'positive' inputs " in line for line in lines if line.startswith("reviews"))
     one = evaluate(dataset=Splits({"nine": tasks["nine"]}), **options)
-    common = {name: found[name] for name in ("task", "split", "base_fingerprint", "prompt")}
+    common = {name: found[name] for name in ("task", "split", "base", "base_fingerprint", "prompt")}
     assert one == found["tasks"]["nine"] | common, "of one task, without a level in between"

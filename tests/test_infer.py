@@ -187,7 +187,7 @@ def test_whoever_waits_for_an_answer_gets_it(flags, tiny):
     "arguments, message",
     [
         (["--bse=x"], "unrecognized arguments: --bse=x"),
-        (["--base=nowhere"], "no base model at nowhere; expected a folder or one of nano: set --base"),
+        (["--base=nowhere"], "no base model at nowhere: no folder is there, and HF_HUB_OFFLINE is set"),
         (["--prompts=nowhere"], "no folder of prompts at nowhere: set --prompts"),
         (["--prompt=none"], "no prompt 'none'"),
         (["--decode=best"], "decode is 'best', expected greedy or beam or sample"),

@@ -9,6 +9,7 @@ import pytest
 from experiments import methods
 from prompt_tuning_jax import gin_files
 
+SWEEP = "--gin_file=sweeps/methods.gin"
 DATA = "--gin.DATA_DIR='data'"
 
 
@@ -21,9 +22,9 @@ def only_this_tests_gin(monkeypatch):
     gin.clear_config()
 
 
-def found(method="official", task="sst2", rate="0.3", seed=0, right=(True, False), steps_to_99=20):
+def found(method="official", task="sst2", rate="0.3", seed=0, right=(True, False), curve=((20, 50.0), (40, 50.0))):
     return methods.Found(
-        method, "nano", task, rate, seed, steps_to_99, 40, 300, 2560, 10_368, np.array(right), "d78aa9ae865fc70a"
+        method, "nano", task, rate, seed, dict(curve), 40, 300, 2560, 10_368, np.array(right), "d78aa9ae865fc70a"
     )
 
 
@@ -64,7 +65,7 @@ def test_steps_to_99_per_cent_of_the_best():
 
 
 def test_the_first_seed_of_all_rates_and_then_the_best_rates_other_seeds(tmp_path):
-    _, trials = methods.settings_of([DATA, f"--gin.SWEEP_DIR='{tmp_path}'"])
+    _, trials = methods.settings_of([SWEEP, DATA, f"--gin.SWEEP_DIR='{tmp_path}'"])
     first = methods.next_trials(trials, {})
     assert {trial.values["RANDOM_SEED"] for trial in first} == {"0"}
     assert 3 * len(first) == len(trials)
@@ -97,7 +98,7 @@ def test_a_table_has_the_best_rate_and_says_where_there_is_no_difference():
     rows = [found(rate=rate, right=base if rate == "0.3" else base & False) for rate in ("0.1", "0.3", "1.0")]
     rows += [found(seed=seed, right=base) for seed in (1, 2)]
     rows += [found("fresh", seed=seed, right=base ^ (np.arange(500) == seed)) for seed in range(3)]
-    rows += [found("lora", rate="0.01", seed=seed, right=much, steps_to_99=60) for seed in range(3)]
+    rows += [found("lora", rate="0.01", seed=seed, right=much, curve=((20, 50.0), (60, 80.0))) for seed in range(3)]
     lines = methods.table(rows, "nano", "sst2").splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| lora", "| fresh", "| official"] or lines[0].startswith(
         "| lora"
@@ -114,3 +115,30 @@ def test_a_command_line_says_one_thing(monkeypatch, capsys):
         methods.main()
     assert left.value.code == 2
     assert "expected one of --next, --collect, --page" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--next"], ["--page", "--gin_file=sweeps/demo.gin"], ["--page", SWEEP, SWEEP]])
+def test_a_command_line_names_one_sweep_that_has_a_page(argv, monkeypatch, capsys):
+    monkeypatch.setattr(methods.sys, "argv", ["methods", *argv])
+    with pytest.raises(SystemExit) as left:
+        methods.main()
+    assert left.value.code == 2
+    assert "expected --gin_file=sweeps/methods.gin or --gin_file=sweeps/fast.gin" in capsys.readouterr().err
+
+
+def test_a_page_and_its_figure_are_of_the_kept_file_alone(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    base = rng.random(500) < 0.6
+    rows = [found(seed=seed, right=base) for seed in range(3)]
+    rows += [found("lora", rate="0.01", seed=seed, right=base | (rng.random(500) < 0.3)) for seed in range(3)]
+    methods.to_csv(rows, tmp_path / "methods.csv")
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    monkeypatch.setattr(methods.sys, "argv", ["methods", "--page", SWEEP])
+    methods.main()
+    written = (tmp_path / "methods.md").read_text()
+    assert "## sst2, nano: 500 rows, 300 steps" in written and methods.table(rows, "nano", "sst2") in written
+    above, below = methods.draw(rows, "nano").axes
+    (container,) = above.containers
+    over = methods.bootstrap(methods.cells(rows)["nano", "sst2", "lora"].right - 100.0 * np.stack([base] * 3))
+    assert [float(x) for x in container.lines[0].get_xdata()] == pytest.approx([over.mean])
+    assert len(below.lines) == 2 and (tmp_path / "methods.png").stat().st_size > 1000

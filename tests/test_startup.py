@@ -10,7 +10,7 @@ import pytest
 COMMANDS = ("train", "eval", "infer", "serve", "sweep", "convert", "neighbors", "demo")
 # What takes long to import and is needed late, seldom, or only by a process of its own.
 LATE = {"grain", "matplotlib", "orbax", "tensorboardX"}
-ELSEWHERE = {"pandas", "peft", "scipy", "seqio", "starlette", "submitit", "t5x", "tensorflow", "torch", "transformers"}
+ELSEWHERE = {*"pandas peft scipy seqio starlette submitit t5x tensorflow torch transformers huggingface_hub".split()}
 STEPS, LOG_PERIOD = 12, 4
 
 # `train`, watched: what is imported when its first step is taken; how many batches had been read while a step went on;

@@ -1,4 +1,4 @@
-"""The frozen base: found by path, checked against the size asked for, known by its fingerprint."""
+"""The frozen base: found by path or hub id, checked against the size asked for, known by its fingerprint."""
 
 import collections
 import contextlib
@@ -19,7 +19,8 @@ from jaxtyping import Array, UInt32
 
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
 from prompt_tuning_jax.arrays.t5x import INDEX, METADATA, STATE, is_t5x, open_t5x
-from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
+from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import T5Config
@@ -38,10 +39,8 @@ SIZES = (
     "relative_bias_per_layer",
 )
 # What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
-CHOICES = (
-    *("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance"),
-    "scale_decoder_outputs",
-)
+CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
+HEAD = ("scale_decoder_outputs",)  # which config.json tells only together with the tensors
 
 Params = dict[str, jax.Array]
 Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
@@ -51,7 +50,7 @@ class Base(NamedTuple):
     """A base model in memory.
 
     Attributes:
-      path: where it was read; None for random weights.
+      path: the folder or URL that it was read from, or its id on the hub with the commit; None for random weights.
       params: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 base with scales beside it, see `t5.quantized`.
       fingerprint: of the file's values: the same in whatever dtype they are held.
     """
@@ -76,19 +75,34 @@ class StoredModel(NamedTuple):
 
 
 def resolve(path: str) -> str:
-    """The folder of a base: the name of an embedded one, a path, or a URL (`gs://`) as it is.
+    """Returns the folder or URL of a base model.
+
+    The configuration and the tokenizer of a hub id are downloaded, unless they are in the cache. `open_model` downloads
+    its parameters.
+
+    Args:
+      path: the name of an embedded model; a folder; a URL (`gs://`), returned as it is; "t5x:NAME", see `t5x_names`; or
+        a hub id, see `hub`. A folder that exists wins over a hub id of the same text.
 
     Raises:
-      ValueError: there is no such folder.
+      ValueError: there is no such folder, and no such model on the hub.
     """
     if "://" in path:
         return path
-    folder = EMBEDDED.get(path, Path(path))
-    if not folder.is_dir():
-        raise SettingError(
-            f"no base model at {path}; expected a folder or one of {', '.join(EMBEDDED)}: set ", MODEL_SETTING
-        )
-    return os.path.abspath(folder)
+    if path.startswith(PREFIX):
+        return t5x_url(path)
+    folder, why = EMBEDDED.get(path, Path(path)), ""
+    if folder.is_dir():
+        return os.path.abspath(folder)
+    if hub.is_id(path) and not folder.exists():
+        try:
+            return hub.fetch(path)
+        except hub.HubError as error:
+            why = f": no folder is there, and {error}"
+    raise SettingError(
+        f"no base model at {path}{why}; expected a folder, an id on the hub or one of {', '.join(EMBEDDED)}: set ",
+        MODEL_SETTING,
+    )
 
 
 def default_vocabulary(path: str | None) -> str | None:
@@ -99,12 +113,17 @@ def default_vocabulary(path: str | None) -> str | None:
 def open_model(path: str) -> StoredModel:
     """Opens a base or a tuned model of any format, by its path alone: Hugging Face's, or T5X's in either layout.
 
+    Args:
+      path: what `resolve` takes. A hub id's parameters are downloaded, unless they are in the cache.
+
     Raises:
       ValueError: there is none, or it is not whole; the message names what is wrong.
     """
     location = resolve(path)
     with _explained():
         if Path(location, huggingface.CONFIG).is_file():
+            huggingface.read_config(location)  # refused before its parameters are downloaded
+            hub.fetch_weights(location)
             return StoredModel(location, *huggingface.open_folder(location))
         if is_t5x(location):
             arrays = t5x.from_scalable(open_t5x(location))
@@ -145,11 +164,15 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
       ValueError: no base is there, it is not whole, or its size is another.
     """
     check_base_dtype(dtype)
-    model = open_model(path)
+    location = resolve(path)
+    told = Path(location, huggingface.CONFIG).is_file()
+    if told:  # before the parameters of a hub id are downloaded
+        with _explained():
+            check_size(huggingface.read_config(location), config, location)
+    model = open_model(location)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     if model.config is not None:
-        told = Path(model.location, huggingface.CONFIG).is_file()
-        check_size(model.config, config, model.location, SIZES + CHOICES if told else SIZES)
+        check_size(model.config, config, model.location, HEAD if told else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
     sums, params, passed = {}, {}, 0
     # The largest first: what an array needs besides its place on the device is then never on top of all the others.
@@ -166,7 +189,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
                 passed = 0
                 _trim_heap()
     held = {path: value for name in arrays for path, value in params[name].items()}
-    return Base(model.location, held, _digest(arrays, sums))
+    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums))
 
 
 def _trim_heap() -> None:
@@ -218,6 +241,8 @@ def _explained() -> Iterator[None]:
         yield
     except ArrayError as error:
         raise SettingError(f"{error}: set ", MODEL_SETTING, " to a whole checkpoint") from None
+    except hub.HubError as error:
+        raise SettingError(f"{error}: set ", MODEL_SETTING, " to a base model that can be read") from None
 
 
 def _nearby(location: str) -> str:
@@ -346,6 +371,11 @@ def _sums(array: Array) -> np.ndarray:
 def fingerprint(params: Mapping[str, jax.Array]) -> str:
     """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie."""
     return _digest(params, {name: _sums(params[name]) for name in params})
+
+
+def stored_fingerprint(arrays: Mapping[str, StoredArray]) -> str:
+    """Returns the fingerprint of a model on disk, reading one array at a time."""
+    return _digest(arrays, {name: _sums(jnp.asarray(np.asarray(arrays[name]))) for name in arrays})
 
 
 def _digest(params: Mapping[str, jax.Array | StoredArray], sums: Mapping[str, np.ndarray]) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
-from prompt_tuning_jax.checkpoints import huggingface, t5x
+from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import (
     CHOICES,
     EMBEDDED,
@@ -21,6 +21,7 @@ from prompt_tuning_jax.checkpoints.base import (
     check_vocabulary,
     default_vocabulary,
     open_model,
+    resolve,
 )
 from prompt_tuning_jax.checkpoints.tuned import folder_of_additions
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
@@ -37,12 +38,13 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
     """Writes what lies at `source` to `target`, whole or not at all, bit for bit in the dtype it has.
 
     Args:
-      source: a model or a prompt, of any format that `open_model` or `read_prompt` knows.
+      source: a model or a prompt, of any format that `open_model` or `read_prompt` knows; a model also by its hub id.
       target: a path at which nothing is yet.
       to: for a model, "huggingface" (a folder for `transformers`), "t5x" (T5X's own layout) or "orbax" (the layout that
         T5X writes through Orbax); for a prompt, "npy", "peft" (an adapter folder) or "t5x" (a folder with the
         official implementation's file).
-      base: the base that a prompt was trained on: its width is checked, and a PEFT adapter names it.
+      base: the base that a prompt was trained on, which a PEFT adapter names. Its width is checked if it can be read; a
+        hub id that cannot be read now is only named.
       vocabulary: a SentencePiece model, or 'bytes', to put beside a model; None for the one beside `source`.
 
     Returns:
@@ -100,10 +102,10 @@ def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
             Setting("source"),
             " to a prompt [P, D]",
         )
-    prompt = read_prompt(source)
-    if base is not None and (base in EMBEDDED or Path(base).exists()):
+    prompt, note = read_prompt(source), ""
+    if base is not None:
         with renamed(initial_checkpoint_path="base"):
-            config = open_model(base).config
+            config, note = _config_of(base)
         if config is not None and config.emb_dim != prompt.shape[1]:
             raise SettingError(
                 f"{source} is {list(prompt.shape)}, but {base} has d_model {config.emb_dim}: set ",
@@ -117,11 +119,22 @@ def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
             write_prompt(partial / OFFICIAL_NAME, prompt)
     else:
         write_prompt(target, prompt)
-    return f"{target}: a prompt, float32 {list(prompt.shape)}"
+    return f"{target}: a prompt, float32 {list(prompt.shape)}{note}"
+
+
+def _config_of(base: str) -> tuple[T5Config | None, str]:
+    """Returns the size of the base model that a prompt is for, or None and why its width was not checked."""
+    if base in EMBEDDED or Path(base).exists() or not hub.is_id(base):
+        return open_model(base).config, ""
+    try:
+        return huggingface.read_config(hub.fetch(base)), ""
+    except (hub.HubError, ArrayError) as error:
+        return None, f"; the width of {base} was not checked: {error}"
 
 
 def _convert_model(source: str, target: str, to: str, vocabulary: str | None) -> str:
-    model = open_model(source)
+    location = resolve(source)
+    model = open_model(location)
     if model.config is None:
         raise SettingError(
             f"{source} lacks so many arrays that its size cannot be told: set ",
@@ -134,7 +147,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     arrays = base if to == "huggingface" else model.arrays
     if to != "huggingface" and model.config.relative_bias_per_layer:
         arrays = t5x.to_scalable(arrays, model.config.num_heads)
-    vocabulary = vocabulary or default_vocabulary(source)
+    vocabulary = vocabulary or default_vocabulary(location)
     if vocabulary:
         check_vocabulary(Vocabulary(vocabulary), model.config)
     total = sum(array.nbytes for array in arrays.values())
@@ -154,7 +167,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     notes.insert(0, f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}")
     if not vocabulary:
         notes.append(f"no {BESIDE} lies beside {source}; --vocabulary=FILE puts one there")
-    if to == "huggingface" and not Path(source, huggingface.CONFIG).is_file():
+    if to == "huggingface" and not Path(location, huggingface.CONFIG).is_file():
         distance = model.config.relative_attention_max_distance
         notes.append(f"relative_attention_max_distance, which no T5X checkpoint says, was taken for T5's {distance}")
     return "; ".join(notes)

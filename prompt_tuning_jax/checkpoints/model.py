@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary
+from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary, resolve
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_table
@@ -20,7 +20,8 @@ class Model:
     """A base model in memory, which is only read.
 
     Attributes:
-      path: its folder or URL; None for random weights.
+      path: its folder or URL, or its id on the hub with the commit, "google/flan-t5-base@COMMIT"; None for random
+        weights.
       config: its size, and the numerics that it runs with.
       parameters: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 model with scales, see `t5.quantized`.
       tokenizer: its own, or the one that was asked for.
@@ -54,7 +55,9 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
     """Loads a base model.
 
     Args:
-      where: "nano", the embedded model; or the path or `gs://` URL of a folder, in Hugging Face's layout or T5X's.
+      where: "nano", the embedded model; the path or `gs://` URL of a folder, in Hugging Face's layout or T5X's; an id
+        on the Hugging Face hub, such as "google/flan-t5-base" or "google/flan-t5-base@REVISION"; or "t5x:NAME", a
+        checkpoint that T5X publishes, such as "t5x:t5_1_1_lm100k_base".
       dtype: of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto", which is
         float32 on a CPU and bfloat16 on an accelerator.
       vocabulary: a SentencePiece `.model` file, or "bytes" for ByT5; None for the tokenizer beside the model.
@@ -65,7 +68,8 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
     >>> load("nano").config.emb_dim
     128
     """
-    found = open_model(where).config
+    location = resolve(where)
+    found = open_model(location).config
     if found is None:
         raise SettingError(
             f"{where} does not say its model's size, since parameters are missing: set ",
@@ -73,7 +77,7 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
             " to a whole checkpoint",
         )
     config = dataclasses.replace(found, dtype="auto", attention="auto")
-    tokenizer = open_vocabulary(vocabulary, where, config)
-    base = load_base(where, config, dtype)
+    tokenizer = open_vocabulary(vocabulary, location, config)
+    base = load_base(location, config, dtype)
     parameters: Params = base.params
     return Model(base.path, config, parameters, tokenizer, base.fingerprint)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,9 @@ def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], b
 def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes the two files of an adapter of any kind, whole or not at all.
 
+    Args:
+      config: of adapter_config.json. A base model's hub id with @REVISION becomes PEFT's two fields.
+
     Raises:
       ValueError: the folder is there and holds anything but an earlier adapter from here.
     """
@@ -133,6 +137,10 @@ def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, 
             f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "
             "PEFT adapter, or an earlier one of these two files to replace"
         )
+    base = config.get("base_model_name_or_path") or ""
+    found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@(\S+)", base, re.ASCII)
+    if found and not os.path.exists(base):
+        config = config | {"base_model_name_or_path": found[1], "revision": found[2]}
     with whole_folder(folder) as partial:
         write_safetensors(partial, tensors, stem=STEM)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

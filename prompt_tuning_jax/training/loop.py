@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prompt_tuning_jax.batches.loader import Batch
-from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base, resolve
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.parallel.mesh import MeshShape
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
@@ -239,9 +239,10 @@ def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_D
     if held is not None:
         parameters = partitioner.place(held.parameters)
         return Model(held.path, size, parameters, held.tokenizer, held.fingerprint, partitioner.gather_table)
-    tokenizer = open_vocabulary(config.vocabulary, config.initial_checkpoint_path, size)
-    if config.initial_checkpoint_path:
-        base = load_base(config.initial_checkpoint_path, size, config.held_dtype, partitioner.parameter)
+    location = config.initial_checkpoint_path and resolve(config.initial_checkpoint_path)
+    tokenizer = open_vocabulary(config.vocabulary, location, size)
+    if location:
+        base = load_base(location, size, config.held_dtype, partitioner.parameter)
     else:
         base = random_base(size, config.random_seed, partitioner.parameter)
     return Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary
+from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary, resolve
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
@@ -52,6 +52,7 @@ def evaluate_prompt(
 
     Args:
       size: of the base model.
+      initial_checkpoint_path: the base model: what `checkpoints.base.resolve` takes.
       prompt_file: what was trained on this base model, see `checkpoints.tuned.injection_of`; None for the base model
         alone.
       prompt_files: several prompts, which are scored each and as an ensemble (section 6).
@@ -74,7 +75,8 @@ def evaluate_prompt(
     check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
     if model_dir is not None:
         check_writable(Path(model_dir))
-    tokenizer = open_vocabulary(vocabulary, initial_checkpoint_path, size)
+    location = resolve(initial_checkpoint_path)
+    tokenizer = open_vocabulary(vocabulary, location, size)
     injection, several = Injection(), {}
     if prompt_files:
         several = {path: prompt_of(injection_of(path, size), path) for path in prompt_files}
@@ -93,7 +95,7 @@ def evaluate_prompt(
     partitioner = (
         ONE_DEVICE if several else evaluation_partitioner(size, dataset.batch_size, mesh, num_partitions, base_dtype)
     )
-    base = load_base(initial_checkpoint_path, size, base_dtype, partitioner.parameter)
+    base = load_base(location, size, base_dtype, partitioner.parameter)
     model = Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
     if prompt_text is not None:
         injection = Injection(prompt=written_prompt(prompt_text, model))
@@ -103,6 +105,7 @@ def evaluate_prompt(
         "task": dataset.mixture_or_task_name,
         "split": dataset.split,
         "examples": sum(len(batches.examples) for batches in tasks.values()),
+        "base": base.path,
         "base_fingerprint": base.fingerprint,
         "prompt": prompt_file if prompt_text is None else prompt_text,
     }

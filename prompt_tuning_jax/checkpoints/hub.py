@@ -1,0 +1,218 @@
+"""Base models by their id on the Hugging Face hub: `google/flan-t5-base`, or `google/flan-t5-base@REVISION`.
+
+`huggingface_hub` downloads into its own cache, and reads its own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE and others. It is imported only for text that has the form of an id. An id becomes a snapshot: the folder
+that the cache has for one commit of the repository.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from prompt_tuning_jax.arrays.stored import first_line
+
+CONFIG = "config.json"
+# The files that describe a base model: everything but its parameters.
+DESCRIPTION = (CONFIG, "generation_config.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+# The files of parameters, the preferred format first; shards have an index, such as model.safetensors.index.json.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+INDEX = ".index.json"
+
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([^@\s]+))?", re.ASCII)
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{40})")
+
+
+class HubError(ValueError):
+    """The hub has no such base model, or does not deliver it. The message says why; one line."""
+
+
+def is_id(text: str) -> bool:
+    """Returns whether `text` has the form of an id: NAME or OWNER/NAME, and @REVISION or nothing.
+
+    >>> is_id("google/flan-t5-base@main"), is_id("/bases/flan-t5-base")
+    (True, False)
+    """
+    return _ID.fullmatch(text) is not None
+
+
+def fetch(text: str) -> str:
+    """Returns the snapshot of a base model with its configuration and tokenizer; no parameters are downloaded.
+
+    If the hub cannot be reached, or HF_HUB_OFFLINE is set, the snapshot in the cache is returned.
+
+    Args:
+      text: an id. Its revision is a branch, a tag or a commit; without one it is the main branch.
+
+    Raises:
+      HubError: there is no such repository or revision, or its files cannot be downloaded.
+    """
+    found = _ID.fullmatch(text)
+    if found is None:
+        raise HubError(f"{text} is no id on the hub")
+    from huggingface_hub import constants, is_offline_mode, resolve_revision
+
+    repository, revision = found.groups()
+    try:
+        # Once, so that all files are those of one commit. In offline mode the hub's own fallback would warn.
+        commit = resolve_revision(repository, revision=revision, local_files_only=is_offline_mode()).resolved
+    except Exception as error:
+        raise HubError(_reason(error, repository, revision)) from None
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    folder = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+    _download(folder, DESCRIPTION)
+    if not (folder / CONFIG).is_file():
+        raise HubError(f"{repository} on the hub has no {CONFIG}, which every model in Hugging Face's layout has")
+    return str(folder)
+
+
+def fetch_weights(folder: str) -> None:
+    """Downloads the parameters of a snapshot that are not there yet. Does nothing if `folder` is no snapshot.
+
+    Raises:
+      HubError: the repository has no parameters, or they cannot be downloaded.
+    """
+    snapshot = _SNAPSHOT.fullmatch(folder)
+    if snapshot is None:
+        return
+    path, first = Path(folder), first_weights(files(folder))
+    if first is None:
+        formats = ", ".join(WEIGHTS)
+        raise HubError(f"{name_of(folder)} has no parameters, expected {formats}, or shards of one of these")
+    try:
+        _download(path, [first])
+        if first.endswith(INDEX):
+            _download(path, _shards(path / first))
+    except HubError:
+        if not _has_weights(path):  # another program may have left them there, in another format
+            raise
+
+
+def first_weights(names: Collection[str]) -> str | None:
+    """Returns the file of parameters to read, or the index of its shards; None if there is none among `names`.
+
+    >>> first_weights(["pytorch_model.bin", "model.safetensors.index.json", "flax_model.msgpack"])
+    'model.safetensors.index.json'
+    """
+    return next((name for file in WEIGHTS for name in (file, file + INDEX) if name in names), None)
+
+
+def files(folder: str) -> dict[str, int]:
+    """Returns the size in bytes of each file of a snapshot's commit, whether it is downloaded or not.
+
+    If the cache has no list of the commit's files, or `folder` is no snapshot, the files in the folder are returned.
+    """
+    listed = _listed(Path(folder))
+    if listed is not None:
+        return listed
+    return {path.name: path.stat().st_size for path in Path(folder).iterdir() if path.is_file()}
+
+
+def name_of(folder: str) -> str | None:
+    """Returns the id of a snapshot with its commit; None if `folder` is no snapshot.
+
+    >>> name_of("/cache/models--google--flan-t5-base/snapshots/7bcac572ce56db69c1ea7c8af255c5d7c9672fc2")
+    'google/flan-t5-base@7bcac572ce56db69c1ea7c8af255c5d7c9672fc2'
+    """
+    snapshot = _SNAPSHOT.fullmatch(folder)
+    return snapshot and f"{_repository(snapshot)}@{snapshot[2]}"
+
+
+def _repository(snapshot: re.Match[str]) -> str:
+    return snapshot[1].replace("--", "/", 1)  # an id has no "--" of its own
+
+
+def _listed(folder: Path) -> dict[str, int] | None:
+    """Returns the size of each file of a snapshot's commit, if the cache knows them all."""
+    snapshot = _SNAPSHOT.fullmatch(str(folder))
+    if snapshot is None:
+        return None
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(_repository(snapshot), revision=snapshot[2], cache_dir=folder.parents[2])
+    except CachedRepoTreeNotFoundError:
+        return None
+    return {file.path: file.size for file in tree}
+
+
+def _shards(index: Path) -> list[str]:
+    """Returns the names of the files that an index lists."""
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+            raise ValueError("shards are named as files beside it")
+        return sorted(shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(f"{index} is not an index of shards ({first_line(error)})") from None
+
+
+def _has_weights(folder: Path) -> bool:
+    first = first_weights([path.name for path in folder.iterdir()])
+    if first is None:
+        return False
+    return not first.endswith(INDEX) or all((folder / shard).is_file() for shard in _shards(folder / first))
+
+
+def _download(folder: Path, names: Collection[str]) -> None:
+    """Downloads those of the named files that the repository of a snapshot has and the snapshot lacks.
+
+    Several processes may call this at the same time: the cache's locks let one of them download a file.
+
+    Raises:
+      HubError: a file cannot be downloaded.
+    """
+    listed = _listed(folder)
+    if all((folder / name).is_file() for name in names if listed is None or name in listed):
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            hidden = {} if options.get("unit") == "B" else {"disable": True}  # bytes, but not the number of files
+            super().__init__(*args, **options | hidden)
+
+    snapshot = _SNAPSHOT.fullmatch(str(folder))
+    assert snapshot is not None
+    try:
+        snapshot_download(
+            _repository(snapshot),
+            revision=snapshot[2],
+            cache_dir=folder.parents[2],
+            allow_patterns=[*names],
+            tqdm_class=Bar,
+        )
+    except Exception as error:  # what ends a download is of many types: of HTTP, of Xet, of the disk
+        raise HubError(_reason(error, _repository(snapshot), snapshot[2])) from None
+
+
+def _reason(error: Exception, repository: str, revision: str | None) -> str:
+    """Returns what an exception of `huggingface_hub` means for a user."""
+    from huggingface_hub import constants, errors, is_offline_mode
+
+    named = repository if revision is None else f"{repository}@{revision}"
+    # Before a download, the hub's error is the cause of another one, which says that the cache has no such file either.
+    before = isinstance(error, (errors.RevisionResolutionError, errors.LocalEntryNotFoundError))
+    cause = error.__cause__ if before and error.__cause__ else error
+    status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
+    if before and is_offline_mode():
+        return f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have all files of {named}"
+    if isinstance(cause, errors.HFValidationError):
+        return f"no repository on the hub has such a name ({first_line(cause)})"
+    if isinstance(cause, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return f"{repository} on the hub is gated ({status}): accept its terms at {page} and set HF_TOKEN"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return f"there is no repository {repository} on the hub ({status}; for a private one, set HF_TOKEN)"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"{repository} on the hub has no revision {revision} ({status})"
+    if status in (401, 403):
+        return f"the hub refuses access to {repository} ({status}): set HF_TOKEN to a token that may read it"
+    if status is not None:
+        return f"the hub at {constants.ENDPOINT} answers {status} for {repository}"
+    if before:
+        return f"the hub at {constants.ENDPOINT} cannot be reached ({first_line(cause)})"
+    failed = f"the download of {named} from {constants.ENDPOINT} failed ({first_line(error)})"
+    return f"{failed}; the same command downloads the files that are missing"

@@ -1,0 +1,232 @@
+"""What a base model is, as far as its files tell, and why it would be refused. No parameters are read."""
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
+from prompt_tuning_jax.checkpoints import hub, huggingface
+from prompt_tuning_jax.checkpoints.base import (
+    FLOATS,
+    check_shapes,
+    check_vocabulary,
+    expected_shapes,
+    open_model,
+    open_vocabulary,
+    resolve,
+    stored_fingerprint,
+)
+from prompt_tuning_jax.prompts.files import IN_T5X
+from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
+
+Arrays = Mapping[str, StoredArray]
+IDS = {"pad": ("pad_token_id", 0), "end": ("eos_token_id", 1), "start": ("decoder_start_token_id", 0)}
+OTHER_NETWORKS = {"longt5": "LongT5", "t5gemma": "T5Gemma", "t5gemma2": "T5Gemma 2"}
+
+
+class Inspection(NamedTuple):
+    """What was found.
+
+    Attributes:
+      facts: texts by name: base, files, family, size, parameters, dtype, ids, tokenizer, head, fingerprint. What the
+        files do not tell is left out.
+      refused: why the model cannot be loaded as it is; empty if its files give no reason.
+    """
+
+    facts: dict[str, str]
+    refused: list[ValueError]
+
+
+def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
+    """Returns what a base model is. The parameters of a hub id are not downloaded.
+
+    Args:
+      source: what `base.resolve` takes.
+      fingerprint: whether to tell the fingerprint, for which all parameters are downloaded and read.
+
+    Raises:
+      ValueError: there is no base model.
+
+    >>> inspect_base("nano").facts["family"]
+    'T5 1.1'
+    """
+    location = resolve(source)
+    if fingerprint:
+        open_model(location)  # downloads the parameters of a hub id, or says why they cannot be read
+    facts = {"base": hub.name_of(location) or location}
+    told, config, arrays, refused = _opened(location, facts)
+    facts["family"] = family(told, config)
+    facts |= _size(told, config) | _parameters(told, config, arrays) | _ids(told, config)
+    try:
+        vocabulary = _vocabulary(location, config)
+        facts["tokenizer"] = _tokenizer(vocabulary)
+        if config is not None:
+            check_vocabulary(vocabulary, config)
+    except ValueError as error:
+        refused.append(error)
+    if config is not None:
+        facts["head"] = _head(config)
+    if fingerprint and arrays is not None and not refused:
+        facts["fingerprint"] = stored_fingerprint(arrays)
+    return Inspection(facts, refused)
+
+
+def _opened(
+    location: str, facts: dict[str, str]
+) -> tuple[dict[str, Any], T5Config | None, Arrays | None, list[ValueError]]:
+    """Returns what config.json says, the size, the arrays and what is wrong with them, and adds "files" to `facts`.
+
+    There is no config.json of T5X, no size if it cannot be told, and there are no arrays if they are not downloaded.
+    """
+    if not Path(location, huggingface.CONFIG).is_file():
+        model = open_model(location)
+        arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
+        facts["files"] = f"T5X, {len(arrays)} arrays"
+        if model.config is None:
+            return {}, None, arrays, [ValueError("so many arrays are missing that the size cannot be told")]
+        return {}, model.config, arrays, _unfit(arrays, model.config, location)
+    config, arrays, refused = None, None, []
+    downloaded, facts["files"] = _files(location)
+    try:
+        config = huggingface.read_config(location)
+        if downloaded:
+            config, arrays = huggingface.open_folder(location)
+            refused = _unfit(arrays, config, location)
+    except ArrayError as error:
+        refused.append(error)
+    return _read_json(Path(location, huggingface.CONFIG)), config, arrays, refused
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _files(location: str) -> tuple[bool, str]:
+    """Returns whether the parameters of a Hugging Face folder are there, and in which files they are."""
+    sizes = hub.files(location)
+    first = hub.first_weights(sizes)
+    if first is None:
+        return True, "Hugging Face, without parameters"
+    names, text = [first], first
+    if first.endswith(hub.INDEX):
+        stem, _, suffix = first.removesuffix(hub.INDEX).partition(".")
+        names = fnmatch.filter(sizes, f"{stem}-*.{suffix}")
+        text = f"{stem}-*.{suffix}, {len(names)} shards"
+    downloaded = all(Path(location, name).is_file() for name in (first, *names))
+    text += f", {sum(sizes[name] for name in names):,} bytes"
+    return downloaded, f"Hugging Face, {text}{'' if downloaded else ', not downloaded'}"
+
+
+def _unfit(arrays: Arrays, config: T5Config, location: str) -> list[ValueError]:
+    """Returns what is wrong with a model's arrays."""
+    found: list[ValueError] = []
+    odd = sorted({array.dtype.name for array in arrays.values()} - {*FLOATS})
+    if odd:
+        found.append(ValueError(f"the arrays are {' and '.join(odd)}, expected {' or '.join(FLOATS)}"))
+    try:
+        check_shapes({name: array.shape for name, array in arrays.items()}, config, location)
+    except ValueError as error:
+        found.append(error)
+    return found
+
+
+def family(told: Mapping[str, Any], config: T5Config | None) -> str:
+    """Returns which of the published families a model is of, by its size and what its files say.
+
+    Args:
+      told: what config.json says; empty for a checkpoint of T5X.
+      config: the size; None if it is not that of a T5 that this project has.
+    """
+    kind = told.get("model_type", "t5")
+    rows = config.vocab_size if config is not None else told.get("vocab_size")
+    gate = config.mlp_activations[0] if config is not None else ""
+    if kind in OTHER_NETWORKS:
+        return f"{OTHER_NETWORKS[kind]}, another network than T5's"
+    if "chronos_config" in told:
+        return "Chronos, a T5 of numbers without a text tokenizer"
+    if kind == "umt5":
+        return "Pile-T5" if rows == 32_128 else "umT5"
+    if config is not None and config.relative_bias_per_layer:
+        return "as umT5, a relative position table per layer (T5X's scalable_t5)"
+    if rows == 256_000:
+        return "MADLAD-400"
+    if told.get("tokenizer_class") == "ByT5Tokenizer" or rows == 384:
+        return "ByT5"
+    if rows == 250_112:
+        return "mT5" if kind == "mt5" or not told else "Aya-101, in mT5's shape"
+    if kind not in ("t5", "mt5"):
+        return f"unknown: model_type is {kind!r:.60}"
+    if gate == "silu":
+        return "UL2 or Flan-UL2; UL2 expects a mode token, [NLU], [NLG] or [S2S], before the inputs"
+    if gate == "gelu" and config is not None:
+        own = "T5 1.1" if rows != 32_128 else "T5 1.1, LM-adapted T5 1.1 or Flan-T5, whose files are alike"
+        return f"{own}, but with a tied head" if config.logits_via_embedding else own
+    if gate == "relu" and config is not None and len(config.mlp_activations) == 1:
+        if rows == 32_100:
+            return "CodeT5 or CodeT5+"
+        return "T5 1.0, which was also trained on the tasks of GLUE and SuperGLUE"
+    return "unknown"
+
+
+def _size(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
+    if config is None:
+        fields = ("d_model", "num_layers", "num_decoder_layers", "num_heads", "d_kv", "d_ff", "vocab_size")
+        given = ", ".join(f"{name} {told[name]!r:.20}" for name in fields if name in told)
+        return {"size": given} if given else {}
+    cfg, activations = config, ", ".join(config.mlp_activations)
+    return {
+        "size": f"d_model {cfg.emb_dim}, {cfg.num_encoder_layers}+{cfg.num_decoder_layers} layers, {cfg.num_heads} "
+        f"heads of {cfg.head_dim}, d_ff {cfg.mlp_dim} ({activations}), {cfg.vocab_size:,} table rows, "
+        f"{cfg.relative_attention_num_buckets} position buckets up to {cfg.relative_attention_max_distance}"
+    }
+
+
+def _parameters(told: Mapping[str, Any], config: T5Config | None, arrays: Arrays | None) -> dict[str, str]:
+    facts = {}
+    if arrays is not None:
+        facts["parameters"] = f"{sum(math.prod(array.shape) for array in arrays.values()):,}"
+        facts["dtype"] = " and ".join(sorted({array.dtype.name for array in arrays.values()}))
+        return facts
+    if config is not None:
+        facts["parameters"] = f"{sum(map(math.prod, expected_shapes(config).values())):,}"
+    if dtype := told.get("dtype") or told.get("torch_dtype"):  # transformers 5's name, and the one before
+        facts["dtype"] = f"{dtype} ({huggingface.CONFIG})"
+    return facts
+
+
+def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
+    found = {
+        name: told.get(field, default) if config is None else getattr(config, field, default)
+        for name, (field, default) in IDS.items()
+    }
+    return {"ids": ", ".join(f"{name} {value!r:.20}" for name, value in found.items())}
+
+
+def _head(config: T5Config) -> str:
+    head = "tied to the embedding table" if config.logits_via_embedding else "a matrix of its own"
+    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if config.scales_logits else 'not scaled'}"
+
+
+def _vocabulary(location: str, config: T5Config | None) -> Vocabulary:
+    path = vocabulary_in(location)
+    if path is None and config is not None:
+        return open_vocabulary(None, location, config)  # raises its error
+    if path is None:
+        raise ValueError("no tokenizer lies beside the model")
+    return Vocabulary(path)
+
+
+def _tokenizer(vocabulary: Vocabulary) -> str:
+    if vocabulary.path == BYTES:
+        return f"bytes, {vocabulary.size} ids, {vocabulary.sentinels} sentinels among them"
+    kind = "SentencePiece" if vocabulary.path.endswith(".model") else "tokenizers"
+    pieces, more = vocabulary.size - vocabulary.extra_ids, "after" if vocabulary.extra_ids else "among"
+    return f"{kind} ({Path(vocabulary.path).name}), {pieces:,} tokens, {vocabulary.sentinels} sentinels {more} them"
