@@ -31,7 +31,7 @@ from prompt_tuning_jax.training.loss import cross_entropy
 NAMES = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 ROWS = [
     {"inputs": "sentence: a joy", "targets": "positive"},
-    {"inputs": "sentence: a bore to sit through", "targets": "negative"},
+    {"inputs": "sentence: a bore to sit through", "targets": "positive"},  # one answer: few steps learn it
 ]
 
 
