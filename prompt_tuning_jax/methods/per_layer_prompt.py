@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count, Text
 from prompt_tuning_jax.t5.config import T5Config
 
 REPLACE, ADD = COMBINE = ("replace", "add")
@@ -32,11 +33,11 @@ class PerLayerPrompt(Method):
       combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
     """
 
-    length: int
+    length: Count
     initializer: Initializer
-    combine: str
+    combine: Text
 
-    def __init__(self, length: int = 20, init: Initializer = SAMPLED_VOCABULARY, combine: str = REPLACE):
+    def __init__(self, length: Count = 20, init: Initializer = SAMPLED_VOCABULARY, combine: Text = REPLACE):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
         object.__setattr__(self, "combine", combine)
@@ -44,10 +45,10 @@ class PerLayerPrompt(Method):
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         layers = model.config.num_encoder_layers
         if self.combine == ADD:
-            first = self.initializer(key, self.length, model)
+            first = start_prompt(self.initializer, key, self.length, model)
             return {"layer_prompts": jnp.zeros((layers, *first.shape), first.dtype).at[0].set(first)}
         keys = jax.random.split(key, layers)
-        return {"layer_prompts": jnp.stack([self.initializer(own, self.length, model) for own in keys])}
+        return {"layer_prompts": jnp.stack([start_prompt(self.initializer, own, self.length, model) for own in keys])}
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
         prompts = trained["layer_prompts"]
@@ -59,3 +60,4 @@ class PerLayerPrompt(Method):
         check_length(self.length, input_length)
         if self.combine not in COMBINE:
             raise SettingError(Setting("combine"), f" is {self.combine!r:.60}, expected {' or '.join(COMBINE)}")
+        super().check(config, input_length)

@@ -1,19 +1,25 @@
 """The hyper-parameters of a T5 1.1 model, and the named sizes."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.settings import Count, OneOf, Share, Str, Switch, Texts, check, check_values
+
 REMAT_POLICIES = ("none", "minimal", "full")
+SIZE = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim")
+NUMERICS = ("dropout_rate", "dtype", "remat_policy", "attention")  # which no file of a base model says
+FROM_FILES: Any = None
 ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Size and numerics of a model. Field names are those of T5X's `network.T5Config`.
+
+    The fields of `SIZE` may be left out where the base model's files say them; see `checkpoints.base.sized`.
 
     Attributes:
       vocab_size: rows of the embedding table, V (padded: 32,128 for T5's 32,100 ids).
@@ -31,38 +37,42 @@ class T5Config:
         numbers of positions, and layers with a learned prefix take products whatever it is.
     """
 
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    mlp_dim: int
-    head_dim: int = 64
-    mlp_activations: Sequence[str] = ("gelu", "linear")
-    dropout_rate: float = 0.0
-    logits_via_embedding: bool = False
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    vocab_size: Count = FROM_FILES
+    emb_dim: Count = FROM_FILES
+    num_heads: Count = FROM_FILES
+    num_encoder_layers: Count = FROM_FILES
+    num_decoder_layers: Count = FROM_FILES
+    mlp_dim: Count = FROM_FILES
+    head_dim: Count = 64
+    mlp_activations: Texts = ("gelu", "linear")
+    dropout_rate: Share = 0.0
+    logits_via_embedding: Switch = False
+    relative_attention_num_buckets: Count = 32
+    relative_attention_max_distance: Count = 128
     dtype: Any = jnp.float32
-    remat_policy: str = "none"
-    attention: str = "products"
+    remat_policy: Annotated[Str, OneOf(REMAT_POLICIES)] = "none"
+    attention: Annotated[Str, OneOf(ATTENTIONS)] = "products"
 
     def __post_init__(self):
-        for name, known in (("remat_policy", REMAT_POLICIES), ("attention", ATTENTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"T5Config.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        check_values(T5Config, {name: value for name, value in vars(self).items() if value is not FROM_FILES})
         dtype = self.dtype
         if isinstance(dtype, str):
             if dtype == "auto":
                 dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            check("activation_dtype", dtype, OneOf(("auto", "float32", "bfloat16", "float16")))
             dtype = jnp.dtype(dtype).type
         # gin gives lists and names; jit wants hashable values.
         object.__setattr__(self, "dtype", dtype)
-        if self.attention == "auto":
+        if self.attention == "auto" and self.has_size:
             takes = jnp.dtype(dtype) == jnp.bfloat16 and self.head_dim % 8 == 0 and self.head_dim <= 128
             fused = takes and has_cudnn_attention()
             object.__setattr__(self, "attention", "cudnn" if fused else "products")
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+    @property
+    def has_size(self) -> bool:
+        """Whether no field of `SIZE` is left out."""
+        return all(getattr(self, name) is not FROM_FILES for name in SIZE)
 
 
 def has_cudnn_attention() -> bool:

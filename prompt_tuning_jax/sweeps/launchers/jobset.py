@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.settings import Count, Dictionary, Name, Settings, Switch, Writing, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
@@ -64,19 +65,22 @@ class JobSet:
       apply: `kubectl apply` them.
     """
 
-    image: str | None = None
-    accelerator: str | None = None
-    topology: str | None = None
-    devices: int | None = None
-    slices: int = 1
-    claim: str | None = None
-    bucket: str | None = None
-    mount: str = "/mnt/sweeps"
-    namespace: str = "default"
-    queue: str | None = None
-    service_account: str | None = None
-    node_selector: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    apply: bool = False
+    image: Name | None = None
+    accelerator: Name | None = None
+    topology: Name | None = None
+    devices: Count | None = None
+    slices: Count = 1
+    claim: Name | None = None
+    bucket: Name | None = None
+    mount: Name = "/mnt/sweeps"
+    namespace: Name = "default"
+    queue: Name | None = None
+    service_account: Name | None = None
+    node_selector: Annotated[Settings, Dictionary(Writing())] = dataclasses.field(default_factory=dict)
+    apply: Switch = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
         """Writes SWEEP_DIR/manifests/<job>.yaml, and does not wait for what runs.
