@@ -38,6 +38,7 @@ ARGUMENTS = {
     "base_dtype": "dtype",
     "prompt_init": "init",
     "log_period": "log_every",
+    "activation_dtype": "dtype",
 }
 
 

@@ -122,9 +122,9 @@ class Number(Kind):
         return max(INT32, self.most or 0) if self.whole else FLOAT32
 
     def _holds(self, value: Any) -> bool:
-        if not self.whole and hasattr(value, "aval") and value.shape == ():  # a scalar of JAX
+        if hasattr(value, "aval") and value.shape == ():  # a scalar of JAX
             try:
-                value = float(value)
+                value = np.asarray(value)[()]
             except TypeError:  # traced: it has no value yet
                 return True
         kinds = (int, np.integer) if self.whole else (int, float, np.integer, np.floating)
@@ -358,10 +358,10 @@ def check_fields(made: Any) -> None:
 
 
 def keep_plain(made: Any) -> None:
-    """Turns the NumPy numbers among a dataclass's settings into Python's, which can be written as JSON."""
+    """Turns the numbers of NumPy and JAX among a dataclass's settings into Python's, which can be written as JSON."""
     for name in annotations_of(type(made)):
         value = getattr(made, name)
-        if isinstance(value, np.generic):
+        if isinstance(value, np.generic) or (hasattr(value, "aval") and value.shape == ()):
             object.__setattr__(made, name, value.item())
 
 

@@ -458,7 +458,7 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (PromptTuning(5_000), "prompt_length", "is 5000, expected a whole number from 1 to"),
         (ResidualPrompt(4, 0), "bottleneck", "`bottleneck` is 0, expected a whole number of at least 1"),
         (PerLayerPrompt(0), "prompt_length", "is 0, expected a whole number from 1 to"),
-        (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected replace or add"),
+        (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected one of 'replace', 'add'"),
         (MPT(TASKS, 0), "prompt_length", "is 0, expected a whole number from 1 to"),
         (
             MPT(TASKS, 4, rank=5),

@@ -118,7 +118,7 @@ class Injection(NamedTuple):
         return self._replace(prompt=own, task_prompts=None)
 
 
-def tasks_of(method: "Method") -> Sequence[str] | None:
+def tasks_of(method: "Method") -> Sequence[str] | Any:
     """Returns the tasks that a method trains a prompt each for; None if it trains the same for all rows."""
     return getattr(method, "tasks", None)
 

@@ -15,12 +15,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
 from prompt_tuning_jax.prompts.initializers import Initializer, OfficialRandomUniform, start_prompt
-from prompt_tuning_jax.settings import Count, Positive, Text, Texts, as_tuple, check, whole
+from prompt_tuning_jax.settings import Count, OneOf, Positive, Text, Texts, as_tuple, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 COMBINES = ("add", "concatenate", "concatenate_features", "project")
@@ -115,9 +115,7 @@ class MultitaskPrompt(Method):
     def check(self, config: T5Config, input_length: int) -> None:
         check_tasks(self.tasks)
         check_length(self.length, input_length)
-        if self.combine not in COMBINES:
-            hint = near_misses(str(self.combine), COMBINES, shown=repr)
-            raise SettingError(Setting("combine"), f" is {self.combine!r:.60}; {hint}")
+        check("combine", self.combine, OneOf(COMBINES))
         if self.task_length is not None:
             _check_used("task_length", ("concatenate",), self.combine)
         check_length(self.length + self._task_positions, input_length)

@@ -4,18 +4,19 @@ They enter each layer's input and are projected by its own frozen matrices, unli
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
-from prompt_tuning_jax.settings import Count, Text
+from prompt_tuning_jax.settings import Count, OneOf, Str
 from prompt_tuning_jax.t5.config import T5Config
 
-REPLACE, ADD = COMBINE = ("replace", "add")
+REPLACE, ADD = "replace", "add"
+Combine = Annotated[Str, OneOf((REPLACE, ADD))]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -35,9 +36,14 @@ class PerLayerPrompt(Method):
 
     length: Count
     initializer: Initializer
-    combine: Text
+    combine: Combine
 
-    def __init__(self, length: Count = 20, init: Initializer = SAMPLED_VOCABULARY, combine: Text = REPLACE):
+    def __init__(
+        self,
+        length: Count = 20,
+        init: Initializer = SAMPLED_VOCABULARY,
+        combine: Combine = REPLACE,
+    ):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
         object.__setattr__(self, "combine", combine)
@@ -58,6 +64,4 @@ class PerLayerPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        if self.combine not in COMBINE:
-            raise SettingError(Setting("combine"), f" is {self.combine!r:.60}, expected {' or '.join(COMBINE)}")
         super().check(config, input_length)

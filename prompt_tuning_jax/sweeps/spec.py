@@ -138,7 +138,7 @@ class Sweep:
                 trials[trial.name] = trial
         return list(trials.values())
 
-    def _check_axis(self, axis: str, values: Sequence[Any]) -> None:
+    def _check_axis(self, axis: str, values: Any) -> None:
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"axis {axis} of the sweep's grid is {values!r}, expected a list of values")
         known = self.choices.get(axis)

@@ -6,12 +6,14 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.settings import Count, OneOf, Share, Str, Switch, Texts, check, check_values
+from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.settings import Count, OneOf, Share, Str, Switch, Texts, check_values, shown
 
 REMAT_POLICIES = ("none", "minimal", "full")
 SIZE = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim")
 NUMERICS = ("dropout_rate", "dtype", "remat_policy", "attention")  # which no file of a base model says
 FROM_FILES: Any = None
+DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 
@@ -54,13 +56,22 @@ class T5Config:
     attention: Annotated[Str, OneOf(ATTENTIONS)] = "products"
 
     def __post_init__(self):
-        check_values(T5Config, {name: value for name, value in vars(self).items() if value is not FROM_FILES})
+        check_values(
+            T5Config, {name: value for name, value in vars(self).items() if not (name in SIZE and value is FROM_FILES)}
+        )
         dtype = self.dtype
-        if isinstance(dtype, str):
-            if dtype == "auto":
-                dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-            check("activation_dtype", dtype, OneOf(("auto", "float32", "bfloat16", "float16")))
-            dtype = jnp.dtype(dtype).type
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        try:
+            dtype = jnp.dtype(dtype).type if isinstance(dtype, str) else dtype
+            known = jnp.dtype(dtype).name in DTYPES
+        except TypeError:
+            known = False
+        if not known or dtype is None:  # which NumPy takes for float64
+            raise SettingError(
+                Setting("activation_dtype"),
+                f" is {shown(self.dtype)}, expected one of 'auto', {', '.join(map(repr, DTYPES))}",
+            )
         # gin gives lists and names; jit wants hashable values.
         object.__setattr__(self, "dtype", dtype)
         if self.attention == "auto" and self.has_size:

@@ -20,7 +20,19 @@ from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, wr
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.task_prompts import with_tasks
-from prompt_tuning_jax.settings import Callback, Count, Lengths, Seed, Share, Switch, Texts, as_path, check, shown
+from prompt_tuning_jax.settings import (
+    Callback,
+    Count,
+    Lengths,
+    Seed,
+    Share,
+    Switch,
+    Texts,
+    accepts,
+    as_path,
+    check,
+    shown,
+)
 from prompt_tuning_jax.t5.adapters import merged
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
@@ -185,7 +197,7 @@ def train(
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)
     tasks = tasks_of(method)
-    if tasks is not None and not tasks:
+    if accepts(tasks, Texts) and not tasks:
         arguments["method"] = with_tasks(method, train_dataset.load(model.tokenizer, to_train=True, say=warn))
     config = TrainConfig(
         size=size,
@@ -195,6 +207,7 @@ def train(
         eval_dataset=dataset_of(validation, "validation", batch_size=eval_batch_size, **scored),
         **arguments,
     )
+    config.check()
     if optimizer is None and config.trains_parameters:
         raise SettingError(
             Setting("optimizer"),

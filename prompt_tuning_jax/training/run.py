@@ -513,7 +513,7 @@ def check_optimizer(optimizer: optax.GradientTransformation, trained: Params) ->
     except SettingError:
         raise
     except Exception as error:  # whatever a function of the user's raises
-        why = shown(f"{type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise SettingError(Setting("optimizer"), f" cannot update what the method trains ({why})") from error
 
 
