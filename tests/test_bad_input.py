@@ -453,7 +453,7 @@ def test_inputs_that_are_cut_are_counted(tiny, capfd):
     capfd.readouterr()
     batches = DatasetConfig("demo_reviews", "train[:100]", 10, LENGTHS, cache_dir=str(cache)).batches(words)
     assert capfd.readouterr().err == (
-        f"demo_reviews train[:100]: lengths {LENGTHS} truncate inputs of {expected} of 100 examples\n"
+        f"demo_reviews train[:100]: `lengths` {LENGTHS} truncate inputs of {expected} of 100 examples\n"
     )
     assert sum(int((batches[n].inputs[:, -1] != 0).sum()) for n in range(10)) >= expected
 

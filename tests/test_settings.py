@@ -668,6 +668,38 @@ def test_train_accepts_a_value_or_refuses_it_in_one_line(tiny, tmp_path, file):
     accepts_or_refuses()
 
 
+def test_train_does_so_for_own_files(tiny, tmp_path):
+    folder, own = tmp_path / "never", {"TASK_FILES": {"train": "a.jsonl"}, "MODEL_DIR": str(tmp_path / "never")}
+    files = ["runs/prompt_tune.gin", "prompts/random_uniform.gin", "tasks/files.gin"]
+
+    @settings(max_examples=60)
+    @given(macro=st.sampled_from(macros_of("tasks/files.gin")), value=ODD)
+    def accepts_or_refuses(macro, value):
+        line_of(TRAIN, tiny.arguments(*files, **own | {macro: value}), folder)
+
+    accepts_or_refuses()
+
+
+STARTS = {
+    "class_labels": "CLASS_LABELS",
+    "string": "PROMPT_TEXT",
+    "from_file": "PROMPT_FILE",
+    "nearest": "PROMPT_FOLDER",
+}
+
+
+def test_train_does_so_for_the_starts_of_prompts(tiny, tmp_path):
+    folder = tmp_path / "never"
+
+    @settings(max_examples=60)
+    @given(start=st.sampled_from(sorted(STARTS)), value=ODD)
+    def accepts_or_refuses(start, value):
+        macros = {"MODEL_DIR": str(folder), STARTS[start]: value} | ({"PROMPT_LIKE": "a"} if start == "nearest" else {})
+        line_of(TRAIN, tiny.arguments("runs/prompt_tune.gin", f"prompts/{start}.gin", **macros), folder)
+
+    accepts_or_refuses()
+
+
 OF_RUN = ("size", "model", "train_dataset", "eval_dataset", "method", "optimizer", "config", "allow_other_config")
 PARAMETERS = [f"run.TrainConfig.{field.name}" for field in dataclasses.fields(run.TrainConfig)]
 PARAMETERS = [name for name in PARAMETERS if name.split(".")[-1] not in (*OF_RUN, "model_dir")]

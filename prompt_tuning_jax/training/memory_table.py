@@ -59,12 +59,14 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     total = read_size(memory) if isinstance(memory, str) else free_bytes()
     if total is None:
         raise ValueError("the memory of this machine is unknown: set --memory-plan=80GB, the device's own")
-    if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
-        say("there is no accelerator here, so this is planned as for a CPU; set what one would take by itself:")
-        say("  " + ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items()))
     found = plan(config)
     for line in table(found, config, device):
         say(line)
+    if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
+        settings = ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items())
+        say(
+            f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}"
+        )
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)
         return
