@@ -469,7 +469,11 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (MPT(("reviews",)), "tasks", "`tasks` has one task, 'reviews', expected the tasks of a mixture"),
         (MPT(("a", "../b")), "tasks", r"has '\.\./b', expected a name that a file may have"),
         (MPT(("a", "b", "a")), "tasks", "has 'a' twice"),
-        (MultitaskPrompt(TASKS, combine="ad"), "combine", "`combine` is 'ad'; did you mean 'add'?"),
+        (
+            MultitaskPrompt(TASKS, combine="ad"),
+            "combine",
+            "`combine` is 'ad', expected one of 'add', 'concatenate', .*; did you mean 'add'?",
+        ),
         (MultitaskPrompt(TASKS, task_length=3), "task_length", "is only for 'concatenate': leave it out, or set `comb"),
         (MultitaskPrompt(TASKS, 4_000, "concatenate"), "prompt_length", "is 8000, expected a whole number from 1 to"),
         (

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gin
 import hypothesis.strategies as st
@@ -67,7 +68,7 @@ def caches(tiny, monkeypatch):
         yield
 
 
-def line_of(main, arguments, folder) -> str | None:
+def line_of(main, arguments, folder) -> Any:
     """Returns the one line with which a command line refuses; None if it accepts. Neither makes the folder."""
     gin.clear_config()
     said = io.StringIO()
@@ -374,7 +375,7 @@ def test_optax_has_the_same_adamw():
     for made, state in zip((ours, theirs), states, strict=True):
         for _ in range(3):
             updates, state = made.update(params, state, params)
-        found.append(updates["x"])
+        found.append(jax.tree.leaves(updates)[0])
     np.testing.assert_array_equal(*found)
 
 
@@ -417,8 +418,8 @@ def test_two_ways_to_train_are_named(tiny):
     )
 
 
-def sweep_line(arguments, folder="runs/demo_seeds"):
-    return line_of(lambda: sweep.main(), arguments, folder)
+def sweep_line(arguments):
+    return line_of(sweep.main, arguments, "runs/demo_seeds")
 
 
 def test_a_binding_may_leave_a_macro_of_a_file_without_a_reader(capsys):
