@@ -186,7 +186,7 @@ def test_a_trial_that_dies_leaves_its_last_line_and_the_others_go_on(tiny, comma
     arguments.append(grid(INIT=["random"], EVAL_SPLIT=["validation[:64]", "absent"]))
     done = run(tiny, command, "--launcher=local", *arguments)
     assert done.returncode == 1
-    whole, failed = trial_folders(tmp_path)
+    failed, whole = trial_folders(tmp_path)
     assert (whole / "summary.json").exists() and (failed / "failed.txt").exists()
     status = run(tiny, command, "--status", *arguments).stdout
     assert "error: demo_reviews has no split 'absent'" in status

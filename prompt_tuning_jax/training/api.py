@@ -38,6 +38,7 @@ from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig, check_run
+from prompt_tuning_jax.training.run_folder import kept_eval_period
 from prompt_tuning_jax.training.score import check_labelled, check_task_prompts, results_of
 
 
@@ -148,7 +149,7 @@ def train(
       metrics: by name; None for accuracy. Of several tasks the same.
       lengths: the most tokens of "inputs" and "targets", end of sequence included; longer rows are truncated. None for
         512 and the longest target.
-      eval_every: updates between two evaluations; None for ten in all.
+      eval_every: updates between two evaluations; None for ten in all, or for the period of the run that is extended.
       eval_batch_size: rows per evaluation batch.
       log_every: updates between two records of the training loss.
       seed: of the start, the order of the rows and dropout.
@@ -193,6 +194,8 @@ def train(
     check("progress", progress, Switch)
     if lengths is None:
         lengths = default_lengths(train, validation, model.tokenizer, labels)
+    if eval_every is None:
+        eval_every = None if folder is None else kept_eval_period(folder)
     arguments["eval_period"] = max(steps // 10, 1) if eval_every is None else eval_every
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)

@@ -64,9 +64,7 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
         say(line)
     if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
         settings = ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items())
-        say(
-            f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}"
-        )
+        say(f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}")
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)
         return
