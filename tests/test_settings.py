@@ -556,10 +556,10 @@ def test_early_stopping_counts_what_an_undisturbed_run_would_have():
 
 def test_a_prompt_that_is_not_finite_stops_the_run(model, tmp_path):
     """At a rate of 1e30, by a schedule that nobody can check beforehand; metrics.jsonl stays valid JSON."""
-    folder = tmp_path / "run"
+    folder, method = tmp_path / "run", pt.PromptTuning(3, jax.nn.initializers.normal(0.1))
     with pytest.raises(SettingError) as raised:
         pt.train(
-            model, pt.PromptTuning(3), ROWS, ROWS, optimizer=optimizer.adafactor(lambda step: 1e30), folder=folder,
+            model, method, ROWS, ROWS, optimizer=optimizer.adafactor(lambda step: 1e30), folder=folder,
             progress=False, log_every=1, **FITTING,
         )  # fmt: skip
     assert raised.value.setting == "learning_rate" and "at step" in str(raised.value)

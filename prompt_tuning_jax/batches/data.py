@@ -223,7 +223,7 @@ def default_lengths(
       ValueError: as `dataset_of` and `DatasetConfig.batches`.
     """
     most = {"inputs": INPUT_LENGTH, "targets": MOST_TARGETS}
-    longest = 1
+    longest = 2  # a token and the end of sequence
     for data, split in ((train, "train"), (validation, "validation")):
         own_labels = None if isinstance(data, Data) and (data.source is None or data.source.labels) else labels
         config = dataset_of(data, split, batch_size=1, lengths=most, labels=own_labels)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
-from prompt_tuning_jax.settings import Count, Dictionary, Name, Settings, Switch, Writing, check_fields
+from prompt_tuning_jax.settings import Count, Dictionary, Settings, Switch, Text, Writing, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
@@ -65,17 +65,17 @@ class JobSet:
       apply: `kubectl apply` them.
     """
 
-    image: Name | None = None
-    accelerator: Name | None = None
-    topology: Name | None = None
+    image: Text | None = None
+    accelerator: Text | None = None
+    topology: Text | None = None
     devices: Count | None = None
     slices: Count = 1
-    claim: Name | None = None
-    bucket: Name | None = None
-    mount: Name = "/mnt/sweeps"
-    namespace: Name = "default"
-    queue: Name | None = None
-    service_account: Name | None = None
+    claim: Text | None = None
+    bucket: Text | None = None
+    mount: Text = "/mnt/sweeps"
+    namespace: Text = "default"
+    queue: Text | None = None
+    service_account: Text | None = None
     node_selector: Annotated[Settings, Dictionary(Writing())] = dataclasses.field(default_factory=dict)
     apply: Switch = False
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
-from prompt_tuning_jax.settings import Count, Name, Switch, Texts, check_fields
+from prompt_tuning_jax.settings import Count, Switch, Text, Texts, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 from prompt_tuning_jax.sweeps.launchers.print_commands import shell_line
@@ -31,14 +31,14 @@ class Xpk:
       dry_run: only write each workload's manifest, to SWEEP_DIR/manifests; needs neither a cluster nor gcloud.
     """
 
-    cluster: Name | None = None
-    tpu_type: Name | None = None
-    docker_image: Name | None = None
-    project: Name | None = None
-    zone: Name | None = None
+    cluster: Text | None = None
+    tpu_type: Text | None = None
+    docker_image: Text | None = None
+    project: Text | None = None
+    zone: Text | None = None
     num_slices: Count = 1
     storage: Texts = ()
-    mount: Name = "/mnt/sweeps"
+    mount: Text = "/mnt/sweeps"
     dry_run: Switch = False
 
     def __post_init__(self):
