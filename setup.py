@@ -94,6 +94,7 @@ setup(
         "prompt_tuning_jax": ["py.typed", "bases/**/*"],
         "prompt_tuning_jax.gin_configs": ["**/*.gin"],
     },
+    entry_points={"console_scripts": ["prompt-tuning = prompt_tuning_jax.__main__:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 4 - Beta",

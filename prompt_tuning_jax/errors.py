@@ -11,6 +11,7 @@ end writes that name in its own way: Python as the argument's name, gin as the m
 """
 
 import contextlib
+import contextvars
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -35,6 +36,9 @@ ARGUMENTS = {
     "train_split": "train",
     "eval_split": "validation",
     "base_dtype": "dtype",
+    "prompt_init": "init",
+    "log_period": "log_every",
+    "activation_dtype": "dtype",
 }
 
 
@@ -66,6 +70,28 @@ class SettingError(ValueError):
 def in_python(name: str) -> str:
     """Returns a setting as the name of a Python argument."""
     return f"`{ARGUMENTS.get(name, name)}`"
+
+
+_spelling: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar("spelling", default=in_python)
+
+
+@contextlib.contextmanager
+def spelling(spell: Callable[[str], str]) -> Iterator[None]:
+    """Makes `said` write a setting as `spell(canonical name)`, while in this context: a command line's own way."""
+    token = _spelling.set(spell)
+    try:
+        yield
+    finally:
+        _spelling.reset(token)
+
+
+def said(*parts: str) -> str:
+    """Returns a message that is no error, with each `Setting` as the front end that runs writes it.
+
+    >>> said("rows are truncated: raise ", Setting("batch_size"))
+    'rows are truncated: raise `batch_size`'
+    """
+    return SettingError(*parts).text(_spelling.get())
 
 
 def spelled(error: Exception, spell: Callable[[str], str]) -> str:

@@ -293,7 +293,7 @@ def test_the_fields_of_the_method():
     assert PrefixTuning(4, "decoder") == PrefixTuning(4, ["decoder"]) and hash(PrefixTuning(4, "decoder"))
     assert PrefixTuning(4, ("decoder", "encoder")) == PrefixTuning(4)
     for method, setting, found in (
-        (PrefixTuning(0), "prompt_length", "is 0, expected 1 to"),
+        (PrefixTuning(0), "prompt_length", "is 0, expected a whole number from 1 to"),
         (PrefixTuning(4, ()), "stacks", "`stacks` is (), expected encoder or decoder, or both of them"),
         (PrefixTuning(4, ("encoder", "cross")), "stacks", "is ('encoder', 'cross'), expected"),
     ):

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.config import FROM_FILES, NUMERICS, SIZE, T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
@@ -291,6 +291,32 @@ def check_size(
             f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, or set ",
             MODEL_SETTING,
         )
+
+
+def sized(config: T5Config, path: str | None) -> T5Config:
+    """Returns a configuration whose size, if it is left out, is that of the base model's files.
+
+    Args:
+      path: of the base model; None for random weights, whose size must be given.
+
+    Raises:
+      ValueError: the files give no size, or another one than a field that is given.
+    """
+    if config.has_size:
+        return config
+    missing = [name for name in SIZE if getattr(config, name) is FROM_FILES]
+    if not path:
+        raise SettingError(
+            f"no base model gives {' and '.join(missing)}: set T5Config.{missing[0]}, or a file of models/, or set ",
+            MODEL_SETTING,
+        )
+    model = open_model(path)
+    if model.config is None:
+        raise SettingError(f"{path} does not say its model's size, since parameters are missing: set ", MODEL_SETTING)
+    defaults = {field.name: field.default for field in dataclasses.fields(T5Config)}
+    given = {name: value for name, value in vars(config).items() if value != defaults[name] and name not in NUMERICS}
+    check_size(model.config, dataclasses.replace(model.config, **given), path, tuple(given))
+    return dataclasses.replace(model.config, **{name: getattr(config, name) for name in NUMERICS})
 
 
 def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
