@@ -110,7 +110,7 @@ def _parse_files(
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
             raise ValueError(f"no gin file {file}; {_near(file, _files())}")
         before, read_before = _macros(gin.config_str()), _read_macros(gin.config_str())
-        with _explained(file), _files_alone():
+        with _explained(file), files_alone():
             gin.parse_config_file(file)
         after = gin.config_str()
         setters |= {name: [file] for name, value in _macros(after).items() if before.get(name) != value}
@@ -123,7 +123,7 @@ def _parse_files(
 
 
 @contextlib.contextmanager
-def _files_alone() -> Iterator[None]:
+def files_alone() -> Iterator[None]:
     """Makes gin read files alone, while in this context.
 
     gin would also look for runs/train.gin inside a Python package called "runs", and fails on a folder of runs.

@@ -634,8 +634,9 @@ def macros_of(*files):
     gin.clear_config()
     for folder in gin_files.SEARCH_PATHS:
         gin.add_config_file_search_path(str(folder))
-    for file in files:
-        gin.parse_config_file(file)
+    with gin_files.files_alone():
+        for file in files:
+            gin.parse_config_file(file)
     config = gin.config_str()
     gin.clear_config()
     return sorted(set(re.findall(r"(?m)^([A-Z]\w*) = ", config)))
