@@ -32,6 +32,7 @@ from prompt_tuning_jax.inference.service import Limits, Service
 from prompt_tuning_jax.inference.warm_up import sizes, warm_up
 from prompt_tuning_jax.serve import listen, make_server, serve
 
+JSON = {"content-type": "application/json"}
 GREEDY = {"prompt": "p0", "inputs": "the plot was a treasure"}
 RANKED = {"prompt": "p1", "inputs": "the plot was a stinker", "labels": ["negative", "positive"]}
 
@@ -50,7 +51,10 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(tiny, prompts):
-    return Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+    """Warm, so that rows of the two kinds are computed on the model's own thread."""
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+    warm_up(predictor, [GREEDY, RANKED])
+    return predictor
 
 
 class Served(NamedTuple):
@@ -64,7 +68,7 @@ class Served(NamedTuple):
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, JSON if headers is None else headers)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 
@@ -87,9 +91,10 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(predictor, folder=None, wait=0.001, **limits) -> Iterator[Served]:
-    service = Service(lambda: (predictor, folder), "tiny", Limits(**limits), wait=wait, poll=0.05)
-    server, listening = make_server(service.app), listen("127.0.0.1", 0)
+def serving(predictor, folder=None, wait=0.001, door=None, connections=4096, **limits) -> Iterator[Served]:
+    options = {"wait": wait, "poll": 0.05} | (door or {})
+    service = Service(lambda: (predictor, folder), "bases/tiny", Limits(**limits), **options)
+    server, listening = make_server(service.app, connections), listen("127.0.0.1", 0)
     served = Served(listening.getsockname()[1], service)
     thread = threading.Thread(target=lambda: asyncio.run(serve(service, server, listening)))
     thread.start()
@@ -131,7 +136,8 @@ def served(predictor):
 
 
 def head(length, *lines) -> bytes:
-    return "\r\n".join(["POST /v1/predict HTTP/1.1", "host: x", f"content-length: {length}", *lines, "", ""]).encode()
+    first = ["POST /v1/predict HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}"]
+    return "\r\n".join([*first, *lines, "", ""]).encode()
 
 
 def same(found, expected) -> bool:
@@ -253,6 +259,7 @@ def test_no_request_is_answered_with_a_500(served, method, path, more, body):
     lines = [
         f"{method} {path} HTTP/1.1",
         f"content-length: {len(body)}",
+        "content-type: application/json",
         "connection: close",
         *(": ".join(x) for x in more),
     ]
@@ -260,7 +267,7 @@ def test_no_request_is_answered_with_a_500(served, method, path, more, body):
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
     status = int(head.split()[1])
-    assert status in (200, 400, 404, 405)
+    assert status in (200, 400, 404, 405, 415)
     if status == 200 and method == "POST":
         asked, rows = json.loads(body)["rows"], json.loads(answer)["rows"]
         assert len(rows) == len(asked) and all("prediction" in row or "error" in row for row in rows)
@@ -272,7 +279,8 @@ def test_a_large_body_is_refused_without_being_read(served):
     """Announced, before its first byte; in chunks, as soon as it is over the limit; the client gets to read why."""
     with served.send(head(10**12)) as connection:
         assert b" 413 " in connection.recv(1000)
-    chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    chunked += b"transfer-encoding: chunked\r\n\r\n"
     with served.send(chunked) as connection:
         for _ in range(100):  # what comes after the refusal is read and forgotten
             connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
