@@ -1,6 +1,7 @@
 """The bank against a dict of arrays, and a folder of prompts as it changes."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_row_pays_for_the_prompts_of_its_own_batch():
     bank.add("short", prompt_of(3, 1))
     before = bank.nbytes
     bank.add("long", prompt_of(2_000, 2))
-    assert bank.take(["short", None], 4)[1].shape == (4, 5)
+    assert bank.take(["short", None], 4)[1].shape == (4, 20)
     assert bank.take(["short", "long"], 4)[1].shape == (4, 2_048)
     bank.remove("long")
     assert bank.nbytes == before
@@ -177,6 +178,47 @@ def test_a_broken_file_leaves_the_others_and_its_own_earlier_prompt(folder):
     (folder / "npy.npy").unlink()
     assert prompts.sync(bank) == (["broken"], ["npy"], {})
     assert contents(bank)["broken"] == 9 and "npy" not in bank
+
+
+def test_whatever_is_in_a_file_breaks_that_prompt_alone(folder):
+    """A named pipe, which would block whoever opens it; other dtypes; JSON nested without end; too long."""
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa", longest=50), PromptFolder(folder)
+    os.mkfifo(folder / "pipe.npy")
+    (folder / "piped" / "best").mkdir(parents=True)
+    write_prompt(folder / "piped" / "best" / "prompt.npy", prompt_of(2, 1))
+    os.mkfifo(folder / "piped" / "summary.json")
+    np.save(folder / "fields.npy", np.zeros((2, 4), [("a", "<f4"), ("b", "<f4")]))
+    np.save(folder / "void.npy", np.zeros((2, 4), "V3"))
+    write_prompt(folder / "deep.npy", prompt_of(2, 1))
+    (folder / "deep.json").write_text("[" * 200_000)
+    write_prompt(folder / "long.npy", prompt_of(51, 1))
+    broken = prompts.sync(bank).broken
+    assert sorted(broken) == ["deep", "fields", "long", "pipe", "piped", "void"]
+    assert [*bank] == ["npy", "official", "peft", "run", "t5x"]
+    assert "pipe.npy is no regular file" in str(broken["pipe"])
+    assert "deep.json is no JSON object" in str(broken["deep"])
+    assert "51 positions, expected at most 50" in str(broken["long"])
+    with pytest.raises(ValueError, match="prompt 'long' is broken: prompt long has 51 positions"):
+        bank.find("long")
+
+
+def test_two_prompts_of_one_name_are_both_named(folder):
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
+    write_prompt(folder / "run.npy", prompt_of(2, 1))
+    broken = prompts.sync(bank).broken
+    assert "run and run.npy are prompts of one name" in str(broken["run"]) and "run" not in bank
+    (folder / "run.npy").unlink()
+    assert prompts.sync(bank) == (["run"], [], {})
+
+
+def test_a_file_is_read_once_it_has_settled(folder):
+    """While it is being written, the bank keeps the earlier prompt; a change between two looks is read at the next."""
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
+    prompts.sync(bank)
+    for value in (7, 8):
+        write_prompt(folder / "npy.npy", prompt_of(value, value))
+        assert prompts.sync(bank, settled=True) == ([], [], {}) and contents(bank)["npy"] == 1
+    assert prompts.sync(bank, settled=True).added == ["npy"] and contents(bank)["npy"] == 8
 
 
 def test_a_summary_beside_a_prompt_checks_the_base(folder):

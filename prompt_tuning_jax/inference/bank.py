@@ -16,9 +16,9 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
 
 MAX_NAME = 255  # characters: no file's name is longer
-# The lengths to which a batch's prompts are padded: those that prompts often have, at most a factor of two apart. They
+# The lengths to which a batch's prompts are padded: those that prompts often have, about a factor of two apart. They
 # are few, because each is a compiled program of its own.
-LENGTHS = (5, 10, 20, 32, 50, 64, 100, 128, 150, 200, 256, 400, 512, 800, 1024, 1600, 2048, 3072, MAX_ENCODER_LENGTH)
+LENGTHS = (20, 40, 64, 100, 150, 256, 512, 1024, 2048, MAX_ENCODER_LENGTH)
 
 
 class Stored(NamedTuple):
