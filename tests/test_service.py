@@ -445,7 +445,7 @@ def test_small_requests_are_read_beside_large_ones(predictor):
 def test_connections_without_a_request_are_closed(predictor, monkeypatch):
     """After a while, and the oldest of them at once where there are too many."""
     monkeypatch.setattr(connections_module, "connection_limit", lambda wanted: 20)
-    monkeypatch.setattr(connections_module.protocol_of, "__defaults__", (1.0,))
+    monkeypatch.setattr(connections_module, "HEADERS", 1.0)
 
     def closed(connection):
         connection.settimeout(0.01)
@@ -634,7 +634,7 @@ def test_windows_have_a_limit_in_tokens():
             windows[0] == ["large"] * 5
         )  # 4,096 tokens, and the rest of a row; then half a second at 20 rows a second
         assert windows[1][0] == "small" and len(windows[1]) <= 11 and batcher.rate < 21_000
-        assert batcher.cancel(large) >= 80 and batcher.tokens == batcher.waiting == 0
+        assert batcher.cancel(large) >= 60 and batcher.tokens == batcher.waiting == 0
         done = len(windows)
         await asyncio.sleep(0.1)
         assert len(windows) <= done + 1

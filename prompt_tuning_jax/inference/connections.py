@@ -16,13 +16,12 @@ def connection_limit(wanted: int) -> int:
     return wanted if files == resource.RLIM_INFINITY else min(wanted, max(files // 2, 1))
 
 
-def protocol_of(limit: int, headers: float = HEADERS) -> type[H11Protocol]:
+def protocol_of(limit: int) -> type[H11Protocol]:
     """Returns the class of connections for uvicorn.
 
     Args:
       limit: of open connections. One more closes the connection that has waited for its request for longest; where all
         have theirs, it is closed itself.
-      headers: seconds after which a connection without a whole request's headers is closed.
     """
 
     class Protocol(H11Protocol):
@@ -31,8 +30,9 @@ def protocol_of(limit: int, headers: float = HEADERS) -> type[H11Protocol]:
             self.timer: asyncio.TimerHandle | None = None
             self.unread: asyncio.TimerHandle | None = None
             self._watch()
-            if len(self.connections) > limit:
-                idle: list[Any] = [other for other in self.connections if getattr(other, "timer", None)]
+            others: list[Any] = [other for other in self.connections if not other.transport.is_closing()]
+            if len(others) > limit:
+                idle = [other for other in others if other.timer]
                 min(idle, key=lambda other: other.timer.when()).transport.close()
 
         def data_received(self, data: bytes) -> None:
@@ -63,7 +63,7 @@ def protocol_of(limit: int, headers: float = HEADERS) -> type[H11Protocol]:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
             elif self.timer is None:
-                self.timer = self.loop.call_later(headers, self.transport.close)
+                self.timer = self.loop.call_later(HEADERS, self.transport.close)
 
         def _stop(self) -> None:
             if self.timer is not None:

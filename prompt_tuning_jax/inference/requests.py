@@ -215,9 +215,11 @@ def _check_fields(row: Mapping[str, Any]) -> None:
 
 def _beginning(text: str, characters: int) -> str:
     """Returns as much of a text as is tokenised: whole words, up to so many characters."""
+    if len(text) > characters and not text[:characters].strip():
+        text = text.lstrip()
     if len(text) <= characters:
         return text
-    begin = text[:characters] if text[:characters].strip() else text.lstrip()[:characters]
+    begin = text[:characters]
     words = begin.rsplit(maxsplit=1)
     return words[0] if len(words) > 1 else begin
 
