@@ -46,6 +46,10 @@ class Setting(str):
     """The canonical name of a setting, as one part of an error's message."""
 
 
+class Private(str):
+    """A part of a message for the machine's own user alone: a path, or what a file holds."""
+
+
 class SettingError(ValueError):
     """A setting, or what it names, is not as it must be.
 
@@ -62,6 +66,11 @@ class SettingError(ValueError):
     def text(self, spell: Callable[[str], str]) -> str:
         """Returns the message with each setting's name as `spell(canonical name)` writes it."""
         return "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
+
+    @property
+    def public(self) -> "SettingError":
+        """The same error without the parts that are `Private`."""
+        return SettingError(*(part for part in self.parts if not isinstance(part, Private)))
 
     def __reduce__(self):
         return type(self), self.parts

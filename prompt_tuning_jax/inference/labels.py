@@ -1,6 +1,9 @@
 """A closed set of answers, as tokens and as a vocabulary writes them."""
 
-from collections.abc import Sequence
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -38,3 +41,37 @@ def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
     return table
+
+
+class LabelTables:
+    """Keeps the token ids of label sets up to a number of bytes; the set that was not used for longest goes first."""
+
+    def __init__(self, read: Callable[[tuple[str, ...]], Int[np.ndarray, "C L"]], max_bytes: int):
+        """Keeps nothing yet.
+
+        Args:
+          read: makes the table of a label set; its errors are passed on, and not kept.
+          max_bytes: of labels and tables together.
+        """
+        self.size, self._read, self._max_bytes = 0, read, max_bytes
+        self._tables: OrderedDict[tuple[str, ...], Int[np.ndarray, "C L"]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, labels: tuple[str, ...]) -> Int[np.ndarray, "C L"]:
+        """Returns the table of these labels."""
+        with self._lock:
+            if labels in self._tables:
+                self._tables.move_to_end(labels)
+                return self._tables[labels]
+        table = self._read(labels)
+        with self._lock:
+            if labels not in self._tables:
+                self._tables[labels] = table
+                self.size += _bytes(labels, table)
+            while self.size > self._max_bytes:
+                self.size -= _bytes(*self._tables.popitem(last=False))
+        return table
+
+
+def _bytes(labels: tuple[str, ...], table: np.ndarray) -> int:
+    return sum(map(sys.getsizeof, labels)) + sys.getsizeof(labels) + table.nbytes
