@@ -240,9 +240,8 @@ class Predictor:
             self._engine.forget()
             self._compiled.clear()
         if batch.method == RANK:
-            started = self._engine.rank(
-                *given, **_choices(requests, size, *batch.program[-2:], self._tokenizer.pad_id), **more
-            )
+            choices = _choices(requests, (size, *batch.program[-2:]), self._tokenizer.pad_id)
+            started = self._engine.rank(*given, **choices, **more)
         elif batch.method == "sample":
             started = self._engine.sample(*given, self._length, **_sampling_arrays(requests, size), **more)
         else:
@@ -417,10 +416,10 @@ def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.nda
     }
 
 
-def _choices(requests: Sequence[Request], size: int, labels: int, tokens: int, pad: int) -> dict[str, Any]:
-    """The arguments of `choice_scores`: tables of `labels` x `tokens` for `size` rows."""
+def _choices(requests: Sequence[Request], shape: tuple[int, ...], pad: int) -> dict[str, Any]:
+    """The arguments of `choice_scores`: tables of `shape`, rows x labels x tokens."""
     tables = [request.choices for request in requests if request.choices is not None]
-    choices = np.full((size, labels, tokens), pad, np.int32)
+    choices = np.full(shape, pad, np.int32)
     for row, table in zip(choices, tables, strict=False):
         row[: table.shape[0], : table.shape[1]] = table
     return {"choices": choices, "count": np.int32(max(map(len, tables)))}
