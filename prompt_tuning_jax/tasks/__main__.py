@@ -333,12 +333,15 @@ def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> 
 
 def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iterator[str]:
     """Yields how many rows have the inputs of a training row, if any have."""
+    from prompt_tuning_jax.tasks import sources
+
+    known: set[int] = set()
     try:
-        known = {
-            one for tokens, _ in _tokenized(task, TRAIN, lengths) for one in data_check.row_hashes(tokens["inputs"])
-        }
-    except Exception as error:  # that split may lack its file, which only matters here
-        yield f"the rows of {TRAIN} cannot be compared ({str(error).strip().partition(chr(10))[0]})"
+        with sources.source_errors():
+            for tokens, _ in _tokenized(task, TRAIN, lengths):
+                known.update(data_check.row_hashes(tokens["inputs"]))
+    except ValueError as error:  # that split may lack its file, which only matters here
+        yield f"the inputs are not compared with those of {TRAIN}: {spelled(error, _as_flag)}"
         return
     if both := sum(one in known for one in hashes):
         yield data_check.shared(both, len(hashes))
