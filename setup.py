@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "tensorflow-text>=2.21,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "sentencepiece>=0.2.3,<0.3",
+    "tokenizers>=0.23.3,<0.24",
     "protobuf>=6,<8",  # in which sentencepiece's models are written
     "rouge-score>=0.1.2,<0.2",
     # Base models and prompts in and out.
@@ -93,6 +94,7 @@ setup(
         "prompt_tuning_jax": ["py.typed", "bases/**/*"],
         "prompt_tuning_jax.gin_configs": ["**/*.gin"],
     },
+    entry_points={"console_scripts": ["prompt-tuning = prompt_tuning_jax.__main__:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -2,8 +2,8 @@
 
     python -m experiments.collect SWEEP_DIR [SWEEP_DIR ...] [--out=DIR] [--seeds=RANDOM_SEED] [--mean_over=TASK]
 
-writes DIR/<sweep dir's name>.csv, a row a trial, and .md, mean ± sample standard deviation over the seeds. Trials that
-are not finished or cannot be read are named on stderr.
+writes DIR/<sweep dir's name>.csv, a row a trial, and .md, mean ± sample standard deviation over the seeds. DIR is by
+default the folder that the sweep's folder is in. Trials that are not finished or cannot be read are named on stderr.
 """
 
 import argparse
@@ -59,20 +59,21 @@ def page(name: str, results: Sequence[Result], seeds: str = "RANDOM_SEED", over:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep_dirs", nargs="+", type=Path, metavar="SWEEP_DIR")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="by default the folder that the sweep's folder is in")
     parser.add_argument("--seeds", default="RANDOM_SEED", help="the axis to take mean and standard deviation over")
     parser.add_argument("--mean_over", metavar="AXIS", help="an axis to add the means over, such as TASK")
     args = parser.parse_args()
     with user_errors():
         for sweep_dir in args.sweep_dirs:
-            results = collect(sweep_dir, args.out)
+            out = args.out or sweep_dir.resolve().parent
+            results = collect(sweep_dir, out)
             if results:
                 name = sweep_dir.resolve().name
                 axes = axes_in(results)
                 if args.mean_over and args.mean_over not in axes:
                     raise ValueError(f"{name} has no axis {args.mean_over}; it has {', '.join(axes)}: set --mean_over")
-                (args.out / f"{name}.md").write_text(page(name, results, args.seeds, args.mean_over))
-                print(f"{args.out / name}.csv, .md: {len(results)} trials")
+                (out / f"{name}.md").write_text(page(name, results, args.seeds, args.mean_over))
+                print(f"{out / name}.csv, .md: {len(results)} trials")
 
 
 if __name__ == "__main__":

@@ -46,13 +46,17 @@ def command(task: str, dtype: str, seed: int, out: Path, args: argparse.Namespac
 def logits_of(dtype: str) -> tuple[np.ndarray, int]:
     """Logits of the base alone on 128 of the demo's validation rows, padding left out, and the base's bytes."""
     config = open_model("nano").config
+    assert config is not None
     base, words = load_base("nano", config, dtype), open_vocabulary(None, "nano", config)
     dataset = DatasetConfig("demo_reviews", "validation", 128, {"inputs": 48, "targets": 8})
     batch = next(iter(next(iter(dataset.eval_batches(words).values()))))
     model = jax.jit(functools.partial(Transformer(config).apply, enable_dropout=False))
     targets = jnp.asarray(batch.targets)
-    logits = model({"params": unflatten_dict(base.params, sep="/")}, batch.inputs, shift_right(targets), targets)
-    return np.asarray(logits, np.float64)[batch.targets > 0], sum(value.nbytes for value in base.params.values())
+    shifted = shift_right(targets, config.decoder_start_token_id)
+    logits = model({"params": unflatten_dict(base.params, sep="/")}, batch.inputs, shifted, targets)
+    return np.asarray(logits, np.float64)[batch.targets != config.pad_token_id], sum(
+        value.nbytes for value in base.params.values()
+    )
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:

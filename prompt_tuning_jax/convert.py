@@ -29,7 +29,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     formats = sorted({*MODEL_FORMATS, *PROMPT_FORMATS})
     parser.add_argument("--to", choices=formats)
     parser.add_argument("--base", help="the base a prompt was trained on, by path or hub id; --to=peft names it")
-    parser.add_argument("--vocabulary", help="a SentencePiece model, or 'bytes', to put beside a model that has none")
+    parser.add_argument(
+        "--vocabulary", help="a tokenizer (spiece.model, tokenizer.json or 'bytes') for a model without"
+    )
     parser.add_argument("--inspect", action="store_true", help="print what a base model is; nothing is converted")
     parser.add_argument("--fingerprint", action="store_true", help="with --inspect: read all parameters, and print it")
     arguments = parser.parse_args(argv)

@@ -11,6 +11,7 @@ end writes that name in its own way: Python as the argument's name, gin as the m
 """
 
 import contextlib
+import contextvars
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -35,11 +36,18 @@ ARGUMENTS = {
     "train_split": "train",
     "eval_split": "validation",
     "base_dtype": "dtype",
+    "prompt_init": "init",
+    "log_period": "log_every",
+    "activation_dtype": "dtype",
 }
 
 
 class Setting(str):
     """The canonical name of a setting, as one part of an error's message."""
+
+
+class Private(str):
+    """A part of a message for the machine's own user alone: a path, or what a file holds."""
 
 
 class SettingError(ValueError):
@@ -59,6 +67,11 @@ class SettingError(ValueError):
         """Returns the message with each setting's name as `spell(canonical name)` writes it."""
         return "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
 
+    @property
+    def public(self) -> "SettingError":
+        """The same error without the parts that are `Private`."""
+        return SettingError(*(part for part in self.parts if not isinstance(part, Private)))
+
     def __reduce__(self):
         return type(self), self.parts
 
@@ -66,6 +79,28 @@ class SettingError(ValueError):
 def in_python(name: str) -> str:
     """Returns a setting as the name of a Python argument."""
     return f"`{ARGUMENTS.get(name, name)}`"
+
+
+_spelling: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar("spelling", default=in_python)
+
+
+@contextlib.contextmanager
+def spelling(spell: Callable[[str], str]) -> Iterator[None]:
+    """Makes `said` write a setting as `spell(canonical name)`, while in this context: a command line's own way."""
+    token = _spelling.set(spell)
+    try:
+        yield
+    finally:
+        _spelling.reset(token)
+
+
+def said(*parts: str) -> str:
+    """Returns a message that is no error, with each `Setting` as the front end that runs writes it.
+
+    >>> said("rows are truncated: raise ", Setting("batch_size"))
+    'rows are truncated: raise `batch_size`'
+    """
+    return SettingError(*parts).text(_spelling.get())
 
 
 def spelled(error: Exception, spell: Callable[[str], str]) -> str:

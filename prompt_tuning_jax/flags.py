@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import spelled, spelling
 
 # The flags that are not called by their setting's canonical name.
 FLAGS = {
@@ -50,7 +50,7 @@ def flag_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
     def spell(name: str) -> str:
         return (names or {}).get(name) or as_flag(name)
 
-    with one_line_errors(lambda error: spelled(error, spell)):
+    with one_line_errors(lambda error: spelled(error, spell)), spelling(spell):
         try:
             yield
         except BrokenPipeError:

@@ -9,14 +9,14 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import near_misses, spelled
+from prompt_tuning_jax.errors import near_misses, spelled, spelling
 
 FLAGS = ("allow_other_config",)  # settings that are flags, and no macros
 
@@ -41,11 +41,12 @@ def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = No
     Raises:
       ValueError: an unknown flag, file, macro or binding, or a macro that must be set and is not.
     """
-    bindings, given = _parse_files(argv, flags, about)
+    bindings, given, setters = _parse_files(argv, flags, about)
+    read_by_files = _read_macros(gin.config_str())
     for binding in bindings:
         with _explained(f"--gin.{binding}"):
             gin.parse_config(binding)
-    _check_macros(gin.config_str())
+    _check_macros(gin.config_str(), setters, read_by_files, {*map(_bound, bindings)})
     with _explained("gin"):
         gin.finalize()
     return given
@@ -59,7 +60,7 @@ def split_bindings(
     Raises:
       ValueError: as `parse`, of the files.
     """
-    bindings, _ = _parse_files(argv, flags, about)
+    bindings, *_ = _parse_files(argv, flags, about)
     known = _macros(gin.config_str())
     gin.clear_config()
     others = [text for text in bindings if "." not in _bound(text) and _bound(text) not in known]
@@ -72,9 +73,15 @@ def _bound(binding: str) -> str:
 
 def _parse_files(
     argv: Sequence[str], flags: Sequence[str], about: str | None
-) -> tuple[list[str], dict[str, str | bool]]:
-    """Parses the files alone; returns the bindings and the other flags."""
+) -> tuple[list[str], dict[str, str | bool], dict[str, list[str]]]:
+    """Parses the files alone.
+
+    Returns:
+      The bindings; the other flags; and by macro the files, of those given, that set it: the last alone, unless a later
+      file replaced what read it, which is then the second.
+    """
     files, bindings, given = [], [], {}
+    setters: dict[str, list[str]] = {}
     wants_help = about is not None and "--help" in argv
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
@@ -102,16 +109,21 @@ def _parse_files(
     for file in files:
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
             raise ValueError(f"no gin file {file}; {_near(file, _files())}")
-        with _explained(file), _files_alone():
+        before, read_before = _macros(gin.config_str()), _read_macros(gin.config_str())
+        with _explained(file), files_alone():
             gin.parse_config_file(file)
+        after = gin.config_str()
+        setters |= {name: [file] for name, value in _macros(after).items() if before.get(name) != value}
+        for name in read_before - _read_macros(after):
+            setters.setdefault(name, []).append(file)
     if wants_help:
         print(_help(about or "", files))
         sys.exit()
-    return bindings, given
+    return bindings, given, setters
 
 
 @contextlib.contextmanager
-def _files_alone() -> Iterator[None]:
+def files_alone() -> Iterator[None]:
     """Makes gin read files alone, while in this context.
 
     gin would also look for runs/train.gin inside a Python package called "runs", and fails on a folder of runs.
@@ -171,14 +183,41 @@ def _parameters(configurable: Callable) -> Iterable[str]:
     return inspect.signature(configurable).parameters
 
 
-def _check_macros(config: str) -> None:
-    """gin takes a macro that nothing reads in silence: a misspelt one would change nothing."""
-    code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)  # a "%" in a text is no macro
-    read = set(re.findall(r"%([A-Za-z_]\w*)", code)) - {"gin"}  # %gin.REQUIRED
-    macros = _macros(code)
+def _code(config: str) -> str:
+    """Returns a configuration with its texts emptied: a "%" in a text is no macro."""
+    return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)
+
+
+def _read_macros(config: str) -> set[str]:
+    """Returns the macros that something of a configuration reads."""
+    return set(re.findall(r"%([A-Za-z_]\w*)", _code(config))) - {"gin"}  # %gin.REQUIRED
+
+
+def _check_macros(config: str, setters: Mapping[str, Sequence[str]], read_by_files: set[str], bound: set[str]) -> None:
+    """Raises ValueError for a macro that nothing reads: gin takes it in silence, and a misspelt one changes nothing.
+
+    A macro of a file that a binding leaves without a reader is no mistake.
+
+    Args:
+      setters: as of `_parse_files`.
+      read_by_files: the macros that were read before there were bindings.
+      bound: what the bindings set.
+    """
+    read, macros = _read_macros(config), _macros(_code(config))
     for name in sorted(macros):
-        if name not in read:
+        if name in read or (name in read_by_files and name not in bound):
+            continue
+        if name in read_by_files:
+            raise ValueError(f"nothing reads the macro {name} any more: another binding replaces what read it")
+        if name not in setters:
             raise ValueError(f"no macro {name} in these gin files; {_near(name, read)}")
+        first, *later = setters[name]
+        if later:
+            raise ValueError(
+                f"{later[-1]} replaces what reads the macro {name} of {first}: give one of these two files"
+            )
+        hint = near_misses(name, read, otherwise="remove it")
+        raise ValueError(f"nothing reads the macro {name} that {first} sets; {hint}")
     missing = sorted(name for name in read if macros.get(name, "%gin.REQUIRED") == "%gin.REQUIRED")
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be set: --gin.{missing[0]}=...")
@@ -209,8 +248,16 @@ def config_text() -> str:
 
 
 def as_macro(setting: str) -> str:
-    """Returns a setting's name as a gin command line writes it."""
-    return f"--{setting}" if setting in FLAGS else setting.upper()
+    """Returns a setting's name as a gin command line writes it: the macro, or the parameter where none sets it."""
+    if setting in FLAGS:
+        return f"--{setting}"
+    config, macro = gin.config_str(), setting.upper()
+    if macro in _macros(config):
+        return macro
+    bound = re.search(rf"(?m)^(?:[\w/.]+[/.])?(\w+\.{setting}) = (%?)(\w*)", config)
+    if bound is None:
+        return macro
+    return bound[3] if bound[2] else bound[1]
 
 
 def in_gin(error: Exception) -> str:
@@ -218,6 +265,8 @@ def in_gin(error: Exception) -> str:
     return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
 
 
-def user_errors() -> contextlib.AbstractContextManager[None]:
-    """Returns a context that turns a ValueError or OSError into its one line on stderr and exit code 2."""
-    return one_line_errors(in_gin)
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a ValueError or OSError into its one line on stderr and exit code 2."""
+    with one_line_errors(in_gin), spelling(as_macro):
+        yield

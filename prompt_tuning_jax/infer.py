@@ -23,7 +23,7 @@ from tqdm import tqdm
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
-from prompt_tuning_jax.inference.requests import METHODS, Decoding
+from prompt_tuning_jax.inference.requests import METHODS, Decoding, read_json
 from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, say_broken
 
 WAIT = 0.02  # seconds that a window waits for more lines once it has one
@@ -101,12 +101,11 @@ def read_rows(lines: Iterable[bytes], text: bool) -> Iterator[tuple[int, Any]]:
             yield number, {"inputs": line}
             continue
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = str(error) or type(error).__name__
+            yield number, read_json(line)
+        except ValueError as error:
             yield (
                 number,
-                ValueError(f"line {number + 1} is not JSON ({why}), expected a row; lines of text need --text"),
+                ValueError(f"line {number + 1} is not JSON ({error}), expected a row; lines of text need --text"),
             )
 
 
@@ -211,7 +210,7 @@ def converse(predictor: Predictor, prompt: str | None) -> None:
             print("  ".join(f"{name} [{length}]" for name, length in predictor.bank.lengths.items()) or "none")
         elif command == ":prompt":
             try:
-                predictor.bank.row(name.strip() or None)
+                predictor.bank.find(name.strip() or None)
                 prompt = name.strip() or None
             except ValueError as error:
                 print(f"error: {error}")

@@ -18,7 +18,7 @@ def add_model_flags(parser: Parser) -> None:
         "--base", default="nano", help="a base of any format, by path or hub id; the embedded one by default"
     )
     parser.add_argument("--prompts", help="a folder of prompts (NAME.npy, run folders, PEFT adapters), or one prompt")
-    parser.add_argument("--vocabulary", help="a SentencePiece model or 'bytes', where none lies beside the base")
+    parser.add_argument("--vocabulary", help="spiece.model, tokenizer.json or 'bytes', if none lies beside the base")
     parser.add_argument("--dtype", default="auto", help="of the base in memory: auto, float32, bfloat16, int8")
     parser.add_argument("--input_length", type=int, default=512, help="tokens; longer inputs are cut, and flagged")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of an answer, its end of sequence included")

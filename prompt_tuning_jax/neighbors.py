@@ -19,6 +19,7 @@ from prompt_tuning_jax.checkpoints.tuned import check_width
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS, read_prompt
+from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
@@ -36,7 +37,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's folder")
     parser.add_argument("--base", help="what they were trained on; the runs' own where left out, or 'nano'")
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="a SentencePiece model or 'bytes', where none lies beside the base"
+        "--vocabulary",
+        metavar="FILE",
+        help="spiece.model, tokenizer.json or 'bytes', if none lies beside the base",
     )
     parser.add_argument(
         "--labels",
@@ -137,7 +140,7 @@ def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequ
         table = np.asarray(model.arrays[TABLE])
     except ArrayError as error:
         raise SettingError(f"{error}: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint") from None
-    return make_lexicon(table, words.size - words.sentinels, words.piece, words.encode, labels)
+    return make_lexicon(table, word_ids(words, len(table)), words.piece, words.subwords, labels, words.unk_id)
 
 
 def shown(neighbor: Mapping[str, Any]) -> str:

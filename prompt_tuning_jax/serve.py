@@ -1,13 +1,14 @@
 """Answers rows over HTTP with one base and many prompts: `python -m prompt_tuning_jax.serve --prompts=DIR`.
 
 POST /v1/predict takes {"rows": [{"prompt": NAME, "inputs": TEXT}, ...]} and gives the rows back with their answers, as
-`infer` does. GET /v1/prompts, /healthz and /metrics say how it stands. Prompts put into the folder are served within
---poll seconds.
+`infer` does; the content type must be application/json. GET /v1/prompts, /livez, /readyz and /metrics say how it
+stands, /openapi.json describes all of it. Prompts put into the folder are served after two looks at it. Without
+--api_key_file whoever reaches the port may ask; at 127.0.0.1, only requests for localhost are answered.
 """
 
 import argparse
 import asyncio
-import json
+import ipaddress
 import os
 import signal
 import socket
@@ -19,9 +20,11 @@ from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.flags import Parser, flag_errors
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.requests import read_json
 from prompt_tuning_jax.inference.warm_up import warm_up
 from prompt_tuning_jax.model_flags import add_model_flags, in_flags, load_predictor
 
+BACKLOG = 2048  # connections that the system keeps until they are opened
 GRACE = 10  # seconds that a shutdown leaves to the requests in progress
 
 
@@ -39,13 +42,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--wait_ms", type=float, default=3.0, help="that rows wait for others to share their batch")
     parser.add_argument("--max_rows", type=int, default=1024, help="of a request; more are answered with 413")
     parser.add_argument("--max_bytes", type=int, default=4 * 2**20, help="of a request's body; 413")
+    parser.add_argument(
+        "--max_tokens", type=int, default=2**19, help="of a request: of its prompts, inputs, labels and answers; 413"
+    )
     parser.add_argument("--max_queue", type=int, default=8192, help="rows that may wait; 429 with Retry-After")
+    parser.add_argument(
+        "--max_connections", type=int, default=4096, help="open at once; at most half of the files it may open"
+    )
+    parser.add_argument(
+        "--api_key_file", "--api-key-file", type=Path, help="a key a line; requests need Authorization: Bearer KEY"
+    )
     parser.add_argument(
         "--timeout", type=float, default=30.0, help="seconds a request may take; 503, or 408 without body"
     )
-    parser.add_argument("--poll", type=float, default=1.0, help="seconds between looks at the folder of prompts")
+    parser.add_argument("--poll", type=float, default=0.5, help="seconds between looks at the folder of prompts")
     arguments = parser.parse_args(argv)
-    for name in ("max_rows", "max_bytes", "max_queue", "timeout", "poll"):
+    for name in ("max_rows", "max_bytes", "max_tokens", "max_queue", "max_connections", "timeout", "poll"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected above 0")
     if not 0 <= arguments.wait_ms <= 1000 * arguments.timeout:
@@ -66,11 +78,34 @@ def load(arguments: argparse.Namespace) -> tuple[Predictor, PromptFolder | None]
 def read_rows(path: Path) -> list[Any]:
     """The rows of a JSONL file."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [read_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read --warm={path} ({error}): expected a file of rows, a JSON object a line"
         ) from None
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """Returns the keys of a file, one a line; none without a file.
+
+    Raises:
+      ValueError: it cannot be read, or holds no key, or one that no header can hold.
+    """
+    if path is None:
+        return []
+    try:
+        keys = path.read_text(encoding="ascii").split()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read --api_key_file={path} ({error}): expected a file of keys, one a line") from None
+    if not keys:
+        raise ValueError(f"--api_key_file={path} holds no key, expected one a line")
+    return keys
+
+
+def hosts_of(listening: socket.socket) -> tuple[str, ...]:
+    """Returns the names of this machine if only it can reach the port; else none, which stands for any name."""
+    loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+    return ("localhost", "127.0.0.1", "[::1]") if loopback else ()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -81,7 +116,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
@@ -101,7 +136,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT."""
     from prompt_tuning_jax.inference.service import Limits, Service
 
-    limits = Limits(arguments.max_rows, arguments.max_bytes, arguments.max_queue, arguments.timeout)
+    names = ("max_rows", "max_bytes", "max_queue", "timeout", "max_tokens")
+    limits = Limits(**{name: getattr(arguments, name) for name in names})
+    keys = read_keys(arguments.api_key_file)
     if arguments.prompts:
         PromptFolder(arguments.prompts)  # missing: said before anything is loaded
     listening = listen(arguments.host, arguments.port)
@@ -112,22 +149,29 @@ def run(arguments: argparse.Namespace) -> None:
         wait=arguments.wait_ms / 1000,
         poll=arguments.poll,
         text=in_flags,
+        keys=keys,
+        hosts=hosts_of(listening),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn takes them, and raises them again once it has shut down
-    asyncio.run(serve(service, make_server(service.app), listening))
-    if service.model.busy():  # Python would wait for the model's thread, however long it computes
+    asyncio.run(serve(service, make_server(service.app, arguments.max_connections), listening))
+    if service.busy():  # Python would wait for the model's threads, however long they compute
         sys.stdout.flush()
         os._exit(0)
 
 
-def make_server(app: Any) -> Any:
-    """uvicorn, as quiet as the other commands."""
+def make_server(app: Any, max_connections: int = 4096) -> Any:
+    """uvicorn, as quiet as the other commands, and with limits to its connections."""
     import uvicorn
 
-    quiet = {"log_level": "error", "access_log": False}
+    from prompt_tuning_jax.inference.connections import connection_limit, protocol_of
+
+    limit = connection_limit(max_connections)
+    options = {"log_level": "error", "access_log": False, "ws": "none", "lifespan": "off"}
+    # asyncio opens up to `backlog` connections before it looks at the first of them.
+    backlog = max(min(limit, BACKLOG // 2) // 4, 1)
     return uvicorn.Server(
-        uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=GRACE, **quiet)
+        uvicorn.Config(app, http=protocol_of(limit), backlog=backlog, timeout_graceful_shutdown=GRACE, **options)
     )
 
 
@@ -138,6 +182,7 @@ async def serve(service: Any, server: Any, listening: socket.socket) -> None:
     async def start() -> None:
         try:
             await service.start()
+            listening.listen(BACKLOG)  # uvicorn has set it to less
         except BaseException:
             server.should_exit = True
             raise

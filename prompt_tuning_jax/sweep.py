@@ -9,7 +9,7 @@ are left out, broken ones go on where they were saved.
     --launcher=slurm    a job array, through submitit
     --launcher=xpk      workloads on TPU pods, through xpk
     --launcher=jobset   Kubernetes JobSets, as YAML
-    --status            how the trials stand, and nothing else
+    --status            how the trials stand, and nothing else; of a folder alone, --status=SWEEP_DIR
     --only=NAME:NAME    these trials alone
 """
 
@@ -28,7 +28,7 @@ from prompt_tuning_jax.gin_files import config_text, configured, in_gin, parse, 
 from prompt_tuning_jax.sweeps import spec, status
 from prompt_tuning_jax.sweeps.joint_step import joint_key
 from prompt_tuning_jax.sweeps.plan import most_together, plan
-from prompt_tuning_jax.sweeps.record import check_record, write_record
+from prompt_tuning_jax.sweeps.record import RECORD, check_record, recorded_steps, recorded_trials, write_record
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.sweeps.vectorized import leave_failure, train_together
 from prompt_tuning_jax.training import loop, run, score
@@ -53,8 +53,15 @@ def main() -> None:
 def sweep(argv: Sequence[str]) -> int:
     """Does what a command line says; returns the exit code."""
     own, texts = split_bindings(argv, FLAGS, __doc__)
+    if folder := next((argument.partition("=")[2] for argument in own if argument.startswith("--status=")), ""):
+        return show_status(folder, own)
     flags = parse(own, FLAGS)
     settings = configured(spec.Sweep, "sweeps/demo.gin")()
+    if "status" in flags and (recorded := recorded_trials(settings.sweep_dir)):
+        known, trials = {trial.name for trial in recorded}, settings.trials(texts)
+        if known.isdisjoint(trial.name for trial in trials):
+            check_record(settings.sweep_dir, trials)  # which says that this is another sweep
+        return print_table([*recorded, *(trial for trial in trials if trial.name not in known)], flags.get("only"))
     launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
     if flags.get("launcher") != "here":
         jax.config.update("jax_platforms", "cpu")  # in this process: the accelerators are for those that it starts
@@ -91,6 +98,28 @@ def sweep(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
+def show_status(sweep_dir: str, arguments: Sequence[str]) -> int:
+    """Prints how the trials of a sweep's folder stand, which says all that is needed for it."""
+    flags: dict[str, str] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in ("--status", "--only"):
+            raise ValueError(f"--status={sweep_dir} reads the folder alone: leave out {argument}")
+        flags[name] = value
+    trials = recorded_trials(sweep_dir)
+    if not trials:
+        raise ValueError(f"no sweep was started in {sweep_dir}, it has no {RECORD}: set --status to a SWEEP_DIR")
+    return print_table(trials, flags.get("--only"))
+
+
+def print_table(trials: Sequence[Trial], only: str | bool | None) -> int:
+    """Prints how trials of a record stand; `only` has the names of some of them."""
+    if only:
+        trials = spec.chosen(trials, str(only).split(":"))
+    print(status.table([status.trial_state(trial, recorded_steps(trial)) for trial in trials]))
+    return 0
+
+
 def named_launcher(name: Any) -> Any:
     """The launcher of `--launcher`, as gin sets it up."""
     if name not in LAUNCHERS:
@@ -105,16 +134,17 @@ def checked(trial: Trial) -> run.TrainConfig | None:
     """Parses a trial's command line: its settings, None of one that only evaluates. gin is the trial's from here on.
 
     Raises:
-      ValueError: it names what is not there, or does not set what must be set.
+      ValueError: it names what is not there, does not set what must be set, or sets what cannot be.
     """
     gin.clear_config()
     try:
         parse(trial.arguments)
-        return (
-            configured(run.TrainConfig, "runs/prompt_tune.gin")(config=config_text())
-            if trial.command == "train"
-            else None
-        )
+        if trial.command == "eval":
+            configured(score.evaluate_prompt, "runs/eval.gin")(check_only=True)
+            return None
+        config = configured(run.TrainConfig, "runs/prompt_tune.gin")(config=config_text())
+        config.check()
+        return config
     except ValueError as error:
         raise prefixed(f"trial {trial.name}: ", error) from None
 

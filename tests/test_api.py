@@ -201,6 +201,16 @@ def test_more_steps_extend_a_run(model, tmp_path):
         assert (tmp_path / "run" / "prompts" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_more_steps_need_no_other_argument(model, tmp_path):
+    """Not even `eval_every`, which is by default a tenth of the steps."""
+    options = {name: value for name, value in OPTIONS.items() if name not in ("steps", "eval_every")}
+    options["folder"] = tmp_path / "run"
+    for steps, evaluations in ((20, [*range(2, 21, 2)]), (24, [*range(2, 25, 2)])):
+        pt.train(model, pt.PromptTuning(3), ROWS, ROWS, steps=steps, **options)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [record["step"] for record in map(json.loads, lines) if record["split"] == "eval"] == evaluations
+
+
 def test_a_schedule_over_the_steps_cannot_be_extended(model, tmp_path):
     def optimizer(steps):
         return optax.adamw(optax.linear_schedule(0.05, 0.0, steps))

@@ -74,18 +74,21 @@ def test_a_misspelt_command_line(refused, flag, message):
 
 @pytest.mark.parametrize("length", [0, -1, 4065, 5000])
 def test_a_prompt_without_a_position_or_without_room(refused, length):
-    expected = f"PROMPT_LENGTH is {length}, expected 1 to {4096 - LENGTHS['inputs']} beside inputs of this length"
+    room = 4096 - LENGTHS["inputs"]
+    expected = (
+        f"PROMPT_LENGTH is {length}, expected a whole number from 1 to {room}, the room beside inputs of 32 tokens"
+    )
     assert refused(PROMPT_LENGTH=length) == expected
 
 
 @pytest.mark.parametrize(
     "macros, message",
     [
-        ({"BATCH_SIZE": 0}, "BATCH_SIZE is 0, expected at least 1"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE is 0, expected a whole number of at least 1"),
         ({"TRAIN_STEPS": 0}, "TRAIN_STEPS is 0, expected a whole number of at least 1"),
         ({"EVAL_PERIOD": -5}, "EVAL_PERIOD is -5, expected a whole number of at least 1"),
-        ({"TASK_FEATURE_LENGTHS": {"inputs": 32}}, "TASK_FEATURE_LENGTHS gives no length for targets"),
-        ({"TASK_FEATURE_LENGTHS": {"inputs": 0, "targets": 8}}, "TASK_FEATURE_LENGTHS gives no length for inputs"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 32}}, "TASK_FEATURE_LENGTHS has no key 'targets', expected 'inputs' and"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 0, "targets": 8}}, "TASK_FEATURE_LENGTHS['inputs'] is 0, expected a"),
         ({"TRAIN_SPLIT": "train[:10%]"}, "split 'train[:10%]', expected a name or a slice such as train[:-2000]: set"),
         ({"DATA_DIR": "/no/such"}, "no folder /no/such: set DATA_DIR to the folder that holds the task's files"),
     ],
@@ -449,7 +452,7 @@ def test_inputs_that_are_cut_are_counted(tiny, capfd):
     assert 0 < expected < 100
     capfd.readouterr()
     batches = DatasetConfig("demo_reviews", "train[:100]", 10, LENGTHS, cache_dir=str(cache)).batches(words)
-    line = f"demo_reviews train[:100]: lengths {LENGTHS} truncate inputs of {expected} of 100 examples"
+    line = f"demo_reviews train[:100]: `lengths` {LENGTHS} truncate inputs of {expected} of 100 examples"
     assert capfd.readouterr().err.splitlines().count(line) == 1
     assert sum(int((batches[n].inputs[:, -1] != 0).sum()) for n in range(10)) >= expected
 

@@ -52,6 +52,12 @@ def run(monkeypatch):
     return run
 
 
+def test_tables_are_written_beside_the_sweeps_folder(tmp_path, run):
+    write_trial(tmp_path / "runs" / "own", "RANDOM_SEED=9", train_summary("cb", {"accuracy": 41.0}))
+    run(tmp_path / "runs" / "own")
+    assert (tmp_path / "runs" / "own.csv").is_file() and (tmp_path / "runs" / "own.md").is_file()
+
+
 def test_every_trial_is_a_row(tmp_path, run):
     sweep = tmp_path / "runs" / "figure"
     write_trial(sweep, "SIZE=nano,TASK=cb,RANDOM_SEED=10", train_summary("cb", {"accuracy": 40.0, "f1": 20.5}))

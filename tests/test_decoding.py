@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.decoding import EOS, greedy
+from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import choice_scores
+from prompt_tuning_jax.tasks.vocabularies import EOS
 
 CONFIGS = [
     T5Config(11, 8, 2, 1, 2, 12, head_dim=3),

@@ -284,7 +284,7 @@ def test_nothing_is_started_and_nothing_kept(tmp_path, monkeypatch, capfd):
     config = DatasetConfig(NAME, "train[:100]", 10, lengths, cache_dir=str(tmp_path / "cache"), source=Reviews())
     words, said = case_folding(), []
     expected = sum(len(words.encode(row["inputs"])) + 1 > 16 for row in Reviews().rows("train")[:100])
-    line = f"{NAME} train[:100]: lengths {lengths} truncate inputs of {expected} of 100 examples"
+    line = f"{NAME} train[:100]: `lengths` {lengths} truncate inputs of {expected} of 100 examples"
     config.batches(words, say=said.append)
     assert said == [line]
     config.batches(words, say=None)

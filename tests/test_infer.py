@@ -102,18 +102,23 @@ def test_a_line_that_is_no_row_has_an_error_and_the_rest_go_on(run):
         b"\n",
         b'{"prompt": "lon", "inputs": "a"}\n',
         b"[" * 100_000 + b"\n",
+        b'{"prompt": "long", "inputs": "a", "id": NaN}\n',
+        b'{"prompt": "long", "inputs": "a", "id": -1e999}\n',
         b'{"prompt": "long", "inputs": "\\ud800", "id": "\\udfff"}\n',
         jsonl(ROWS[:1]).rstrip(b"\n"),
     ]
     code, out, err = run(b"".join(lines))
-    first, no_json, no_utf8, near, deep, surrogate, last = [json.loads(line) for line in out.split("\n")[:-1]]
+    first, no_json, no_utf8, near, deep, nan, infinite, surrogate, last = [
+        json.loads(line) for line in out.split("\n")[:-1]
+    ]
     assert code == 0 and first == last and "error" not in first
     assert "line 2 is not JSON (Expecting property name" in no_json["error"]
     assert no_utf8["error"] == "line 3 is not UTF-8 (byte 30), expected a row"
     assert "did you mean long?" in near["error"]
     assert "line 6 is not JSON" in deep["error"]
+    assert "line 7 is not JSON (NaN is not a finite number)" in nan["error"] and "-1e999" in infinite["error"]
     assert "half a surrogate pair" in surrogate["error"] and surrogate["id"] == "\udfff"
-    assert "5 of 7 rows have an error" in err
+    assert "7 of 9 rows have an error" in err
 
 
 def test_lines_of_text_are_inputs_of_the_prompt_named(run):

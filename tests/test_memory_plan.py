@@ -390,6 +390,23 @@ def test_without_a_value_it_is_this_machines_memory(command, monkeypatch):
     assert out.splitlines()[-1].startswith("largest batch: 16 ")
 
 
+def test_a_plan_for_another_device_says_which_of_its_settings_are_a_cpus(command, monkeypatch):
+    """With the settings that it names, the frozen parameters take half the bytes."""
+    monkeypatch.setattr(memory_plan, "TRIES", 0)
+    code, out, err = command("--memory-plan=40MB")
+    (note,) = (line for line in out.splitlines() if line.startswith("No accelerator is here"))
+    assert (code, err) == (0, "")
+    assert note.endswith("by itself: ACTIVATION_DTYPE='bfloat16', BASE_DTYPE='bfloat16', NUM_MICROBATCHES=1")
+    settings = {"ACTIVATION_DTYPE": "bfloat16", "BASE_DTYPE": "bfloat16", "NUM_MICROBATCHES": 1}
+    code, other, err = command("--memory-plan=40MB", **settings)
+    assert (code, err) == (0, "") and "No accelerator" not in other
+    before, after = (
+        float(number) for text in (out, other) for number in re.findall(r"frozen parameters +[\d,]+ +([\d.]+) kB", text)
+    )
+    assert after == pytest.approx(before / 2, abs=0.01)  # two decimals are printed
+    assert "No accelerator" not in command("--memory-plan")[1]
+
+
 def test_a_batch_that_does_not_fit_is_told_from_a_run_that_does_not(command, monkeypatch):
     monkeypatch.setattr(memory_plan, "TRIES", 1)
     code, out, err = command("--memory-plan=1MB", BATCH_SIZE=27)

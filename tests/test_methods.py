@@ -454,12 +454,12 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
 @pytest.mark.parametrize(
     ("method", "setting", "message"),
     [
-        (PromptTuning(0), "prompt_length", "`length` is 0, expected 1 to"),
-        (PromptTuning(5_000), "prompt_length", "is 5000, expected 1 to"),
+        (PromptTuning(0), "prompt_length", "`length` is 0, expected a whole number from 1 to"),
+        (PromptTuning(5_000), "prompt_length", "is 5000, expected a whole number from 1 to"),
         (ResidualPrompt(4, 0), "bottleneck", "`bottleneck` is 0, expected a whole number of at least 1"),
-        (PerLayerPrompt(0), "prompt_length", "is 0, expected 1 to"),
-        (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected replace or add"),
-        (MPT(TASKS, 0), "prompt_length", "is 0, expected 1 to"),
+        (PerLayerPrompt(0), "prompt_length", "is 0, expected a whole number from 1 to"),
+        (PerLayerPrompt(4, combine="sum"), "combine", "`combine` is 'sum', expected one of 'replace', 'add'"),
+        (MPT(TASKS, 0), "prompt_length", "is 0, expected a whole number from 1 to"),
         (
             MPT(TASKS, 4, rank=5),
             "rank",
@@ -469,9 +469,13 @@ def test_what_a_method_gives_must_fit_the_model(injection, message, model):
         (MPT(("reviews",)), "tasks", "`tasks` has one task, 'reviews', expected the tasks of a mixture"),
         (MPT(("a", "../b")), "tasks", r"has '\.\./b', expected a name that a file may have"),
         (MPT(("a", "b", "a")), "tasks", "has 'a' twice"),
-        (MultitaskPrompt(TASKS, combine="ad"), "combine", "`combine` is 'ad'; did you mean 'add'?"),
+        (
+            MultitaskPrompt(TASKS, combine="ad"),
+            "combine",
+            "`combine` is 'ad', expected one of 'add', 'concatenate', .*; did you mean 'add'?",
+        ),
         (MultitaskPrompt(TASKS, task_length=3), "task_length", "is only for 'concatenate': leave it out, or set `comb"),
-        (MultitaskPrompt(TASKS, 4_000, "concatenate"), "prompt_length", "is 8000, expected 1 to"),
+        (MultitaskPrompt(TASKS, 4_000, "concatenate"), "prompt_length", "is 8000, expected a whole number from 1 to"),
         (
             MultitaskPrompt(TASKS, combine="concatenate_features", shared_features=16),
             "shared_features",

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_voc
 from prompt_tuning_jax.prompts import neighbors
 from prompt_tuning_jax.prompts import similarity as similarity_file
 from prompt_tuning_jax.prompts.files import write_prompt
-from prompt_tuning_jax.prompts.initializers import ClassLabels
+from prompt_tuning_jax.prompts.initializers import ClassLabels, word_ids
 from prompt_tuning_jax.prompts.neighbors import (
     Neighbors,
     best_match_similarity,
@@ -48,7 +48,9 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def lexicon_of(embeddings, words, **labels):
-    return make_lexicon(embeddings, words, "w{}".format, lambda label: labels[label], list(labels))
+    return make_lexicon(
+        embeddings, np.arange(3, words, dtype=np.int32), "w{}".format, lambda label: labels[label], list(labels)
+    )
 
 
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 6), k=st.integers(1, 30), padding=st.integers(0, 9))
@@ -74,7 +76,7 @@ def test_neighbours_are_those_of_scikit_learn(seed, length, k, padding):
 def test_what_is_no_word_is_nobodys_neighbour():
     """<pad>, </s>, <unk>, the sentinels and the rows that fill a table, even where a position is one of them."""
     words = WORDS.size - 100
-    lexicon = make_lexicon(TABLE, words, WORDS.piece)
+    lexicon = make_lexicon(TABLE, word_ids(WORDS, len(TABLE)), WORDS.piece)
     assert np.shares_memory(lexicon.words, TABLE)
     assert TABLE.shape[0] > WORDS.size
     others = [0, 1, 2, words, WORDS.size - 1, WORDS.size, TABLE.shape[0] - 1]

@@ -71,12 +71,12 @@ def test_the_mesh_is_what_was_asked_for_and_data_has_the_rest(asked, num_partiti
 @pytest.mark.parametrize(
     "asked, num_partitions, message",
     [
-        ({"tensor": 2}, None, "`mesh` names an axis 'tensor', expected some of data, fsdp, model"),
+        ({"tensor": 2}, None, "`mesh` has the key 'tensor', expected 'data' or 'fsdp' or 'model'"),
         ({"model": 3}, None, "`mesh` is for a multiple of 3 devices and there are 8: set `mesh` to sizes"),
         ({"data": 4}, None, "`mesh` is for 4 devices and there are 8"),
         (None, 3, "`num_partitions` is for a multiple of 3 devices and there are 8"),
-        (None, 0, "`num_partitions` is 0, expected a number of devices"),
-        ({"fsdp": 0}, None, "`mesh`'s fsdp is 0, expected a number of devices"),
+        (None, 0, "`num_partitions` is 0, expected a whole number of at least 1"),
+        ({"fsdp": 0}, None, r"`mesh`\['fsdp'\] is 0, expected a whole number of at least 1"),
         ({"model": 4}, 2, "`mesh` has a model axis of 4, `num_partitions` is 2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import time
 
 import jax
@@ -17,9 +18,13 @@ from tiny import CONFIG, random_params
 from experiments.sizes import SIZES
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.model import Model
+from prompt_tuning_jax.inference import bank as bank_module
+from prompt_tuning_jax.inference import engine
+from prompt_tuning_jax.inference import predictor as predictor_module
 from prompt_tuning_jax.inference.bank import PromptBank
-from prompt_tuning_jax.inference.predictor import Predictor
-from prompt_tuning_jax.inference.requests import Decoding
+from prompt_tuning_jax.inference.labels import LabelTables
+from prompt_tuning_jax.inference.predictor import SEARCHES, Predictor
+from prompt_tuning_jax.inference.requests import CHARACTERS, Decoding, Reader
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
@@ -48,7 +53,7 @@ def params():
 def predictor(words, params):
     options = {"input_length": INPUTS, "max_new_tokens": ANSWER, "batch_size": 2, "decoding": Decoding(beams=3)}
     own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), **options)
-    own.bank = PromptBank(WIDTH, capacity=7, length=5)
+    own.bank = PromptBank(WIDTH)
     return own
 
 
@@ -169,24 +174,21 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_new_prompts_compile_nothing_until_the_capacity_doubles(words, params, compiled):
+def test_new_prompts_compile_nothing(words, params, compiled):
     own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), max_new_tokens=2, input_length=16)
-    bank = own.bank = PromptBank(WIDTH, capacity=7, length=7)
     rng = np.random.default_rng(0)
 
     def compiles(name, length):
         """To answer with a new prompt."""
-        bank.add(name, rng.normal(size=(length, WIDTH)).astype(np.float32))
+        own.bank.add(name, rng.normal(size=(length, WIDTH)).astype(np.float32))
         before = compiled()
         assert "prediction" in next(own.predict([{"prompt": name, "inputs": "a movie"}]))
         return compiled() - before
 
     assert compiles("0", 7) > 0
-    assert [compiles(str(number), number) for number in range(1, 7)] == [0] * 6
-    assert compiles("7", 7) == 1
-    assert compiles("3", 5) == 0
-    bank.remove("4")
-    assert compiles("new", 2) == compiles("8", 1) == 0
+    assert [compiles(str(number), number) for number in range(1, 20)] == [0] * 19
+    assert compiles("longer", 21) > 0
+    assert compiles("3", 22) == compiles("new", 2) == 0
 
 
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=3)
@@ -267,7 +269,7 @@ def test_a_mixed_batch_is_each_row_alone(deep, words, way):
     texts = ("a dull film", "a fine movie")
     rows = [{"prompt": name, "inputs": text} | WAYS_ALONE[way] for text in texts for name in injections]
     requests = [predictor.request(row) for row in rows]
-    assert len([*predictor._batches(requests, range(len(rows)))]) == 1
+    assert len([*predictor.plan(requests)]) == 1
     different = set()
     for row, answer in zip(rows, predictor.predict(rows), strict=True):
         text, scores = found_alone(params, injections[row["prompt"]], row, words)
@@ -303,26 +305,25 @@ def test_ordinary_rows_and_others_stand_apart_in_full_batches(deep):
     predictor, _, _ = deep
     names = ["adding", "ordinary"] * 8
     requests = [predictor.request({"prompt": name, "inputs": "a movie"}) for name in names]
-    batches = [{names[at] for at in batch.places} for batch in predictor._batches(requests, range(len(names)))]
+    batches = [{names[at] for at in batch.places} for batch in predictor.plan(requests)]
     assert batches == [{"ordinary"}, {"adding"}]
 
 
-def test_a_thousand_prompts_fit_and_the_next_is_answered_at_once(tiny):
-    """P=100 at the width of T5 1.1 small: the array is 1,024 rows of 205 kB; the time is that of one row written."""
-    bank = PromptBank(512, capacity=1000, length=100)
+def test_a_thousand_prompts_fit_and_the_next_is_answered_at_once():
+    """P=100 at the width of T5 1.1 small: 205 kB each; the time is that of one prompt added and one batch of 32."""
+    bank = PromptBank(SIZES["small"].emb_dim)
     rng = np.random.default_rng(0)
     prompt = rng.normal(size=(100, 512)).astype(np.float32)
     for number in range(1000):
         bank.add(str(number), prompt)
-    assert bank.prompts.values.nbytes == 1024 * 100 * 512 * 4 < 250e6
+    assert bank.nbytes == 1000 * 100 * 512 * 4
     times = []
     for number in range(5):
         started = time.monotonic()
         bank.add(f"new {number}", prompt)
-        jax.block_until_ready(bank.prompts)
+        bank.take([f"new {number}"] * 32, 32)
         times.append(time.monotonic() - started)
     assert sorted(times)[2] < 0.1
-    assert SIZES["small"].emb_dim == 512
 
 
 def test_long_inputs_are_cut_and_flagged(predictor, words):
@@ -335,6 +336,93 @@ def test_long_inputs_are_cut_and_flagged(predictor, words):
     # What was cut is not seen: the row is that of its first tokens.
     request = predictor.request({"prompt": "one", "inputs": long})
     assert request.inputs.tolist() == [*ids[: INPUTS - 1], EOS]
+
+
+def test_only_the_beginning_of_a_very_long_text_is_tokenised(predictor, words):
+    """It gives the tokens of the whole text."""
+    text = " ".join(TEXTS * 20)
+    request = predictor.request({"prompt": None, "inputs": text})
+    assert len(text) > 2 * CHARACTERS * INPUTS and request.cut
+    assert request.inputs.tolist() == [*words.encode(text)[: INPUTS - 1], EOS]
+    seen = []
+
+    class Counting(Vocabulary):
+        def encode(self, text):
+            seen.append(len(text))
+            return super().encode(text)
+
+    reader = Reader(Counting(words.path), INPUTS, Decoding())
+    for long in (text * 50, " " * 10**6 + "a movie", "x" * 10**6, "a" + " " * 10**6 + "b"):
+        assert reader.request({"prompt": None, "inputs": long}).cut
+    assert max(seen) <= CHARACTERS * INPUTS
+    blank = reader.request({"prompt": None, "inputs": " " * 10**6 + "a movie"})
+    assert blank.inputs.tolist() == [*words.encode("a movie"), EOS]
+
+
+def test_names_are_searched_for_a_few_times_only(words, params, monkeypatch):
+    """1,000 prompts, and 1,024 rows that name as many unknown ones."""
+    searched = []
+    monkeypatch.setattr(bank_module, "near_misses", lambda name, names: searched.append(name) or "did you mean?")
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), input_length=16)
+    for number in range(1000):
+        own.bank.add(f"prompt {number}", np.zeros((1, WIDTH), np.float32))
+    rows = [{"prompt": f"unknown {number}", "inputs": "a"} for number in range(1024)] * 2
+    answers = own.answer_rows([*enumerate(rows)])
+    assert len(searched) == SEARCHES
+    assert all(f"no prompt {row['prompt']!r}" in answer["error"] for row, answer in zip(rows, answers, strict=True))
+
+
+def test_kept_labels_have_a_limit_in_bytes():
+    tables = LabelTables(lambda labels: np.zeros((len(labels), 100), np.int32), 50_000)
+    for number in range(1000):
+        assert tables((str(number), "x" * (number % 7))).shape == (2, 100)
+        assert tables.size <= 50_000
+    assert len(tables._tables) > 20 and ("999", "x" * (999 % 7)) in tables._tables
+    tables(("y" * 100_000,))  # larger than all: not kept, nor anything left of its size
+    assert tables.size == 0 and not tables._tables
+
+
+def test_compiled_programs_have_a_limit(words, params, monkeypatch):
+    """However many shapes come, and with them the memory: what is dropped is really gone."""
+    monkeypatch.setattr(predictor_module, "MAX_PROGRAMS", 2)
+    engine._engine_of.cache_clear()
+    own = Predictor(
+        Model("made here", CONFIG, params, words, "0" * 16), input_length=32, max_new_tokens=1, batch_size=2
+    )
+    loaded = []
+    for count in (1, 2):
+        for text in ("a", "a movie " * 12):
+            answers = [*own.predict([{"prompt": None, "inputs": text}] * count)]
+            assert all("prediction" in answer for answer in answers)
+            gc.collect()
+            loaded.append(len(jax.devices()[0].client.live_executables()))
+            assert own._engine.greedy._cache_size() == len(own._compiled) <= 2
+    assert max(loaded) - loaded[0] <= 2
+
+
+def test_a_long_prompt_costs_the_rows_of_others_nothing(words, params):
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), input_length=16)
+    for name, length in (("short", 3), ("long", 2000)):
+        own.bank.add(name, np.zeros((length, WIDTH), np.float32))
+    requests = [own.request({"prompt": name, "inputs": "a"}) for name in ("short", "long", None, "short")]
+    found = {tuple(batch.places): batch.program[3] for batch in own.plan(requests)}
+    assert found == {(1,): 2048, (0, 2, 3): 20}
+    assert own.cost(requests[1]) > 50 * own.cost(requests[0]) - 2000
+    with pytest.raises(ValueError, match="prompt x has 12,000 positions, expected at most 4,080"):
+        own.bank.add("x", np.zeros((12_000, WIDTH), np.float32))
+
+
+def test_labels_of_many_sizes_do_not_pad_each_other(words, params):
+    """One row of 195 short labels beside rows of two long ones: no batch takes more than twice its rows' tokens."""
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), input_length=16)
+    many = [f"{first}{second}" for first in "abcdefghijklmno" for second in "abcdefghijklm"]
+    long = ["a movie " * 20, "a plot " * 20]
+    rows = [{"prompt": None, "inputs": "a", "labels": labels} for labels in (many, long, long, long)]
+    requests = [own.request(row) for row in rows]
+    for batch in own.plan(requests):
+        _, size, length, prompt, _, _, tokens = batch.program
+        labels = max(len(requests[at].labels) for at in batch.places)
+        assert length + prompt + labels * tokens <= 2 * min(own.cost(requests[at]) for at in batch.places)
 
 
 def test_seeds_default_to_one_a_row_from_the_first(words, params):
@@ -361,7 +449,18 @@ def test_seeds_default_to_one_a_row_from_the_first(words, params):
         ({"prompt": None, "inputs": ""}, "inputs is empty"),
         ({"prompt": None, "inputs": " \n\t"}, "inputs is empty"),
         ({"prompt": None, "inputs": ["a"]}, "inputs is ['a'], expected a text"),
-        ({"prompt": None, "input": "a"}, "inputs is None, expected a text; did you mean 'input'?"),
+        ({"prompt": None, "input": "a"}, "'input' is no field of a row; did you mean inputs?"),
+        ({"prompt": None}, 'the row has no "inputs", expected a text'),
+        ({"prompt": None, "inputs": None}, "inputs is None, expected a text"),
+        ({"prompt": None, "inputs": "a", "lables": ["a"]}, "'lables' is no field of a row; did you mean labels?"),
+        (
+            {"prompt": None, "inputs": "a", "max_new_tokens": 3},
+            "max_new_tokens is the same for all rows, and set where",
+        ),
+        ({"prompt": None, "inputs": "a", "beams": 3}, "beams is the same for all rows"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "top_p": 5e-324}, "top_p is 5e-324, expected above 0"),
+        ({"prompt": None, "inputs": "a", "decode": "sample", "top_p": 1e-45}, "top_p is 1e-45, expected above 0"),
+        ({"prompt": None, "inputs": "a", "labels": ["w0" + " " * 3000, "b"]}, "has 3,002 characters, expected at most"),
         ({"prompt": None, "inputs": "\ud800"}, "half a surrogate pair"),
         ([1], "found [1], expected an object"),
         ({"prompt": None, "inputs": "a", "labels": "positive"}, "labels is 'positive', expected a list of texts"),
@@ -369,7 +468,10 @@ def test_seeds_default_to_one_a_row_from_the_first(words, params):
         ({"prompt": None, "inputs": "a", "labels": ["a", ""]}, "label '' has 0 tokens"),
         ({"prompt": None, "inputs": "a", "labels": ["a", "a"]}, "the labels 'a' and 'a' are the same tokens"),
         ({"prompt": None, "inputs": "a", "labels": ["Movie", "movie"]}, "the labels 'Movie' and 'movie' are the same"),
-        ({"prompt": None, "inputs": "a", "labels": ["a", "b"], "decode": "beam"}, "decode means nothing to a row with"),
+        (
+            {"prompt": None, "inputs": "a", "labels": ["a", "b"], "decode": "beam"},
+            "ranked: leave it out, or leave out labels",
+        ),
         ({"prompt": None, "inputs": "a", "decode": "best"}, "decode is 'best', expected greedy or beam or sample"),
         ({"prompt": None, "inputs": "a", "seed": 3}, 'seed means nothing to decode "greedy"'),
         ({"prompt": None, "inputs": "a", "decode": "sample", "seed": -1}, "seed is -1, expected 0 to 4294967295"),

@@ -20,9 +20,10 @@ from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.decoding import EOS, beam_search, greedy, sample
+from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.scoring import shift_right
+from prompt_tuning_jax.tasks.vocabularies import EOS
 
 # What peft 0.21 asks of transformers 5, which has other names for it.
 pytestmark = [
@@ -43,11 +44,11 @@ def random_prefix(config, *, stacks=("encoder", "decoder"), length=LENGTH, seed=
     return PrefixTuning(length, stacks).apply(trained, {}).parameters
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype):
+@pytest.mark.parametrize(("dtype", "per_layer"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype, per_layer):
     """A prefix that holds what a prompt's positions, or the answer's first tokens, make of themselves in each layer
     does what they do: in the same relative positions, beside padding, in both stacks."""
-    config = dataclasses.replace(ODD, dtype=dtype, num_encoder_layers=3)
+    config = dataclasses.replace(ODD, dtype=dtype, num_encoder_layers=3, relative_bias_per_layer=per_layer)
     model, params = random_model(config)
     rng = np.random.default_rng(1)
     inputs, targets = random_tokens(rng, [5], 8, 61), random_tokens(rng, [6], 6, 61)
@@ -292,7 +293,7 @@ def test_the_fields_of_the_method():
     assert PrefixTuning(4, "decoder") == PrefixTuning(4, ["decoder"]) and hash(PrefixTuning(4, "decoder"))
     assert PrefixTuning(4, ("decoder", "encoder")) == PrefixTuning(4)
     for method, setting, found in (
-        (PrefixTuning(0), "prompt_length", "is 0, expected 1 to"),
+        (PrefixTuning(0), "prompt_length", "is 0, expected a whole number from 1 to"),
         (PrefixTuning(4, ()), "stacks", "`stacks` is (), expected encoder or decoder, or both of them"),
         (PrefixTuning(4, ("encoder", "cross")), "stacks", "is ('encoder', 'cross'), expected"),
     ):

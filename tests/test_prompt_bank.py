@@ -1,9 +1,9 @@
 """The bank against a dict of arrays, and a folder of prompts as it changes."""
 
 import json
+import os
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,10 +30,9 @@ def prompt_of(length, value):
     operations=st.lists(
         st.tuples(st.sampled_from(NAMES), st.one_of(st.none(), st.integers(1, 6)), st.integers(1, 99)), max_size=25
     ),
-    capacity=st.integers(1, 4),
 )
-def test_the_bank_is_a_dict_of_prompts(operations, capacity):
-    bank, expected = PromptBank(WIDTH, capacity=capacity), {}
+def test_the_bank_is_a_dict_of_prompts(operations):
+    bank, expected = PromptBank(WIDTH), {}
     for name, length, value in operations:
         if length:
             bank.add(name, prompt_of(length, value))
@@ -43,24 +42,27 @@ def test_the_bank_is_a_dict_of_prompts(operations, capacity):
             del expected[name]
     assert [*bank] == sorted(expected) and len(bank) == len(expected)
     assert bank.lengths == {name: len(prompt) for name, prompt in sorted(expected.items())}
-    rows = jnp.array([bank.row(name) for name in (None, *expected)])
-    values, mask = map(np.asarray, bank.prompts.take(rows))
+    injection, mask, _ = bank.take([None, *expected], len(expected) + 1)
+    values = np.asarray(injection.prompt)
     for prompt, value, seen in zip([prompt_of(0, 0), *expected.values()], values, mask, strict=True):
         np.testing.assert_array_equal(value[seen], prompt)
         assert seen.tolist() == sorted(seen)  # padding in front
         assert not value[~seen].any()
 
 
-def test_a_row_is_used_again_and_the_capacity_doubles():
-    bank = PromptBank(WIDTH, capacity=3)
-    for name in "abc":
-        bank.add(name, prompt_of(2, 1))
-    assert bank.prompts.values.shape == (4, 2, WIDTH)
-    bank.remove("b")
-    bank.add("d", prompt_of(1, 2))
-    assert bank.prompts.values.shape == (4, 2, WIDTH)
-    bank.add("e", prompt_of(5, 3))
-    assert bank.prompts.values.shape == (8, 5, WIDTH)
+def test_a_row_pays_for_the_prompts_of_its_own_batch():
+    """A long prompt lengthens no batch that it is not in, and its memory is free once it is removed."""
+    bank = PromptBank(WIDTH, longest=3_000)
+    assert bank.take([None], 1)[1].shape == (1, 0)  # no prompts, no positions
+    bank.add("short", prompt_of(3, 1))
+    before = bank.nbytes
+    bank.add("long", prompt_of(2_000, 2))
+    assert bank.take(["short", None], 4)[1].shape == (4, 20)
+    assert bank.take(["short", "long"], 4)[1].shape == (4, 2_048)
+    bank.remove("long")
+    assert bank.nbytes == before
+    with pytest.raises(ValueError, match="prompt x has 3,001 positions, expected at most 3,000 beside inputs"):
+        bank.add("x", prompt_of(3_001, 1))
 
 
 def layers_of(length, value, layers=3):
@@ -69,26 +71,24 @@ def layers_of(length, value, layers=3):
 
 def test_a_batch_has_the_prompts_of_its_rows():
     """An ordinary batch has no prompts per layer. A mixed one has each row's, behind padding, and 0 for the others."""
-    bank = PromptBank(WIDTH, capacity=2, layers=3)
+    bank = PromptBank(WIDTH, layers=3)
     bank.add("ordinary", prompt_of(4, 1))
     bank.add("replacing", layers_of(2, 5))
     bank.add("adding", prompt_of(3, 7), additions=layers_of(3, 10))
     assert bank.lengths == {"adding": 3, "ordinary": 4, "replacing": 2}
-    assert [bank.is_layered(name) for name in (*bank, None, "x")] == [True, False, True, False, False]
-
     injection, mask, more = bank.take(["ordinary", None], 4)
     assert injection.layer_prompts is None and not more
     assert mask.sum(axis=1).tolist() == [4, 0, 0, 0]
-    np.testing.assert_array_equal(injection.prompt[0], prompt_of(4, 1))
+    np.testing.assert_array_equal(injection.prompt[0, -4:], prompt_of(4, 1))
 
     injection, mask, more = bank.take(["replacing", "ordinary", None, "adding"], 5)
     assert mask.sum(axis=1).tolist() == [2, 4, 0, 3, 0] and np.all(np.diff(mask.astype(int)) >= 0)
     assert more["layers_replace"].tolist() == [True, False, False, False, False]
     prompt, layer_prompts = np.asarray(injection.prompt), np.asarray(injection.layer_prompts)
-    np.testing.assert_array_equal(layer_prompts[0, :, 2:], layers_of(2, 5))
-    np.testing.assert_array_equal(prompt[1], prompt_of(4, 1))
-    np.testing.assert_array_equal(prompt[3, 1:] + layer_prompts[3, 0, 1:], prompt_of(3, 7 + 10))
-    np.testing.assert_array_equal(layer_prompts[3, 1:, 1:], layers_of(3, 10)[1:])
+    np.testing.assert_array_equal(layer_prompts[0, :, -2:], layers_of(2, 5))
+    np.testing.assert_array_equal(prompt[1, -4:], prompt_of(4, 1))
+    np.testing.assert_array_equal(prompt[3, -3:] + layer_prompts[3, 0, -3:], prompt_of(3, 7 + 10))
+    np.testing.assert_array_equal(layer_prompts[3, 1:, -3:], layers_of(3, 10)[1:])
     assert not layer_prompts[[1, 2, 4]].any() and not prompt[[2, 4]].any()
 
 
@@ -101,7 +101,11 @@ def test_a_name_may_change_its_kind():
         (prompt_of(1, 4), None, False),
     ):
         bank.add("a", prompt, additions=additions)
-        assert [*bank] == ["a"] and bank.is_layered("a") == layered and bank.lengths == {"a": prompt.shape[-2]}
+        assert (
+            [*bank] == ["a"]
+            and (bank.find("a").layer_prompts is not None) == layered
+            and bank.lengths == {"a": prompt.shape[-2]}
+        )
     with pytest.raises(ValueError, match=r"prompt b is \[2, 2, 4\], but the base has 3 encoder layers"):
         bank.add("b", layers_of(2, 1, layers=2))
     bank.add("c", layers_of(2, 1))
@@ -123,8 +127,7 @@ def test_a_prompt_of_another_base_is_refused():
 
 
 def contents(bank):
-    values, mask = map(np.asarray, bank.prompts.take(jnp.array([bank.row(name) for name in bank])))
-    return {name: value[seen][0, 0] for name, value, seen in zip(bank, values, mask, strict=True)}
+    return {name: bank.find(name).prompt[0, 0] for name in bank}
 
 
 @pytest.fixture
@@ -177,6 +180,47 @@ def test_a_broken_file_leaves_the_others_and_its_own_earlier_prompt(folder):
     assert contents(bank)["broken"] == 9 and "npy" not in bank
 
 
+def test_whatever_is_in_a_file_breaks_that_prompt_alone(folder):
+    """A named pipe, which would block whoever opens it; other dtypes; JSON nested without end; too long."""
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa", longest=50), PromptFolder(folder)
+    os.mkfifo(folder / "pipe.npy")
+    (folder / "piped" / "best").mkdir(parents=True)
+    write_prompt(folder / "piped" / "best" / "prompt.npy", prompt_of(2, 1))
+    os.mkfifo(folder / "piped" / "summary.json")
+    np.save(folder / "fields.npy", np.zeros((2, 4), [("a", "<f4"), ("b", "<f4")]))
+    np.save(folder / "void.npy", np.zeros((2, 4), "V3"))
+    write_prompt(folder / "deep.npy", prompt_of(2, 1))
+    (folder / "deep.json").write_text("[" * 200_000)
+    write_prompt(folder / "long.npy", prompt_of(51, 1))
+    broken = prompts.sync(bank).broken
+    assert sorted(broken) == ["deep", "fields", "long", "pipe", "piped", "void"]
+    assert [*bank] == ["npy", "official", "peft", "run", "t5x"]
+    assert "pipe.npy is no regular file" in str(broken["pipe"])
+    assert "deep.json is no JSON object" in str(broken["deep"])
+    assert "51 positions, expected at most 50" in str(broken["long"])
+    with pytest.raises(ValueError, match="prompt 'long' is broken: prompt long has 51 positions"):
+        bank.find("long")
+
+
+def test_two_prompts_of_one_name_are_both_named(folder):
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
+    write_prompt(folder / "run.npy", prompt_of(2, 1))
+    broken = prompts.sync(bank).broken
+    assert "run and run.npy are prompts of one name" in str(broken["run"]) and "run" not in bank
+    (folder / "run.npy").unlink()
+    assert prompts.sync(bank) == (["run"], [], {})
+
+
+def test_a_file_is_read_once_it_has_settled(folder):
+    """While it is being written, the bank keeps the earlier prompt; a change between two looks is read at the next."""
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
+    prompts.sync(bank)
+    for value in (7, 8):
+        write_prompt(folder / "npy.npy", prompt_of(value, value))
+        assert prompts.sync(bank, settled=True) == ([], [], {}) and contents(bank)["npy"] == 1
+    assert prompts.sync(bank, settled=True).added == ["npy"] and contents(bank)["npy"] == 8
+
+
 def test_a_summary_beside_a_prompt_checks_the_base(folder):
     bank, prompts = PromptBank(WIDTH, fingerprint="aaaa"), PromptFolder(folder)
     (folder / "npy.json").write_text('{"base_fingerprint": "cccc"}')
@@ -197,7 +241,8 @@ def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
     write_prompts(tmp_path / "ordinary.npy", Injection(prompt_of(2, 9)))
     bank, prompts = PromptBank(WIDTH, layers=3), PromptFolder(tmp_path)
     assert sorted(prompts.sync(bank).added) == ["adding", "ordinary", "run"]
-    assert bank.is_layered("adding") and bank.is_layered("run") and not bank.is_layered("ordinary")
+    layered = {name for name in bank if bank.find(name).layer_prompts is not None}
+    assert layered == {"adding", "run"}
     for path, name in (
         ("adding", "adding"),
         ("adding/prompt.npy", "prompt"),
@@ -208,7 +253,7 @@ def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
         own, single = PromptBank(WIDTH, layers=3), PromptFolder(tmp_path / path)
         assert single.single == name and single.sync(own).added == [name]
         (found, _, _), (expected, _, _) = own.take([name], 1), bank.take(["adding"], 1)
-        np.testing.assert_array_equal(found.prompt + found.layer_prompts[:, 0], prompt_of(2, 4)[None])
+        np.testing.assert_array_equal((found.prompt + found.layer_prompts[:, 0])[0, -2:], prompt_of(2, 4))
         np.testing.assert_array_equal(found.layer_prompts, expected.layer_prompts)
 
     write_prompt(tmp_path / "run" / "best" / "layer_prompts.npy", layers_of(2, 30))
@@ -218,7 +263,7 @@ def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
     assert "adding has a prompt [2, 4] and additions [3, 3, 4] to it, expected [P, D] and [L, P, D]" in str(
         changes.broken["adding"]
     )
-    np.testing.assert_array_equal(bank.take(["run"], 1)[0].layer_prompts[0, 1:], layers_of(2, 30)[1:])
+    np.testing.assert_array_equal(bank.take(["run"], 1)[0].layer_prompts[0, 1:, -2:], layers_of(2, 30)[1:])
 
 
 ONE = [("npy.npy", "npy"), ("t5x", "t5x"), ("run", "run"), ("run/best/prompt.npy", "prompt")]

@@ -93,7 +93,7 @@ def test_no_sentinel_and_no_padding_row_is_drawn(vocabulary, words, rows, data_d
 
 
 def test_population_of_special_tokens_alone_is_refused():
-    with pytest.raises(ValueError, match="population is 3"):
+    with pytest.raises(ValueError, match="`population` is 3, expected a whole number of at least 4"):
         drawn(2, population=3)
 
 

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import copy
 import http.client
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,17 +25,26 @@ import pytest
 from hypothesis import strategies as st
 from tiny import CONFIG, ROOT
 
+from prompt_tuning_jax.inference import connections as connections_module
 from prompt_tuning_jax.inference import engine
-from prompt_tuning_jax.inference.batcher import Batcher, ModelThread
+from prompt_tuning_jax.inference import http as http_module
+from prompt_tuning_jax.inference import predictor as predictor_module
+from prompt_tuning_jax.inference import requests as requests_module
+from prompt_tuning_jax.inference import service as service_module
+from prompt_tuning_jax.inference.batcher import Batcher, ModelThread, Overloaded
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Request
 from prompt_tuning_jax.inference.service import Limits, Service
 from prompt_tuning_jax.inference.warm_up import sizes, warm_up
-from prompt_tuning_jax.serve import listen, make_server, serve
+from prompt_tuning_jax.serve import hosts_of, listen, make_server, parse, read_keys, serve
 
+JSON = {"content-type": "application/json"}
 GREEDY = {"prompt": "p0", "inputs": "the plot was a treasure"}
 RANKED = {"prompt": "p1", "inputs": "the plot was a stinker", "labels": ["negative", "positive"]}
+
+
+LABELS = [f"{first} {second}" for first in "abcdef" for second in "abcde"]
 
 
 def write_prompt(folder, name, length=3, seed=0, width=CONFIG.emb_dim):
@@ -50,7 +61,10 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(tiny, prompts):
-    return Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+    """Warm, so that rows of the two kinds are computed on the model's own thread."""
+    predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
+    warm_up(predictor, [GREEDY, RANKED])
+    return predictor
 
 
 class Served(NamedTuple):
@@ -64,7 +78,7 @@ class Served(NamedTuple):
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, JSON if headers is None else headers)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 
@@ -87,9 +101,10 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(predictor, folder=None, wait=0.001, **limits) -> Iterator[Served]:
-    service = Service(lambda: (predictor, folder), "tiny", Limits(**limits), wait=wait, poll=0.05)
-    server, listening = make_server(service.app), listen("127.0.0.1", 0)
+def serving(predictor, folder=None, wait=0.001, door=None, connections=4096, **limits) -> Iterator[Served]:
+    options = {"wait": wait, "poll": 0.05} | (door or {})
+    service = Service(lambda: (predictor, folder), "bases/tiny", Limits(**limits), **options)
+    server, listening = make_server(service.app, connections), listen("127.0.0.1", 0)
     served = Served(listening.getsockname()[1], service)
     thread = threading.Thread(target=lambda: asyncio.run(serve(service, server, listening)))
     thread.start()
@@ -131,7 +146,8 @@ def served(predictor):
 
 
 def head(length, *lines) -> bytes:
-    return "\r\n".join(["POST /v1/predict HTTP/1.1", "host: x", f"content-length: {length}", *lines, "", ""]).encode()
+    first = ["POST /v1/predict HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}"]
+    return "\r\n".join([*first, *lines, "", ""]).encode()
 
 
 def same(found, expected) -> bool:
@@ -253,6 +269,7 @@ def test_no_request_is_answered_with_a_500(served, method, path, more, body):
     lines = [
         f"{method} {path} HTTP/1.1",
         f"content-length: {len(body)}",
+        "content-type: application/json",
         "connection: close",
         *(": ".join(x) for x in more),
     ]
@@ -260,7 +277,7 @@ def test_no_request_is_answered_with_a_500(served, method, path, more, body):
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
     status = int(head.split()[1])
-    assert status in (200, 400, 404, 405)
+    assert status in (200, 400, 404, 405, 415)
     if status == 200 and method == "POST":
         asked, rows = json.loads(body)["rows"], json.loads(answer)["rows"]
         assert len(rows) == len(asked) and all("prediction" in row or "error" in row for row in rows)
@@ -272,7 +289,8 @@ def test_a_large_body_is_refused_without_being_read(served):
     """Announced, before its first byte; in chunks, as soon as it is over the limit; the client gets to read why."""
     with served.send(head(10**12)) as connection:
         assert b" 413 " in connection.recv(1000)
-    chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    chunked += b"transfer-encoding: chunked\r\n\r\n"
     with served.send(chunked) as connection:
         for _ in range(100):  # what comes after the refusal is read and forgotten
             connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
@@ -364,6 +382,266 @@ def test_a_model_that_fails_fails_one_window(predictor):
         assert status == 503 and found["error"] == "the model failed (MemoryError: out of memory)"
         assert served.predict([GREEDY])[0] == 200
         assert served.metric("prompt_tuning_queue_rows") == 0
+
+
+def test_a_request_that_would_take_too_long_is_refused(predictor):
+    """Rows x labels x tokens, whatever the number of rows and bytes."""
+    rows = [RANKED | {"labels": [f"{'the plot ' * 20}{label}" for label in LABELS]}] * 8
+    with serving(predictor, max_tokens=10_000) as served:
+        status, found = served.predict(rows)
+        assert status == 413 and "the rows take" in found["error"] and "the limit is 10,000" in found["error"]
+        assert served.predict([GREEDY])[0] == 200
+
+
+def test_a_row_of_many_labels_is_ranked_in_parts(predictor, monkeypatch):
+    monkeypatch.setattr(predictor_module, "PASS", 16)
+    rows = [RANKED | {"labels": LABELS}, RANKED, RANKED | {"prompt": "p00"}]
+    seen = Gate(predictor)
+    seen.open.set()
+    with serving(seen.predictor, timeout=120) as served:
+        status, found = served.predict(rows)
+    assert status == 200 and sum(map(len, seen.windows)) > 5
+    assert all(map(same, found["rows"], predictor.answer_rows([*enumerate(rows)])))
+
+
+def test_rows_that_wait_for_a_program_hold_nobody_up(predictor):
+    """Rows of a new shape are computed elsewhere, and the time that takes is not the client's fault."""
+    beam, warm = GREEDY | {"decode": "beam"}, copy.copy(predictor)
+    compiled, begun, compute = threading.Event(), threading.Event(), predictor.answer
+
+    def answer(requests):
+        if requests[0].method == "beam":
+            begun.set()
+            assert compiled.wait(60)
+        return compute(requests)
+
+    warm.answer, warm._compiled = answer, set(predictor._compiled)
+    with serving(warm, timeout=2) as served, ThreadPoolExecutor(2) as clients:
+        cold = clients.submit(served.predict, [beam, GREEDY])
+        assert begun.wait(30)
+        started = time.monotonic()
+        while time.monotonic() < started + 3:
+            assert served.predict([GREEDY])[0] == 200
+        assert not cold.done() and served.get("/readyz")[0] == 200
+        waiting = served.send(head(len(body := json.dumps({"rows": [beam] * 3}).encode())) + body)
+        until(lambda: served.metric("prompt_tuning_queue_rows") == 3)
+        waiting.close()  # whose rows are dropped before they are computed
+        until(lambda: served.metric("prompt_tuning_queue_rows") == 0)
+        compiled.set()
+        status, found = cold.result()
+        assert status == 200 and all("prediction" in row for row in found["rows"])
+
+
+def test_small_requests_are_read_beside_large_ones(predictor):
+    reading = threading.Event()
+    with serving(predictor) as served, ThreadPoolExecutor(1) as clients:
+        served.service._large.submit(reading.wait, 60)
+        large = clients.submit(served.predict, [GREEDY | {"note": "x" * 100_000}])
+        assert served.predict([GREEDY])[0] == 200 and not large.done()
+        reading.set()
+        assert large.result()[0] == 200
+
+
+def test_connections_without_a_request_are_closed(predictor, monkeypatch):
+    """After a while, and the oldest of them at once where there are too many."""
+    monkeypatch.setattr(connections_module, "connection_limit", lambda wanted: 20)
+    monkeypatch.setattr(connections_module, "HEADERS", 1.0)
+
+    def closed(connection):
+        connection.settimeout(0.01)
+        try:
+            return connection.recv(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            return True
+
+    with serving(predictor) as served:
+        idle = [served.send(data) for data in (b"", b"POST /v1/pre", b"POST /v1/predict HTTP/1.1\r\nhost: x\r\n")]
+        kept = served.send(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in kept.recv(1000)
+        kept.sendall(b"GET /li")
+        until(lambda: all(map(closed, [*idle, kept])), 10)
+        many = [served.send(b"POST /v1/pre") for _ in range(60)]
+        assert served.predict([GREEDY])[0] == 200
+        assert sum(map(closed, many)) >= 40
+        for connection in (*idle, kept, *many):
+            connection.close()
+
+
+def test_who_may_ask(predictor):
+    door = {"keys": ["one", "two"], "hosts": ("localhost", "127.0.0.1", "[::1]")}
+    body = json.dumps({"rows": [GREEDY]})
+    with serving(predictor, door=door) as served:
+
+        def ask(path="/v1/predict", method="POST", **headers):
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            return served.ask(body if method == "POST" else None, path, method, names)
+
+        status, headers, answer = ask(content_type="application/json")
+        assert (
+            status == 401 and headers["www-authenticate"] == "Bearer" and "Authorization" in json.loads(answer)["error"]
+        )
+        assert ask(content_type="application/json", authorization="Bearer three")[0] == 401
+        assert ask("/v1/prompts", "GET")[0] == ask("/metrics", "GET")[0] == 401
+        assert [ask(path, "GET")[0] for path in ("/livez", "/readyz", "/healthz")] == [200] * 3
+        for key in door["keys"]:
+            assert ask(content_type="application/json; charset=utf-8", authorization=f"bearer {key}")[0] == 200
+        for kind in (
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "multipart/form-data; boundary=application/json",
+        ):
+            status, _, answer = ask(content_type=kind, authorization="Bearer one")
+            assert status == 415 and "expected application/json" in json.loads(answer)["error"]
+        assert ask(authorization="Bearer one")[0] == 415
+        for host, expected in (("localhost:1", 200), ("[::1]", 200), ("evil.example", 421), ("localhost.evil:80", 421)):
+            assert ask("/v1/prompts", "GET", authorization="Bearer one", host=host)[0] == expected
+
+
+def test_only_a_port_that_others_reach_takes_any_host(tmp_path):
+    with listen("127.0.0.1", 0) as own, listen("0.0.0.0", 0) as open_to_all:
+        assert "localhost" in hosts_of(own) and hosts_of(open_to_all) == ()
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    assert read_keys(keys) == ["one", "two"] and read_keys(None) == []
+    keys.write_text("\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        read_keys(keys)
+    assert parse(["--api-key-file=x"]).api_key_file == parse(["--api_key_file=x"]).api_key_file
+
+
+def test_requests_are_taken_as_http_1_1_asks(served):
+    """A target with scheme and host; and one of the two ways to say where a body ends, not both (smuggling)."""
+
+    def ask(data):
+        with served.send(data) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(1000), b""))
+
+    assert b" 200 " in ask(b"GET http://host.example:80/livez?x=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert b" 404 " in ask(b"GET http://host.example HTTP/1.1\r\nhost: x\r\n\r\n")
+    both = ask(head(4, "transfer-encoding: chunked"))
+    assert b" 400 " in both and b"both Content-Length and Transfer-Encoding" in both
+
+
+def test_the_service_describes_itself(served):
+    """Every route and method, every field of a row and of an answer, and every status that the code can give."""
+    document = served.get("/openapi.json")[1]
+    app = inspect.getclosurevars(inspect.getclosurevars(served.service.app).nonlocals["app"]).nonlocals["app"]._app
+    routes = {route.path: {method.lower() for method in route.methods} - {"head"} for route in app.routes}
+    assert {path: set(methods) for path, methods in document["paths"].items()} == routes
+    schemas = document["components"]["schemas"]
+    assert set(schemas["Row"]["properties"]) == {*requests_module.FIELDS, *requests_module.OWN_FIELDS}
+    assert set(schemas["Answer"]["properties"]) == set(requests_module.ANSWER)
+    sources = [inspect.getsource(module) for module in (service_module, http_module)]
+    statuses = {status for source in sources for status in re.findall(r"Refusal\(\s*(\d+)", source)}
+    assert statuses | {"200"} == set(document["paths"]["/v1/predict"]["post"]["responses"])
+    assert document["paths"]["/v1/predict"]["post"]["requestBody"]["required"]
+
+
+def test_a_busy_service_is_live_until_it_cannot_recover(predictor, monkeypatch):
+    gate = Gate(predictor)
+    with serving(gate.predictor, timeout=0.5) as served:
+        assert served.predict([GREEDY])[0] == 503
+        until(lambda: served.get("/readyz") == served.get("/healthz") == (503, {"status": "stuck"}))
+        assert served.get("/livez") == (200, {"status": "ok"})
+        monkeypatch.setattr(service_module, "LOST", 1)
+        assert served.get("/livez") == (503, {"status": "lost"})
+        gate.open.set()
+        until(lambda: served.get("/livez")[0] == served.get("/readyz")[0] == 200)
+        served.service._answering.cancel()
+        until(lambda: served.get("/livez")[0] == 503)
+
+
+def test_a_broken_prompt_is_named_with_its_reason_and_shows_nothing_else(tiny, tmp_path):
+    """Neither a path of the server's, nor what is in a file to which a link leads."""
+    folder, secret = tmp_path / "prompts", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("root:x:0:0:root:/root:/bin/bash")
+    write_prompt(folder, "good")
+    (folder / "link.npy").symlink_to(secret)
+    np.save(folder / "nan.npy", np.full((2, CONFIG.emb_dim), np.nan, np.float32))
+    write_prompt(folder, "run")
+    (folder / "run.json").write_text(secret.read_text())
+    predictor = Predictor.load(str(tiny.base), folder, input_length=16, max_new_tokens=4, batch_size=2)
+    with serving(predictor, PromptFolder(folder)) as served:
+        found = served.get("/v1/prompts")[1]
+        rows = served.predict([GREEDY | {"prompt": name} for name in ("nan", "link", "run")])[1]["rows"]
+    assert [*found["broken"]] == ["link", "nan", "run"] and found["base"] == "tiny"
+    assert rows[0]["error"].startswith("prompt 'nan' is broken: holds NaN or infinity")
+    assert rows[1]["error"].startswith("prompt 'link' is broken: is not a readable prompt")
+    for text in (json.dumps(found), json.dumps(rows)):
+        assert "root" not in text and str(tmp_path) not in text
+
+
+def test_a_prompt_that_is_overwritten_in_place_is_never_half_served(tiny, tmp_path):
+    """Each answer is that of the old or of the new prompt, however slowly the file is written."""
+    write_prompt(tmp_path, "a", length=40, seed=1)
+    predictor = Predictor.load(str(tiny.base), tmp_path, input_length=16, max_new_tokens=4, batch_size=2)
+    with serving(predictor, PromptFolder(tmp_path), timeout=120) as served:
+
+        def score():
+            return served.predict([GREEDY | {"prompt": "a"}])[1]["rows"][0]["score"]
+
+        old, found = score(), set()
+        with open(tmp_path / "a.npy", "r+b") as file:
+            data = file.read()
+            new = np.random.default_rng(2).normal(0, 0.5, (40, CONFIG.emb_dim)).astype(np.float32).tobytes()
+            file.seek(len(data) - len(new))
+            for first in range(0, len(new), 32):
+                file.write(new[first : first + 32])
+                file.flush()
+                found.add(score())
+                time.sleep(0.005)
+        until(lambda: score() not in found)
+        assert found == {old}
+
+
+def test_windows_have_a_limit_in_tokens():
+    """Rows of 1,000 tokens are computed a few at a time; others come in between, and what a client left is dropped."""
+    windows = []
+
+    def answer(requests):
+        windows.append([request.prompt for request in requests])
+        time.sleep(0.05 * len(requests))
+        return [{} for _ in requests]
+
+    def request(name):
+        return Request(name, np.array([1], np.int32), False, "greedy", (), None, 1.0, 0, 1.0, 0)
+
+    async def run():
+        model = ModelThread()
+        batcher = Batcher(
+            answer,
+            model,
+            batch_size=32,
+            window=128,
+            wait=0.0,
+            max_queue=1000,
+            max_tokens=150_000,
+            cost=lambda request: 100_000 if request.prompt == "huge" else 1000,
+        )
+        with pytest.raises(
+            Overloaded, match="0 tokens wait already, and 200000 more would be over the limit of 150000"
+        ):
+            batcher.submit([request("huge")] * 2)
+        running = asyncio.create_task(batcher.run())
+        large = batcher.submit([request("large")] * 100)
+        small = batcher.submit([request("small")])
+        await small.answers
+        assert (
+            windows[0] == ["large"] * 5
+        )  # 4,096 tokens, and the rest of a row; then half a second at 20 rows a second
+        assert windows[1][0] == "small" and len(windows[1]) <= 11 and batcher.rate < 21_000
+        assert batcher.cancel(large) >= 60 and batcher.tokens == batcher.waiting == 0
+        done = len(windows)
+        await asyncio.sleep(0.1)
+        assert len(windows) <= done + 1
+        running.cancel()
+        model.close()
+
+    asyncio.run(run())
 
 
 def test_the_folder_is_followed(tiny, tmp_path):

@@ -183,13 +183,13 @@ def test_another_sweeps_folder_is_refused(tiny, command, finished, arguments, pa
 
 def test_a_trial_that_dies_leaves_its_last_line_and_the_others_go_on(tiny, command, tmp_path):
     arguments = [in_folder(tmp_path), "--gin.TRAIN_STEPS=20", "--gin.SEEDS=[0]", "--gin.RATES=[0.3]"]
-    arguments.append(grid(INIT=["random"], PROMPT_LENGTH=[5, 5000]))
+    arguments.append(grid(INIT=["random"], EVAL_SPLIT=["validation[:64]", "absent"]))
     done = run(tiny, command, "--launcher=local", *arguments)
     assert done.returncode == 1
-    whole, failed = trial_folders(tmp_path)
+    failed, whole = trial_folders(tmp_path)
     assert (whole / "summary.json").exists() and (failed / "failed.txt").exists()
     status = run(tiny, command, "--status", *arguments).stdout
-    assert "error: PROMPT_LENGTH is 5000, expected 1 to" in status
+    assert "error: demo_reviews has no split 'absent'" in status
     assert status.splitlines()[-1] == "2 trials: 1 finished, 1 failed"
 
 

@@ -19,6 +19,7 @@ from prompt_tuning_jax.tasks import imdb, module_for, preprocessors, review_gram
 from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK, Vocabulary
 
 SENTINEL = 31_999  # <extra_id_0> of the noise tests; their tokens are far below
+SENTINELS = range(SENTINEL, SENTINEL - 100, -1)
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +559,7 @@ def test_corrupted_spans_put_back_give_the_source(source, noise):
     length, seed = source
     density, mean_span = noise
     tokens = np.random.default_rng(seed).integers(3, 1_000, length, np.int32)
-    inputs, targets = preprocessors.corrupt_spans(tokens, np.random.default_rng(seed), SENTINEL, density, mean_span)
+    inputs, targets = preprocessors.corrupt_spans(tokens, np.random.default_rng(seed), SENTINELS, density, mean_span)
     assert inputs.dtype == targets.dtype == np.int32
     assert splice(inputs, targets, SENTINEL) == list(tokens)
 
@@ -580,7 +581,7 @@ def test_spans_have_all_lengths_and_every_place():
     rng = np.random.default_rng(0)
     seen = {}
     for _ in range(4_200):
-        inputs, _ = preprocessors.corrupt_spans(tokens, rng, SENTINEL, density=4 / 12, mean_span=2.0)
+        inputs, _ = preprocessors.corrupt_spans(tokens, rng, SENTINELS, density=4 / 12, mean_span=2.0)
         seen[tuple(inputs)] = seen.get(tuple(inputs), 0) + 1
     assert len(seen) == 7 * 3  # ways to split eight kept tokens in two, times ways to split four lost ones
     assert min(seen.values()) > 120 and max(seen.values()) < 280  # 200 expected of each; six standard deviations
@@ -588,7 +589,7 @@ def test_spans_have_all_lengths_and_every_place():
 
 def corrupted_length(length, density, mean_span):
     tokens = np.full(length, 3, np.int32)
-    inputs, targets = preprocessors.corrupt_spans(tokens, np.random.default_rng(0), SENTINEL, density, mean_span)
+    inputs, targets = preprocessors.corrupt_spans(tokens, np.random.default_rng(0), SENTINELS, density, mean_span)
     return len(inputs) + 1, len(targets) + 1  # an end of sequence each
 
 

@@ -140,7 +140,7 @@ def test_a_run_says_which_prompt_it_starts_from_when_it_starts(model, sources, t
         ({"folder": "nowhere"}, "prompt_folder", "no folder of prompts at nowhere: set `folder` to a folder"),
         ({"folder": "empty"}, "prompt_folder", "holds no prompt but .*like.npy: set `folder` to one with others"),
         ({"like": None}, "prompt_like", "no prompt file .*like.npy; expected a prompt"),
-        ({"length": 0}, "prompt_length", "`length` is 0, expected 1 to"),
+        ({"length": 0}, "prompt_length", "`length` is 0, expected a whole number from 1 to"),
     ],
 )
 def test_a_start_that_does_not_fit_is_one_line(changed, setting, message, model, sources, tmp_path):

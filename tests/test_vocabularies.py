@@ -192,7 +192,10 @@ def test_a_folder_says_that_its_base_reads_bytes(params, tmp_path):
     for text in ('{"tokenizer_class": "T5Tokenizer"}', "[1]", "{"):
         (tmp_path / "config" / "config.json").write_text(text)
         assert default_vocabulary(str(tmp_path / "config")) is None
-    with pytest.raises(ValueError, match=r"set `vocabulary` to its SentencePiece .model file, or to 'bytes' for ByT5$"):
+    with pytest.raises(
+        ValueError,
+        match=r"set `vocabulary` to its SentencePiece .model file or tokenizer.json, or to 'bytes' for ByT5$",
+    ):
         open_vocabulary(None, str(tmp_path / "config"), BYTE_CONFIG)
 
 

@@ -50,20 +50,15 @@ def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
     """The answers of this project over a number of prompts, as `Predictor` gives them, without their text."""
     import jax
 
-    from prompt_tuning_jax.inference.bank import take
-    from prompt_tuning_jax.methods.method import Injection
-
     predictor = make_predictor(load(arguments), arguments, arguments.target_length)
     for number in range(max(COUNTS)):
         predictor.bank.add(str(number), random_prompt(number, arguments.prompt_length, arguments.size))
     inputs = random_inputs(arguments.batch, arguments.input_length)
-    rows = np.array([predictor.bank.row(str(number)) for number in range(max(COUNTS))], np.int32)
 
     def answer(count: int) -> np.ndarray:
-        each = np.resize(rows[:count], arguments.batch)
-        prompt, mask = take(predictor.bank.prompts, each)
+        names = [str(row % count) for row in range(arguments.batch)]
+        injection, mask, _ = predictor.bank.take(names, arguments.batch)
         generate = predictor._engine.greedy
-        injection = Injection(prompt=prompt)
         return jax.device_get(generate(injection, predictor._frozen, inputs, mask, arguments.target_length))[0]
 
     return answer
@@ -89,7 +84,7 @@ def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank
     config: Any = SIZES[arguments.size]
     tokenizer: Any = SimpleNamespace(encode=lambda text: [3], decode=len)
     predictor = Predictor(Model(None, config, params, tokenizer, ""), max_new_tokens=tokens)
-    bank = bank if bank is not None else PromptBank(config.emb_dim, capacity=BANK, length=arguments.prompt_length)
+    bank = bank if bank is not None else PromptBank(config.emb_dim)
     predictor.bank = bank
     return predictor
 
@@ -145,8 +140,6 @@ def resident() -> int:
 
 def measure_bank(arguments: argparse.Namespace) -> None:
     """In a process of its own: a bank of 1,000 prompts."""
-    import jax
-
     from prompt_tuning_jax.inference.requests import Request
 
     params = load(arguments)
@@ -167,7 +160,6 @@ def measure_bank(arguments: argparse.Namespace) -> None:
     late = range(BANK - 20, BANK)
     for number in range(late[0]):
         bank.add(str(number), prompt(number))
-    jax.block_until_ready(bank.prompts)
     grown = resident() - before
     times = {}
     for tokens in predictors:
@@ -181,7 +173,7 @@ def measure_bank(arguments: argparse.Namespace) -> None:
             times[tokens].append(time.perf_counter() - start)
     found = {
         "prompts": len(bank),
-        "array_mb": round(bank.prompts.values.nbytes / 1e6, 1),
+        "array_mb": round(bank.nbytes / 1e6, 1),
         "grown_mb": round(grown / 1e6, 1),
         "first_answer_ms": {tokens: round(1e3 * statistics.median(seconds), 1) for tokens, seconds in times.items()},
     }

@@ -213,7 +213,7 @@ def find_task(request: TaskRequest) -> seqio.Task:
         raise SettingError(
             f"{task.name} is a mixture of tasks: set ", Setting("mixture_or_task_name"), " to one of them"
         )
-    return with_vocabulary(task, request.vocabulary)
+    return with_vocabulary(task, request.vocabulary, request.eos_id)
 
 
 def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Callable[[], dict[str, Any]]) -> None:

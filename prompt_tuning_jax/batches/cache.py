@@ -41,10 +41,11 @@ class TaskRequest:
 
     Attributes:
       name: of a SeqIO task or mixture.
-      vocabulary: path of the SentencePiece model, or 'bytes'.
+      vocabulary: path of the SentencePiece model or tokenizer.json, or 'bytes'.
       feature_lengths: TASK_FEATURE_LENGTHS, "inputs" and "targets", end of sequence included.
       data_dir: the benchmark's own files; None for TFDS.
       modules: imported to register tasks, beside this project's own.
+      eos_id: the model's end of sequence; None for the tokenizer's own.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TaskRequest:
     feature_lengths: Mapping[str, int]
     data_dir: str | None = None
     modules: tuple[str, ...] = ()
+    eos_id: int | None = None
 
     def order(self, **more: Any) -> dict[str, Any]:
         """As JSON can hold it, with what else a child must know."""
@@ -68,7 +70,7 @@ class TaskRequest:
         """
         place = self.data_dir and os.path.realpath(self.data_dir)
         lengths = sorted(self.feature_lengths.items())
-        return combined(self._definition(), Vocabulary(self.vocabulary).fingerprint, lengths, place)
+        return combined(self._definition(), Vocabulary(self.vocabulary, eos_id=self.eos_id).fingerprint, lengths, place)
 
     def names_fingerprint(self) -> str:
         """Changes with what may change the tasks of a name."""

@@ -16,6 +16,7 @@ from typing import Any
 from prompt_tuning_jax.batches.cache import no_split, split_rows
 from prompt_tuning_jax.batches.dataset import DatasetConfig, Say
 from prompt_tuning_jax.errors import Setting, SettingError, prefixed
+from prompt_tuning_jax.settings import Text, Texts, as_path
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
@@ -81,11 +82,11 @@ def task(
 def files(
     mapping: Mapping[str, str | os.PathLike] | Any,
     *,
-    inputs: str = "inputs",
-    targets: str = "targets",
-    labels: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
-    data_dir: str | os.PathLike | None = None,
+    inputs: Text = "inputs",
+    targets: Text = "targets",
+    labels: Texts | None = None,
+    metrics: Texts | None = None,
+    data_dir: str | os.PathLike | Any = None,
 ) -> Data:
     """Returns the rows of JSONL or TSV files, which are tokenised in this process.
 
@@ -102,9 +103,8 @@ def files(
       SettingError: an argument is impossible by itself. The files are read later.
     """
     if isinstance(mapping, Mapping):
-        mapping = {split: os.fspath(path) for split, path in mapping.items()}
-    folder = None if data_dir is None else os.fspath(data_dir)
-    return Data("files", source=TaskFiles(mapping, inputs, targets, labels, metrics, folder))
+        mapping = {split: as_path(path) for split, path in mapping.items()}
+    return Data("files", source=TaskFiles(mapping, inputs, targets, labels, metrics, as_path(data_dir)))
 
 
 def dataset_of(
@@ -223,7 +223,7 @@ def default_lengths(
       ValueError: as `dataset_of` and `DatasetConfig.batches`.
     """
     most = {"inputs": INPUT_LENGTH, "targets": MOST_TARGETS}
-    longest = 1
+    longest = 2  # a token and the end of sequence
     for data, split in ((train, "train"), (validation, "validation")):
         own_labels = None if isinstance(data, Data) and (data.source is None or data.source.labels) else labels
         config = dataset_of(data, split, batch_size=1, lengths=most, labels=own_labels)

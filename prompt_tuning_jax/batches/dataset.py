@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from prompt_tuning_jax.batches.cache import Part, TaskRequest, empty_split, load_tasks, no_split, split_rows, to_stderr
 from prompt_tuning_jax.batches.examples import Examples, combined, tokenize_rows
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches, Planned, StreamedBatches
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, renamed, said
+from prompt_tuning_jax.settings import Count, Counts, Lengths, Name, Switch, Text, check_fields, keep_plain
 from prompt_tuning_jax.tasks.data_check import (
     MOST_INPUTS,
     DataCheck,
@@ -48,17 +49,28 @@ class DatasetConfig:
         split, lengths and batch size are then those of this config, and all else is not read.
     """
 
-    mixture_or_task_name: str
-    split: str
-    batch_size: int
-    task_feature_lengths: Mapping[str, int]
-    module: str | None = None
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    buckets: Sequence[int] | None = None
-    use_cached: bool = True
+    mixture_or_task_name: Name
+    split: Name
+    batch_size: Count
+    task_feature_lengths: Lengths
+    module: Text | None = None
+    data_dir: Text | None = None
+    cache_dir: Text | None = None
+    buckets: Counts | None = None
+    use_cached: Switch = True
     source: RowSource | None = None
     tasks: Mapping[str, "DatasetConfig"] | None = None
+
+    def __post_init__(self):
+        keep_plain(self)
+
+    def check(self) -> None:
+        """Raises SettingError if a field is not what its annotation says; nothing is read."""
+        names = {"module": "mixture_or_task_module", "use_cached": "use_cached_tasks", "split": "train_split"}
+        with renamed(**names):
+            check_fields(self)
+        for task in (self.tasks or {}).values():
+            task.check()
 
     def batches(
         self,
@@ -86,6 +98,7 @@ class DatasetConfig:
         options = {
             "seed": seed,
             "buckets": self.buckets,
+            "pad": vocabulary.pad_id,
             "process_index": process_index,
             "process_count": process_count,
         }
@@ -123,7 +136,12 @@ class DatasetConfig:
           ValueError: as `batches`.
         """
         lengths = self.checked_lengths()
-        options = {"buckets": self.buckets, "process_index": process_index, "process_count": process_count}
+        options = {
+            "buckets": self.buckets,
+            "pad": vocabulary.pad_id,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
         return {
             name: Batches(part.examples, self.batch_size, lengths, shuffle=False, **options)
             for name, part in self._load(vocabulary, to_train=False, say=say).items()
@@ -133,19 +151,17 @@ class DatasetConfig:
         """Returns `task_feature_lengths`.
 
         Raises:
-          SettingError: they, or the batch size, are impossible.
+          SettingError: a field is impossible.
         """
-        if self.batch_size < 1:
-            raise SettingError(Setting("batch_size"), f" is {self.batch_size}, expected at least 1")
-        missing = [name for name in ("inputs", "targets") if self.task_feature_lengths.get(name, 0) < 1]
-        if missing:
-            raise SettingError(Setting("task_feature_lengths"), f" gives no length for {' and '.join(missing)}")
+        self.check()
         return {name: int(self.task_feature_lengths[name]) for name in ("inputs", "targets")}
 
     def _request(self, vocabulary: Vocabulary) -> TaskRequest:
         modules = (self.module,) if self.module else ()
         lengths = self.checked_lengths()
-        return TaskRequest(self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules)
+        return TaskRequest(
+            self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules, vocabulary.eos_id
+        )
 
     def load(self, vocabulary: Vocabulary, *, to_train: bool = False, say: Say | None = to_stderr) -> dict[str, Part]:
         """Returns the tokenised rows of each task that has the split, by the task's name.
@@ -196,7 +212,8 @@ class DatasetConfig:
             cut = {name: count for name, count in examples.cut(lengths).items() if count}
             if cut and say:
                 what = " and ".join(f"{name} of {count}" for name, count in cut.items())
-                say(f"{task} {self.split}: lengths {lengths} truncate {what} of {len(examples)} examples")
+                lead = (f"{task} {self.split}: ", Setting("task_feature_lengths"), f" {lengths}")
+                say(said(*lead, f" truncate {what} of {len(examples)} examples"))
             if say:
                 for line in [*([truncated_labels(truncated)] if truncated else []), *found_in(examples, vocabulary)]:
                     say(f"{task} {self.split}: {line}")

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from prompt_tuning_jax.tasks.data_check import Tokens
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 CHUNK = 4096  # texts that are tokenised in one call
 PATIENCE = 2.0  # seconds before a progress bar is shown
@@ -199,7 +199,7 @@ def tokenize_rows(
             chunk = rows[start : start + CHUNK]
             for name in chunks:
                 ids = vocabulary.encode_all([row[name] for row in chunk])
-                chunks[name].append(np.array([token for row in ids for token in (*row, EOS)], np.int32))
+                chunks[name].append(np.array([token for row in ids for token in (*row, vocabulary.eos_id)], np.int32))
                 ends[name] += [len(row) + 1 for row in ids]
             bar.update(len(chunk))
     inputs, targets = (

@@ -19,10 +19,10 @@ MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
 
 
 class Batch(NamedTuple):
-    """Padded token ids; rows without an example are all 0 and have id -1.
+    """Padded token ids; rows without an example are all padding and have id -1.
 
     Attributes:
-      inputs, targets: 0 is padding.
+      inputs, targets: token ids, padded with `Planned.pad`.
       ids: the place of each row's example in its split; in a mixture, in its tasks' splits one after another; in a
         stream, in the stream.
       tasks: the index of each row's prompt, for a method of one prompt per task; else None. The run sets it.
@@ -55,6 +55,7 @@ class Planned(abc.ABC):
       buckets: input lengths to pad to, ascending; the last is lengths["inputs"]. A batch's targets are padded to the
         least of `target_buckets` that holds its longest.
       window: batches in a window.
+      pad: the id of padding; T5's is 0.
     """
 
     window: int
@@ -67,6 +68,7 @@ class Planned(abc.ABC):
         seed: int = 0,
         shuffle: bool = True,
         buckets: Sequence[int] | None = None,
+        pad: int = 0,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -80,7 +82,7 @@ class Planned(abc.ABC):
         self.batch_size, self.lengths = batch_size, dict(lengths)
         self.buckets = tuple(buckets or default_buckets(lengths["inputs"]))
         self.target_buckets = default_buckets(lengths["targets"], shortest=8)
-        self._seed, self._shuffle = seed, shuffle
+        self.pad, self._seed, self._shuffle = pad, seed, shuffle
         share = batch_size // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
         self._planned, self._plan = -1, []
@@ -143,8 +145,8 @@ class Planned(abc.ABC):
         ids = np.full(self.batch_size, -1, np.int32)
         ids[: len(members)] = members
         ids = ids[self._own]
-        inputs = np.zeros((len(ids), width), np.int32)
-        targets = np.zeros((len(ids), target_width), np.int32)
+        inputs = np.full((len(ids), width), self.pad, np.int32)
+        targets = np.full((len(ids), target_width), self.pad, np.int32)
         for at, member in enumerate(ids[ids >= 0].tolist()):
             for row, name, tokens in zip((inputs, targets), ("inputs", "targets"), self._tokens(member), strict=True):
                 tokens = trim(tokens, self.lengths[name])

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -23,7 +24,7 @@ from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.config import FROM_FILES, NUMERICS, SIZE, T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
@@ -34,9 +35,13 @@ EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 TRIM_EVERY = 32 * 2**20  # bytes read
 FLOATS = ("float32", "bfloat16", "float16")
 
-SIZES = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim")
+SIZES = (
+    *("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim"),
+    "relative_bias_per_layer",
+)
 # What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
 CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
+HEAD = ("scale_decoder_outputs",)  # which config.json tells only together with the tensors
 
 Params = dict[str, jax.Array]
 Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
@@ -118,11 +123,11 @@ def open_model(path: str) -> StoredModel:
     location = resolve(path)
     with _explained():
         if Path(location, huggingface.CONFIG).is_file():
-            config = huggingface.read_config(location)  # refused before its parameters are downloaded
+            huggingface.read_config(location)  # refused before its parameters are downloaded
             hub.fetch_weights(location)
-            return StoredModel(location, config, huggingface.open_arrays(location))
+            return StoredModel(location, *huggingface.open_folder(location))
         if is_t5x(location):
-            arrays = open_t5x(location)
+            arrays = t5x.from_scalable(open_t5x(location))
             base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
             return StoredModel(location, t5x.infer_config(base), arrays)
     raise SettingError(
@@ -167,8 +172,8 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
             check_size(huggingface.read_config(location), config, location)
     model = open_model(location)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
-    if model.config is not None and not told:
-        check_size(model.config, config, model.location, SIZES)
+    if model.config is not None:
+        check_size(model.config, config, model.location, HEAD if told else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
     sums, params, passed = {}, {}, 0
     # The largest first: what an array needs besides its place on the device is then never on top of all the others.
@@ -288,6 +293,32 @@ def check_size(
         )
 
 
+def sized(config: T5Config, path: str | None) -> T5Config:
+    """Returns a configuration whose size, if it is left out, is that of the base model's files.
+
+    Args:
+      path: of the base model; None for random weights, whose size must be given.
+
+    Raises:
+      ValueError: the files give no size, or another one than a field that is given.
+    """
+    if config.has_size:
+        return config
+    missing = [name for name in SIZE if getattr(config, name) is FROM_FILES]
+    if not path:
+        raise SettingError(
+            f"no base model gives {' and '.join(missing)}: set T5Config.{missing[0]}, or a file of models/, or set ",
+            MODEL_SETTING,
+        )
+    model = open_model(path)
+    if model.config is None:
+        raise SettingError(f"{path} does not say its model's size, since parameters are missing: set ", MODEL_SETTING)
+    defaults = {field.name: field.default for field in dataclasses.fields(T5Config)}
+    given = {name: value for name, value in vars(config).items() if value != defaults[name] and name not in NUMERICS}
+    check_size(model.config, dataclasses.replace(model.config, **given), path, tuple(given))
+    return dataclasses.replace(model.config, **{name: getattr(config, name) for name in NUMERICS})
+
+
 def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
     """Raises ValueError where the vocabulary cannot be the model's: its ids fill the table's rows but for padding."""
     if not vocabulary.size <= config.vocab_size < vocabulary.size + 1024:
@@ -299,7 +330,7 @@ def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
 
 
 def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
-    """The vocabulary at `path`, or beside the base.
+    """The vocabulary at `path`, or beside the base, with the ids that the base model's files name.
 
     Raises:
       ValueError: there is none, or it cannot belong to the model.
@@ -309,11 +340,43 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
         raise SettingError(
             f"no vocabulary beside the base {base}: set ",
             Setting("vocabulary"),
-            f" to its SentencePiece .model file, or to {BYTES!r} for ByT5",
+            f" to its SentencePiece .model file or tokenizer.json, or to {BYTES!r} for ByT5",
         )
-    vocabulary = Vocabulary(path)
+    vocabulary = Vocabulary(path, **_told_ids(base))
     check_vocabulary(vocabulary, config)
     return vocabulary
+
+
+def _told_ids(base: str | None) -> dict[str, int]:
+    """Returns the ids that a base model's own files name, as arguments of `Vocabulary`; T5X's files name none."""
+    location = base and resolve(base)
+    if not location or not Path(location, huggingface.CONFIG).is_file():
+        return {}
+    with _explained():
+        told = huggingface.read_config(location)
+    return {"pad_id": told.pad_token_id, "eos_id": told.eos_token_id, "start_id": told.decoder_start_token_id}
+
+
+def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
+    """Returns the config with the ids of the base model's vocabulary, as `open_vocabulary` gives it.
+
+    Raises:
+      ValueError: `config` has ids of its own, which are neither T5's nor these.
+    """
+    found = {
+        "pad_token_id": vocabulary.pad_id,
+        "eos_token_id": vocabulary.eos_id,
+        "decoder_start_token_id": vocabulary.start_id,
+    }
+    for field in dataclasses.fields(T5Config):
+        asked = getattr(config, field.name)
+        if field.name in found and asked not in (field.default, found[field.name]):
+            raise SettingError(
+                f"the base model's {field.name} is {found[field.name]}, not {asked}: leave T5Config.{field.name} out, "
+                "or set ",
+                MODEL_SETTING,
+            )
+    return dataclasses.replace(config, **found)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import (
+    CHOICES,
     EMBEDDED,
     check_shapes,
     check_vocabulary,
@@ -26,7 +28,7 @@ from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 TARGET = Setting("target")
 MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft", "t5x")
@@ -43,7 +45,8 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
         official implementation's file).
       base: the base that a prompt was trained on, which a PEFT adapter names. Its width is checked if it can be read; a
         hub id that cannot be read now is only named.
-      vocabulary: a SentencePiece model, or 'bytes', to put beside a model; None for the one beside `source`.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes', to put beside a model; None for the one beside
+        `source`.
 
     Returns:
       What was written, in one line.
@@ -141,7 +144,10 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
         )
     base = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     check_shapes({name: array.shape for name, array in base.items()}, model.config, source)
+    notes = [] if to == "huggingface" else _unsaid(model.config, base, source)
     arrays = base if to == "huggingface" else model.arrays
+    if to != "huggingface" and model.config.relative_bias_per_layer:
+        arrays = t5x.to_scalable(arrays, model.config.num_heads)
     vocabulary = vocabulary or default_vocabulary(location)
     if vocabulary:
         check_vocabulary(Vocabulary(vocabulary), model.config)
@@ -159,13 +165,37 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
             (t5x.write if to == "t5x" else t5x.write_orbax)(target, watched, vocabulary)
     dtypes = sorted({array.dtype.name for array in arrays.values()})
     parameters = sum(math.prod(array.shape) for array in arrays.values())
-    notes = [f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}"]
+    notes.insert(0, f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}")
     if not vocabulary:
-        notes.append(f"no {BESIDE} lies beside {source}; --vocabulary=FILE puts one there")
+        notes.append(f"no tokenizer lies beside {source}; --vocabulary=FILE puts one there")
     if to == "huggingface" and not Path(location, huggingface.CONFIG).is_file():
         distance = model.config.relative_attention_max_distance
         notes.append(f"relative_attention_max_distance, which no T5X checkpoint says, was taken for T5's {distance}")
     return "; ".join(notes)
+
+
+def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) -> list[str]:
+    """Returns what a reader of a T5X checkpoint has to be told, because its arrays do not tell it.
+
+    Raises:
+      ValueError: no network of T5X computes what the model does.
+    """
+    if config.scale_decoder_outputs is not None:
+        head = "tied to the embedding table and not scaled" if config.logits_via_embedding else "scaled and not tied"
+        raise SettingError(
+            f"{source} has logits that are {head}, which no network of T5X computes: set ",
+            Setting("to"),
+            " to huggingface",
+        )
+    guess = t5x.infer_config({name: array.shape for name, array in arrays.items()})
+    notes = [
+        f"no T5X checkpoint says {field} {getattr(config, field)}: set T5Config.{field} where this one is used"
+        for field in CHOICES
+        if getattr(config, field) != getattr(guess, field)
+    ]
+    if config.relative_bias_per_layer:
+        notes.append("T5X's scalable_t5 restores it with scan_layers=False")
+    return notes
 
 
 def _watched(array: StoredArray, bar: tqdm) -> StoredArray:

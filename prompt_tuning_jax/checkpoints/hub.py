@@ -14,7 +14,17 @@ from prompt_tuning_jax.arrays.stored import first_line
 
 CONFIG = "config.json"
 # The files that describe a base model: everything but its parameters.
-DESCRIPTION = (CONFIG, "generation_config.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+DESCRIPTION = (
+    CONFIG,
+    "generation_config.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # The files of parameters, the preferred format first; shards have an index, such as model.safetensors.index.json.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 INDEX = ".index.json"

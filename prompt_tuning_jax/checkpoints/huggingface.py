@@ -1,14 +1,16 @@
-"""T5 1.1 in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, in one file or in shards.
+"""T5 and its relatives in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, or its shards.
 
 Their matrices are [out, in], ours and T5X's [in, out]; the relative position table is [buckets, heads], ours
 [heads, buckets].
 """
 
+import dataclasses
 import json
 import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -23,6 +25,39 @@ from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EPSILON = 1e-6
 
+# The architectures that this project has, and why others of the same kind of file are none of them.
+MODEL_TYPES = ("t5", "mt5", "umt5")
+OTHER_NETWORKS = {
+    "longt5": "LongT5, whose encoder attends to a part of the inputs at a time",
+    "t5gemma": "T5Gemma, which is made of Gemma's layers",
+    "t5gemma2": "T5Gemma 2, which is made of Gemma's layers",
+    "switch_transformers": "Switch Transformers, a mixture of experts",
+    "pix2struct": "Pix2Struct, which reads images",
+    "pop2piano": "Pop2Piano, which reads sound",
+    "udop": "UDOP, which reads pages of documents",
+    "bart": "BART, which has learned absolute positions",
+    "mbart": "mBART, which has learned absolute positions",
+    "pegasus": "PEGASUS, which has absolute positions",
+}
+# Fields that change what the network computes or generates, with the values that change nothing.
+ONLY = {
+    "is_encoder_decoder": (True,),
+    "is_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "min_length": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "repetition_penalty": (1, 1.0),
+}
+GENERATION = "generation_config.json"
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # T5's
 ACTIVATIONS = {
     "relu": ("relu",),
     "gated-gelu": ("gelu", "linear"),  # transformers takes its "gelu_new" for this name: the one of Flax
@@ -32,6 +67,7 @@ ACTIVATIONS = {
 # Tensors that some files have besides: copies of the shared table, and a table that no version has ever read.
 TABLE, TABLE_COPIES = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 LOGITS = "lm_head.weight"
+BLOCK_BYTES = 2**24  # of each of two tables that are compared
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 TO_SAFETENSORS = "import sys; from transformers import AutoModelForSeq2SeqLM as Model; "
 TO_SAFETENSORS += "Model.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
@@ -56,10 +92,10 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
             table[f"{layer}/mlp/{part}/kernel"] = (f"{theirs}.DenseReluDense.{part}.weight", True)
 
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        table[f"{stack}/relpos_bias/rel_embedding"] = (
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            True,
-        )
+        for i in range(layers if config.relative_bias_per_layer else 1):
+            ours = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
+            theirs = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+            table[f"{ours}/relpos_bias/rel_embedding"] = (theirs, True)
         table[f"{stack}/{stack}_norm/scale"] = (f"{stack}.final_layer_norm.weight", False)
         for i in range(layers):
             ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
@@ -76,7 +112,7 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
 
 
 def read_config(folder: str | os.PathLike) -> T5Config:
-    """The model's size from `config.json`.
+    """The model's size from `config.json`; see `open_folder` for what its tensors say besides.
 
     Raises:
       ArrayError: it is not the configuration of a T5 that this project has.
@@ -84,8 +120,9 @@ def read_config(folder: str | os.PathLike) -> T5Config:
     path = Path(folder, CONFIG)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        mt5 = found.get("model_type") == "mt5"
-        feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 else "relu")
+        _check_kind(found)
+        mt5, umt5 = (found.get("model_type") == name for name in ("mt5", "umt5"))
+        feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 or umt5 else "relu")
         if feed_forward not in ACTIVATIONS:
             raise ValueError(f"feed_forward_proj is {feed_forward!r:.60}, expected one of {', '.join(ACTIVATIONS)}")
         if found.get("layer_norm_epsilon", EPSILON) != EPSILON:
@@ -95,6 +132,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
         tied = not mt5 and found.get("scale_decoder_outputs", found.get("tie_word_embeddings", True))
         if not isinstance(tied, bool):
             raise ValueError(f"tie_word_embeddings is {tied!r:.60}, expected true or false")
+        _check_activation(found, feed_forward)
         layers = _size(found, "num_layers", at_most=1_000)
         return T5Config(
             vocab_size=_size(found, "vocab_size"),
@@ -108,9 +146,58 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             logits_via_embedding=tied,
             relative_attention_num_buckets=_size(found, "relative_attention_num_buckets", 32),
             relative_attention_max_distance=_size(found, "relative_attention_max_distance", 128),
+            relative_bias_per_layer=umt5,
+            **_ids(found, Path(folder, GENERATION)),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArrayError(f"{path} is not the configuration of a T5 ({first_line(error)})") from None
+
+
+def _check_kind(found: Mapping[str, Any]) -> None:
+    """Raises ValueError if the configuration is that of another network, or of a T5 that computes something else."""
+    kind = found.get("model_type", "t5")
+    if "chronos_config" in found:
+        raise ValueError("it is Chronos, a T5 of numbers without a text tokenizer, which is not supported")
+    if kind not in MODEL_TYPES:
+        why = f": it is {OTHER_NETWORKS[kind]}" if isinstance(kind, str) and kind in OTHER_NETWORKS else ""
+        raise ValueError(f"model_type {kind!r:.60} is not supported{why}; expected {', '.join(MODEL_TYPES)}")
+    for field, harmless in ONLY.items():
+        value = found.get(field)
+        if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
+            expected = " or ".join(json.dumps(one) for one in harmless) or "null"
+            raise ValueError(f"{field} is {json.dumps(value):.60}, which is not supported; expected {expected}")
+
+
+def _check_activation(found: Mapping[str, Any], feed_forward: str) -> None:
+    """Raises ValueError if the fields that transformers derives from feed_forward_proj say something else."""
+    gate, _, function = feed_forward.rpartition("-")
+    derived = {
+        "is_gated_act": (gate == "gated",),
+        "dense_act_fn": ("gelu_new", "gelu") if function == "gelu" else (function,),
+    }
+    for field, right in derived.items():
+        if field in found and found[field] not in right:
+            raise ValueError(f"{field} is {found[field]!r:.60}, and feed_forward_proj {feed_forward!r}")
+
+
+def _ids(found: Mapping[str, Any], generation: Path) -> dict[str, int]:
+    """Returns the model's ids: of config.json, else of generation_config.json, else T5's."""
+    others = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    ids = {}
+    for name, default in IDS.items():
+        value = next((told[name] for told in (found, others) if told.get(name) is not None), None)
+        if value is None and name == "decoder_start_token_id":
+            value = ids["pad_token_id"]  # as in T5, where both are 0
+        value = default if value is None else value
+        if isinstance(value, list) and len(value) == 1:
+            (value,) = value
+        rows = _size(found, "vocab_size")
+        if type(value) is not int or not 0 <= value < rows:
+            raise ValueError(f"{name} is {value!r:.60}, expected one id below the vocab_size of {rows}")
+        ids[name] = value
+    if ids["pad_token_id"] == ids["eos_token_id"]:
+        raise ValueError(f"pad_token_id and eos_token_id are both {ids['eos_token_id']}: padding would end every text")
+    return ids
 
 
 def _size(config: dict, name: str, default: int | None = None, at_most: int = 2**31) -> int:
@@ -121,31 +208,66 @@ def _size(config: dict, name: str, default: int | None = None, at_most: int = 2*
 
 
 def open_arrays(folder: str | os.PathLike) -> dict[str, StoredArray]:
-    """Every parameter by its path, in the file's dtype; nothing is read yet.
+    """Every parameter by its path, as `open_folder` finds them."""
+    return open_folder(folder)[1]
+
+
+def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredArray]]:
+    """The model's size, and every parameter by its path, in the file's dtype.
+
+    No array is read yet, but for two tables that may or may not be the same: see `_with_head`.
 
     Raises:
       ArrayError: a file is absent, truncated, or has too few tensors or too many; each is named.
     """
     folder = Path(folder)
     config = read_config(folder)
-    table = names(config)
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled and not any(folder.glob("model*.safetensors*")):
         command = shlex.join(["python", "-c", TO_SAFETENSORS, str(folder), f"{folder}-safetensors"])
         raise ArrayError(f"{pickled[0]} is a pickle, which can run code, and is not opened; convert it: {command}")
     found = open_safetensors(folder)
-    if TABLE not in found and TABLE_COPIES[0] in found:
-        found[TABLE] = found[TABLE_COPIES[0]]
+    copy = next((name for name in TABLE_COPIES if name in found), None)
+    if TABLE not in found and copy:  # MADLAD-400 has the decoder's alone
+        found[TABLE] = found[copy]
+    config = _with_head(config, folder, found)
+    table = names(config)
     expected = {theirs for theirs, _ in table.values()}
     odd = [f"{name} is missing" for name in sorted(expected - set(found))]
     odd += [f"{name} is not part of the model" for name in sorted(set(found) - expected - _ignored(config))]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ArrayError(f"{folder} does not fit its {CONFIG}: {'; '.join(odd[:3])}{more}")
-    copies = {name: found[name] for name in _ignored(config) - {UNUSED} if name in found}
+    copies = {name: found[name] for name in TABLE_COPIES if name in found and found[name] is not found[TABLE]}
     if copies:
         found[TABLE] = _compared(found[TABLE], copies, folder)
-    return {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+    return config, {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+
+
+def _with_head(config: T5Config, folder: Path, found: Mapping[str, StoredArray]) -> T5Config:
+    """Returns `config` with the logits that transformers 5 computes, which the flags alone do not tell.
+
+    transformers 5 writes "tie_word_embeddings": true for every model. The logits are tied if the file has no matrix for
+    them, or one that equals the embedding table. Whether they are scaled is a flag of its own.
+    """
+    if LOGITS in found and TABLE in found:
+        if not config.logits_via_embedding or _equal(found[LOGITS], found[TABLE]):
+            return config
+        return dataclasses.replace(config, logits_via_embedding=False, scale_decoder_outputs=True)
+    tied = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("tie_word_embeddings")
+    if LOGITS not in found and tied is True and not config.logits_via_embedding:
+        return dataclasses.replace(config, logits_via_embedding=True, scale_decoder_outputs=False)
+    return config
+
+
+def _equal(matrix: StoredArray, other: StoredArray) -> bool:
+    """Whether two matrices have the same values, reading both by blocks of rows up to the first that differs."""
+    if matrix.shape != other.shape:
+        return False
+    count, *_ = matrix.shape
+    rows = max(1, BLOCK_BYTES * count // matrix.nbytes)
+    blocks = [(slice(row, min(row + rows, count)), slice(None)) for row in range(0, count, rows)]
+    return all(np.array_equal(matrix[block], other[block]) for block in blocks)
 
 
 def _ignored(config: T5Config) -> set[str]:
@@ -193,8 +315,10 @@ def write(
     tensors = {theirs: _lazy(params[ours], dtype, turned) for ours, (theirs, turned) in table.items()}
     kinds = {tensor.dtype.name for tensor in tensors.values()}
     text = {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [
+            "UMT5ForConditionalGeneration" if config.relative_bias_per_layer else "T5ForConditionalGeneration"
+        ],
+        "model_type": "umt5" if config.relative_bias_per_layer else "t5",
         "vocab_size": config.vocab_size,
         "d_model": config.emb_dim,
         "d_kv": config.head_dim,
@@ -203,14 +327,12 @@ def write(
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": feed_forward,
-        "tie_word_embeddings": config.logits_via_embedding,
+        **_head_fields(config),
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
         "relative_attention_max_distance": config.relative_attention_max_distance,
         "layer_norm_epsilon": EPSILON,
         "dropout_rate": 0.1,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        **{name: getattr(config, name) for name in IDS},
         "is_encoder_decoder": True,
         "dtype": kinds.pop() if len(kinds) == 1 else "float32",
     }
@@ -219,6 +341,12 @@ def write(
         (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         if vocabulary:
             write_vocabulary(vocabulary, partial)
+
+
+def _head_fields(config: T5Config) -> dict[str, bool]:
+    if config.scale_decoder_outputs is None:
+        return {"tie_word_embeddings": config.logits_via_embedding}
+    return {"tie_word_embeddings": True, "scale_decoder_outputs": config.scale_decoder_outputs}
 
 
 def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:

@@ -25,7 +25,6 @@ from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_i
 
 Arrays = Mapping[str, StoredArray]
 IDS = {"pad": ("pad_token_id", 0), "end": ("eos_token_id", 1), "start": ("decoder_start_token_id", 0)}
-OTHER_NETWORKS = {"longt5": "LongT5", "t5gemma": "T5Gemma", "t5gemma2": "T5Gemma 2"}
 
 
 class Inspection(NamedTuple):
@@ -94,7 +93,7 @@ def _opened(
     try:
         config = huggingface.read_config(location)
         if downloaded:
-            arrays = huggingface.open_arrays(location)
+            config, arrays = huggingface.open_folder(location)
             refused = _unfit(arrays, config, location)
     except ArrayError as error:
         refused.append(error)
@@ -148,12 +147,14 @@ def family(told: Mapping[str, Any], config: T5Config | None) -> str:
     kind = told.get("model_type", "t5")
     rows = config.vocab_size if config is not None else told.get("vocab_size")
     gate = config.mlp_activations[0] if config is not None else ""
-    if kind in OTHER_NETWORKS:
-        return f"{OTHER_NETWORKS[kind]}, another network than T5's"
+    if kind in huggingface.OTHER_NETWORKS:
+        return huggingface.OTHER_NETWORKS[kind]
     if "chronos_config" in told:
         return "Chronos, a T5 of numbers without a text tokenizer"
     if kind == "umt5":
         return "Pile-T5" if rows == 32_128 else "umT5"
+    if config is not None and config.relative_bias_per_layer:
+        return "as umT5, a relative position table per layer (T5X's scalable_t5)"
     if rows == 256_000:
         return "MADLAD-400"
     if told.get("tokenizer_class") == "ByT5Tokenizer" or rows == 384:
@@ -210,8 +211,7 @@ def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
 
 def _head(config: T5Config) -> str:
     head = "tied to the embedding table" if config.logits_via_embedding else "a matrix of its own"
-    scaled = getattr(config, "scales_logits", config.logits_via_embedding)
-    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if scaled else 'not scaled'}"
+    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if config.scales_logits else 'not scaled'}"
 
 
 def _vocabulary(location: str, config: T5Config | None) -> Vocabulary:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary, resolve
+from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, open_vocabulary, resolve, with_ids
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_table
@@ -60,7 +60,8 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
         checkpoint that T5X publishes, such as "t5x:t5_1_1_lm100k_base".
       dtype: of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto", which is
         float32 on a CPU and bfloat16 on an accelerator.
-      vocabulary: a SentencePiece `.model` file, or "bytes" for ByT5; None for the tokenizer beside the model.
+      vocabulary: a SentencePiece `.model` file, a `tokenizer.json`, or "bytes" for ByT5; None for the tokenizer beside
+        the model.
 
     Raises:
       ValueError: no model is there, it is not whole, or its tokenizer is missing or another model's.
@@ -78,6 +79,7 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
         )
     config = dataclasses.replace(found, dtype="auto", attention="auto")
     tokenizer = open_vocabulary(vocabulary, location, config)
+    config = with_ids(config, tokenizer)
     base = load_base(location, config, dtype)
     parameters: Params = base.params
     return Model(base.path, config, parameters, tokenizer, base.fingerprint)

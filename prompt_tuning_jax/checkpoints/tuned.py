@@ -20,6 +20,7 @@ from prompt_tuning_jax.prompts.files import PROMPT, TASK_PROMPTS, read_prompt, w
 from prompt_tuning_jax.t5.adapters import is_adapter, is_prefix, merged
 from prompt_tuning_jax.t5.config import T5Config
 
+EXPORT_DTYPES = ("float32", "bfloat16")
 LAYER_PROMPTS, ADAPTER, MODEL = "layer_prompts.npy", "adapter", "model"
 
 

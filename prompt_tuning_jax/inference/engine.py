@@ -52,6 +52,11 @@ class Engine:
         self.rank = program(choice_scores)
         self._score = program(target_scores)
 
+    def forget(self) -> None:
+        """Drops every compiled program, and the memory it takes."""
+        for program in (self.greedy, self.sample, self.beam, self.rank, self._score):
+            program.clear_cache()  # pyright: ignore[reportFunctionMemberAccess]
+
     def score(self, injection: Injection, frozen: Params, inputs: Any, targets: Any) -> Any:
         """Returns the log-probability of each row's targets; see `scoring.target_scores`."""
         return self._score(injection, frozen, inputs, None, targets)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from prompt_tuning_jax.batches.loader import Batch, Batches
-from prompt_tuning_jax.inference.bank import PromptBank, take
+from prompt_tuning_jax.inference.bank import PromptBank, batch_of
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.methods.method import Injection, Params
@@ -47,27 +47,27 @@ class Ensemble:
     rows."""
 
     def __init__(self, size: T5Config, tokenizer: Vocabulary, prompts: Sequence[Float[np.ndarray, "P D"]]):
-        """Puts the prompts into one array; compiles nothing yet.
+        """Keeps the prompts; compiles nothing yet.
 
         Args:
           size: of the base model.
           prompts: of any lengths.
         """
         self._tokenizer, self._engine = tokenizer, engine_of(size)
-        bank = PromptBank(size.emb_dim, capacity=len(prompts))
+        bank = PromptBank(size.emb_dim)
         for number, prompt in enumerate(prompts):
             bank.add(str(number), prompt)
-        self._prompts = bank.prompts
-        self._rows = np.array([bank.row(str(number)) for number in range(len(prompts))], np.int32)
+        self._prompts = [bank.find(str(number)) for number in range(len(prompts))]
 
     def _replicated(self, inputs: Int[np.ndarray, "B T"]) -> tuple[Injection, Int[np.ndarray, "NB T"], Any]:
         """Returns each prompt with each of the inputs, as an engine's programs take them."""
-        prompt, mask = take(self._prompts, np.repeat(self._rows, len(inputs)))
-        return Injection(prompt=prompt), np.tile(inputs, (len(self._rows), 1)), mask
+        prompts = [prompt for prompt in self._prompts for _ in range(len(inputs))]
+        injection, mask, _ = batch_of(prompts, len(prompts))
+        return injection, np.tile(inputs, (len(self._prompts), 1)), mask
 
     def _by_prompt(self, answers: Any) -> Any:
         """Returns arrays with a row for each prompt and example, [N, B, ...]."""
-        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self._rows), -1, *x.shape[1:]), answers)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(len(self._prompts), -1, *x.shape[1:]), answers)
 
     def generated(self, frozen: Params, batches: Batches) -> Ballots:
         """Returns the greedy answers; one that is a label, as the task writes it."""

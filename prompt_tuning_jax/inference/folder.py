@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.t5x import is_t5x
 from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, folder_of_additions, read_prompts
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, RUN_PROMPTS
@@ -36,11 +36,13 @@ class Entry(NamedTuple):
       prompt: for `read_prompts`.
       summary: a JSON object with "base_fingerprint"; it need not be there.
       state: changes when the files do.
+      paths: where it is in the folder; several if a file and a folder share its name.
     """
 
     prompt: Path
     summary: Path
     state: tuple
+    paths: tuple[Path, ...] = ()
 
 
 class Changes(NamedTuple):
@@ -56,6 +58,7 @@ class PromptFolder:
 
     Attributes:
       broken: why each prompt that cannot be had cannot, by name, as of the last `sync`.
+      told: the same for a client: without paths, and without anything that a file holds.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -71,8 +74,10 @@ class PromptFolder:
             raise SettingError(
                 f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
             )
-        self._seen: dict[str, tuple] = {}
+        self._seen: dict[str, tuple] = {}  # the state of each prompt that was read
+        self._looked: dict[str, tuple] = {}  # the state of each prompt at the last look
         self.broken: dict[str, Exception] = {}
+        self.told: dict[str, Exception] = {}
 
     @property
     def single(self) -> str | None:
@@ -84,32 +89,79 @@ class PromptFolder:
         try:
             paths = [self.path] if self.single else sorted(self.path.iterdir())
         except OSError as error:
-            raise ValueError(f"cannot read the folder of prompts {self.path} ({error.strerror})") from None
-        found = {_name(path): _entry(path) for path in paths if not path.name.startswith(".")}
-        return {name: entry for name, entry in found.items() if entry is not None}
+            what, where = "cannot read the folder of prompts", Private(f" {self.path}")
+            raise SettingError(what, where, f" ({error.strerror})") from None
+        found: dict[str, Entry] = {}
+        for path in paths:
+            entry = None if path.name.startswith(".") else _entry(path)
+            if entry is not None:
+                other = found.get(name := _name(path))
+                states = (entry.state,) if other is None else (*other.state, entry.state)
+                found[name] = entry._replace(state=states, paths=(*(other.paths if other else ()), path))
+        return found
 
-    def sync(self, bank: PromptBank) -> Changes:
-        """Brings the bank up to the folder. A prompt that is broken, or becomes so, changes nothing in the bank."""
+    def sync(self, bank: PromptBank, *, settled: bool = False) -> Changes:
+        """Brings the bank up to the folder. A prompt that is broken, or becomes so, changes nothing in the bank.
+
+        A prompt whose files change while they are read is read again at the next call.
+
+        Args:
+          settled: whether a prompt is read only if its files have not changed since the last call, so that files which
+            are being written are left alone.
+        """
         entries = self.entries()
+        looked, self._looked = self._looked, {name: entry.state for name, entry in entries.items()}
         removed = [name for name in self._seen if name not in entries]
         for name in removed:
             del self._seen[name]
             self.broken.pop(name, None)
+            self.told.pop(name, None)
             if name in bank:
                 bank.remove(name)
         added = []
         for name, entry in entries.items():
-            if self._seen.get(name) == entry.state:
+            if self._seen.get(name) == entry.state or (settled and looked.get(name) != entry.state):
+                continue
+            error, told = self._try(bank, name, entry)
+            if not _is_unchanged(entry):
+                if not settled:
+                    self.broken[name] = self.told[name] = ValueError(f"prompt {name} changed while it was read")
                 continue
             self._seen[name] = entry.state
-            try:
-                bank.add(name, *read_entry(entry))
-            except (ValueError, OSError) as error:
-                self.broken[name] = error
-            else:
+            if error is None:
                 self.broken.pop(name, None)
+                self.told.pop(name, None)
                 added.append(name)
+            else:
+                self.broken[name], self.told[name] = error, told or error
+        bank.broken = dict(self.told)
         return Changes(added, removed, dict(self.broken))
+
+    @staticmethod
+    def _try(bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
+        """Reads a prompt into the bank; returns what is wrong with it, and what a client is told of that."""
+        try:
+            read = read_entry(entry)
+        except Exception as error:  # any: whatever is in a file, the other prompts are served
+            return error, _without_private_parts(error)
+        if _is_unchanged(entry):
+            try:
+                bank.add(name, *read)
+            except ValueError as error:
+                return error, None
+        return None, None
+
+
+def _is_unchanged(entry: Entry) -> bool:
+    found = [_entry(path) for path in entry.paths]
+    return [None if now is None else now.state for now in found] == list(entry.state)
+
+
+def _without_private_parts(error: Exception) -> ValueError:
+    """Returns an error that shows a client no path, and nothing that a file holds."""
+    if isinstance(error, SettingError) and any(isinstance(part, Private) for part in error.parts):
+        return error.public
+    return ValueError("its files cannot be read as a prompt; the service's own log says why")
 
 
 def read_entry(
@@ -120,18 +172,31 @@ def read_entry(
     Raises:
       ValueError: the prompt cannot be read, or the summary beside it.
     """
+    if len(entry.paths) > 1:
+        both = " and ".join(path.name for path in entry.paths)
+        raise SettingError(f"{both} are prompts of one name", Private(f" in {entry.paths[0].parent}"), ": rename one")
+    _check_files(entry)
     fingerprint = None
     if entry.summary.is_file():
         try:
             fingerprint = json.loads(entry.summary.read_text(encoding="utf-8")).get("base_fingerprint")
-        except (ValueError, AttributeError):
-            raise ValueError(f"{entry.summary} is no JSON object; expected the summary.json of a run") from None
+        except (ValueError, AttributeError, RecursionError):
+            what = "is no JSON object; expected the summary.json of a run"
+            raise SettingError(Private(f"{entry.summary.parent}/"), f"{entry.summary.name} {what}") from None
     found, fingerprint = read_prompts(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
     per_layer = None if found.layer_prompts is None else np.asarray(found.layer_prompts)
     if found.prompt is not None:
         return np.asarray(found.prompt), fingerprint, per_layer
     assert per_layer is not None
     return per_layer, fingerprint, None
+
+
+def _check_files(entry: Entry) -> None:
+    """Raises ValueError if a file is none: to open a named pipe would wait for whoever writes into it."""
+    inside = entry.prompt.rglob("*") if entry.prompt.is_dir() else (entry.prompt,)
+    for path in (*inside, entry.summary):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise SettingError(Private(f"{path.parent}/"), f"{path.name} is no regular file")
 
 
 def _name(path: Path) -> str:

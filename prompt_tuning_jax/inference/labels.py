@@ -1,12 +1,15 @@
 """A closed set of answers, as tokens and as a vocabulary writes them."""
 
-from collections.abc import Sequence
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 
 def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
@@ -32,9 +35,43 @@ def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, s
 
 
 def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
-    """The token ids of each label, end of sequence included, 0 after it: the choices of `scoring.choice_scores`."""
-    rows = [[*vocabulary.encode(label), EOS] for label in labels]
-    table = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    """The token ids of each label, end of sequence included, then padding: the choices of `scoring.choice_scores`."""
+    rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
+    table = np.full((len(rows), max(map(len, rows))), vocabulary.pad_id, np.int32)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
     return table
+
+
+class LabelTables:
+    """Keeps the token ids of label sets up to a number of bytes; the set that was not used for longest goes first."""
+
+    def __init__(self, read: Callable[[tuple[str, ...]], Int[np.ndarray, "C L"]], max_bytes: int):
+        """Keeps nothing yet.
+
+        Args:
+          read: makes the table of a label set; its errors are passed on, and not kept.
+          max_bytes: of labels and tables together.
+        """
+        self.size, self._read, self._max_bytes = 0, read, max_bytes
+        self._tables: OrderedDict[tuple[str, ...], Int[np.ndarray, "C L"]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, labels: tuple[str, ...]) -> Int[np.ndarray, "C L"]:
+        """Returns the table of these labels."""
+        with self._lock:
+            if labels in self._tables:
+                self._tables.move_to_end(labels)
+                return self._tables[labels]
+        table = self._read(labels)
+        with self._lock:
+            if labels not in self._tables:
+                self._tables[labels] = table
+                self.size += _bytes(labels, table)
+            while self.size > self._max_bytes:
+                self.size -= _bytes(*self._tables.popitem(last=False))
+        return table
+
+
+def _bytes(labels: tuple[str, ...], table: np.ndarray) -> int:
+    return sum(map(sys.getsizeof, labels)) + sys.getsizeof(labels) + table.nbytes

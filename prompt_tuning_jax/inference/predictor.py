@@ -1,6 +1,7 @@
 """One frozen model that answers rows of many tasks at once: each row of a batch has its own prompt (figure 2)."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,14 +14,17 @@ from prompt_tuning_jax.batches.loader import default_buckets
 from prompt_tuning_jax.checkpoints.model import Model, load
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.inference.bank import PromptBank, power_of_two
+from prompt_tuning_jax.inference.bank import PromptBank, Stored, batch_of, padded_length, power_of_two
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
-from prompt_tuning_jax.inference.requests import RANK, Decoding, Reader, Request
+from prompt_tuning_jax.inference.requests import ANSWER, RANK, Decoding, Reader, Request
+from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # batches whose rows are sorted by length together
-ANSWER = frozenset(("prediction", "score", "scores", "probabilities", "cut", "error"))
+MAX_PROGRAMS = 256  # compiled ones in memory; one more, and all are dropped (on disk they stay)
+PASS = 4_096  # positions of labels that a row is ranked with at once where passes are to be short
+SEARCHES = 8  # unknown prompts of one call whose error says what was meant
 
 
 class Predictor:
@@ -35,7 +39,7 @@ class Predictor:
             print(answer["prediction"])
 
     Attributes:
-      bank: the prompts, which may change between calls.
+      bank: the prompts, which may change between calls, and from another thread at any time.
       fingerprint: of the base.
     """
 
@@ -78,11 +82,13 @@ class Predictor:
         self._frozen, self._tokenizer = dict(model.parameters), model.tokenizer
         self._buckets = default_buckets(input_length)
         self._engine = engine_of(model.config, beams=decoding.beams)
-        self.bank, single = fill_bank(model, prompts)
+        self._beams = decoding.beams
+        self._compiled: set[tuple] = set()
+        self.bank, single = fill_bank(model, prompts, max(MAX_ENCODER_LENGTH - input_length, 1))
         prompt = prompt or single
         self._reader = Reader(model.tokenizer, input_length, decoding, prompt)
         if prompt is not None:
-            self.bank.row(prompt)
+            self.bank.find(prompt)
 
     @classmethod
     def load(
@@ -98,8 +104,41 @@ class Predictor:
     def request(self, row: Any, number: int = 0) -> Request:
         """A row, checked and tokenised: see `requests.Reader.request`."""
         request = self._reader.request(row, number)
-        self.bank.row(request.prompt)
+        self.bank.find(request.prompt)
         return request
+
+    def requests(self, rows: Iterable[tuple[int, Any]]) -> list[Request | ValueError]:
+        """Reads rows, each with its number; what is no row becomes its error.
+
+        Similar names are searched for once per unknown prompt, and for `SEARCHES` of them.
+        """
+        found: list[Request | ValueError] = []
+        unknown: dict[str | None, ValueError] = {}
+        for number, row in rows:
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                request = self._reader.request(row, number)
+                if request.prompt in unknown:
+                    raise unknown[request.prompt]
+                try:
+                    self.bank.find(request.prompt, search=len(unknown) < SEARCHES)
+                except ValueError as error:
+                    unknown[request.prompt] = error
+                    raise
+                found.append(request)
+            except ValueError as error:
+                found.append(error)
+        return found
+
+    def cost(self, request: Request) -> int:
+        """Returns how many positions, of encoder and decoder, the answer takes where no other row shares its batch."""
+        try:
+            prompt = self.bank.find(request.prompt, search=False).padded
+        except ValueError:  # it was there when the row was read
+            prompt = 0
+        answer = math.prod(label_size(request)) or self._length * (self._beams if request.method == "beam" else 1)
+        return prompt + self.bucket(request) + answer
 
     def predict(self, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The rows with their answers, in order, as they come. A row that cannot be answered has an "error" instead."""
@@ -109,12 +148,7 @@ class Predictor:
 
     def answer_rows(self, rows: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
         """The rows, each with its number, and what was found: an answer or an error."""
-        found: list[Request | ValueError] = []
-        for number, row in rows:
-            try:
-                found.append(row if isinstance(row, ValueError) else self.request(row, number))
-            except ValueError as error:
-                found.append(error)
+        found = self.requests(rows)
         answers = iter(self.answer([request for request in found if isinstance(request, Request)]))
         return [
             asked(row) | (next(answers) if isinstance(request, Request) else {"error": str(request)})
@@ -124,15 +158,8 @@ class Predictor:
     def answer(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The answer to each request: "prediction" and more, or "error"."""
         answers: list[dict[str, Any]] = [{} for _ in requests]
-        here = []
-        for at, request in enumerate(requests):
-            try:
-                self.bank.row(request.prompt)
-                here.append(at)
-            except ValueError as error:  # it was there when the row was read
-                answers[at]["error"] = str(error)
         running = None
-        for batch in self._batches(requests, here):
+        for batch in self.plan(requests, answers):
             started = self._start([requests[at] for at in batch.places], batch)
             if running:  # the device computes the next batch while the last one's answers are written
                 self._finish(*running, requests, answers)
@@ -141,26 +168,61 @@ class Predictor:
             self._finish(*running, requests, answers)
         return answers
 
-    def _batches(self, requests: Sequence[Request], places: Sequence[int]) -> Iterator["Planned"]:
-        """Yields rows of one method and about the same length, the longest first.
+    def plan(self, requests: Sequence[Request], answers: list[dict[str, Any]] | None = None) -> Iterator["Planned"]:
+        """Yields batches: rows of one method and about the same size, the largest first.
 
-        Rows of other lengths share a batch as long as that at most doubles the positions of none. Rows of one kind of
-        prompt stand side by side: at most one batch of each length has both kinds.
+        Rows of other sizes, which are positions of prompt, inputs and labels, share a batch if it at most doubles the
+        positions of each. Rows with prompts per layer follow the others: at most one batch of a method has both.
+
+        Args:
+          answers: is given the error of each row whose prompt has gone since the row was read.
         """
+        rows: list[_Row] = []
+        for at, request in enumerate(requests):
+            try:
+                prompt = self.bank.find(request.prompt, search=False)
+            except ValueError as error:  # it was there when the row was read
+                if answers is not None:
+                    answers[at]["error"] = str(error)
+            else:
+                rows.append(_Row(at, request.method, prompt, self.bucket(request), *label_size(request)))
 
-        def order(at: int) -> tuple:
-            request = requests[at]
-            layered = self.bank.is_layered(request.prompt)
-            return request.method, -self.bucket(request), layered, -len(request.inputs), at
+        def order(row: _Row) -> tuple:
+            layered = row.prompt.layer_prompts is not None
+            return row.method, layered, -row.positions, -len(requests[row.at].inputs), row.at
 
-        for method, group in itertools.groupby(sorted(places, key=order), key=lambda at: requests[at].method):
-            rest = [*group]
-            while rest:
-                length, first = self.bucket(requests[rest[0]]), rest[: self.batch_size]
-                prompt = self.bank.longest(any(self.bank.is_layered(requests[at].prompt) for at in first))
-                taken = [at for at in first if prompt + length <= 2 * (prompt + self.bucket(requests[at]))]
-                yield Planned(method, length, taken)
-                rest = rest[len(taken) :]
+        rows.sort(key=order)
+        while rows:
+            taken, batch, least = 1, rows[0], rows[0].positions
+            for row in rows[1 : self.batch_size]:
+                both, least = batch.around(row), min(least, row.positions)
+                if row.method != batch.method or both.positions > 2 * least:
+                    break
+                taken, batch = taken + 1, both
+            yield self._planned(batch, rows[:taken])
+            rows = rows[taken:]
+
+    def _planned(self, batch: "_Row", rows: Sequence["_Row"]) -> "Planned":
+        size = min(power_of_two(len(rows)), self.batch_size)
+        prompts = [row.prompt for row in rows]
+        layered = any(prompt.layer_prompts is not None for prompt in prompts)
+        table = table_size(batch.labels, batch.tokens) if batch.method == RANK else ()
+        program = (batch.method, size, batch.length, padded_length(prompts), layered, *table)
+        return Planned(batch.method, batch.length, [row.at for row in rows], prompts, program)
+
+    def groups(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[list[int]]]:
+        """Divides requests, by index, into those that can be answered at once and those that must be compiled for.
+
+        Returns:
+          First all requests together if they can be; else, batch by batch, what can. Then, batch by batch, what cannot.
+        """
+        batches = [*self.plan(requests)]
+        later = [batch.places for batch in batches if batch.program not in self._compiled]
+        if not later:
+            return [[*range(len(requests))]], []
+        now = [batch.places for batch in batches if batch.program in self._compiled]
+        gone = set(range(len(requests))).difference(*(batch.places for batch in batches))  # their prompts have gone
+        return [*now, *([sorted(gone)] if gone else [])], later
 
     def bucket(self, request: Request) -> int:
         """The length that its inputs are padded to where no longer ones share the batch."""
@@ -168,17 +230,25 @@ class Predictor:
 
     def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
         """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
-        size = min(power_of_two(len(requests)), self.batch_size)
-        inputs = np.zeros((size, batch.length), np.int32)
+        size = batch.program[1]
+        inputs = np.full((size, batch.length), self._tokenizer.pad_id, np.int32)
         for place, request in enumerate(requests):
             inputs[place, : len(request.inputs)] = request.inputs
-        injection, mask, more = self.bank.take([request.prompt for request in requests], size)
+        injection, mask, more = batch_of(batch.prompts, size)
         given = (injection, self._frozen, inputs, mask)
+        if batch.program not in self._compiled and len(self._compiled) >= MAX_PROGRAMS:
+            self._engine.forget()
+            self._compiled.clear()
         if batch.method == RANK:
-            return self._engine.rank(*given, **_choices(requests, size), **more)
-        if batch.method == "sample":
-            return self._engine.sample(*given, self._length, **_sampling_arrays(requests, size), **more)
-        return getattr(self._engine, batch.method)(*given, self._length, **more)
+            started = self._engine.rank(
+                *given, **_choices(requests, size, *batch.program[-2:], self._tokenizer.pad_id), **more
+            )
+        elif batch.method == "sample":
+            started = self._engine.sample(*given, self._length, **_sampling_arrays(requests, size), **more)
+        else:
+            started = getattr(self._engine, batch.method)(*given, self._length, **more)
+        self._compiled.add(batch.program)
+        return started
 
     def _finish(self, batch: "Planned", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
         found = jax.device_get(started)
@@ -197,8 +267,11 @@ class Predictor:
                 answers[at]["cut"] = True
 
 
-def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
+def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str | None]:
     """Returns the prompts of a model by name, and the name of the only one where one file was given.
+
+    Args:
+      longest: the most positions that a prompt may have.
 
     Raises:
       ValueError: one of them does not fit; of a folder's prompts, only if the path is that of one prompt.
@@ -212,11 +285,8 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
             "prompts of a batch: such a model answers without prompts",
         )
 
-    def bank_of(prompts: int) -> PromptBank:
-        return PromptBank(size.emb_dim, fingerprint, capacity=max(prompts, 1), layers=size.num_encoder_layers)
-
+    bank = PromptBank(size.emb_dim, fingerprint, layers=size.num_encoder_layers, longest=longest)
     if isinstance(folder, PromptFolder):
-        bank = bank_of(len(folder.entries()))
         changes = folder.sync(bank)
         if folder.single and changes.broken:
             raise changes.broken[folder.single]
@@ -224,7 +294,6 @@ def fill_bank(model: Model, prompts: Any) -> tuple[PromptBank, str | None]:
     named: Any = prompts or {}
     if not isinstance(named, Mapping):
         raise SettingError(Setting("prompts"), f" is {prompts!r:.60}, expected prompts by name, or a folder of them")
-    bank = bank_of(len(named))
     for name, values in named.items():
         injection = injection_of(getattr(values, "injection", values), size)
         if injection.task_prompts is not None:
@@ -262,11 +331,76 @@ class Planned(NamedTuple):
       method: how it is answered.
       length: of its inputs.
       places: the indices of its requests.
+      prompts: of its rows.
+      program: what the compiled program depends on.
     """
 
     method: str
     length: int
     places: list[int]
+    prompts: list[Stored]
+    program: tuple
+
+
+class _Row(NamedTuple):
+    """What a request needs of a batch, or several of them do.
+
+    Attributes:
+      at: the index of the request.
+      length: to which the inputs are padded.
+      labels, tokens: how many labels are ranked, and the tokens to which each is padded; 0 where none are.
+    """
+
+    at: int
+    method: str
+    prompt: Stored
+    length: int
+    labels: int
+    tokens: int
+
+    @property
+    def positions(self) -> int:
+        """The positions of a row, of encoder and decoder."""
+        return self.prompt.padded + self.length + self.labels * self.tokens
+
+    def around(self, other: "_Row") -> "_Row":
+        """Returns what both need."""
+        sizes = (max(pair) for pair in zip(self[3:], other[3:], strict=True))
+        return _Row(self.at, self.method, max(self.prompt, other.prompt, key=lambda prompt: prompt.padded), *sizes)
+
+
+def label_size(request: Request) -> tuple[int, int]:
+    """Returns how many labels a request ranks, and the tokens to which each is padded."""
+    if request.choices is None:
+        return 0, 0
+    count, tokens = request.choices.shape
+    return count, max(power_of_two(tokens), 4)
+
+
+def table_size(labels: int, tokens: int) -> tuple[int, int]:
+    """Returns the size of the table that such labels are ranked in: few sizes, since each is a compiled program."""
+    return max(power_of_two(labels), 16), tokens
+
+
+def parts_of(request: Request) -> list[Request]:
+    """Returns requests that rank a few of the labels each, so that no pass takes long; `joined` makes one answer."""
+    labels, tokens = label_size(request)
+    if labels * tokens <= PASS or request.choices is None:
+        return [request]
+    each = max(PASS // tokens, 1)
+    return [
+        request._replace(labels=request.labels[first : first + each], choices=request.choices[first : first + each])
+        for first in range(0, labels, each)
+    ]
+
+
+def joined(request: Request, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the answer to a request from those to its parts."""
+    failed = [answer for answer in answers if "error" in answer]
+    if failed or len(answers) == 1:
+        return (failed or answers)[0]
+    scores = np.array([score for answer in answers for score in answer["scores"].values()])
+    return _ranked(request.labels, scores) | ({"cut": True} if request.cut else {})
 
 
 def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.ndarray]:
@@ -283,14 +417,13 @@ def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.nda
     }
 
 
-def _choices(requests: Sequence[Request], size: int) -> dict[str, Any]:
-    """The arguments of `choice_scores`, of `size` rows, in few shapes: as many labels and tokens as a power of two."""
+def _choices(requests: Sequence[Request], size: int, labels: int, tokens: int, pad: int) -> dict[str, Any]:
+    """The arguments of `choice_scores`: tables of `labels` x `tokens` for `size` rows."""
     tables = [request.choices for request in requests if request.choices is not None]
-    count, length = (max(table.shape[axis] for table in tables) for axis in (0, 1))
-    choices = np.zeros((size, max(power_of_two(count), 16), max(power_of_two(length), 4)), np.int32)
+    choices = np.full((size, labels, tokens), pad, np.int32)
     for row, table in zip(choices, tables, strict=False):
         row[: table.shape[0], : table.shape[1]] = table
-    return {"choices": choices, "count": np.int32(count)}
+    return {"choices": choices, "count": np.int32(max(map(len, tables)))}
 
 
 def _ranked(labels: Sequence[str], scores: Float[np.ndarray, " C"]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a user's row to what a program needs, and what of a row is not as it should be."""
 
 import dataclasses
-import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
@@ -11,13 +11,20 @@ import numpy as np
 from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
-from prompt_tuning_jax.inference.labels import label_table
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary, trim
+from prompt_tuning_jax.inference.labels import LabelTables, label_table
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
 
 METHODS = ("greedy", "beam", "sample")
 RANK = "rank"
 SAMPLING = ("temperature", "top_k", "top_p", "seed")  # fields that only `sample` reads
-MAX_LABELS, MAX_LABEL_TOKENS = 256, 128
+MAX_LABELS, MAX_LABEL_TOKENS, MAX_LABEL_CHARACTERS = 256, 128, 2_048
+LABEL_BYTES = 32 * 2**20  # of label sets that are kept tokenised
+CHARACTERS = 64  # per token of the longest inputs: what is behind them is not tokenised
+SMALLEST = float(np.finfo(np.float32).tiny)  # below it XLA computes with 0
+FIELDS = ("prompt", "inputs", "labels", "decode", *SAMPLING)
+OWN_FIELDS = ("id", "note", "targets")  # the user's own, which come back as they are
+ANSWER = ("prediction", "score", "scores", "probabilities", "cut", "error")  # an earlier answer's, which are replaced
+FIXED = ("base", "dtype", "input_length", "max_new_tokens", "batch_size", "beams")  # settings of the whole command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +56,10 @@ class Request(NamedTuple):
     Attributes:
       prompt: its name; None for the base alone.
       inputs: token ids, end of sequence included.
-      cut: whether `inputs` was longer than allowed.
+      cut: whether the text was longer than `inputs`.
       method: one of `METHODS`, or `RANK`.
       labels: to rank.
-      choices: their token ids, int32 [C, L], end of sequence included, 0 pads.
+      choices: their token ids, int32 [C, L], end of sequence included, and padding.
     """
 
     prompt: str | None
@@ -79,7 +86,7 @@ class Reader:
           prompt: the name for rows that have no "prompt".
         """
         self._vocabulary, self._input_length, self._prompt = vocabulary, input_length, prompt
-        self._choices = functools.lru_cache(maxsize=1024)(lambda labels: _choices(labels, vocabulary))
+        self._choices = LabelTables(lambda labels: _choices(labels, vocabulary), LABEL_BYTES)
         self._decoding = decoding
         if not _is_int(decoding.beams) or not 1 <= decoding.beams <= 64:
             raise SettingError(Setting("beams"), f" is {shown(decoding.beams)}, expected 1 to 64")
@@ -95,8 +102,8 @@ class Reader:
 
         Args:
           row: {"prompt": name, or null for the base alone; "inputs": text}; further, where wanted, "labels", to rank
-            them, or "decode" and, for "sample", "temperature", "top_k", "top_p" and "seed". Other fields are nobody's
-            business.
+            them, or "decode" and, for "sample", "temperature", "top_k", "top_p" and "seed". `OWN_FIELDS` may hold
+            anything, and so may those of an earlier answer.
           number: of the row, which the default seed depends on.
 
         Raises:
@@ -108,6 +115,7 @@ class Reader:
         """`request`; `field` makes a part of a message of a field's name: a `Setting`, if it is a default's."""
         if not isinstance(row, Mapping):
             raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
+        _check_fields(row)
         prompt = row.get("prompt", self._prompt)
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt is {shown(prompt)}, expected the name of a prompt, or null for the base alone")
@@ -117,27 +125,29 @@ class Reader:
         sampled = [name for name in SAMPLING if name in row]
         labels = self._labels(row)
         if labels is not None:
-            _nothing_of(["decode", *sampled], row, "a row with labels, which are ranked")
+            _nothing_of(["decode", *sampled], row, "a row with labels, which are ranked", "or leave out labels")
             return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
         method = row.get("decode", self._decoding.decode)
         if method not in METHODS:
             raise SettingError(field("decode"), f" is {shown(method)}, expected {' or '.join(METHODS)}")
         if method != "sample":
-            _nothing_of(sampled, row, f'decode "{method}"')
+            _nothing_of(sampled, row, f'decode "{method}"', "or set decode to sample")
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
             values["seed"] = (values["seed"] + number) % 2**32
         return Request(prompt, inputs, cut, method, (), None, *_sampling(values, field))
 
     def _inputs(self, row: Mapping[str, Any]) -> tuple[Int[np.ndarray, " T"], bool]:
-        text = row.get("inputs")
+        if "inputs" not in row:
+            raise ValueError('the row has no "inputs", expected a text')
+        text = row["inputs"]
         if not isinstance(text, str):
-            hint = near_misses("inputs", map(str, row), shown=repr, otherwise="") if text is None else ""
-            raise ValueError(f"inputs is {shown(text)}, expected a text{hint and '; '}{hint}")
+            raise ValueError(f"inputs is {shown(text)}, expected a text")
         if not text.strip():
             raise ValueError("inputs is empty, expected a text")
-        ids = np.array([*self._vocabulary.encode(_sound(text, "inputs")), EOS], np.int32)
-        return trim(ids, self._input_length), len(ids) > self._input_length
+        begin = _beginning(text, CHARACTERS * self._input_length)
+        ids = np.array([*self._vocabulary.encode(_sound(begin, "inputs")), self._vocabulary.eos_id], np.int32)
+        return trim(ids, self._input_length), len(begin) < len(text) or len(ids) > self._input_length
 
     def _labels(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
         if "labels" not in row:
@@ -153,7 +163,11 @@ class Reader:
 def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
     """The table of labels that are neither empty, nor too long, nor the same tokens."""
     for label in labels:
-        tokens = len(vocabulary.encode(label))
+        if len(label) > MAX_LABEL_CHARACTERS:
+            raise ValueError(
+                f"label {shown(label)} has {len(label):,} characters, expected at most {MAX_LABEL_CHARACTERS:,}"
+            )
+        tokens = len(vocabulary.subwords(label))
         if not 1 <= tokens < MAX_LABEL_TOKENS:
             raise ValueError(f"label {shown(label)} has {tokens} tokens, expected 1 to {MAX_LABEL_TOKENS - 1}")
     table = label_table(labels, vocabulary)
@@ -171,17 +185,62 @@ def _sampling(values: Mapping[str, Any], field: Callable[[str], str]) -> tuple[f
         raise SettingError(field("temperature"), f" is {shown(temperature)}, expected 0 to 100")
     if not _is_int(top_k) or not 0 <= top_k < 2**31:
         raise SettingError(field("top_k"), f" is {shown(top_k)}, expected a number of tokens, or 0 for all")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise SettingError(field("top_p"), f" is {shown(top_p)}, expected above 0, to 1 for all")
+    if not _is_number(top_p) or not SMALLEST <= top_p <= 1:
+        raise SettingError(
+            field("top_p"), f" is {shown(top_p)}, expected above 0 (at least {SMALLEST:.2g}), to 1 for all"
+        )
     if not _is_int(seed) or not 0 <= seed < 2**32:
         raise SettingError(field("seed"), f" is {shown(seed)}, expected 0 to {2**32 - 1}")
     return float(temperature), top_k, float(top_p), seed
 
 
-def _nothing_of(fields: Sequence[str], row: Mapping[str, Any], of: str) -> None:
+def _nothing_of(fields: Sequence[str], row: Mapping[str, Any], of: str, otherwise: str) -> None:
     odd = [name for name in fields if name in row]
     if odd:
-        raise ValueError(f"{' and '.join(odd)} means nothing to {of}: leave it out, or set decode to sample")
+        verb, them = ("means", "it") if len(odd) == 1 else ("mean", "them")
+        raise ValueError(f"{' and '.join(odd)} {verb} nothing to {of}: leave {them} out, {otherwise}")
+
+
+def _check_fields(row: Mapping[str, Any]) -> None:
+    for name in row:
+        if name in FIELDS or name in OWN_FIELDS or name in ANSWER:
+            continue
+        if name in FIXED:
+            raise ValueError(f"{name} is the same for all rows, and set where the command starts: leave it out")
+        short = str(name)[:40]
+        hint = near_misses(short, FIELDS, few=len(FIELDS))
+        own = f"a field of your own may be called {' or '.join(OWN_FIELDS)}"
+        raise ValueError(f"{shown(short)} is no field of a row; {hint} ({own})")
+
+
+def _beginning(text: str, characters: int) -> str:
+    """Returns as much of a text as is tokenised: whole words, up to so many characters."""
+    if len(text) > characters and not text[:characters].strip():
+        text = text.lstrip()
+    if len(text) <= characters:
+        return text
+    begin = text[:characters]
+    words = begin.rsplit(maxsplit=1)
+    return words[0] if len(words) > 1 else begin
+
+
+def read_json(text: str) -> Any:
+    """Reads JSON as it is defined: Python would also read NaN and 1e999, which JSON cannot write back.
+
+    Raises:
+      ValueError: it is no JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
 
 
 def _sound(text: str, field: str) -> str:

@@ -2,18 +2,23 @@
 
     POST /v1/predict    {"rows": [...]}; the answers, in order, as `infer` writes them
     GET  /v1/prompts    what there is, and what is broken
-    GET  /healthz       200 while the model answers
+    GET  /livez         503 if the service must be restarted
+    GET  /readyz        200 while the model answers; /healthz is the same
     GET  /metrics       for Prometheus
+    GET  /openapi.json  all of this for programs
 
 A row that cannot be answered has its "error" in a 200. The other answers are {"error": one line}: 400 for what is no
-request, 408 for a body that does not come, 413 for one that is too large, 429 where too many rows wait, 503 while the
-base loads, where the model fails, and where the answer takes longer than `Limits.timeout`.
+request, 401 without the API key, 408 for a body that does not come, 413 for one that is too large, 415 for one that is
+no JSON, 421 for a request to another host, 429 where too many rows wait, 503 while the base loads, where the model
+fails, and where the answer takes longer than `Limits.timeout`, in which compiling does not count.
 """
 
 import asyncio
+import itertools
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,15 +30,32 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.inference.batcher import Batcher, Job, ModelError, ModelThread, Overloaded
 from prompt_tuning_jax.inference.folder import Changes, PromptFolder
-from prompt_tuning_jax.inference.http import Body, ClientGone, Refusal, disconnected, explain, part, rows_of
+from prompt_tuning_jax.inference.http import (
+    Body,
+    ClientGone,
+    Door,
+    Refusal,
+    disconnected,
+    explain,
+    origin_form,
+    part,
+    rows_of,
+)
 from prompt_tuning_jax.inference.metrics import Metrics
-from prompt_tuning_jax.inference.predictor import Predictor, asked
+from prompt_tuning_jax.inference.openapi import document
+from prompt_tuning_jax.inference.predictor import Predictor, asked, joined, parts_of
 from prompt_tuning_jax.inference.requests import Request
 
-PREDICT, PROMPTS, HEALTHZ, METRICS = PATHS = ("/v1/predict", "/v1/prompts", "/healthz", "/metrics")
+PREDICT, PROMPTS, METRICS, OPENAPI = "/v1/predict", "/v1/prompts", "/metrics", "/openapi.json"
+LIVEZ, READYZ, HEALTHZ = PROBES = ("/livez", "/readyz", "/healthz")
+PATHS = (PREDICT, PROMPTS, METRICS, OPENAPI, *PROBES)
 BODIES = 16  # times `max_bytes`: what all requests together may hold
+QUEUE = 8  # times `max_tokens`: what may wait
+SMALL = 64 * 1024  # bytes of a body that is read beside the large ones, on a thread of its own
+LOST = 10  # times `timeout`: a pass of the model that takes longer does not end
 LOADING = "the base is still being loaded"
 WINDOW = 4  # batches handed to the model at once
 
@@ -46,12 +68,14 @@ class Limits(NamedTuple):
       max_bytes: of a request's body; all requests in progress may have `BODIES` times as many.
       max_queue: rows of all requests that wait for the model.
       timeout: seconds, from a request's headers to its answer.
+      max_tokens: of a request: positions of prompts, inputs, labels and answers; `QUEUE` times as many may wait.
     """
 
     max_rows: int = 1024
     max_bytes: int = 4 * 2**20
     max_queue: int = 8192
     timeout: float = 30.0
+    max_tokens: int = 2**19
 
 
 class Service:
@@ -71,22 +95,27 @@ class Service:
         wait: float = 0.003,
         poll: float = 1.0,
         text: Callable[[Exception], str] = str,
+        keys: Collection[str] = (),
+        hosts: Collection[str] = (),
     ):
         """Loads nothing yet.
 
         Args:
           load: the predictor, and the folder whose prompts it has; called by `start`, on the model's thread.
-          base: its path, to tell.
+          base: its path, of which clients are told the last part.
           wait: seconds that a batch waits for more rows while the model has nothing to do.
           poll: seconds between looks at the folder.
           text: returns an error's message, with settings written as whoever starts the service calls them.
+          keys, hosts: who may ask; see `Door`.
         """
-        self.model = ModelThread()
+        self.model, self._compiler = ModelThread(), ModelThread()
         self._load, self._base, self._limits, self._wait, self._poll = load, base, limits or Limits(), wait, poll
         self._text = text
-        self._reader = ThreadPoolExecutor(1, "reader")  # JSON and tokens: a large request must not hold the loop up
+        # JSON and tokens: a large request must hold up neither the loop nor small requests.
+        self._small, self._large, self._files = (ThreadPoolExecutor(1, name) for name in ("small", "large", "files"))
         self._predictor: Predictor | None = None
         self._batcher: Batcher | None = None
+        self._answering: asyncio.Task | None = None
         self._tasks: list[asyncio.Task] = []
         self._prompts: dict[str, Any] = {}
         self._held = 0  # bytes of bodies in progress
@@ -95,13 +124,17 @@ class Service:
             routes=[
                 Route(PREDICT, _Endpoint(self), methods=["POST"]),
                 Route(PROMPTS, self.prompts),
-                Route(HEALTHZ, self.healthz),
+                Route(LIVEZ, self.livez),
+                Route(READYZ, self.readyz),
+                Route(HEALTHZ, self.readyz),
                 Route(METRICS, self.metrics),
+                Route(OPENAPI, self.openapi),
             ],
             exception_handlers={HTTPException: explain},
         )
         starlette.router.redirect_slashes = False
-        self.app = self._metrics.around(starlette)
+        door = Door(starlette, keys=keys, hosts=hosts, open_to_all=PROBES)
+        self.app = origin_form(self._metrics.around(door))
 
     async def start(self) -> None:
         """Loads, and begins to answer.
@@ -111,7 +144,7 @@ class Service:
         """
         predictor, folder = await self.model.run(self._load)
         if folder is not None:
-            await self.model.run(self._refresh, predictor, folder)
+            await self._in(self._files, self._refresh, predictor, folder, False)
             self._tasks.append(asyncio.create_task(self._keep_up(predictor, folder)))
         self._batcher = Batcher(
             predictor.answer,
@@ -120,9 +153,14 @@ class Service:
             window=WINDOW * predictor.batch_size,
             wait=self._wait,
             max_queue=self._limits.max_queue,
+            max_tokens=QUEUE * self._limits.max_tokens,
+            cost=predictor.cost,
+            groups=predictor.groups,
+            compiler=self._compiler,
             observe=self._metrics.windows.observe,
         )
-        self._tasks.append(asyncio.create_task(self._batcher.run()))
+        self._answering = asyncio.create_task(self._batcher.run())
+        self._tasks.append(self._answering)
         self._predictor = predictor
 
     async def stop(self) -> None:
@@ -130,8 +168,18 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.model.close()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        for thread in (self.model, self._compiler):
+            thread.close()
+        for executor in (self._small, self._large, self._files):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def busy(self) -> bool:
+        """Returns whether the model computes, or a program is being compiled."""
+        return bool(self.model.busy() or self._compiler.busy())
+
+    @staticmethod
+    async def _in(executor: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
     async def predict(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/predict."""
@@ -147,8 +195,8 @@ class Service:
     async def _respond(self, scope: Scope, receive: Receive, body: Body) -> Response:
         late = f"within {self._limits.timeout:g} seconds"
         try:
-            async with asyncio.timeout(self._limits.timeout):
-                return Response(await self._answer(scope, receive, body), media_type="application/json")
+            async with asyncio.timeout(self._limits.timeout) as deadline:
+                return Response(await self._answer(scope, receive, body, deadline), media_type="application/json")
         except Refusal as refusal:
             return refusal.response
         except Overloaded as error:
@@ -162,18 +210,19 @@ class Service:
         except asyncio.CancelledError:  # the server ends, and has waited long enough
             return Refusal(503, "the service is shutting down", 1).response
 
-    async def _answer(self, scope: Scope, receive: Receive, body: Body) -> bytes:
+    async def _answer(self, scope: Scope, receive: Receive, body: Body, deadline: asyncio.Timeout) -> bytes:
         if self._batcher is None:
             raise Refusal(503, LOADING, 1)
         data = await body.read(scope, receive)
-        loop = asyncio.get_running_loop()
-        rows, found = await loop.run_in_executor(self._reader, self._read, data)
-        job = self._batcher.submit([request for request in found if isinstance(request, Request)])
+        executor = self._small if len(data) <= SMALL else self._large
+        rows, found = await self._in(executor, self._read, data)
+        parts = [parts_of(request) for request in found if isinstance(request, Request)]
+        job = self._batcher.submit([*itertools.chain(*parts)], deadline)
         try:
             answers = await self._answers(job, receive)
         finally:
             self._metrics.rows.labels("dropped").inc(self._batcher.cancel(job))
-        return await loop.run_in_executor(self._reader, self._write, rows, found, answers)
+        return await self._in(executor, self._write, rows, found, answers)
 
     async def _answers(self, job: Job, receive: Receive) -> list[dict[str, Any]]:
         gone = asyncio.create_task(disconnected(receive))
@@ -185,24 +234,35 @@ class Service:
         finally:
             gone.cancel()
 
-    def _read(self, data: bytes) -> tuple[list[Any], list[Request | str]]:
-        """The rows of a body, and of each its request or what is wrong with it."""
+    def _read(self, data: bytes) -> tuple[list[Any], Sequence[Request | ValueError]]:
+        """Returns the rows of a body, and of each its request or what is wrong with it.
+
+        Raises:
+          Refusal: the body is none, or its rows are too many, or would take too long.
+        """
         assert self._predictor is not None
-        rows, found = rows_of(data, self._limits.max_rows), []
-        for number, row in enumerate(rows):
-            try:
-                found.append(self._predictor.request(row, number))
-            except ValueError as error:
-                found.append(str(error))
+        rows = rows_of(data, self._limits.max_rows)
+        found = self._predictor.requests(enumerate(rows))
+        tokens = sum(self._predictor.cost(request) for request in found if isinstance(request, Request))
+        if tokens > self._limits.max_tokens:
+            raise Refusal(
+                413,
+                f"the rows take {tokens:,} tokens of prompts, inputs, labels and answers, the limit is "
+                f"{self._limits.max_tokens:,}: send several requests",
+            )
         return rows, found
 
-    def _write(self, rows: list[Any], found: list[Request | str], answers: list[dict[str, Any]]) -> bytes:
-        """The answer's body; a row keeps its fields."""
-        rest = iter(answers)
-        whole = [
-            asked(row) | ({"error": was} if isinstance(was, str) else next(rest))
-            for row, was in zip(rows, found, strict=True)
-        ]
+    def _write(
+        self, rows: list[Any], found: Sequence[Request | ValueError], answers: Sequence[dict[str, Any]]
+    ) -> bytes:
+        """Returns the answer's body; a row keeps its fields."""
+        rest, whole = iter(answers), []
+        for row, request in zip(rows, found, strict=True):
+            if isinstance(request, Request):
+                answer = joined(request, [*itertools.islice(rest, len(parts_of(request)))])
+            else:
+                answer = {"error": str(request)}
+            whole.append(asked(row) | answer)
         errors = sum("error" in answer for answer in whole)
         self._metrics.rows.labels("error").inc(errors)
         self._metrics.rows.labels("answered").inc(len(whole) - errors)
@@ -224,53 +284,61 @@ class Service:
     def _seconds(self) -> int:
         return self._batcher.seconds() if self._batcher else 1
 
-    def _refresh(self, predictor: Predictor, folder: PromptFolder) -> Changes:
-        """Brings the bank up to the folder; on the model's thread."""
-        changes = folder.sync(predictor.bank)
+    def _refresh(self, predictor: Predictor, folder: PromptFolder, settled: bool) -> Changes:
+        """Brings the bank up to the folder; not on the model's thread, which a slow disk would hold up."""
+        changes = folder.sync(predictor.bank, settled=settled)
         self._prompts = {
             "prompts": predictor.bank.lengths,
-            "broken": {name: self._text(error) for name, error in changes.broken.items()},
+            "broken": {name: self._text(error) for name, error in folder.told.items()},
         }
         return changes
 
     async def _keep_up(self, predictor: Predictor, folder: PromptFolder) -> None:
         """Looks at the folder again and again, and tells what has changed. Whatever is wrong there, the bank serves."""
-        seen: Any = None
+        said: dict[str, str] = {}
         while True:
             await asyncio.sleep(self._poll)
             before = self._prompts
             try:
-                entries = await asyncio.get_running_loop().run_in_executor(self._reader, folder.entries)
-                if entries == seen and "folder" not in before:
-                    continue
-                changes = await self.model.run(self._refresh, predictor, folder)
-                seen = entries
+                changes = await self._in(self._files, self._refresh, predictor, folder, True)
                 for what, names in (("added", changes.added), ("removed", changes.removed)):
                     if names:
                         print(f"prompts {what}: {', '.join(names)}", file=sys.stderr)
-                for name, message in self._prompts["broken"].items():
-                    if before["broken"].get(name) != message:
+                broken = {name: self._text(error) for name, error in changes.broken.items()}
+                for name, message in broken.items():
+                    if said.get(name) != message:
                         print(f"prompt {name} is left out: {message}", file=sys.stderr)
+                said = broken
             except Exception as error:
-                self._prompts = before | {"folder": " ".join((self._text(error) or type(error).__name__).split())}
+                public = error.public if isinstance(error, SettingError) else "the folder of prompts cannot be read"
+                self._prompts = before | {"folder": " ".join(str(public).split())}
                 if self._prompts != before:
-                    print(f"prompts: {self._prompts['folder']}", file=sys.stderr)
+                    print(f"prompts: {self._text(error) or type(error).__name__}", file=sys.stderr)
 
     async def prompts(self, request: HTTPRequest) -> Response:
         """GET /v1/prompts: lengths by name, messages of the broken ones by name, and "folder" where that is broken."""
         if self._predictor is None:
             return Refusal(503, LOADING, 1).response
-        nothing = {"prompts": {}, "broken": {}}
-        return JSONResponse(
-            {"base": self._base, "fingerprint": self._predictor.fingerprint} | (self._prompts or nothing)
-        )
+        base = os.path.basename(self._base.rstrip("/"))
+        found = self._prompts or {"prompts": {}, "broken": {}}
+        return JSONResponse({"base": base, "fingerprint": self._predictor.fingerprint} | found)
 
-    async def healthz(self, request: HTTPRequest) -> Response:
-        """GET /healthz: the model is stuck where one window takes longer than any request may."""
+    async def livez(self, request: HTTPRequest) -> Response:
+        """GET /livez: 503 only if the service cannot recover, and should be restarted."""
+        lost = self.model.busy() > LOST * self._limits.timeout and self._predictor is not None
+        ended = self._answering is not None and self._answering.done()
+        return JSONResponse({"status": "lost" if lost or ended else "ok"}, 503 if lost or ended else 200)
+
+    async def readyz(self, request: HTTPRequest) -> Response:
+        """GET /readyz: the model is stuck where one window takes longer than any request may."""
         if self._predictor is None:
             return JSONResponse({"status": "loading"}, 503)
         stuck = self.model.busy() > self._limits.timeout
         return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
+
+    async def openapi(self, request: HTTPRequest) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(document(self._limits.max_rows))
 
     async def metrics(self, request: HTTPRequest) -> Response:
         """GET /metrics."""

@@ -5,14 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prompt_tuning_jax.errors import prefixed
-from prompt_tuning_jax.inference.predictor import Predictor
+from prompt_tuning_jax.inference.predictor import Predictor, label_size, table_size
 from prompt_tuning_jax.inference.requests import RANK, Request
 
 
 def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
-    """Answers batches of each size for each method and length of the rows, and for each length of labels.
-
-    If there are prompts per layer, there are twice as many: the batches that have one run other programs.
+    """Answers batches of each size for each method, length of inputs, length of prompts, and size of label tables.
 
     Args:
       rows: as those to come; which prompts they name does not matter.
@@ -24,7 +22,7 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
       ValueError: a row is none.
     """
     kinds: dict[tuple[str, int], Request] = {}
-    labels: dict[int, Request] = {}
+    labels: dict[tuple[int, int], Request] = {}
     for number, row in enumerate(rows):
         try:
             request = predictor.request({**row, "prompt": None} if isinstance(row, Mapping) else row)
@@ -32,12 +30,13 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
             raise prefixed(f"row {number + 1} to warm up with: ", error) from None
         kinds.setdefault((request.method, predictor.bucket(request)), request)
         if request.choices is not None:
-            labels.setdefault(max(request.choices.shape[1] - 1, 0).bit_length(), request)
-    per_layer = next(filter(predictor.bank.is_layered, predictor.bank), None)
+            labels.setdefault(table_size(*label_size(request)), request)
+    stored = {name: predictor.bank.find(name) for name in (None, *predictor.bank)}
+    prompts = {(prompt.layer_prompts is not None, prompt.padded): name for name, prompt in stored.items()}
     batches = 0
     for (method, _), request in kinds.items():
         others = labels.values() if method == RANK else (request,)
-        for other, prompt in itertools.product(others, dict.fromkeys((None, per_layer))):
+        for other, prompt in itertools.product(others, prompts.values()):
             asked = request._replace(prompt=prompt, labels=other.labels, choices=other.choices)
             for size in sizes(predictor.batch_size):
                 predictor.answer([asked] * size)

@@ -1,7 +1,6 @@
 """IA3: vectors that scale activations of a frozen model (Liu et al. 2022, T-Few, section 3.3), with PEFT's names."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.targets import PEFT_NAMES, as_peft_names, check_targets, targeted_modules
+from prompt_tuning_jax.settings import Texts, check
 from prompt_tuning_jax.t5.adapters import INPUT_SCALE, OUTPUT_SCALE, split_path
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -29,8 +29,8 @@ class IA3(Method):
       feedforward: those of the targets whose input is scaled.
     """
 
-    targets: Sequence[str] = ("k", "v", "wo")
-    feedforward: Sequence[str] = ("wo",)
+    targets: Texts = ("k", "v", "wo")
+    feedforward: Texts = ("wo",)
 
     def __post_init__(self):
         object.__setattr__(self, "targets", as_peft_names(self.targets))
@@ -38,10 +38,12 @@ class IA3(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_targets(self.targets, config)
+        check("feedforward", self.feedforward, Texts)
         for name in self.feedforward:
             if name not in self.targets:
                 expected = f", expected some of {', '.join(self.targets)}, the names in "
                 raise SettingError(Setting("feedforward"), f" has {name!r:.60}{expected}", Setting("targets"))
+        super().check(config, input_length)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         trained = {}

@@ -1,16 +1,14 @@
 """LoRA: a low-rank change to frozen matrices (Hu et al. 2021, section 4.1), with PEFT's names, defaults and start."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.targets import as_peft_names, check_targets, matrix_shapes, targeted_modules
+from prompt_tuning_jax.settings import Count, Finite, Texts, check, whole
 from prompt_tuning_jax.t5.adapters import LORA_A, LORA_B
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -32,9 +30,9 @@ class LoRA(Method):
         every attention and feed-forward layer of both stacks.
     """
 
-    rank: int = 8
-    alpha: float | int = 8.0
-    targets: Sequence[str] = ("q", "v")
+    rank: Count = 8
+    alpha: Finite = 8.0
+    targets: Texts = ("q", "v")
 
     def __post_init__(self):
         object.__setattr__(self, "targets", as_peft_names(self.targets))
@@ -44,10 +42,10 @@ class LoRA(Method):
         shapes = matrix_shapes(config)
         narrow = min(self.targets, key=lambda name: min(shapes[name]))
         most = min(shapes[narrow])
-        check_whole_number("rank", self.rank, most, f"the smaller side of {narrow}, which is {list(shapes[narrow])}")
-        known = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not known or not math.isfinite(self.alpha) or self.alpha == 0:
+        check("rank", self.rank, whole(1, most, f"the smaller side of {narrow}, which is {list(shapes[narrow])}"))
+        if isinstance(self.alpha, (int, float)) and self.alpha == 0:
             raise SettingError(Setting("alpha"), f" is {self.alpha!r:.60}, expected a finite number other than 0")
+        super().check(config, input_length)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         modules = targeted_modules(self.targets, model.parameters)

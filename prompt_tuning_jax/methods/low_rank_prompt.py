@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.settings import Count, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -29,8 +29,8 @@ class LowRankPrompt(Method):
         authors use 10; ULPT's table 1 has 10 and 64.
     """
 
-    length: int = 100
-    rank: int = 10
+    length: Count = 100
+    rank: Count = 10
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         of_a, of_b = jax.random.split(key)
@@ -44,4 +44,5 @@ class LowRankPrompt(Method):
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
         shape = (self.length, config.emb_dim)
-        check_whole_number("rank", self.rank, min(shape), f"the smaller side of a prompt of {list(shape)}")
+        check("rank", self.rank, whole(1, min(shape), f"the smaller side of a prompt of {list(shape)}"))
+        super().check(config, input_length)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.linear import draw_linear
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count
 from prompt_tuning_jax.t5.config import T5Config
 
 DIRECTIONS = ("forwards", "backwards")
@@ -36,16 +36,16 @@ class LSTMPrompt(Method):
       initializer: how P starts; see `prompts.initializers`. PEFT draws it standard normal.
     """
 
-    length: int
-    hidden_size: int
-    lstm_layers: int
+    length: Count
+    hidden_size: Count
+    lstm_layers: Count
     initializer: Initializer
 
     def __init__(
         self,
-        length: int = 20,
-        hidden_size: int = 128,
-        lstm_layers: int = 2,
+        length: Count = 20,
+        hidden_size: Count = 128,
+        lstm_layers: Count = 2,
         init: Initializer = SAMPLED_VOCABULARY,
     ):
         object.__setattr__(self, "length", length)
@@ -55,7 +55,7 @@ class LSTMPrompt(Method):
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         of_prompt, of_up, of_down, *of_layers = jax.random.split(key, 3 + self.lstm_layers)
-        prompt = self.initializer(of_prompt, self.length, model)
+        prompt = start_prompt(self.initializer, of_prompt, self.length, model)
         width, both = prompt.shape[1], 2 * self.hidden_size
         up, up_bias = draw_linear(of_up, both, both)
         down, down_bias = draw_linear(of_down, both, width)
@@ -76,8 +76,7 @@ class LSTMPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check_whole_number("hidden_size", self.hidden_size)
-        check_whole_number("lstm_layers", self.lstm_layers)
+        super().check(config, input_length)
 
 
 def _name(layer: int, direction: str) -> str:

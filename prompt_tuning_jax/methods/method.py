@@ -15,6 +15,7 @@ method is one subclass:
             return Injection(prompt=trained["scale"] * trained["prompt"])
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
+from prompt_tuning_jax.errors import renamed
+from prompt_tuning_jax.settings import check_fields
 from prompt_tuning_jax.t5.config import T5Config
 
 Params = dict[str, jax.Array]
@@ -115,7 +118,7 @@ class Injection(NamedTuple):
         return self._replace(prompt=own, task_prompts=None)
 
 
-def tasks_of(method: "Method") -> Sequence[str] | None:
+def tasks_of(method: "Method") -> Sequence[str] | Any:
     """Returns the tasks that a method trains a prompt each for; None if it trains the same for all rows."""
     return getattr(method, "tasks", None)
 
@@ -150,9 +153,14 @@ class Method:
     def check(self, config: T5Config, input_length: int) -> None:
         """Raises `SettingError` if the method's fields are impossible for a model of this size.
 
+        Here: if a field is not what its annotation of `settings` says. A method that checks more calls this, too.
+
         Args:
           input_length: the most tokens of inputs, end of sequence included.
         """
+        if dataclasses.is_dataclass(self):
+            with renamed(length="prompt_length", initializer="prompt_init"):
+                check_fields(self)
 
     def start_line(self) -> str | None:
         """Returns a line that says where the start is from, if that was chosen among several."""

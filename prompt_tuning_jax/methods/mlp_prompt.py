@@ -9,11 +9,11 @@ import dataclasses
 
 import jax
 
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.linear import draw_linear
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -29,18 +29,18 @@ class MLPPrompt(Method):
       initializer: how P starts; see `prompts.initializers`. PEFT draws it standard normal.
     """
 
-    length: int
-    hidden_size: int
+    length: Count
+    hidden_size: Count
     initializer: Initializer
 
-    def __init__(self, length: int = 20, hidden_size: int = 128, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: Count = 20, hidden_size: Count = 128, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "hidden_size", hidden_size)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         of_prompt, of_first, of_second, of_third = jax.random.split(key, 4)
-        prompt = self.initializer(of_prompt, self.length, model)
+        prompt = start_prompt(self.initializer, of_prompt, self.length, model)
         width = prompt.shape[1]
         first, first_bias = draw_linear(of_first, width, self.hidden_size)
         second, second_bias = draw_linear(of_second, self.hidden_size, self.hidden_size)
@@ -62,4 +62,4 @@ class MLPPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check_whole_number("hidden_size", self.hidden_size)
+        super().check(config, input_length)

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
+from prompt_tuning_jax.settings import Texts, as_tuple
+from prompt_tuning_jax.t5.config import T5Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +20,24 @@ class ModelTuning(Method):
       parameters: regular expressions of whole paths; (r".*layer_norm/scale",) trains the norms alone.
     """
 
-    parameters: Sequence[str] = (".*",)
+    parameters: Texts = (".*",)
 
     def __post_init__(self):
-        object.__setattr__(self, "parameters", tuple(self.parameters))
+        object.__setattr__(self, "parameters", as_tuple(self.parameters))
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         chosen = matching(model.parameters, self.parameters)
         return {path: value for path, value in model.parameters.items() if path in chosen}
+
+    def check(self, config: T5Config, input_length: int) -> None:
+        super().check(config, input_length)
+        for pattern in self.parameters:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SettingError(
+                    Setting("parameters"), f" has {pattern!r:.60}, expected regular expressions of paths ({error})"
+                ) from None
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
         return Injection(parameters=trained)

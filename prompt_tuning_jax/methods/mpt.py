@@ -7,16 +7,15 @@ The paper first trains a prompt for each task, and has the P_k learn from these 
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count, Texts, as_tuple, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -34,26 +33,26 @@ class MPT(Method):
       initializer: how the shared prompt starts; see `prompts.initializers`.
     """
 
-    tasks: Sequence[str]
-    length: int
-    rank: int
+    tasks: Texts
+    length: Count
+    rank: Count
     initializer: Initializer
 
     def __init__(
         self,
-        tasks: Sequence[str] = (),
-        length: int = 100,
-        rank: int = 1,
+        tasks: Texts = (),
+        length: Count = 100,
+        rank: Count = 1,
         init: Initializer = SAMPLED_VOCABULARY,
     ):
-        object.__setattr__(self, "tasks", tasks if isinstance(tasks, str) else tuple(tasks))
+        object.__setattr__(self, "tasks", as_tuple(tasks))
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         of_prompt, of_columns = jax.random.split(key)
-        prompt = self.initializer(of_prompt, self.length, model)
+        prompt = start_prompt(self.initializer, of_prompt, self.length, model)
         count, width = len(self.tasks), prompt.shape[1]
         # The first of the r columns and rows is 1, which makes every mask 1. The others have random columns and rows of
         # 0, so that they add nothing at first: this is how LoRA starts. If they all started alike, their gradients
@@ -74,4 +73,5 @@ class MPT(Method):
         check_tasks(self.tasks)
         check_length(self.length, input_length)
         most = min(self.length, config.emb_dim)
-        check_whole_number("rank", self.rank, most, "the smaller side of the prompt")
+        check("rank", self.rank, whole(1, most, "the smaller side of the prompt"))
+        super().check(config, input_length)

@@ -11,17 +11,16 @@ T_k is one flat row of a [K, n] table.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError, near_misses
-from prompt_tuning_jax.methods.checks import check_whole_number
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
-from prompt_tuning_jax.prompts.initializers import Initializer, OfficialRandomUniform
+from prompt_tuning_jax.prompts.initializers import Initializer, OfficialRandomUniform, start_prompt
+from prompt_tuning_jax.settings import Count, OneOf, Positive, Text, Texts, as_tuple, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 COMBINES = ("add", "concatenate", "concatenate_features", "project")
@@ -43,26 +42,26 @@ class MultitaskPrompt(Method):
         first features.
     """
 
-    tasks: Sequence[str]
-    length: int
-    combine: str
-    task_length: int | None
-    shared_features: int | None
-    scale: float
+    tasks: Texts
+    length: Count
+    combine: Text
+    task_length: Count | None
+    shared_features: Count | None
+    scale: Positive
     initializer: Initializer
 
     def __init__(
         self,
-        tasks: Sequence[str] = (),
-        length: int = 100,
-        combine: str = "add",
-        task_length: int | None = None,
-        shared_features: int | None = None,
-        scale: float = 0.5,
+        tasks: Texts = (),
+        length: Count = 100,
+        combine: Text = "add",
+        task_length: Count | None = None,
+        shared_features: Count | None = None,
+        scale: Positive = 0.5,
         init: Initializer = OFFICIAL_START,
     ):
         fields = {
-            "tasks": tasks if isinstance(tasks, str) else tuple(tasks),
+            "tasks": as_tuple(tasks),
             "length": length,
             "combine": combine,
             "task_length": task_length,
@@ -98,7 +97,7 @@ class MultitaskPrompt(Method):
             "project": width * features + width,
         }[self.combine]
         return {
-            "shared": self.initializer(of_shared, self.length, model)[:, :features],
+            "shared": start_prompt(self.initializer, of_shared, self.length, model)[:, :features],
             "tasks": jax.random.uniform(of_tasks, (len(self.tasks), size), jnp.float32, 0.0, self.scale),
         }
 
@@ -116,17 +115,15 @@ class MultitaskPrompt(Method):
     def check(self, config: T5Config, input_length: int) -> None:
         check_tasks(self.tasks)
         check_length(self.length, input_length)
-        if self.combine not in COMBINES:
-            hint = near_misses(str(self.combine), COMBINES, shown=repr)
-            raise SettingError(Setting("combine"), f" is {self.combine!r:.60}; {hint}")
+        check("combine", self.combine, OneOf(COMBINES))
         if self.task_length is not None:
             _check_used("task_length", ("concatenate",), self.combine)
-            check_whole_number("task_length", self.task_length)
         check_length(self.length + self._task_positions, input_length)
         if self.shared_features is not None:
             _check_used("shared_features", ("concatenate_features", "project"), self.combine)
             most = config.emb_dim - 1 if self.combine == "concatenate_features" else None
-            check_whole_number("shared_features", self.shared_features, most, "one less than the model's d_model")
+            check("shared_features", self.shared_features, whole(1, most, "one less than the model's d_model"))
+        super().check(config, input_length)
 
 
 def _add(shared: jax.Array, own: jax.Array) -> jax.Array:

@@ -4,17 +4,19 @@ They enter each layer's input and are projected by its own frozen matrices, unli
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count, OneOf, Str
 from prompt_tuning_jax.t5.config import T5Config
 
-REPLACE, ADD = COMBINE = ("replace", "add")
+REPLACE, ADD = "replace", "add"
+Combine = Annotated[Str, OneOf((REPLACE, ADD))]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -32,11 +34,16 @@ class PerLayerPrompt(Method):
       combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
     """
 
-    length: int
+    length: Count
     initializer: Initializer
-    combine: str
+    combine: Combine
 
-    def __init__(self, length: int = 20, init: Initializer = SAMPLED_VOCABULARY, combine: str = REPLACE):
+    def __init__(
+        self,
+        length: Count = 20,
+        init: Initializer = SAMPLED_VOCABULARY,
+        combine: Combine = REPLACE,
+    ):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
         object.__setattr__(self, "combine", combine)
@@ -44,10 +51,10 @@ class PerLayerPrompt(Method):
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         layers = model.config.num_encoder_layers
         if self.combine == ADD:
-            first = self.initializer(key, self.length, model)
+            first = start_prompt(self.initializer, key, self.length, model)
             return {"layer_prompts": jnp.zeros((layers, *first.shape), first.dtype).at[0].set(first)}
         keys = jax.random.split(key, layers)
-        return {"layer_prompts": jnp.stack([self.initializer(own, self.length, model) for own in keys])}
+        return {"layer_prompts": jnp.stack([start_prompt(self.initializer, own, self.length, model) for own in keys])}
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
         prompts = trained["layer_prompts"]
@@ -57,5 +64,4 @@ class PerLayerPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        if self.combine not in COMBINE:
-            raise SettingError(Setting("combine"), f" is {self.combine!r:.60}, expected {' or '.join(COMBINE)}")
+        super().check(config, input_length)

@@ -6,7 +6,6 @@ K_prefix and V_prefix are trained for each layer, without a network that makes t
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.settings import Count, Texts, accepts, check
 from prompt_tuning_jax.t5.adapters import ATTENTION, PREFIX, prefix_shape
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -35,21 +35,25 @@ class PrefixTuning(Method):
         knows the decoder's alone: such a prefix is saved as a PEFT adapter, any other in a file of this project.
     """
 
-    length: int = 20
-    stacks: Sequence[str] = tuple(ATTENTION)
+    length: Count = 20
+    stacks: Texts = tuple(ATTENTION)
 
     def __post_init__(self):
         asked: Any = (self.stacks,) if isinstance(self.stacks, str) else self.stacks
         # One order, so that equal methods have equal fields; unknown names are kept for `check` to refuse.
+        if not accepts(asked, Texts):
+            return  # for `check` to refuse
         known = [stack for stack in ATTENTION if stack in asked]
         object.__setattr__(self, "stacks", (*known, *(name for name in dict.fromkeys(asked) if name not in ATTENTION)))
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
+        check("stacks", self.stacks, Texts)
         if not self.stacks or not set(self.stacks) <= set(ATTENTION):
             raise SettingError(
                 Setting("stacks"), f" is {self.stacks!r:.60}, expected {' or '.join(ATTENTION)}, or both of them"
             )
+        super().check(config, input_length)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         paths = [f"{stack}/{name}" for stack in self.stacks for name in PREFIX]

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 
-from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT = "encoder/prompt/prompt"  # where the prompt lies under T5X, and in a run's checkpoints
@@ -22,28 +22,26 @@ class PromptTuning(Method):
       initializer: how the prompt starts; see `prompts.initializers`. The paper's default is the task's class labels.
     """
 
-    length: int
+    length: Count
     initializer: Initializer
 
     # Written out, because the argument has the name of a method.
-    def __init__(self, length: int = 100, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: Count = 100, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
-        return {PROMPT: self.initializer(key, self.length, model)}
+        return {PROMPT: start_prompt(self.initializer, key, self.length, model)}
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
         return Injection(prompt=trained[PROMPT])
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
+        super().check(config, input_length)
 
 
-def check_length(length: int, input_length: int) -> None:
+def check_length(length: Count, input_length: int) -> None:
     """Raises SettingError if a prompt has no position, or leaves no room for the inputs."""
     room = MAX_ENCODER_LENGTH - input_length
-    if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= room:
-        raise SettingError(
-            Setting("prompt_length"), f" is {length!r}, expected 1 to {room} beside inputs of this length"
-        )
+    check("prompt_length", length, whole(1, room, f"the room beside inputs of {input_length} tokens"))

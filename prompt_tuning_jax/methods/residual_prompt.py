@@ -11,11 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.checks import check_whole_number
 from prompt_tuning_jax.methods.linear import draw_linear
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count
 from prompt_tuning_jax.t5.config import T5Config
 
 EPSILON = 1e-5  # torch's LayerNorm
@@ -31,18 +31,18 @@ class ResidualPrompt(Method):
       initializer: how P starts; see `prompts.initializers`.
     """
 
-    length: int
-    bottleneck: int
+    length: Count
+    bottleneck: Count
     initializer: Initializer
 
-    def __init__(self, length: int = 100, bottleneck: int = 800, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: Count = 100, bottleneck: Count = 800, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "bottleneck", bottleneck)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         of_prompt, of_down, of_up = jax.random.split(key, 3)
-        prompt = self.initializer(of_prompt, self.length, model)
+        prompt = start_prompt(self.initializer, of_prompt, self.length, model)
         width = prompt.shape[1]
         down, down_bias = draw_linear(of_down, width, self.bottleneck)
         up, up_bias = draw_linear(of_up, self.bottleneck, width)
@@ -66,4 +66,4 @@ class ResidualPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check_whole_number("bottleneck", self.bottleneck)
+        super().check(config, input_length)

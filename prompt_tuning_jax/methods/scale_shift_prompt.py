@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer
+from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
+from prompt_tuning_jax.settings import Count
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -26,15 +27,15 @@ class ScaleShiftPrompt(Method):
       initializer: how P starts; see `prompts.initializers`.
     """
 
-    length: int
+    length: Count
     initializer: Initializer
 
-    def __init__(self, length: int = 100, init: Initializer = SAMPLED_VOCABULARY):
+    def __init__(self, length: Count = 100, init: Initializer = SAMPLED_VOCABULARY):
         object.__setattr__(self, "length", length)
         object.__setattr__(self, "initializer", init)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
-        prompt = self.initializer(key, self.length, model)
+        prompt = start_prompt(self.initializer, key, self.length, model)
         width = prompt.shape[1]
         return {"prompt": prompt, "scale": jnp.ones(width, jnp.float32), "shift": jnp.zeros(width, jnp.float32)}
 
@@ -43,3 +44,4 @@ class ScaleShiftPrompt(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
+        super().check(config, input_length)

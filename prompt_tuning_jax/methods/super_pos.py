@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.methods.checks import check_seed, check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, word_ids
+from prompt_tuning_jax.settings import Count, Seed, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_rows
 
@@ -41,16 +41,19 @@ class SuperPos(Method):
       token_seed: of the draw. It does not follow the run's seed, so that the tokens are a function of the fields alone.
     """
 
-    length: int = 10
-    tokens: int = 128
-    population: int = 5_000
-    token_seed: int = 0
+    length: Count = 10
+    tokens: Count = 128
+    population: Count = 5_000
+    token_seed: Seed = 0
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         words = word_ids(model.tokenizer, model.config.vocab_size)
-        if self.population > words.stop:
-            rest = f"expected at most {words.stop}: the ids from there on are sentinels and padding"
+        if self.population > words[-1] + 1:
+            rest = f"expected at most {words[-1] + 1}: the ids from there on are sentinels and padding"
             raise SettingError(Setting("population"), f" is {self.population}, {rest}")
+        if len(odd := np.setdiff1d(self.token_ids(), words)):
+            rest = f" draws the ids {', '.join(map(str, odd))}, which are special tokens of this tokenizer: set another"
+            raise SettingError(Setting("token_seed"), f"={self.token_seed}{rest}")
         weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
         change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
         return {"weights": weights, "change": change}
@@ -73,11 +76,11 @@ class SuperPos(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check_seed("token_seed", self.token_seed)
         size = config.vocab_size
         if type(self.population) is int and self.population <= SPECIAL_TOKENS:
             found = f" is {self.population}, expected more than the {SPECIAL_TOKENS} special tokens"
             raise SettingError(Setting("population"), found)
-        check_whole_number("population", self.population, size, "the rows of the model's embedding table")
+        check("population", self.population, whole(1, size, "the rows of the model's embedding table"))
         drawn = self.population - SPECIAL_TOKENS
-        check_whole_number("tokens", self.tokens, drawn, f"the tokens among the first {self.population} ids")
+        check("tokens", self.tokens, whole(1, drawn, f"the tokens among the first {self.population} ids"))
+        super().check(config, input_length)

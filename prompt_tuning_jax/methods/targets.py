@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.settings import Texts, accepts, check
 from prompt_tuning_jax.t5.adapters import split_path
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -20,6 +21,8 @@ def as_peft_names(targets: Any) -> Any:
     """
     if isinstance(targets, str):
         targets = (targets,)
+    if not accepts(targets, Texts):
+        return targets  # for `check_targets` to refuse
     names = [str(PEFT_NAMES.get(str(name), name)) for name in targets]
     known = [name for name in T5X_NAMES if name in names]
     return (*known, *(name for name in dict.fromkeys(names) if name not in T5X_NAMES))
@@ -34,10 +37,11 @@ def matrix_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
     return shapes | dict.fromkeys(projections, (width, hidden)) | {"wo": (hidden, width)}
 
 
-def check_targets(targets: tuple[str, ...], config: T5Config) -> None:
+def check_targets(targets: Texts, config: T5Config) -> None:
     """Raises SettingError if `targets` is empty or has a name that this model has not."""
     shapes = matrix_shapes(config)
     setting = Setting("targets")
+    check("targets", targets, Texts)
     expected = f"expected some of {', '.join(shapes)}"
     if not targets:
         raise SettingError(setting, f" is empty, {expected}")
@@ -49,7 +53,7 @@ def check_targets(targets: tuple[str, ...], config: T5Config) -> None:
             raise SettingError(setting, found, "; ".join(filter(None, (expected, hint))))
 
 
-def targeted_modules(targets: tuple[str, ...], parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def targeted_modules(targets: Texts, parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Returns the [in, out] of every module whose kernel is a target, by the module's path, sorted."""
     names = {T5X_NAMES[target] for target in targets}
     modules = {}

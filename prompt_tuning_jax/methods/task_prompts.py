@@ -1,10 +1,11 @@
 """What the methods of one prompt per task share: the tasks by name, and what these must be."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Method
+from prompt_tuning_jax.settings import Texts, check
 
 
 def with_tasks(method: Method, tasks: Iterable[str]) -> Method:
@@ -14,11 +15,10 @@ def with_tasks(method: Method, tasks: Iterable[str]) -> Method:
     return named
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Texts) -> None:
     """Raises SettingError if these are not two tasks or more, whose names can be those of files."""
     setting = Setting("tasks")
-    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
-        raise SettingError(setting, f" is {tasks!r:.60}, expected a list of the tasks' names")
+    check("tasks", tasks, Texts)
     if len(tasks) < 2:
         found = f"has one task, {tasks[0]!r}" if tasks else "is empty"
         raise SettingError(setting, f" {found}, expected the tasks of a mixture, two or more: each gets its own prompt")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from prompt_tuning_jax.methods.checks import check_seed, check_whole_number
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
+from prompt_tuning_jax.settings import Count, Seed, check, whole
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -35,9 +35,9 @@ class ULPT(Method):
       projection_seed: of R. It does not follow the run's seed, so that runs of several seeds share one projection.
     """
 
-    length: int = 100
-    rank: int = 64
-    projection_seed: int = 0
+    length: Count = 100
+    rank: Count = 64
+    projection_seed: Seed = 0
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         width = model.config.emb_dim
@@ -57,5 +57,5 @@ class ULPT(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check_whole_number("rank", self.rank, config.emb_dim, "the model's d_model")
-        check_seed("projection_seed", self.projection_seed)
+        check("rank", self.rank, whole(1, config.emb_dim, "the model's d_model"))
+        super().check(config, input_length)

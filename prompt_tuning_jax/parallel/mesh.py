@@ -6,16 +6,18 @@ model   divides the parameters and what is computed with them (tensor parallelis
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.settings import Count, Sizes, Table, check_values, whole
 
 AXES = ("data", "fsdp", "model")
+MeshSizes = Annotated[Sizes, Table(tuple((name, whole(1)) for name in AXES), whole=False)]
 
 # A mesh axis divides one axis of an array: where two name it, the rule that stands first has it. An activation
 # ("batch", "length", "embed") is then divided by rows, and a kernel ("embed", "mlp") by both of its axes.
@@ -45,31 +47,24 @@ class MeshShape(NamedTuple):
         return " x ".join(f"{name} {size}" for name, size in zip(AXES, self, strict=True))
 
 
-def mesh_shape(asked: Mapping[str, int] | None, num_partitions: int | None, devices: int) -> MeshShape:
+def mesh_shape(mesh: MeshSizes | None, num_partitions: Count | None, devices: int) -> MeshShape:
     """The mesh that is asked for, over all devices.
 
     Args:
-      asked: MESH, sizes by axis; an axis that it does not name is 1, but data, which has the devices left over.
-      num_partitions: NUM_PARTITIONS, the size of the model axis where `asked` does not name it.
+      mesh: MESH, sizes by axis; an axis that it does not name is 1, but data, which has the devices left over.
+      num_partitions: NUM_PARTITIONS, the size of the model axis where `mesh` does not name it.
 
     Raises:
       ValueError: there is no such mesh of so many devices.
     """
-    sizes, mesh, partitions = dict(asked or {}), Setting("mesh"), Setting("num_partitions")
-    odd = [name for name in sizes if name not in AXES]
-    if odd:
-        expected = f"expected some of {', '.join(AXES)}: set "
-        raise SettingError(mesh, f" names an axis {odd[0]!r}, {expected}", mesh, "={'model': 2}")
+    check_values(mesh_shape, locals())
+    sizes, said = dict(mesh or {}), Setting("mesh" if mesh else "num_partitions")
     if num_partitions is not None and sizes.setdefault("model", num_partitions) != num_partitions:
         found = f" has a model axis of {sizes['model']}, "
-        raise SettingError(mesh, found, partitions, f" is {num_partitions}: set one of them")
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            where = (mesh, f"'s {name}") if asked else (partitions,)
-            raise SettingError(*where, f" is {size!r}, expected a number of devices, at least 1")
+        partitions = Setting("num_partitions")
+        raise SettingError(Setting("mesh"), found, partitions, f" is {num_partitions}: set one of them")
     taken = math.prod(sizes.values())
     if devices % taken or ("data" in sizes and taken != devices):
-        said = mesh if asked else partitions
         raise SettingError(
             said,
             f" is for {'' if 'data' in sizes else 'a multiple of '}{taken} devices and there are {devices}: set ",

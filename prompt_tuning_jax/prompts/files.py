@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.stored import ArrayError
 from prompt_tuning_jax.arrays.t5x import is_t5x, open_t5x
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.prompts import peft
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
@@ -55,12 +55,14 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
         held = f"{RUN_PROMPT} (a run), {OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise SettingError(f"no prompt file in {path}, which has no {held}; expected ", *EXPECTED)
     # V: bfloat16 is no type of NumPy's own
-    if prompt.ndim not in dimensions or prompt.dtype.kind not in "fV" or not prompt.size:
-        raise SettingError(f"{path} holds {prompt.dtype} {list(prompt.shape)}; expected ", *EXPECTED)
+    floats = prompt.dtype.kind in "fV" and prompt.dtype.names is None
+    if prompt.ndim not in dimensions or not floats or not prompt.size:
+        found = f"holds {str(prompt.dtype):.40} {list(prompt.shape)}; expected "
+        raise SettingError(Private(f"{path} "), found, *EXPECTED)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
         prompt = prompt.astype(np.float32)
     if not np.isfinite(prompt).all():
-        raise SettingError(f"{path} holds NaN or infinity; expected ", *EXPECTED)
+        raise SettingError(Private(f"{path} "), "holds NaN or infinity; expected ", *EXPECTED)
     return prompt
 
 
@@ -95,7 +97,8 @@ def _read_npy(path: Path) -> np.ndarray:
         raise SettingError(f"no prompt file {path}; expected ", *EXPECTED) from None
     except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise SettingError(f"{path} is not a readable prompt ({why}); expected ", *EXPECTED) from None
+        found = (Private(f"{path} "), "is not a readable prompt", Private(f" ({why})"), "; expected ")
+        raise SettingError(*found, *EXPECTED) from None
 
 
 def _read_t5x(location: str | os.PathLike) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Each is a frozen dataclass that is called with `(key, length, model)` and returns a prompt, float32 [P, D]. `model` is
 the frozen base model, of which it may read `config`, `embeddings` [V, D] and `tokenizer`. A function of these three
-arguments is an initialiser, too.
+arguments is an initialiser, too, and so is one of `jax.nn.initializers`.
 
     >>> from types import SimpleNamespace
     >>> model = SimpleNamespace(config=SimpleNamespace(emb_dim=4))
@@ -11,34 +11,43 @@ arguments is an initialiser, too.
 """
 
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, prompts_in, read_prompt
 from prompt_tuning_jax.prompts.similarity import mean_vector_similarity
+from prompt_tuning_jax.settings import Callback, Finite, Int, Name, Texts, as_path, check_fields, whole
+from prompt_tuning_jax.settings import Text as Writing
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
-UNKNOWN = 2
+UNKNOWN = 2  # T5's <unk>, of a tokenizer that does not say its own
+Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # ids of tokens, the special ones among them
 
 Encode = Callable[[str], Sequence[int]]
-Initializer = Callable[..., jax.Array]  # (key, length, model) -> [P, D]
+Initializer = Callback  # (key, length, model) -> [P, D], or one of JAX's: (key, shape, dtype) -> [P, D]
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomUniform:
     """Uniform over [minval, maxval): the paper's random initialisation is over [-0.5, 0.5)."""
 
-    minval: float = -0.5
-    maxval: float = 0.5
+    minval: Finite = -0.5
+    maxval: Finite = 0.5
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.minval > self.maxval:
+            raise SettingError(Setting("minval"), f" is {self.minval}, above ", Setting("maxval"), f", {self.maxval}")
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         return jax.random.uniform(key, (length, model.config.emb_dim), jnp.float32, self.minval, self.maxval)
@@ -48,7 +57,7 @@ class RandomUniform:
 class OfficialRandomUniform(RandomUniform):
     """Uniform over [0, 0.5): what the official runs used, since Flax's `uniform(scale)` starts at 0."""
 
-    minval: float = 0.0
+    minval: Finite = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +68,65 @@ class SampledVocabulary:
     replacement only if the prompt is longer than the population. The official code also draws <pad>, </s> and <unk>.
     """
 
-    population: int = 5_000
+    population: Population = 5_000
 
     def __post_init__(self):
-        if self.population <= SPECIAL_TOKENS:
-            raise ValueError(f"population is {self.population}, expected more than the {SPECIAL_TOKENS} special tokens")
+        check_fields(self)
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         table = jnp.asarray(model.embeddings)
         words = word_ids(model.tokenizer, table.shape[0])
-        ids = jnp.arange(words.start, min(self.population, words.stop))
+        ids = jnp.asarray(words[words < self.population])
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
         return table[drawn].astype(jnp.float32)
 
 
-def word_ids(tokenizer: Any, rows: int) -> range:
-    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table.
+def word_ids(tokenizer: Any, rows: int) -> Integer[np.ndarray, " words"]:
+    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table, in order.
 
     Args:
-      tokenizer: one with `size` and `sentinels`, as `tasks.vocabularies.Vocabulary`, or with `vocab_size` and
-        `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or padding.
+      tokenizer: one with `size`, `sentinels` and `special_ids`, as `tasks.vocabularies.Vocabulary`, or with
+        `vocab_size` and `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or
+        padding, and the special tokens are T5's.
       rows: of the embedding table.
     """
     size = getattr(tokenizer, "size", getattr(tokenizer, "vocab_size", rows))
     sentinels = getattr(tokenizer, "sentinels", getattr(tokenizer, "extra_ids", 0))  # the last ids below `size`
-    return range(SPECIAL_TOKENS, min(rows, size - sentinels))
+    special = getattr(tokenizer, "special_ids", range(SPECIAL_TOKENS))
+    return np.array([n for n in range(min(rows, size - sentinels)) if n not in special], np.int32)
+
+
+def start_prompt(initializer: Initializer, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
+    """Returns the prompt that an initialiser gives.
+
+    Args:
+      initializer: called with `(key, length, model)`; or with `(key, (length, d_model), float32)` if its second
+        argument is called `shape`, as in `jax.nn.initializers`.
+
+    Raises:
+      SettingError: it takes other arguments, or gives no prompt of this length.
+    """
+    setting, shape = Setting("prompt_init"), (length, model.config.emb_dim)
+    arguments: tuple[Any, ...] = (key, length, model)
+    try:
+        signature = inspect.signature(initializer)
+    except (TypeError, ValueError):  # a built-in function has none
+        signature = None
+    if signature is not None:
+        if [*signature.parameters][1:2] == ["shape"]:
+            arguments = (key, shape, jnp.float32)
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            names = ", ".join(signature.parameters)
+            raise SettingError(
+                setting, f" takes ({names}), expected a function of (key, length, model) or of (key, shape, dtype)"
+            ) from None
+    prompt = initializer(*arguments)
+    if getattr(prompt, "shape", None) != shape or not jnp.issubdtype(prompt.dtype, jnp.floating):
+        found = f"{prompt.dtype} {list(prompt.shape)}" if hasattr(prompt, "dtype") else f"a {type(prompt).__name__}"
+        raise SettingError(setting, f" gives {found}, expected float32 {list(shape)}")
+    return jnp.asarray(prompt, jnp.float32)
 
 
 SAMPLED_VOCABULARY = SampledVocabulary()  # the default of every method that starts from a prompt
@@ -96,12 +139,12 @@ class ClassLabels:
     Called raises SettingError if a label is empty or has a subword that the tokenizer does not know.
     """
 
-    labels: Sequence[str]
-    population: int = 5_000
+    labels: Texts
+    population: Population = 5_000
 
     def __post_init__(self):
-        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
-            raise SettingError(Setting("class_labels"), f" is {self.labels!r}, expected a list of texts")
+        with renamed(labels="class_labels"):
+            check_fields(self)
         if not self.labels:
             raise SettingError(
                 Setting("class_labels"), " is empty: set it to the task's labels, or take another initialisation"
@@ -117,8 +160,12 @@ class ClassLabels:
 class Text:
     """Position j is the embedding of subword j of `text`; sampled vocabulary fills the other positions."""
 
-    text: str
-    population: int = 5_000
+    text: Writing
+    population: Population = 5_000
+
+    def __post_init__(self):
+        with renamed(text="prompt_text"):
+            check_fields(self)
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         rows = list(_embed(self.text, model, "prompt_text"))
@@ -129,7 +176,12 @@ class Text:
 class FromFile:
     """The prompt in a file of any format that `prompts.files.read_prompt` knows, of the shape asked for."""
 
-    path: str
+    path: Name
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", as_path(self.path))
+        with renamed(path="prompt_file"):
+            check_fields(self)
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         del key
@@ -151,12 +203,14 @@ class Nearest:
         `folder` itself it is no candidate.
     """
 
-    folder: str | os.PathLike
-    like: str | os.PathLike
+    folder: Name
+    like: Name
 
     def __post_init__(self):
         for name in ("folder", "like"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            object.__setattr__(self, name, as_path(getattr(self, name)))
+        with renamed(folder="prompt_folder", like="prompt_like"):
+            check_fields(self)
 
     def __call__(self, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
         del key
@@ -222,8 +276,10 @@ def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:
 
 
 def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
-    ids = np.asarray(model.tokenizer.encode(text), np.int32)
-    if not len(ids) or UNKNOWN in ids:
+    # Without what a tokenizer puts in front of every text, such as CodeT5's <s>.
+    encode = getattr(model.tokenizer, "subwords", model.tokenizer.encode)
+    ids = np.asarray(encode(text), np.int32)
+    if not len(ids) or getattr(model.tokenizer, "unk_id", UNKNOWN) in ids:
         found = "nothing" if not len(ids) else "<unk>"
         raise SettingError(
             f"{text!r} tokenises to {found}: set ", Setting(setting), " to words that the tokenizer knows"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, UNKNOWN, Encode
+from prompt_tuning_jax.prompts.initializers import UNKNOWN, Encode
 from prompt_tuning_jax.prompts.similarity import (
     Prompt,
     best_match_similarity,
@@ -55,41 +55,46 @@ class Neighbors(NamedTuple):
 
 def make_lexicon(
     embeddings: Float[np.ndarray, "V D"],
-    words: int,
+    words: Int[np.ndarray, " words"],
     piece: Callable[[int], str],
     encode: Encode | None = None,
     labels: Sequence[str] = (),
+    unknown: int | None = UNKNOWN,
 ) -> Lexicon:
     """The words of a vocabulary and `labels`.
 
     Args:
       embeddings: the frozen base's table. It may have rows that no id has.
-      words: ids 3 to `words` - 1 are words: <pad>, </s> and <unk> are before them, sentinels after.
+      words: the ids of the vocabulary's words, in order: no special tokens, sentinels or padding rows.
       piece: how an id is written.
       encode: turns a label into its pieces' ids.
+      unknown: the id of <unk>; None if there is none.
 
     Raises:
       ValueError: a label is empty or has a piece that the vocabulary does not know.
     """
-    names = [piece(token) for token in range(SPECIAL_TOKENS, words)]
+    names, place_of = [piece(token) for token in words.tolist()], {token: at for at, token in enumerate(words.tolist())}
     others, places = [], {}
     for label in labels:
         ids = list(encode(label)) if encode else []
-        if not ids or UNKNOWN in ids:
+        if not ids or unknown in ids:
             found = "<unk>" if ids else "nothing"
             raise SettingError(
                 f"{label!r} tokenises to {found}: set ",
                 Setting("class_labels"),
                 " to words that the vocabulary can write",
             )
-        if len(ids) == 1 and SPECIAL_TOKENS <= ids[0] < words:
-            places[label] = ids[0] - SPECIAL_TOKENS
+        if len(ids) == 1 and ids[0] in place_of:
+            places[label] = place_of[ids[0]]
         elif label not in places:
             places[label] = len(names)
             names.append(label)
             others.append(embeddings[ids].astype(np.float32).mean(axis=0))
+    # A view of the table if no word's id is left out between the first and the last.
+    whole = slice(int(words[0]), int(words[-1]) + 1) if len(words) == words[-1] + 1 - words[0] else words
+    own = embeddings[whole]
     others = np.array(others, np.float32).reshape(-1, embeddings.shape[1])
-    return Lexicon(embeddings[SPECIAL_TOKENS:words], others, names, places)
+    return Lexicon(own, others, names, places)
 
 
 def describe(

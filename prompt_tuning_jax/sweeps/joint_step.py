@@ -180,7 +180,7 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
     step = step_of(runs, at_once)
 
     def together(states: States, frozen: Params, batches: Sequence[Batch]) -> tuple[States, Sequence[StepMetrics]]:
-        return step(states, frozen, *stacked(batches))
+        return step(states, frozen, *stacked(batches, runs[0].size.pad_token_id))
 
     return together
 
@@ -195,13 +195,14 @@ def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tu
 
 def stacked(
     batches: Sequence[Batch],
+    pad: int = 0,
 ) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"], Int[np.ndarray, "R B"] | None]:
     """Returns the runs' inputs and targets, padded to the widest (which changes no row's loss), and the rows' tasks."""
 
     def stack(name: str) -> Int[np.ndarray, "R B _"]:
         arrays = [getattr(batch, name) for batch in batches]
         width = max(array.shape[1] for array in arrays)
-        return np.stack([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
+        return np.stack([np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=pad) for array in arrays])
 
     tasks = [batch.tasks for batch in batches if batch.tasks is not None]
     return stack("inputs"), stack("targets"), np.stack(tasks) if tasks else None

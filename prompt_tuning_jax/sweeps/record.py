@@ -40,6 +40,35 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
     return kept | found
 
 
+def recorded_trials(sweep_dir: str) -> list[Trial]:
+    """Returns the trials that a sweep's folder holds, as they were started; none if nothing was.
+
+    Raises:
+      ValueError: the record cannot be read.
+    """
+    path = Path(sweep_dir, RECORD)
+    if not path.exists():
+        return []
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return [_recorded(sweep_dir, name, arguments) for name, arguments in kept.items()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise SettingError(f"{path} is no record of a sweep ({error}): set another ", Setting("sweep_dir")) from None
+
+
+def _recorded(sweep_dir: str, name: str, arguments: Sequence[str]) -> Trial:
+    """Returns a trial of the record; how it was started is in `texts`."""
+    values = {axis: value for axis, _, value in (part.partition("=") for part in name.split(","))}
+    texts = tuple(part.removeprefix("--gin.") for part in arguments if part.startswith("--gin."))
+    return Trial(name, "train", (), {"MODEL_DIR": str(Path(sweep_dir, name))}, texts, values)
+
+
+def recorded_steps(trial: Trial) -> int | None:
+    """Returns TRAIN_STEPS of a trial of the record; None if a gin file says it."""
+    found = [text.partition("=")[2] for text in trial.texts if text.startswith("TRAIN_STEPS=")]
+    return int(found[-1]) if found and found[-1].isdecimal() else None
+
+
 def write_record(sweep_dir: str, record: dict[str, list[str]]) -> None:
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
     write_text(Path(sweep_dir, RECORD), json.dumps(record, indent=1) + "\n")

@@ -4,14 +4,30 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.settings import (
+    Count,
+    Dictionary,
+    Listing,
+    Name,
+    OneOf,
+    Settings,
+    Str,
+    Texts,
+    accepts,
+    check,
+    check_fields,
+    shown,
+)
 
 LONGEST_VALUE = 60  # characters of a value in a trial's name
 COMMANDS = ("train", "eval")
+CHOICES = Dictionary(Dictionary(Dictionary(), texts=False))  # macros by axis and value
+GRIDS = Listing(Dictionary(), "grids")
 
 
 class Trial(NamedTuple):
@@ -72,15 +88,15 @@ class Sweep:
       mean_over: an axis (of tasks) that tables also give the mean over; None for no such rows.
     """
 
-    sweep_dir: str
-    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Sequence[Any]]]
-    gin_files: Sequence[str] = ()
-    macros: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    choices: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
-    command: str = "train"
-    vectorize: bool | int | str = "auto"
-    seeds: str = "RANDOM_SEED"
-    mean_over: str | None = None
+    sweep_dir: Name
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Sequence[Any]]] | Any
+    gin_files: Texts = ()
+    macros: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
+    choices: Annotated[Settings, CHOICES] = dataclasses.field(default_factory=dict)
+    command: Annotated[Str, OneOf(COMMANDS)] = "train"
+    vectorize: bool | int | str | Any = "auto"
+    seeds: Name = "RANDOM_SEED"
+    mean_over: Name | None = None
 
     def trials(self, texts: Sequence[str] = ()) -> list[Trial]:
         """The trials, in the order of the grid: the last axis changes fastest.
@@ -92,12 +108,18 @@ class Sweep:
           ValueError: `vectorize` is none of its values, the grid is empty, a value is not among its axis's choices, or
             two trials have one name.
         """
+        check_fields(self)
         many = self.vectorize
-        if many != "auto" and not isinstance(many, bool) and not (isinstance(many, int) and many >= 1):
+        if many != "auto" and not isinstance(many, bool) and not accepts(many, Count):
             raise SettingError(
                 Setting("vectorize"), f" is {many!r}, expected 'auto', False, or how many trials to train at once"
             )
-        grids = [self.grid] if isinstance(self.grid, Mapping) else list(self.grid)
+        grids = [self.grid] if isinstance(self.grid, Mapping) else self.grid
+        if not accepts(grids, GRIDS):
+            raise SettingError(
+                Setting("grid"),
+                f" is {shown(self.grid)}, expected lists of values by axis, or a list of such grids",
+            )
         if not grids or not all(grids):
             raise ValueError("the sweep's grid is empty: set Sweep.grid to values by axis")
         for axis in (axis for grid in grids for axis in grid):
@@ -116,12 +138,12 @@ class Sweep:
                 trials[trial.name] = trial
         return list(trials.values())
 
-    def _check_axis(self, axis: str, values: Sequence[Any]) -> None:
+    def _check_axis(self, axis: str, values: Any) -> None:
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"axis {axis} of the sweep's grid is {values!r}, expected a list of values")
         known = self.choices.get(axis)
-        for value in values if known is not None else ():
-            if value not in known:
+        for value in values:
+            if known is not None and (not isinstance(value, Hashable) or value not in known):
                 hint = near_misses(str(value), map(str, known), shown=repr)
                 raise ValueError(f"axis {axis} has no choice {value!r}; {hint}")
 
@@ -134,7 +156,9 @@ class Sweep:
                 macros[axis] = value
                 continue
             choice = dict(self.choices[axis][value])
-            files += choice.pop("gin_files", [])
+            own = choice.pop("gin_files", [])
+            check("gin_files", own, Texts)
+            files += own
             command = choice.pop("command", command)
             macros |= choice
         if command not in COMMANDS:

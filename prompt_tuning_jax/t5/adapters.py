@@ -107,7 +107,8 @@ def prefix_shape(stack: str, length: int, base: Mapping[str, Any]) -> tuple[int,
       base: a base model's parameters by path, or their shapes.
     """
     matrices = [path for path in base if re.fullmatch(rf"{stack}/layers_\d+/{ATTENTION[stack]}/key/kernel", path)]
-    heads = base[f"{stack}/relpos_bias/rel_embedding"].shape[0]
+    table = re.compile(rf"{stack}/(layers_\d+/)?relpos_bias/rel_embedding")  # one per stack, or one per layer
+    heads = next(base[path].shape[0] for path in base if table.fullmatch(path))
     return len(matrices), heads, length, base[matrices[0]].shape[1] // heads
 
 

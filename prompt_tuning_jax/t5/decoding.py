@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 
-EOS = 1
 COLDEST = 1e-4  # T5X's: a temperature below it is 0
 
 Cache = Any
@@ -25,7 +25,7 @@ def encode_once(model: Transformer, params: Any, inputs: Int[Array, "B T"], **pr
 
     Args:
       params: of the model, without the "params" level.
-      inputs: tokens, 0 is padding.
+      inputs: tokens, padded with the model's padding id.
       prompts: `prompt`, `layer_prompts`, `prompt_mask` and `layers_replace`, as `Transformer.encode` takes them.
 
     Returns:
@@ -56,10 +56,11 @@ def greedy(
       max_length: U, the number of tokens a row gets, end of sequence included.
 
     Returns:
-      Tokens int32, 0 after a row's end of sequence (id 1), and the sum of the log-probabilities of each row's tokens.
+      Tokens int32, padding after a row's end of sequence, and the sum of the log-probabilities of each row's tokens.
     """
     step, cache = _begin(encode_once(model, params, inputs, **prompts), inputs.shape[0], max_length)
-    return _one_by_one(step, cache, (inputs.shape[0], max_length), lambda log_probs, _: jnp.argmax(log_probs, axis=-1))
+    shape = (inputs.shape[0], max_length)
+    return _one_by_one(model.config, step, cache, shape, lambda log_probs, _: jnp.argmax(log_probs, axis=-1))
 
 
 def sample(
@@ -99,7 +100,7 @@ def sample(
         return jnp.argmax(jnp.where(cold[:, None], log_probs, noisy), axis=-1)
 
     step, cache = _begin(encode_once(model, params, inputs, **prompts), inputs.shape[0], max_length)
-    return _one_by_one(step, cache, (inputs.shape[0], max_length), choose)
+    return _one_by_one(model.config, step, cache, (inputs.shape[0], max_length), choose)
 
 
 class Beams(NamedTuple):
@@ -132,10 +133,12 @@ def beam_search(
       brevity: an answer's score is its log-probability over ((5 + length) / 6) ** brevity; at least 0.
 
     Returns:
-      Tokens int32, 0 after an end of sequence, and scores, the best first. A row that ended fewer than K answers has
-      padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their log-probabilities.
+      Tokens int32, padding after an end of sequence, and scores, the best first. A row that ended fewer than K answers
+      has padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their
+      log-probabilities.
     """
     batch, shape = inputs.shape[0], (inputs.shape[0], beams, max_length)
+    pad, end, start = model.config.pad_token_id, model.config.eos_token_id, model.config.decoder_start_token_id
     step, cache = _begin(encode_once(model, params, inputs, **prompts), batch, max_length)
     # Mapped over the beams, which are so many more queries of one row's keys: nothing of the encoder's is repeated.
     axes = jax.tree.map(lambda x: 1 if x.ndim else None, cache)
@@ -152,11 +155,11 @@ def beam_search(
         parent, token = places // log_probs.shape[-1], (places % log_probs.shape[-1]).astype(jnp.int32)
         tokens = _pick(state.live, parent).at[:, :, state.index].set(token)
 
-        new = jnp.where(token == EOS, scores / penalty(state.index + 1), -jnp.inf)
+        new = jnp.where(token == end, scores / penalty(state.index + 1), -jnp.inf)
         ended_scores, best = lax.top_k(jnp.concatenate([state.ended_scores, new], axis=1), beams)
         ended = _pick(jnp.concatenate([state.ended, tokens], axis=1), best)
 
-        live_scores, best = lax.top_k(jnp.where(token == EOS, -jnp.inf, scores), beams)
+        live_scores, best = lax.top_k(jnp.where(token == end, -jnp.inf, scores), beams)
         parent = _pick(parent, best)
         cache = jax.tree.map(lambda x: _pick(x, parent) if x.ndim else x, cache)
         return Beams(state.index + 1, _pick(token, best), _pick(tokens, best), live_scores, ended, ended_scores, cache)
@@ -166,10 +169,11 @@ def beam_search(
         hope = state.live_scores[:, 0] / penalty(max_length + 1)
         return (state.index < max_length) & ~jnp.all(state.ended_scores[:, -1] > hope)
 
-    nothing, empty = jnp.full((batch, beams), -jnp.inf), jnp.zeros(shape, jnp.int32)
+    nothing, empty = jnp.full((batch, beams), -jnp.inf), jnp.full(shape, pad, jnp.int32)
+    begin = jnp.full((batch, beams), start, jnp.int32)
     cache = jax.tree.map(lambda x: jnp.repeat(x[:, None], beams, axis=1) if x.ndim else x, cache)
     # All beams begin alike, so only the first counts.
-    first = Beams(jnp.int32(0), empty[..., 0], empty, nothing.at[:, 0].set(0.0), empty, nothing, cache)
+    first = Beams(jnp.int32(0), begin, empty, nothing.at[:, 0].set(0.0), empty, nothing, cache)
     last = lax.while_loop(unfinished, extend, first)
     answered = last.ended_scores[:, :1] > -jnp.inf
     scores = jnp.where(answered, last.ended_scores, last.live_scores)
@@ -220,24 +224,25 @@ def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Ste
 
 
 def _one_by_one(
-    step: Step, cache: Cache, shape: tuple[int, int], choose: Callable[[Array, Array], Array]
+    config: T5Config, step: Step, cache: Cache, shape: tuple[int, int], choose: Callable[[Array, Array], Array]
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
     """The tokens, of `shape` [B, U], that `choose(log_probs [B, V], index)` chooses, and their log-probabilities."""
 
     def extend(carry):
         index, token, tokens, score, ended, cache = carry
         log_probs, cache = step(token, cache)
-        token = jnp.where(ended, 0, choose(log_probs, index).astype(jnp.int32))
+        token = jnp.where(ended, config.pad_token_id, choose(log_probs, index).astype(jnp.int32))
         score = score + jnp.where(ended, 0.0, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0])
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
-        return index + 1, token, tokens, score, ended | (token == EOS), cache
+        return index + 1, token, tokens, score, ended | (token == config.eos_token_id), cache
 
     def unfinished(carry):
         index, _, _, _, ended, _ = carry
         return (index < shape[1]) & ~jnp.all(ended)
 
-    none, empty = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape, jnp.int32)
-    first = (jnp.int32(0), none, empty, jnp.zeros(shape[0]), none > 0, cache)
+    start = jnp.full(shape[0], config.decoder_start_token_id, jnp.int32)
+    empty = jnp.full(shape, config.pad_token_id, jnp.int32)
+    first = (jnp.int32(0), start, empty, jnp.zeros(shape[0]), jnp.zeros(shape[0], bool), cache)
     _, _, tokens, score, _, _ = lax.while_loop(unfinished, extend, first)
     return tokens, score
 

@@ -1,7 +1,7 @@
 """T5 1.1, top to bottom: encoder, decoder, and the whole (parameter names and call signature of T5X network.py)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -38,6 +38,10 @@ class EncoderLayer(nn.Module):
 
     config: T5Config
 
+    def setup(self):
+        if self.config.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(self.config, bidirectional=True)
+
     @nn.compact
     def __call__(
         self,
@@ -69,6 +73,8 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         cfg = self.config
+        if cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.pre_self_attention_layer_norm = RMSNorm(cfg.dtype)
         self.self_attention = Attention(cfg)
         self.pre_cross_attention_layer_norm = RMSNorm(cfg.dtype)
@@ -120,7 +126,8 @@ class Encoder(nn.Module):
         cfg = self.config
         if self.prompt_factory is not None:
             self.prompt = self.prompt_factory()
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.layers = [remat(EncoderLayer, cfg)(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = RMSNorm(cfg.dtype)
         self.dropout = Dropout(cfg.dropout_rate)
@@ -147,14 +154,13 @@ class Encoder(nn.Module):
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
         x = self.dropout(x, rows)
         prefixes = prefixes_of(self)
-        if prefixes is None:
-            bias = self.relpos_bias(x.shape[1], x.shape[1])
-        else:
-            length = prefixes.key.shape[2]
-            mask, lengths = extend_over_prompt(mask, length), None  # with a prefix there is no fused attention
-            bias = self.relpos_bias(x.shape[1], length + x.shape[1], length)
+        before = 0
+        if prefixes is not None:
+            before = prefixes.key.shape[2]
+            mask, lengths = extend_over_prompt(mask, before), None  # with a prefix there is no fused attention
+        biases = position_biases(self, x.shape[1], before + x.shape[1], before)
         replaces = prompt is None if layers_replace is None else layers_replace
-        for number, layer in enumerate(self.layers):
+        for number, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
             if layer_prompts is not None:
                 x = change_prompt(x, layer_prompts[..., number, :, :], replaces)
             x = layer(x, bias, mask, lengths, rows, prefix_of_layer(prefixes, number))
@@ -168,7 +174,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.layers = [remat(DecoderLayer, cfg)(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = RMSNorm(cfg.dtype)
         self.dropout = Dropout(cfg.dropout_rate)
@@ -202,15 +209,14 @@ class Decoder(nn.Module):
         causal = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + first)[:, None]
         mask = causal[None, None] if mask is None else causal[None, None] & mask
         prefixes = prefixes_of(self)
-        if prefixes is None:
-            bias = self.relpos_bias(queries, keys, first)
-        else:
+        if prefixes is not None:
             length = prefixes.key.shape[2]
             mask = extend_over_prompt(mask, length)
-            bias = self.relpos_bias(queries, length + keys, first + length)
+            keys, first = length + keys, first + length
+        biases = position_biases(self, queries, keys, first)
 
         x = self.dropout(embedded, rows)
-        for number, (layer, key_value) in enumerate(zip(self.layers, encoded_kv, strict=True)):
+        for number, (layer, key_value, bias) in enumerate(zip(self.layers, encoded_kv, biases, strict=True)):
             prefix = prefix_of_layer(prefixes, number)
             x = layer(x, key_value, bias, mask, encoded_mask, index, rows, prefix)
         return self.dropout(self.decoder_norm(x), rows)
@@ -250,7 +256,7 @@ class Transformer(nn.Module):
         """The encoder's output over prompt and inputs, [B, P+T, D].
 
         Args:
-          encoder_input_tokens: 0 is padding, and never attended to.
+          encoder_input_tokens: `config.pad_token_id` is padding, and never attended to.
           encoder_segment_ids: of packed examples; only without a prompt.
           prompt: in front of the inputs, in place of the model's own if it has one; one for all rows or one per row.
           layer_prompts: one for each encoder layer, for all rows or per row. With a `prompt` each is added to the
@@ -262,13 +268,14 @@ class Transformer(nn.Module):
             share a batch. A row without layer prompts has additions of zero.
           row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
         """
-        mask = (encoder_input_tokens > 0)[:, None, None, :]
+        pad = self.config.pad_token_id
+        mask = (encoder_input_tokens != pad)[:, None, None, :]
         if encoder_segment_ids is not None:
             if not (self.prompt_factory is None and prompt is None and layer_prompts is None):
                 raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        lengths = _lengths(encoder_input_tokens) if encoder_segment_ids is None else None
+        lengths = _lengths(encoder_input_tokens, pad) if encoder_segment_ids is None else None
         rows = _rows(embedded, enable_dropout, row_numbers)
         return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, layers_replace, lengths, rows)
 
@@ -303,7 +310,7 @@ class Transformer(nn.Module):
         """
         del decoder_positions  # T5 has relative positions alone
         keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
-        encoded_mask = (encoder_input_tokens > 0)[:, None, None, :]
+        encoded_mask = (encoder_input_tokens != self.config.pad_token_id)[:, None, None, :]
         mask = None
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             mask = _same_segment(decoder_segment_ids, decoder_segment_ids)
@@ -315,8 +322,10 @@ class Transformer(nn.Module):
         rows = _rows(embedded, enable_dropout, row_numbers)
         x = self.decoder(embedded, keys, mask, encoded_mask, rows, decode, max_decode_length)
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
-        return with_logical_constraint(self.decoder.logits_dense(x), ("batch", "length", "vocab"))
+            logits = self.token_embedder.attend(x)
+        else:
+            logits = with_logical_constraint(self.decoder.logits_dense(x), ("batch", "length", "vocab"))
+        return logits / jnp.sqrt(x.shape[-1]) if self.config.scales_logits else logits
 
     def __call__(
         self,
@@ -360,6 +369,15 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
         return layer
     policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
+
+
+def position_biases(
+    stack: "Encoder | Decoder", queries: int, keys: int, first_query: Int[Array, ""] | int
+) -> Sequence[Bias]:
+    """Returns the relative position bias of each of a stack's layers: the stack's own for all, or each layer's."""
+    if stack.config.relative_bias_per_layer:
+        return [layer.relpos_bias(queries, keys, first_query) for layer in stack.layers]
+    return [stack.relpos_bias(queries, keys, first_query)] * len(stack.layers)
 
 
 class Prefixes(NamedTuple):
@@ -423,9 +441,9 @@ def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> 
     return jnp.arange(len(x)) if row_numbers is None else row_numbers
 
 
-def _lengths(tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+def _lengths(tokens: Int[Array, "B T"], pad: int) -> Int[Array, " B"]:
     """Up to the padding at the end; 1 where all is padding, since a softmax over nothing is no number."""
-    places = jnp.where(tokens > 0, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
+    places = jnp.where(tokens != pad, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
     return 1 + jnp.max(places, axis=1)
 
 

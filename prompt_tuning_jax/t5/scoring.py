@@ -11,23 +11,24 @@ from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.network import Transformer
 
 
-def shift_right(targets: Int[Array, "B U"]) -> Int[Array, "B U"]:
-    """Decoder inputs: the targets after a start token, which is T5's padding, 0."""
-    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+def shift_right(targets: Int[Array, "B U"], start: int = 0) -> Int[Array, "B U"]:
+    """Decoder inputs: the targets after the model's start token. T5's is its padding, 0."""
+    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
-def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"]) -> Float[Array, "B U"]:
+def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int = 0) -> Float[Array, "B U"]:
     """The log-probability of each target token; 0 where the target is padding."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(targets > 0, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    return jnp.where(targets != pad, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def target_scores(
     model: Transformer, params: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B U"], **prompts: Any
 ) -> Float[Array, " B"]:
     """The log-probability of each row's targets; `prompts` as of `decoding.encode_once`."""
-    logits = model.apply({"params": params}, inputs, shift_right(targets), targets, enable_dropout=False, **prompts)
-    return jnp.sum(token_log_probs(logits, targets), axis=1)
+    shifted = shift_right(targets, model.config.decoder_start_token_id)
+    logits = model.apply({"params": params}, inputs, shifted, targets, enable_dropout=False, **prompts)
+    return jnp.sum(token_log_probs(logits, targets, model.config.pad_token_id), axis=1)
 
 
 def choice_scores(
@@ -42,19 +43,20 @@ def choice_scores(
 
     Args:
       model, params, inputs, prompts: see `decoding.encode_once`.
-      choices: tokens, end of sequence included, 0 after it; the same for all rows, or each row's own.
+      choices: tokens, end of sequence included, padding after it; the same for all rows, or each row's own.
       count: how many are scored, C where it is None. Traced: programs for 3 and for 4 choices can be the same one.
 
     Returns:
       Nats, float32; -inf for the choices from `count` on, and for those without a token.
     """
     decode = encode_once(model, params, inputs, **prompts)
+    pad, start = model.config.pad_token_id, model.config.decoder_start_token_id
     targets = jnp.broadcast_to(choices, (inputs.shape[0], *choices.shape[1:]))
 
     def score(place: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
         wanted = lax.dynamic_index_in_dim(targets, place, axis=1, keepdims=False)
-        total = jnp.sum(token_log_probs(decode(shift_right(wanted)), wanted), axis=1)
-        return scores.at[:, place].set(jnp.where(jnp.any(wanted > 0, axis=1), total, -jnp.inf))
+        total = jnp.sum(token_log_probs(decode(shift_right(wanted, start)), wanted, pad), axis=1)
+        return scores.at[:, place].set(jnp.where(jnp.any(wanted != pad, axis=1), total, -jnp.inf))
 
     nothing = jnp.full(targets.shape[:2], -jnp.inf)
     return lax.fori_loop(0, targets.shape[1] if count is None else count, score, nothing)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.prompts.initializers import start_prompt
 from prompt_tuning_jax.t5x_host.macros import named_by_macros
 
 EMBEDDINGS = "token_embedder/embedding"
@@ -42,7 +43,7 @@ def prompt_init(
 
     Args:
       key: T5X's, used only where `seed` is None.
-      init: an initialiser, called as `init(key, length, model)`.
+      init: an initialiser, see `prompts.initializers.start_prompt`.
       initial_checkpoint_path: of the base.
       vocabulary: the model's, SeqIO's or any with `encode`.
       seed: RANDOM_SEED; the prompt is then the one that `prompt_tuning_jax.train` starts from with the same seed.
@@ -53,4 +54,6 @@ def prompt_init(
             key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.run
         embeddings = read_embeddings(initial_checkpoint_path)
         width = SimpleNamespace(emb_dim=embeddings.shape[1])
-        return init(key, shape[0], SimpleNamespace(config=width, embeddings=embeddings, tokenizer=vocabulary))
+        return start_prompt(
+            init, key, shape[0], SimpleNamespace(config=width, embeddings=embeddings, tokenizer=vocabulary)
+        )

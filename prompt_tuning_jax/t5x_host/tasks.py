@@ -33,7 +33,7 @@ def with_vocabulary(
     if module:
         importlib.import_module(module)
     if mixture_or_task_name not in seqio.MixtureRegistry.names():
-        path = getattr(vocabulary, "sentencepiece_model_file", BYTES)
+        path = getattr(vocabulary, "sentencepiece_model_file", getattr(vocabulary, "path", BYTES))
         modules = (module,) if module else ()
         task = find_task(TaskRequest(mixture_or_task_name, path, {}, modules=modules))
         features = {

@@ -80,7 +80,9 @@ def _show_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m prompt_tuning_jax.tasks show", description="Shows what a task makes of its rows.")
     parser.add_argument("name")
     parser.add_argument(
-        "--vocabulary", default=str(EMBEDDED), help="a SentencePiece model, or 'bytes'; the embedded base's"
+        "--vocabulary",
+        default=str(EMBEDDED),
+        help="spiece.model, tokenizer.json or 'bytes'; the embedded base's",
     )
     parser.add_argument("--data_dir", help="the benchmark's own files; TFDS without it")
     parser.add_argument("--split", help="the task's first without it")

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.tasks.vocabularies import EOS, UNK, Vocabulary, trim
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
 
 SAMPLE = 100_000  # rows of a split whose tokens and targets are looked at
 MOST_INPUTS = 500_000  # rows of a split whose inputs are compared with another's
@@ -36,7 +36,7 @@ class DataCheck:
 
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
-        self._unk = getattr(vocabulary, "unk_id", UNK)
+        self._unk = -1 if vocabulary.unk_id is None else vocabulary.unk_id
         self.rows = 0
         self._tokens: collections.Counter[str] = collections.Counter()
         self._unknown: collections.Counter[str] = collections.Counter()
@@ -110,7 +110,7 @@ def check_trimmed_labels(labels: Iterable[str], vocabulary: Vocabulary, lengths:
       SettingError: two labels have the same tokens once they are truncated; the message names both.
     """
     limit = lengths["targets"]
-    ids = {label: np.array([*vocabulary.encode(label), EOS]) for label in labels}
+    ids = {label: np.array([*vocabulary.encode(label), vocabulary.eos_id]) for label in labels}
     seen: dict[tuple[int, ...], str] = {}
     for label, tokens in ids.items():
         other = seen.setdefault(tuple(trim(tokens, limit).tolist()), label)

@@ -33,13 +33,13 @@ def names() -> set[str]:
     return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
-def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
-    """The task with the SentencePiece model at `path` in place of its own vocabulary."""
+def with_vocabulary(task: seqio.Task, path: str, eos_id: int | None = None) -> seqio.Task:
+    """The task with the tokenizer at `path` in place of its own vocabulary, and `eos_id` in place of its end."""
     features = {
         # Numbers that are no text pass through as they are.
         name: feature
         if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
-        else dataclasses.replace(feature, vocabulary=seqio_vocabulary(path))
+        else dataclasses.replace(feature, vocabulary=seqio_vocabulary(path, eos_id))
         for name, feature in task.output_features.items()
     }
     return seqio.Task(

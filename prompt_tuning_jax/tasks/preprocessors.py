@@ -148,11 +148,30 @@ def remove_first_word(example):
     return example | {"inputs": tf.strings.regex_replace(example["inputs"], r"^[^ ]* ", "")}
 
 
+def sentinel_ids(vocabulary: seqio.Vocabulary, needed: int = 1) -> Sequence[int]:
+    """Returns the ids of <extra_id_0>, <extra_id_1> and so on: the last ids, counted down, unless the tokenizer has
+    them elsewhere.
+
+    Raises:
+      ValueError: there are fewer than `needed`.
+    """
+    top = vocabulary.vocab_size - 1
+    found = getattr(vocabulary, "sentinel_ids", range(top, top - EXTRA_IDS, -1))
+    if len(found) < needed:
+        raise SettingError(
+            f"the tokenizer has {len(found)} sentinels (<extra_id_0> ...), and the task needs {needed}: set ",
+            Setting("mixture_or_task_name"),
+            " to another task, or ",
+            Setting("vocabulary"),
+        )
+    return found
+
+
 def prepend_sentinel(field: str, index: int):
     """Puts `<extra_id_index>` before the tokens of `field`: the task's number, or a label that begins every answer."""
 
     def preprocess(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
-        sentinel = output_features[field].vocabulary.vocab_size - 1 - index
+        sentinel = sentinel_ids(output_features[field].vocabulary, index + 1)[index]
         return dataset.map(lambda example: example | {field: tf.concat([[sentinel], example[field]], axis=0)})
 
     return preprocess
@@ -186,9 +205,9 @@ def span_corruption_length(inputs_length: int, density: float, mean_span: float)
         tokens += 1
 
 
-def _noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+def _noise_counts(length: int, density: float, mean_span: float, sentinels: int = EXTRA_IDS) -> tuple[int, int]:
     noise = min(max(round(length * density), 1), length - 1)
-    return noise, min(max(round(noise / mean_span), 1), length - noise, EXTRA_IDS)
+    return noise, min(max(round(noise / mean_span), 1), length - noise, sentinels)
 
 
 def _segment(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -198,24 +217,28 @@ def _segment(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def corrupt_spans(
-    tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int, density: float = 0.15, mean_span: float = 3.0
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    sentinels: Sequence[int],
+    density: float = 0.15,
+    mean_span: float = 3.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """T5's span corruption of one example: kept and noise spans alternate, a kept one first.
 
     Args:
       tokens: int32 [n], n >= 2.
-      first_sentinel: `<extra_id_0>`; the following spans count down from it.
+      sentinels: the ids of `<extra_id_0>`, `<extra_id_1>` and so on. There are at most as many spans, and at most 100.
 
     Returns:
       Inputs with each noise span replaced by its sentinel, and targets with each noise span after its sentinel.
     """
-    noise, spans = _noise_counts(len(tokens), density, mean_span)
+    noise, spans = _noise_counts(len(tokens), density, mean_span, min(len(sentinels), EXTRA_IDS))
     noise_lengths = _segment(noise, spans, rng)
     kept_lengths = _segment(len(tokens) - noise, spans, rng)
     pieces = np.split(tokens, np.cumsum(np.stack([kept_lengths, noise_lengths], axis=1).reshape(-1))[:-1])
-    sentinels = [np.array([first_sentinel - i], tokens.dtype) for i in range(spans)]
-    inputs = [part for kept, mark in zip(pieces[0::2], sentinels, strict=True) for part in (kept, mark)]
-    targets = [part for mark, lost in zip(sentinels, pieces[1::2], strict=True) for part in (mark, lost)]
+    marks = [np.array([sentinel], tokens.dtype) for sentinel in sentinels[:spans]]
+    inputs = [part for kept, mark in zip(pieces[0::2], marks, strict=True) for part in (kept, mark)]
+    targets = [part for mark, lost in zip(marks, pieces[1::2], strict=True) for part in (mark, lost)]
     return np.concatenate(inputs), np.concatenate(targets)
 
 
@@ -248,11 +271,11 @@ def _noised(name: str, noise):
 
 
 def span_corruption(density: float = 0.15, mean_span: float = 3.0):
-    """Span corruption of `targets` (T5, section 3.1.4), with sentinels from the top of the vocabulary."""
+    """Span corruption of `targets` (T5, section 3.1.4), with the vocabulary's sentinels."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length
-        return corrupt_spans(tokens, rng, output_features["inputs"].vocabulary.vocab_size - 1, density, mean_span)
+        return corrupt_spans(tokens, rng, sentinel_ids(output_features["inputs"].vocabulary), density, mean_span)
 
     return _noised("span_corruption", noise)
 
@@ -426,8 +449,8 @@ def text_infilling(density: float = 0.15, mean_span: float = 3.0):
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length
-        first_sentinel = output_features["inputs"].vocabulary.vocab_size - 1
-        return corrupt_spans(tokens, rng, first_sentinel, density, mean_span)[0], tokens
+        sentinels = sentinel_ids(output_features["inputs"].vocabulary)
+        return corrupt_spans(tokens, rng, sentinels, density, mean_span)[0], tokens
 
     return _noised("text_infilling", noise)
 

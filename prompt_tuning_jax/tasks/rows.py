@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.settings import Texts
 from prompt_tuning_jax.tasks import metrics, postprocessors
 
 # The functions of `metrics` for answers of each kind.
@@ -165,7 +166,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def check_answers(labels: Sequence[str] | None, names: Sequence[str] | None) -> None:
+def check_answers(labels: Texts | None, names: Texts | None) -> None:
     """Raises `SettingError` if labels or metrics are no lists of texts, or do not go together."""
     if labels is not None:
         if isinstance(labels, str) or not isinstance(labels, Sequence):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.errors import Setting, SettingError, prefixed
+from prompt_tuning_jax.settings import Dictionary, Text, Texts, Writing, check
 from prompt_tuning_jax.tasks.lines import read_lines
 from prompt_tuning_jax.tasks.rows import Row, check_answers, target_of, text_of
 
@@ -28,16 +29,20 @@ class TaskFiles:
     """
 
     files: Mapping[str, str] | Any  # anything else is refused in words
-    inputs: str = "inputs"
-    targets: str = "targets"
-    labels: Sequence[str] | None = None
-    metrics: Sequence[str] | None = None
-    data_dir: str | None = None
+    inputs: Text = "inputs"
+    targets: Text = "targets"
+    labels: Texts | None = None
+    metrics: Texts | None = None
+    data_dir: Text | None = None
 
     def __post_init__(self):
         if not isinstance(self.files, Mapping) or not self.files:
             example = "{'train': 'train.jsonl'}"
             raise SettingError(Setting("task_files"), f" is {self.files!r}, expected the file of each split: {example}")
+        check("task_files", self.files, Dictionary(Writing(blank=False)))
+        check("inputs_column", self.inputs, Text)
+        check("targets_column", self.targets, Text)
+        check("data_dir", self.data_dir, Text | None)
         check_answers(self.labels, self.metrics)
 
     @property

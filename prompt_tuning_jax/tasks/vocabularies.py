@@ -1,16 +1,32 @@
-"""Vocabularies as T5 uses them: 0 pads, 1 ends, 2 is unknown, sentinels count down from the top.
+"""Vocabularies as T5 uses them: SentencePiece's, ByT5's bytes, or a `tokenizer.json`.
 
-SentencePiece's, or the bytes of ByT5 (Xue et al. 2021, https://arxiv.org/abs/2105.13626).
+T5's own: 0 pads, 1 ends, 2 is unknown, and sentinels count down from the top. ByT5: Xue et al. 2021,
+https://arxiv.org/abs/2105.13626.
+
+SentencePiece files and bytes are read as SeqIO reads them, which is what T5 was trained on. A `tokenizer.json` is read
+as transformers 5 reads it, with or without `legacy`. For the same SentencePiece file the two differ in these ways:
+  - A sentinel within a word, or directly after another one, is one id for transformers, and its letters for SeqIO.
+  - A combining mark after another one, or on a character that normalisation replaces, may be lost in transformers,
+    whose normalisation goes by grapheme.
+  - The control character U+0085 is unknown for SeqIO, and a blank for transformers.
+  - Where two ways to split a text are equally likely, as for 40 question marks, each may take another one; so do
+    SentencePiece and the TensorFlow Text within SeqIO.
+  - "</s>", "<pad>" and "<unk>" within a text are those special ids for transformers, and their letters for SeqIO.
+  - SeqIO writes an unknown id as " \u2047 "; transformers leaves it out.
+  - SeqIO writes a blank in front of a sentinel within a text; the decoder of `tokenizer.json` does not.
+Both write sentinels here: transformers' `skip_special_tokens=True` leaves them out, but tasks read them.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -18,65 +34,160 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.tasks import tokenizer_json
+from prompt_tuning_jax.tasks.tokenizer_json import TokenizerFile, declared_sentinels, sentinels_in
 
 PAD, EOS, UNK = 0, 1, 2
 EXTRA_IDS = 100
 BYTES = "bytes"  # in place of a path
 BESIDE = "spiece.model"  # what the file is called that lies beside a base
+SETTINGS = "tokenizer_config.json"
+_LAYOUTS = ((BESIDE,), (tokenizer_json.TOKENIZER,), (tokenizer_json.VOCAB, tokenizer_json.MERGES))
 _USER_DEFINED = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
 
 
 class Vocabulary:
-    """The vocabulary of a base, without TensorFlow: a SentencePiece `.model` file, or `BYTES`.
+    """The vocabulary of a base, without TensorFlow: a SentencePiece `.model`, a `tokenizer.json`, or `BYTES`.
 
-    `<extra_id_0>` is the last id, `size - 1`, as in T5. A file may have the sentinels as its last pieces already, as
-    mT5's and T5X's `cc_all.32000.100extra` have; to others they are added as SeqIO adds them.
+    A SentencePiece file may have the sentinels as pieces already, as mT5's and T5X's `cc_all.32000.100extra` do; to
+    others they are added as SeqIO adds them, so that `<extra_id_0>` is the last id: 100 sentinels, or as many as
+    `tokenizer_config.json` beside the file says (300 for umT5), or none where `config.json` beside it gives the model a
+    row per piece and no more (MADLAD-400). The `vocab.json` of CodeT5 is read with the
+    `merges.txt` beside it.
 
     Attributes:
       path: of the file, or `BYTES`.
       size: ids, sentinels included; a model's table may have more rows.
-      sentinels: how many of the last ids are written as sentinels.
-      extra_ids: sentinels that are not in the file: `EXTRA_IDS`, or 0.
+      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on; empty where the tokenizer has none.
+      sentinels: how many of the last ids are sentinels.
+      extra_ids: sentinels that are not in the file.
+      special_ids: tokens that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
+      pad_id: padding.
+      eos_id: the end of sequence.
+      start_id: the decoder's first input.
+      unk_id: the unknown token; None where there is none.
+      prefix: ids in front of every text: CodeT5's <s>; empty for T5.
+      reads_json: whether it is one of Hugging Face's `tokenizers`.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        pad_id: int | None = None,
+        eos_id: int | None = None,
+        start_id: int | None = None,
+    ):
+        """Reads the tokenizer.
+
+        Args:
+          path: of the file, or `BYTES`.
+          pad_id, eos_id, start_id: the model's ids, which win over the tokenizer's. None for the tokenizer's own end of
+            sequence, and for T5X's padding and start, which are 0 whatever the tokenizer.
+
+        Raises:
+          ValueError: there is no tokenizer.
+        """
         self.path = str(path)
-        self.extra_ids, self.sentinels = 0, EXTRA_IDS
+        self.extra_ids, self.prefix, self.reads_json = 0, [], False
+        self.eos_id: int = EOS
+        self.unk_id: int | None = UNK
+        self._open()
+        self.pad_id, self.start_id = pad_id or PAD, start_id or PAD
+        if eos_id is not None and eos_id != self.eos_id:
+            self.eos_id = eos_id
+            self.fingerprint += f"+eos{eos_id}"
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        if isinstance(self._pieces, TokenizerFile):
+            own = self._pieces.special_ids
+        elif isinstance(self._pieces, sentencepiece.SentencePieceProcessor):
+            numbers = range(self.size)
+            own = {n for n in numbers if self._pieces.IsControl(n) or self._pieces.IsUnknown(n)}
+        else:
+            own = {PAD, EOS, UNK}
+        return frozenset({*own, *self.sentinel_ids, self.pad_id, self.eos_id, self.start_id})
+
+    def _open(self) -> None:
         if self.path == BYTES:
             self._pieces, self.fingerprint = _Bytes(), BYTES
-            self.size, self.sentinels = _Bytes.SIZE, _Bytes.SENTINELS
+            self.size = _Bytes.SIZE
+            self._has_sentinels(range(self.size - 1, self.size - 1 - _Bytes.SENTINELS, -1))
             return
         try:
-            data = Path(path).read_bytes()
+            data = Path(self.path).read_bytes()
         except OSError as error:
             raise SettingError(
-                f"no vocabulary at {path} ({error.strerror}); expected a SentencePiece .model file, or {BYTES!r} for "
-                "ByT5: set ",
+                f"no vocabulary at {self.path} ({error.strerror}); expected a SentencePiece .model file, a "
+                f"{tokenizer_json.TOKENIZER}, or {BYTES!r} for ByT5: set ",
                 Setting("vocabulary"),
             ) from None
+        if data.lstrip()[:1] == b"{":
+            self._open_tokenizer_file()
+        else:
+            self._open_sentencepiece(data)
+
+    def _open_sentencepiece(self, data: bytes) -> None:
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         try:
             model = sentencepiece_model_pb2.ModelProto.FromString(data)
-            if not (model.pieces and model.pieces[-1].piece.endswith("<extra_id_0>")):
-                self.extra_ids = EXTRA_IDS
+            if b"<extra_id_0>" not in data:
+                self.extra_ids = _sentinels_to_add(Path(self.path).parent, len(model.pieces))
+                if self.extra_ids != EXTRA_IDS:
+                    self.fingerprint += f"+{self.extra_ids}"
             for i in reversed(range(self.extra_ids)):
                 model.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except (DecodeError, RuntimeError):
             raise SettingError(
-                f"{path} is not a SentencePiece model: set ", Setting("vocabulary"), " to a .model file"
+                f"{self.path} is not a SentencePiece model: set ", Setting("vocabulary"), " to a .model file"
             ) from None
         self.size = self._pieces.vocab_size()
+        if (eos := self._pieces.eos_id()) >= 0:
+            self.eos_id = eos
+        self.unk_id = self._pieces.unk_id()
+        self._has_sentinels(sentinels_in(self._number))
+
+    def _open_tokenizer_file(self) -> None:
+        self._pieces, self.reads_json = TokenizerFile(self.path), True
+        self.size, self.prefix = self._pieces.size, self._pieces.prefix
+        self.eos_id, self.unk_id = self._pieces.eos_id, self._pieces.unk_id
+        self._has_sentinels(self._pieces.sentinel_ids)
+        digest = hashlib.sha256()
+        for file in self._pieces.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def _number(self, piece: str) -> int | None:
+        """Returns the id of a SentencePiece piece, or None."""
+        number = self._pieces.piece_to_id(piece)
+        return number if self._pieces.id_to_piece(number) == piece else None
+
+    def _has_sentinels(self, ids: Iterable[int]) -> None:
+        self.sentinel_ids = tuple(ids)
+        self._written = {token: f"<extra_id_{i}>" for i, token in enumerate(self.sentinel_ids)}
+        self.sentinels = next(n for n in range(self.size + 1) if self.size - 1 - n not in self._written)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without an end of sequence; a sentinel at the start of a word is one id."""
-        return self._pieces.encode(text)
+        """The ids of `text`, without an end of sequence; a sentinel at the start of a word is one id.
+
+        Raises:
+          ValueError: `text` has half a surrogate pair, which no file can hold.
+        """
+        with _whole_characters([text]):
+            return self._pieces.encode(text)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode` gives them, on all processor cores."""
-        if isinstance(self._pieces, _Bytes):
-            return [*map(self._pieces.encode, texts)]
-        return self._pieces.encode(list(texts))
+        with _whole_characters(texts):
+            if isinstance(self._pieces, sentencepiece.SentencePieceProcessor):
+                return self._pieces.encode(list(texts))
+            return self._pieces.encode_all(texts)
+
+    def subwords(self, text: str) -> list[int]:
+        """The ids of `text` without `prefix`: those that stand for the text itself."""
+        return self.encode(text)[len(self.prefix) :]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out.
@@ -84,19 +195,38 @@ class Vocabulary:
         An id beyond the sentinels, which a model's padded table can give, is unknown.
         """
         found = [*map(int, ids)]
-        found = found[: found.index(EOS)] if EOS in found else found
-        return self._pieces.decode([token if token < self.size else UNK for token in found])
+        found = found[: found.index(self.eos_id)] if self.eos_id in found else found
+        known = [token if token < self.size else self.unk_id for token in found if token != self.pad_id]
+        return self._pieces.decode([token for token in known if token is not None])
 
     def piece(self, token: int) -> str:
         """How one id is written, for tables of nearest neighbours."""
         if token >= self.size:
-            token = UNK
-        sentinel = token >= self.size - self.sentinels
-        return f"<extra_id_{self.size - 1 - token}>" if sentinel else self._pieces.id_to_piece(token)
+            if self.unk_id is None:
+                return "<unk>"
+            token = self.unk_id
+        return self._written.get(token) or self._pieces.id_to_piece(token)
 
     def written(self, text: str) -> str:
         """`text` as this vocabulary gives it back: a case-folding one writes True as true."""
         return self.decode(self.encode(text))
+
+
+@contextlib.contextmanager
+def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
+    """Raises ValueError in place of a tokenizer's own error if a text has half a surrogate pair."""
+    try:
+        yield
+    except (RuntimeError, TypeError, UnicodeEncodeError):
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                shown = text if len(text) <= 60 else text[:60] + "..."
+                raise ValueError(
+                    f"{shown!r} has half a surrogate pair (\\ud800 to \\udfff), expected whole characters"
+                ) from None
+        raise
 
 
 class _Bytes:
@@ -116,6 +246,9 @@ class _Bytes:
             ids += [self.SIZE - 1 - int(part)] if place % 2 else [byte + self.FIRST for byte in part.encode("utf-8")]
         return ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [*map(self.encode, texts)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8, and unknown ids, are left out, as SeqIO has it."""
         data = bytes(token - self.FIRST for token in ids if token >= self.FIRST)
@@ -133,37 +266,79 @@ class _Bytes:
         return chr(byte) if 0x20 < byte < 0x7F else f"<0x{byte:02X}>"
 
 
+def _sentinels_to_add(folder: Path, pieces: int) -> int:
+    """Returns how many sentinels the files beside a SentencePiece model add to its pieces."""
+    if (declared := declared_sentinels(folder)) is not None:
+        return declared
+    return 0 if _read_settings(folder / "config.json").get("vocab_size") == pieces else EXTRA_IDS
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object, which is empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def vocabulary_in(folder: str | os.PathLike) -> str | None:
-    """The SentencePiece model that lies in the folder of a base, or `BYTES` where Hugging Face's files say ByT5."""
-    found = Path(folder, BESIDE)
-    if found.is_file():
-        return str(found)
-    for name in ("tokenizer_config.json", "config.json"):
-        try:
-            settings = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer":
-            return BYTES
-    return None
+    """The tokenizer that lies in the folder of a base, or `BYTES` where Hugging Face's files say ByT5.
+
+    A SentencePiece model comes first, then `tokenizer.json`, then `vocab.json` with `merges.txt`.
+    """
+    for name, *others in _LAYOUTS:
+        if all(Path(folder, one).is_file() for one in (name, *others)):
+            return str(Path(folder, name))
+    settings = (_read_settings(Path(folder, name)) for name in (SETTINGS, "config.json"))
+    return BYTES if any(found.get("tokenizer_class") == "ByT5Tokenizer" for found in settings) else None
 
 
 def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
     """Puts a vocabulary into the folder of a base, where `vocabulary_in` and transformers find it."""
     if str(vocabulary) == BYTES:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}) + "\n")
-    else:
-        shutil.copyfile(vocabulary, folder / BESIDE)
+        (folder / SETTINGS).write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}) + "\n")
+        return
+    source = Path(vocabulary)
+    with source.open("rb") as file:
+        is_json = file.read(64).lstrip()[:1] == b"{"
+    if not is_json:
+        shutil.copyfile(source, folder / BESIDE)
+        if (count := declared_sentinels(source.parent)) is not None and count != EXTRA_IDS:
+            settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
+            (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
+        return
+    with_merges = tokenizer_json.is_vocabulary(source)
+    shutil.copyfile(source, folder / (tokenizer_json.VOCAB if with_merges else tokenizer_json.TOKENIZER))
+    beside = (tokenizer_json.MERGES, tokenizer_json.ADDED) if with_merges else ()
+    for name in (*beside, *tokenizer_json.SETTINGS):
+        if (source.parent / name).is_file():
+            shutil.copyfile(source.parent / name, folder / name)
 
 
 @functools.cache
-def seqio_vocabulary(path: str):
-    """The same vocabulary for a SeqIO task (imports TensorFlow)."""
+def seqio_vocabulary(path: str, eos_id: int | None = None):
+    """The same vocabulary for a SeqIO task (imports TensorFlow).
+
+    Args:
+      eos_id: the model's end of sequence; None for the tokenizer's own.
+    """
     import seqio
 
+    vocabulary = Vocabulary(path, eos_id=eos_id)
+    if vocabulary.reads_json:
+        from prompt_tuning_jax.tasks.seqio_tokenizer import TokenizerVocabulary
+
+        return TokenizerVocabulary(vocabulary)
     if path == BYTES:
-        return seqio.ByteVocabulary()
-    return seqio.SentencePieceVocabulary(path, extra_ids=Vocabulary(path).extra_ids)
+        found = seqio.ByteVocabulary()
+    else:
+        found = seqio.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
+    if vocabulary.eos_id == found.eos_id:
+        return found
+    # SeqIO's preprocessors read the end of sequence here.
+    ended = type(f"{type(found).__name__}WithEnd", (type(found),), {"eos_id": vocabulary.eos_id})
+    return ended() if path == BYTES else ended(path, extra_ids=vocabulary.extra_ids)
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,28 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.task_prompts import with_tasks
+from prompt_tuning_jax.settings import (
+    Callback,
+    Count,
+    Lengths,
+    Seed,
+    Share,
+    Switch,
+    Texts,
+    accepts,
+    as_path,
+    check,
+    shown,
+)
 from prompt_tuning_jax.t5.adapters import merged
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
-from prompt_tuning_jax.training.run import Record, TrainConfig
+from prompt_tuning_jax.training.run import TrainConfig, check_run
+from prompt_tuning_jax.training.run_folder import kept_eval_period
 from prompt_tuning_jax.training.score import check_labelled, check_task_prompts, results_of
 
 
@@ -98,25 +112,25 @@ class Result:
 
 
 def train(
-    model: Model,
-    method: Method,
+    model: Model | Any,
+    method: Method | Any,
     train: Any,
     validation: Any,
     *,
-    steps: int,
-    optimizer: optax.GradientTransformation | None = None,
-    batch_size: int = 32,
-    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
-    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
-    lengths: Mapping[str, int] | None = None,
-    eval_every: int | None = None,
-    eval_batch_size: int = 128,
-    log_every: int = 50,
-    seed: int = 0,
-    dropout_rate: float = 0.0,
-    folder: str | os.PathLike | None = None,
-    on_record: Callable[[Record], None] = lambda record: None,
-    progress: bool = True,
+    steps: Count,
+    optimizer: optax.GradientTransformation | Any = None,
+    batch_size: Count = 32,
+    labels: Texts | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Texts | Mapping[str, Sequence[str] | None] | None = None,
+    lengths: Lengths | None = None,
+    eval_every: Count | None = None,
+    eval_batch_size: Count = 128,
+    log_every: Count = 50,
+    seed: Seed = 0,
+    dropout_rate: Share = 0.0,
+    folder: str | os.PathLike | Any = None,
+    on_record: Callback = lambda record: None,
+    progress: Switch = True,
     **more: Any,
 ) -> Result:
     """Trains what a method trains on a frozen model.
@@ -135,7 +149,7 @@ def train(
       metrics: by name; None for accuracy. Of several tasks the same.
       lengths: the most tokens of "inputs" and "targets", end of sequence included; longer rows are truncated. None for
         512 and the longest target.
-      eval_every: updates between two evaluations; None for ten in all.
+      eval_every: updates between two evaluations; None for ten in all, or for the period of the run that is extended.
       eval_batch_size: rows per evaluation batch.
       log_every: updates between two records of the training loss.
       seed: of the start, the order of the rows and dropout.
@@ -160,28 +174,43 @@ def train(
         result = pt.train(model, pt.PromptTuning(20), rows, rows, steps=100, labels=["negative", "positive"])
         result.save("prompt.npy")
     """
+    check_model(model)
+    arguments: dict[str, Any] = {
+        "method": method,
+        "optimizer": adafactor(0.3) if optimizer is None else optimizer,
+        "train_steps": steps,
+        "log_period": log_every,
+        "random_seed": seed,
+        "model_dir": as_path(folder),
+        **more,
+    }
+    check_run(arguments | ({} if eval_every is None else {"eval_period": eval_every}))
+    size = dataclasses.replace(model.config, dropout_rate=dropout_rate)
+    check_batches(batch_size, lengths)
+    with renamed(batch_size="eval_batch_size"):
+        check_batches(eval_batch_size, lengths)
+    check_texts(labels=labels, metrics=metrics)
+    check("on_record", on_record, Callback)
+    check("progress", progress, Switch)
     if lengths is None:
         lengths = default_lengths(train, validation, model.tokenizer, labels)
+    if eval_every is None:
+        eval_every = None if folder is None else kept_eval_period(folder)
+    arguments["eval_period"] = max(steps // 10, 1) if eval_every is None else eval_every
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)
     tasks = tasks_of(method)
-    if tasks is not None and not tasks:
-        method = with_tasks(method, train_dataset.load(model.tokenizer, to_train=True, say=warn))
+    if accepts(tasks, Texts) and not tasks:
+        arguments["method"] = with_tasks(method, train_dataset.load(model.tokenizer, to_train=True, say=warn))
     config = TrainConfig(
-        size=dataclasses.replace(model.config, dropout_rate=dropout_rate),
+        size=size,
         initial_checkpoint_path=model.path or "",
         model=model,
         train_dataset=train_dataset,
         eval_dataset=dataset_of(validation, "validation", batch_size=eval_batch_size, **scored),
-        method=method,
-        optimizer=adafactor(0.3) if optimizer is None else optimizer,
-        train_steps=steps,
-        eval_period=max(steps // 10, 1) if eval_every is None else eval_every,
-        log_period=log_every,
-        random_seed=seed,
-        model_dir=None if folder is None else os.fspath(folder),
-        **more,
+        **arguments,
     )
+    config.check()
     if optimizer is None and config.trains_parameters:
         raise SettingError(
             Setting("optimizer"),
@@ -193,14 +222,14 @@ def train(
 
 
 def evaluate(
-    model: Model,
+    model: Model | Any,
     data: Any,
     *,
     prompt: Any = None,
-    labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
-    metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
-    lengths: Mapping[str, int] | None = None,
-    batch_size: int = 128,
+    labels: Texts | Mapping[str, Sequence[str] | None] | None = None,
+    metrics: Texts | Mapping[str, Sequence[str] | None] | None = None,
+    lengths: Lengths | None = None,
+    batch_size: Count = 128,
 ) -> dict[str, Any]:
     """Returns the metrics of a model on data, in per cent.
 
@@ -224,6 +253,9 @@ def evaluate(
 
         pt.evaluate(model, rows, prompt="prompt.npy", labels=["negative", "positive"])["accuracy"]
     """
+    check_model(model)
+    check_batches(batch_size, lengths)
+    check_texts(labels=labels, metrics=metrics)
     if lengths is None:
         chosen = data["validation"] if isinstance(data, Data) and data.split is None else data
         lengths = default_lengths(chosen, chosen, model.tokenizer, labels)
@@ -239,6 +271,26 @@ def evaluate(
     if "tasks" in found:
         return found | {"tasks": {name: _flat(one) for name, one in found["tasks"].items()}}
     return _flat(found)
+
+
+def check_model(model: Any) -> None:
+    """Raises SettingError if this is no base model."""
+    if not isinstance(model, Model):
+        hint = f"; did you mean pt.load({model!r})?" if isinstance(model, str) else ""
+        raise SettingError(Setting("model"), f" is {shown(model)}, expected a base model of `load`{hint}")
+
+
+def check_batches(batch_size: Any, lengths: Any) -> None:
+    """Raises SettingError if a batch cannot be of so many rows, or of rows of these lengths."""
+    check("batch_size", batch_size, Count)
+    check("task_feature_lengths", lengths, Lengths | None)
+
+
+def check_texts(**settings: Any) -> None:
+    """Raises SettingError if labels or metrics, of all tasks or by task, are no lists of texts."""
+    for name, given in settings.items():
+        for one in given.values() if isinstance(given, Mapping) else [given]:
+            check(name, one, Texts | None)
 
 
 def _flat(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prompt_tuning_jax.batches.loader import Batch
-from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base, resolve
+from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_vocabulary, random_base, resolve, with_ids
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.parallel.mesh import MeshShape
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
@@ -241,6 +241,7 @@ def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_D
         return Model(held.path, size, parameters, held.tokenizer, held.fingerprint, partitioner.gather_table)
     location = config.initial_checkpoint_path and resolve(config.initial_checkpoint_path)
     tokenizer = open_vocabulary(config.vocabulary, location, size)
+    size = with_ids(size, tokenizer)
     if location:
         base = load_base(location, size, config.held_dtype, partitioner.parameter)
     else:

@@ -25,14 +25,17 @@ class LossSums(NamedTuple):
     rows: Float[Array, ""]
 
 
-def cross_entropy(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4) -> LossSums:
+def cross_entropy(
+    logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4, pad: int = 0
+) -> LossSums:
     """The loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
 
     Args:
-      targets: 0 is padding and weighs nothing.
+      targets: padding weighs nothing.
       z_loss: factor of the squared logarithm of the softmax normaliser.
+      pad: the id of padding; T5's is 0.
     """
-    weights = (targets > 0).astype(jnp.float32)
+    weights = (targets != pad).astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     extra = jnp.sum(z_loss * jnp.square(normaliser) * weights)

@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, said
 from prompt_tuning_jax.parallel.mesh import mesh_shape
 from prompt_tuning_jax.training.memory_plan import (
     SPARE_MEMORY,
@@ -61,6 +62,9 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     found = plan(config)
     for line in table(found, config, device):
         say(line)
+    if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
+        settings = ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items())
+        say(f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}")
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)
         return
@@ -82,6 +86,18 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
         )
     end = f"{largest.too_large} does not" if largest.too_large else "no larger one was tried"
     say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_how(largest.step, device)}; {end}"))
+
+
+def accelerator_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings, by name, that are left to a device and are others on an accelerator than on a CPU."""
+    other: dict[str, Any] = {}
+    if jnp.dtype(config.size.dtype) == jnp.float32:
+        other["activation_dtype"] = "bfloat16"
+    if config.base_dtype == "auto":
+        other["base_dtype"] = "float32" if config.trains_base else "bfloat16"
+    if config.num_microbatches is None:
+        other["num_microbatches"] = 1
+    return other
 
 
 def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -113,8 +113,19 @@ def moved(injection: Injection, start: Injection) -> dict[str, float]:
     prompt, before = (_positions(one) for one in (injection, start))
     if prompt is None or before is None:
         return {}
-    norm = float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))
-    return {"prompt_norm": norm, "prompt_moved": float(jnp.linalg.norm(prompt - before) / jnp.linalg.norm(before))}
+    found, start_norm = {"prompt_norm": float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))}, jnp.linalg.norm(before)
+    if start_norm:  # a start of zeros has no unit
+        found["prompt_moved"] = float(jnp.linalg.norm(prompt - before) / start_norm)
+    return found
+
+
+def check_finite(record: Mapping[str, float], step: int) -> None:
+    """Raises SettingError if a number that describes the training is not finite."""
+    for name, value in record.items():
+        if not np.isfinite(value):
+            raise SettingError(
+                f"{name} is {value} at step {step}: lower ", Setting("learning_rate"), "; earlier checkpoints stand"
+            )
 
 
 def _positions(injection: Injection) -> Any:

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,35 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
 from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes
+from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, read_tuned, write_tuned
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, read_tuned, write_tuned
+from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
 from prompt_tuning_jax.methods.method import Injection, Method, Params
 from prompt_tuning_jax.methods.shapes import check_injection, check_not_int8, start_shapes, trains_base
+from prompt_tuning_jax.parallel.mesh import MeshSizes
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import barrier
+from prompt_tuning_jax.settings import (
+    Count,
+    Name,
+    NotNegative,
+    OneOf,
+    Seed,
+    Str,
+    Switch,
+    Text,
+    check_values,
+    keep_plain,
+    shown,
+)
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
-from prompt_tuning_jax.training.progress import Window, moved
+from prompt_tuning_jax.training.progress import Window, check_finite, moved
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
 
@@ -60,7 +74,7 @@ class TrainConfig:
       train_steps: updates in all.
       eval_period: updates between two evaluations, each of which is also a checkpoint.
       model_dir: MODEL_DIR, a folder for what `RunFolder` lists; None to write nothing.
-      vocabulary: a SentencePiece model, or 'bytes'; None for the one beside the base model.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the one beside the base model.
       random_seed: of the start, the order of the data and dropout.
       z_loss: see `loss.cross_entropy`.
       num_microbatches: how many parts a batch is divided into, which take less memory; see `step.micro_batch`.
@@ -80,30 +94,36 @@ class TrainConfig:
     """
 
     size: T5Config
-    initial_checkpoint_path: str | None
+    initial_checkpoint_path: Text | None
     model: Model | None = None
     train_dataset: DatasetConfig
     eval_dataset: DatasetConfig
-    method: Method
-    optimizer: optax.GradientTransformation
-    train_steps: int
-    eval_period: int
-    model_dir: str | None = None
-    vocabulary: str | None = None
-    random_seed: int = 0
-    z_loss: float = 1e-4
-    num_microbatches: int | None = None
-    log_period: int = 50
-    loss_eval_steps: int = 20
-    encoder_use_by: int | None = None
-    early_stop_evals: int | None = None
-    keep_checkpoints: int | None = None
-    base_dtype: str | None = "auto"
-    num_partitions: int | None = None
-    mesh: Mapping[str, int] | None = None
-    export_dtype: str = "float32"
+    method: Method | Any  # anything else is refused in words, and so for the optimizer
+    optimizer: optax.GradientTransformation | Any
+    train_steps: Count
+    eval_period: Count
+    model_dir: Name | None = None
+    vocabulary: Text | None = None
+    random_seed: Seed = 0
+    z_loss: NotNegative = 1e-4
+    num_microbatches: Count | None = None
+    log_period: Count = 50
+    loss_eval_steps: Count = 20
+    encoder_use_by: Count | None = None
+    early_stop_evals: Count | None = None
+    keep_checkpoints: Count | None = None
+    base_dtype: str | Any = "auto"
+    num_partitions: Count | None = None
+    mesh: MeshSizes | None = None
+    export_dtype: Annotated[Str, OneOf(EXPORT_DTYPES)] = "float32"
     config: str = ""
-    allow_other_config: bool = False
+    allow_other_config: Switch = False
+
+    def __post_init__(self):
+        keep_plain(self)
+        if not self.size.has_size:
+            self.check_values()  # before a file is read
+            object.__setattr__(self, "size", sized(self.size, self.initial_checkpoint_path))
 
     def open_folder(self) -> RunFolder | NoFolder:
         """Returns the run's folder; nothing is read or written yet.
@@ -118,21 +138,23 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError if a setting is impossible by itself."""
-        at_least_one = {"train_steps": self.train_steps, "eval_period": self.eval_period, "log_period": self.log_period}
-        if self.early_stop_evals is not None:
-            at_least_one["early_stop_evals"] = self.early_stop_evals
-        for name, value in at_least_one.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(Setting(name), f" is {value!r}, expected a whole number of at least 1")
+        self.check_values()
         parts, batch_size = self.num_microbatches, self.train_dataset.batch_size
-        if parts is not None and (parts < 1 or batch_size % parts):
+        if parts is not None and batch_size % parts:
             raise SettingError(
                 Setting("num_microbatches"),
                 f" is {parts}, expected a divisor of ",
                 Setting("batch_size"),
                 f", {batch_size}, or None",
             )
-        self.method.check(self.size, self.train_dataset.task_feature_lengths.get("inputs", 0))
+        self.method.check(self.size, self.train_dataset.task_feature_lengths["inputs"])
+
+    def check_values(self) -> None:
+        """Raises SettingError if a field, or one of a dataset's, is not what its annotation says."""
+        check_run(vars(self))
+        self.train_dataset.check()
+        with renamed(batch_size="eval_batch_size", train_split="eval_split"):
+            self.eval_dataset.check()
 
     def identity(self) -> dict[str, Any]:
         """Returns what makes this run this run, by value; the fingerprints of model and data are not among it.
@@ -176,6 +198,24 @@ class TrainConfig:
         return auto_dtype(only_read=not self.trains_base) if self.base_dtype == "auto" else self.base_dtype
 
 
+def check_run(values: Mapping[str, Any]) -> None:
+    """Raises SettingError if a value is not what the field of `TrainConfig` of its name says.
+
+    Args:
+      values: by name, the method and the optimizer among them.
+    """
+    check_values(TrainConfig, values)
+    check_base_dtype(values.get("base_dtype"))
+    method, optimizer = values["method"], values["optimizer"]
+    if not isinstance(method, Method):
+        hint = f"; did you mean {method.__name__}(...)?" if isinstance(method, type) else ""
+        raise SettingError(
+            Setting("method"), f" is {shown(method)}, expected a method such as PromptTuning(length=100){hint}"
+        )
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise SettingError(Setting("optimizer"), f" is {shown(optimizer)}, expected an optimiser of optax")
+
+
 class Run:
     """A run that has read everything, and goes on where it was saved.
 
@@ -214,7 +254,7 @@ class Run:
           ValueError: something does not fit. Nothing has been written then.
         """
         self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
-        self.tokenizer, self.size, method = model.tokenizer, config.size, config.method
+        self.tokenizer, self.size, method = model.tokenizer, model.config, config.method
         # The model itself is not kept: what is trained of it is then held once, by the state.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
@@ -241,6 +281,7 @@ class Run:
                 injection.task_prompts, self.batches, self._eval_batches, config.train_dataset.mixture_or_task_name
             )
 
+        check_optimizer(config.optimizer, trained)
         start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
         shardings = partitioner.state(jax.eval_shape(start, trained))
         self.state = partitioner.jit(start, out_shardings=shardings)(trained) if shardings else start(trained)
@@ -341,7 +382,9 @@ class Run:
         if not logs:
             return
         injection = self._fold(state.trainable, self.frozen)
-        self._log("train", self._window.close() | moved(injection, self._start), say)
+        values = self._window.close() | moved(injection, self._start)
+        check_finite(values, self.step)
+        self._log("train", values, say)
         if evaluates:
             self._evaluate(injection, evaluator, say)
             self._folder.states.save(self.step, state)
@@ -466,6 +509,18 @@ def prompts_of_tasks(
     return np.array([own.index(task) for task in found], np.int32)
 
 
+def check_optimizer(optimizer: optax.GradientTransformation, trained: Params) -> None:
+    """Raises SettingError if an optimiser cannot update these parameters; only shapes are computed."""
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, jnp.float32) for name, value in trained.items()}
+    try:
+        jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), shapes)
+    except SettingError:
+        raise
+    except Exception as error:  # whatever a function of the user's raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
+        raise SettingError(Setting("optimizer"), f" cannot update what the method trains ({why})") from error
+
+
 def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Returns the state before the first update. The parameters are copies: the step donates its state's memory."""
     trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
@@ -500,6 +555,8 @@ def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str 
     for record in evals:
         if by and by <= record["step"] < by + period and record.get("encoder_use", 1.0) < 0.02:
             return "the decoder makes no use of the encoder"
+    # A run that was extended has evaluated at its old last step, too, and one that had all its steps at once has not.
+    evals = [record for record in evals if record["step"] % period == 0 or record["step"] == config.train_steps]
     patience = config.early_stop_evals
     if patience is not None and len(evals) > patience:
         scores = [record_score(record) for record in evals]

@@ -208,6 +208,16 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def kept_eval_period(path: str | os.PathLike) -> int | None:
+    """Returns the evaluation period of the run in a folder; None if there is no run.
+
+    Raises:
+      ValueError: what the run is cannot be read.
+    """
+    period = (_read_identity(Path(path)) or {}).get("eval_period")
+    return period if isinstance(period, int) else None
+
+
 def _extends(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Returns whether the run is the one that is there, with more steps."""
     was, steps = kept.get("train_steps"), now.get("train_steps")

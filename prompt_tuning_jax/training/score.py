@@ -13,16 +13,27 @@ import numpy as np
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, expected_shapes, load_base, open_vocabulary, resolve
+from prompt_tuning_jax.checkpoints.base import (
+    auto_dtype,
+    check_base_dtype,
+    expected_shapes,
+    load_base,
+    open_vocabulary,
+    resolve,
+    sized,
+    with_ids,
+)
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.tuned import injection_of
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
 from prompt_tuning_jax.methods.method import Injection, Params
+from prompt_tuning_jax.parallel.mesh import MeshSizes
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.prompts.initializers import written_prompt
+from prompt_tuning_jax.settings import Count, Name, Natural, Switch, Text, Texts, check_values
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
@@ -35,18 +46,19 @@ from prompt_tuning_jax.training.submission import start_submission, write_file
 def evaluate_prompt(
     *,
     size: T5Config,
-    initial_checkpoint_path: str,
+    initial_checkpoint_path: Name,
     dataset: DatasetConfig,
-    prompt_file: str | None = None,
-    prompt_files: Sequence[str] | None = None,
-    prompt_text: str | None = None,
-    vocabulary: str | None = None,
-    base_dtype: str | None = "auto",
-    num_partitions: int | None = None,
-    mesh: Mapping[str, int] | None = None,
-    samples: int = 0,
-    submission: str | None = None,
-    model_dir: str | None = None,
+    prompt_file: Text | None = None,
+    prompt_files: Texts | None = None,
+    prompt_text: Text | None = None,
+    vocabulary: Text | None = None,
+    base_dtype: str | Any = "auto",
+    num_partitions: Count | None = None,
+    mesh: MeshSizes | None = None,
+    samples: Natural = 0,
+    submission: Text | None = None,
+    model_dir: Name | None = None,
+    check_only: Switch = False,
 ) -> dict[str, Any]:
     """Returns the metrics of a task, or of each task of a mixture, in per cent; or a submission in their place.
 
@@ -63,6 +75,7 @@ def evaluate_prompt(
       samples: how many right and how many wrong answers of each task to show on stderr.
       submission: a folder for the files that a benchmark's server scores; nothing is scored here.
       model_dir: a folder for summary.json, which holds what is returned; None to write nothing.
+      check_only: return {} once the settings are checked by themselves.
 
     Returns:
       For one task, what `task_result` gives. For several, "tasks": that by name; "score", the mean of their scores, and
@@ -72,11 +85,19 @@ def evaluate_prompt(
     Raises:
       ValueError: something does not fit; the message says what to set.
     """
+    check_values(evaluate_prompt, locals())
+    check_base_dtype(base_dtype)
+    with renamed(batch_size="eval_batch_size", train_split="eval_split"):
+        dataset.check()
     check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
+    if check_only:
+        return {}
+    size = sized(size, initial_checkpoint_path)
     if model_dir is not None:
         check_writable(Path(model_dir))
     location = resolve(initial_checkpoint_path)
     tokenizer = open_vocabulary(vocabulary, location, size)
+    size = with_ids(size, tokenizer)
     injection, several = Injection(), {}
     if prompt_files:
         several = {path: prompt_of(injection_of(path, size), path) for path in prompt_files}
@@ -280,8 +301,6 @@ def check_prompt_files(
 ) -> None:
     """Raises SettingError if it is not said what to score, or said twice."""
     one, many, words = Setting("prompt_file"), Setting("prompt_files"), Setting("prompt_text")
-    if isinstance(prompt_files, str):
-        raise SettingError(many, f" is {prompt_files!r}, expected a list of files: set ", one, " for one")
     given = {one: prompt_file, many: prompt_files, words: prompt_text}
     twice = [name for name, value in given.items() if value]
     if len(twice) > 1:

@@ -65,7 +65,7 @@ def batch_loss(
     logits = model.apply(
         {"params": merge(injection.parameters, frozen)},
         inputs,
-        shift_right(targets),
+        shift_right(targets, model.config.decoder_start_token_id),
         targets,
         enable_dropout=dropout_key is not None,
         **injection.prompts,
@@ -73,7 +73,7 @@ def batch_loss(
         row_numbers=row_numbers,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, targets, z_loss)
+    return cross_entropy(logits, targets, z_loss, model.config.pad_token_id)
 
 
 def micro_batch(

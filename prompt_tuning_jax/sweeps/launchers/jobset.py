@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.settings import Count, Dictionary, Settings, Switch, Text, Writing, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
@@ -64,19 +65,22 @@ class JobSet:
       apply: `kubectl apply` them.
     """
 
-    image: str | None = None
-    accelerator: str | None = None
-    topology: str | None = None
-    devices: int | None = None
-    slices: int = 1
-    claim: str | None = None
-    bucket: str | None = None
-    mount: str = "/mnt/sweeps"
-    namespace: str = "default"
-    queue: str | None = None
-    service_account: str | None = None
-    node_selector: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    apply: bool = False
+    image: Text | None = None
+    accelerator: Text | None = None
+    topology: Text | None = None
+    devices: Count | None = None
+    slices: Count = 1
+    claim: Text | None = None
+    bucket: Text | None = None
+    mount: Text = "/mnt/sweeps"
+    namespace: Text = "default"
+    queue: Text | None = None
+    service_account: Text | None = None
+    node_selector: Annotated[Settings, Dictionary(Writing())] = dataclasses.field(default_factory=dict)
+    apply: Switch = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
         """Writes SWEEP_DIR/manifests/<job>.yaml, and does not wait for what runs.

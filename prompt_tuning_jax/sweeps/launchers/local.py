@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.settings import Count, check_fields
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -35,7 +36,10 @@ class Local:
       processes: jobs at a time; None for one a GPU or TPU chip that is visible, or one where there is none.
     """
 
-    processes: int | None = None
+    processes: Count | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def at_once(self) -> int:

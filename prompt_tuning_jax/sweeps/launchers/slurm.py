@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prompt_tuning_jax.batches.lock import lock
 from prompt_tuning_jax.command_line import TERMINATED
+from prompt_tuning_jax.settings import Dictionary, Name, Settings, check_fields
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -40,8 +41,11 @@ class Slurm:
         waits for them (to share this machine among jobs, take --launcher=local).
     """
 
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    cluster: str = "slurm"
+    parameters: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
+    cluster: Name = "slurm"
+
+    def __post_init__(self):
+        check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
         """Puts the jobs into the queue. SWEEP_DIR must lie on a disk that the nodes share.

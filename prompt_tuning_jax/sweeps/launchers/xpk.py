@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from prompt_tuning_jax.settings import Count, Switch, Text, Texts, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 from prompt_tuning_jax.sweeps.launchers.print_commands import shell_line
@@ -30,15 +31,18 @@ class Xpk:
       dry_run: only write each workload's manifest, to SWEEP_DIR/manifests; needs neither a cluster nor gcloud.
     """
 
-    cluster: str | None = None
-    tpu_type: str | None = None
-    docker_image: str | None = None
-    project: str | None = None
-    zone: str | None = None
-    num_slices: int = 1
-    storage: Sequence[str] = ()
-    mount: str = "/mnt/sweeps"
-    dry_run: bool = False
+    cluster: Text | None = None
+    tpu_type: Text | None = None
+    docker_image: Text | None = None
+    project: Text | None = None
+    zone: Text | None = None
+    num_slices: Count = 1
+    storage: Texts = ()
+    mount: Text = "/mnt/sweeps"
+    dry_run: Switch = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
         """Creates the workloads, and does not wait for them.

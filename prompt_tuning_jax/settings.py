@@ -1,0 +1,403 @@
+"""What a setting must be, declared once: in the annotation of the field or argument that takes it.
+
+    >>> @dataclasses.dataclass
+    ... class Config:
+    ...     batch_size: Count = 32
+    ...     labels: Texts | None = None
+    >>> check_fields(Config(batch_size="16"))
+    Traceback (most recent call last):
+    prompt_tuning_jax.errors.SettingError: `batch_size` is '16', expected a whole number of at least 1; did you mean 16?
+
+No value is converted in a way that loses information: 2.0 and '2' are no whole numbers, and True is no number. NumPy's
+numbers are numbers.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args
+
+import numpy as np
+
+from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+
+if TYPE_CHECKING:
+    Int: TypeAlias = int
+    Float: TypeAlias = float
+    FloatOrSchedule: TypeAlias = float | Callable[..., Any]
+    Str: TypeAlias = str
+    Bool: TypeAlias = bool
+    ListOfTexts: TypeAlias = Sequence[str]
+    ListOfInts: TypeAlias = Sequence[int]
+    Sizes: TypeAlias = Mapping[str, int]
+    Settings: TypeAlias = Mapping[str, Any]
+    AnyFunction: TypeAlias = Callable[..., Any]
+else:  # annotations that are checked when a function is called must not refuse what `check` is to explain
+    Int = Float = FloatOrSchedule = Str = Bool = ListOfTexts = ListOfInts = Sizes = Settings = AnyFunction = Any
+
+
+INT32, FLOAT32 = 2**31 - 1, 3.4028234e38  # the largest numbers that computations can hold
+
+
+class Kind:
+    """What a value must be.
+
+    Attributes:
+      expected: what is accepted, in words.
+    """
+
+    expected: str
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        """Returns the end of the message about a value, which begins with its setting's name; None if it is accepted.
+
+        Args:
+          optional: whether None would be accepted, too.
+        """
+        raise NotImplementedError
+
+    def accepts(self, value: Any) -> bool:
+        return self.fault(value) is None
+
+    def refused(self, value: Any, optional: bool, hint: str = "") -> str:
+        """Returns the message's usual end: found, expected, near miss."""
+        return f" is {shown(value)}, expected {self.expected}{' or None' if optional else ''}{hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Number(Kind):
+    """A finite number in a range.
+
+    Attributes:
+      whole: whether it must be a whole number.
+      least, most, above, below: the range, with or without its ends; None if there is no such end.
+      which: says what `most` is, "the width of the model", for the message.
+      schedule: whether a function of the step is accepted, too.
+    """
+
+    whole: bool = False
+    least: float | int | None = None
+    most: float | int | None = None
+    above: float | int | None = None
+    below: float | int | None = None
+    which: str = ""
+    schedule: bool = False
+
+    @property
+    def expected(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.least is not None and self.most is not None:
+            kind += f" from {self.least} to {self.most}"
+        elif self.least is not None and self.below is not None:
+            kind += f" in [{self.least}, {self.below})"
+        elif self.above is not None and self.most is not None:
+            kind += f" above {self.above} and of at most {self.most}"
+        else:
+            kind = kind if self.whole else "a finite number"
+            kind += "" if self.least is None else f" of at least {self.least}"
+            kind += "" if self.above is None else f" above {self.above}"
+        return kind + (f", {self.which}" if self.which else "") + (", or a schedule" if self.schedule else "")
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if self._holds(value) or (self.schedule and callable(value) and not isinstance(value, type)):
+            return None
+        meant = _as_number(value)
+        if meant is not None and self._holds(meant):
+            return self.refused(value, optional, f"; did you mean {meant!r}?")
+        known = int if self.whole else (int, float)
+        if isinstance(value, known) and self.most is self.below is None and self._largest < value < math.inf:
+            return f" is {shown(value)}, expected at most {self._largest:.10g}, which {self._dtype} can hold"
+        return self.refused(value, optional)
+
+    @property
+    def _dtype(self) -> str:
+        return "int32" if self.whole else "float32"
+
+    @property
+    def _largest(self) -> float | int:
+        return max(INT32, self.most or 0) if self.whole else FLOAT32
+
+    def _holds(self, value: Any) -> bool:
+        if hasattr(value, "aval") and value.shape == ():  # a scalar of JAX
+            try:
+                value = np.asarray(value)[()]
+            except TypeError:  # traced: it has no value yet
+                return True
+        kinds = (int, np.integer) if self.whole else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+            return False
+        return bool(abs(value) <= self._largest) and not (
+            (self.least is not None and value < self.least)
+            or (self.most is not None and value > self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+
+def _as_number(value: Any) -> int | float | None:
+    """Returns the number that a text or a float of a whole number was meant for; None if there is none."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, float) or not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf(Kind):
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def expected(self) -> str:
+        return "one of " + ", ".join(map(repr, self.values))
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if any(type(value) is type(one) and value == one for one in self.values):
+            return None
+        texts = [one for one in self.values if isinstance(one, str)]
+        hint = near_misses(value, texts, shown=repr, otherwise="") if isinstance(value, str) else ""
+        return self.refused(value, optional, f"; {hint}" if hint else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing(Kind):
+    """A text.
+
+    Attributes:
+      blank: whether it may be without a character but blanks.
+    """
+
+    blank: bool = True
+
+    @property
+    def expected(self) -> str:
+        return "a text" if self.blank else "a text that is not blank"
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if isinstance(value, str) and (self.blank or value.strip()):
+            return None
+        return self.refused(value, optional)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing(Kind):
+    """A list, or a tuple, of values of one kind.
+
+    Attributes:
+      of: the kind.
+      several: the kind's name for many values, "texts".
+    """
+
+    of: Kind
+    several: str
+
+    @property
+    def expected(self) -> str:
+        return f"a list of {self.several}"
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            hint = f"; did you mean [{shown(value)}]?" if self.of.accepts(value) else ""
+            return self.refused(value, optional, hint)
+        for at, one in enumerate(value):
+            if fault := self.of.fault(one):
+                return f"[{at}]{fault}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Kind):
+    """A mapping with known keys.
+
+    Attributes:
+      of: the kind of each key's value.
+      whole: whether no key may be left out.
+    """
+
+    of: tuple[tuple[str, Kind], ...]
+    whole: bool
+
+    @property
+    def expected(self) -> str:
+        return f"a mapping with the keys {self._keys}"
+
+    @property
+    def _keys(self) -> str:
+        return (" and " if self.whole else " or ").join(repr(key) for key, _ in self.of)
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if not isinstance(value, Mapping):
+            return self.refused(value, optional)
+        known = dict(self.of)
+        for key in value:
+            if key not in known:
+                hint = near_misses(str(key), known, shown=repr, otherwise="")
+                return f" has the key {shown(key)}, expected {self._keys}" + (f"; {hint}" if hint else "")
+        for key, kind in known.items():
+            if key not in value:
+                if self.whole:
+                    return f" has no key {key!r}, expected {self._keys}"
+            elif fault := kind.fault(value[key]):
+                return f"[{key!r}]{fault}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dictionary(Kind):
+    """A mapping of any keys.
+
+    Attributes:
+      of: the kind of its values; None for anything.
+      texts: whether its keys must be texts.
+    """
+
+    of: Kind | None = None
+    texts: bool = True
+
+    @property
+    def expected(self) -> str:
+        return "a mapping with texts as keys" if self.texts else "a mapping"
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if not isinstance(value, Mapping) or (self.texts and not all(isinstance(key, str) for key in value)):
+            return self.refused(value, optional)
+        for key, one in value.items():
+            if self.of is not None and (fault := self.of.fault(one)):
+                return f"[{key!r}]{fault}"
+        return None
+
+
+class Function(Kind):
+    """Something to call; a class is most often one whose parentheses were left out."""
+
+    expected = "a function"
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if callable(value) and not isinstance(value, type):
+            return None
+        hint = f"; did you mean {value.__name__}(...)?" if isinstance(value, type) else ""
+        return self.refused(value, optional, hint)
+
+
+def whole(least: int, most: int | None = None, which: str = "") -> Number:
+    """Returns the kind of whole numbers from `least` to `most`; `which` says what `most` is."""
+    return Number(whole=True, least=least, most=most, which=which)
+
+
+# The kinds of settings, as annotations.
+Count = Annotated[Int, whole(1)]
+Natural = Annotated[Int, whole(0)]
+Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # what NumPy takes
+Finite = Annotated[Float, Number()]
+Positive = Annotated[Float, Number(above=0)]
+NotNegative = Annotated[Float, Number(least=0)]
+Share = Annotated[Float, Number(least=0, below=1)]
+# Squares of the numbers that a larger rate makes do not fit float32.
+Peak = Annotated[Float, Number(above=0, most=1_000_000)]
+Rate = Annotated[FloatOrSchedule, Number(above=0, most=1_000_000, schedule=True)]
+Text = Annotated[Str, Writing()]
+Name = Annotated[Str, Writing(blank=False)]
+Texts = Annotated[ListOfTexts, Listing(Writing(), "texts")]
+Counts = Annotated[ListOfInts, Listing(whole(1), "whole numbers of at least 1")]
+Switch = Annotated[Bool, OneOf((True, False))]
+Callback = Annotated[AnyFunction, Function()]
+# A target of one token is the end of sequence alone.
+Lengths = Annotated[Sizes, Table((("inputs", whole(1)), ("targets", whole(2))), whole=True)]
+
+
+def check(name: str, value: Any, annotation: Any) -> None:
+    """Raises SettingError if a value is not what its setting's annotation says.
+
+    Args:
+      name: the setting's canonical name.
+      annotation: a `Kind`, one of this module's annotations, or one of them or None. Any other accepts everything.
+    """
+    kind, optional = _kind_of(annotation)
+    if kind is None or (optional and value is None):
+        return
+    if fault := kind.fault(value, optional):
+        raise SettingError(Setting(name), fault)
+
+
+def accepts(value: Any, annotation: Any) -> bool:
+    """Returns whether a value is what an annotation says."""
+    try:
+        check("", value, annotation)
+    except SettingError:
+        return False
+    return True
+
+
+def check_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Raises SettingError if a value is not what the field or argument of its name says.
+
+    Args:
+      declared: the dataclass, or the function, that declares them. Names that it does not have are not looked at.
+    """
+    for name, annotation in annotations_of(declared).items():
+        if name in values:
+            check(name, values[name], annotation)
+
+
+def check_fields(made: Any) -> None:
+    """Raises SettingError if a field of a dataclass's instance is not what its annotation says."""
+    check_values(type(made), {field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
+
+
+def keep_plain(made: Any) -> None:
+    """Turns the numbers of NumPy and JAX among a dataclass's settings into Python's, which can be written as JSON."""
+    for name in annotations_of(type(made)):
+        value = getattr(made, name)
+        if isinstance(value, np.generic) or (hasattr(value, "aval") and value.shape == ()):
+            object.__setattr__(made, name, value.item())
+
+
+@functools.cache
+def annotations_of(declared: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the annotations that say what a value must be, by the name of the field or argument."""
+    if dataclasses.is_dataclass(declared):
+        found = {field.name: field.type for field in dataclasses.fields(declared)}
+    else:
+        found = {name: one.annotation for name, one in inspect.signature(declared).parameters.items()}
+    return {name: annotation for name, annotation in found.items() if _kind_of(annotation)[0] is not None}
+
+
+def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
+    """Returns an annotation's kind, None if it has none, and whether None is accepted, too."""
+    if isinstance(annotation, Kind):
+        return annotation, False
+    parts = get_args(annotation)
+    for one in (annotation, *parts):
+        for kind in getattr(one, "__metadata__", ()):
+            if isinstance(kind, Kind):
+                return kind, type(None) in parts
+    return None, False
+
+
+def shown(value: Any) -> str:
+    """Returns a value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def as_path(value: Any) -> Any:
+    """Returns a path as text, and anything else as it is, for a check to refuse."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns a list as a tuple, and anything else as it is, for a check to refuse."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else value

@@ -1,0 +1,74 @@
+"""A `tokenizer.json` as a SeqIO vocabulary: the same ids as `Vocabulary` gives, in a `tf.data` pipeline."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """Encodes in Python, through `tf.numpy_function`: TensorFlow has no kernel for these tokenizers.
+
+    Attributes:
+      path: of the tokenizer's file.
+      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on, wherever they lie.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        super().__init__()
+        self._vocabulary = vocabulary
+        self.path, self.sentinel_ids = vocabulary.path, vocabulary.sentinel_ids
+
+    @property
+    def eos_id(self) -> int:
+        return self._vocabulary.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._vocabulary.unk_id
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._vocabulary.size
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self._vocabulary.encode(s)
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self._vocabulary.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+        """Returns the ids of a text, or of each text of a vector, as a ragged tensor."""
+
+        def rows(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            # Bytes that are not UTF-8 become U+FFFD, as in SentencePiece.
+            found = self._vocabulary.encode_all([text.decode("utf-8", errors="replace") for text in texts])
+            lengths = np.array([len(row) for row in found], np.int64)
+            return np.array([token for row in found for token in row], np.int32), lengths
+
+        values, lengths = tf.numpy_function(rows, [tf.reshape(s, [-1])], (tf.int32, tf.int64))
+        values, lengths = tf.ensure_shape(values, [None]), tf.ensure_shape(lengths, [None])
+        if s.shape.rank == 0:
+            return values
+        if s.shape.rank == 1:
+            return tf.RaggedTensor.from_row_lengths(values, lengths)
+        raise ValueError(f"found a tensor of {s.shape.rank} dimensions, expected a text or a vector of texts")
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """Returns the text of a vector of ids, or of each row of a matrix."""
+
+        def texts(rows: np.ndarray) -> np.ndarray:
+            return np.array([self._vocabulary.decode(row).encode() for row in rows], object)
+
+        rows = tf.reshape(ids, [-1, tf.shape(ids)[-1]])
+        return tf.reshape(tf.numpy_function(texts, [rows], tf.string), tf.shape(ids)[:-1])
+
+    def __eq__(self, other: object) -> bool:
+        """SeqIO asks whether the tasks of a mixture have one vocabulary."""
+        return isinstance(other, TokenizerVocabulary) and other._vocabulary.fingerprint == self._vocabulary.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._vocabulary.fingerprint)
