@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import LENGTHS
 
+import prompt_tuning_jax as pt
 from prompt_tuning_jax.batches import dataset as dataset_module
 from prompt_tuning_jax.batches.build import build_missing
 from prompt_tuning_jax.batches.cache import TaskRequest
@@ -13,8 +14,10 @@ from prompt_tuning_jax.batches.data import dataset_of, files
 from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
 from prompt_tuning_jax.checkpoints.base import EMBEDDED
 from prompt_tuning_jax.errors import SettingError
+from prompt_tuning_jax.sweeps import vectorized
 from prompt_tuning_jax.tasks import data_check
 from prompt_tuning_jax.tasks.vocabularies import BESIDE, UNK, Vocabulary
+from prompt_tuning_jax.training import evaluation
 
 WORDS = Vocabulary(EMBEDDED["nano"] / BESIDE)
 
@@ -177,3 +180,30 @@ def test_quotes_in_tsv_files_are_named(tmp_path):
         "leave them out if they are not meant"
     )
     assert not any("quotes" in line for line in said(files({"train": tmp_path / "rows.jsonl"}))[0])
+
+
+def test_a_run_says_it_once_at_its_start(model):
+    rows = [row(f"a film {n}", "good" if n % 2 else "bad") for n in range(4)]
+    options = {"steps": 2, "batch_size": 2, "eval_every": 1, "labels": ["bad", "good"], "progress": False}
+    with pytest.warns(UserWarning) as caught:
+        pt.train(model, pt.PromptTuning(2), rows, [row("a plot", "good"), *rows[:3]], **options)
+    lines = [str(warning.message) for warning in caught]
+    assert lines.count("rows: inputs of 3 of 4 rows are those of a training row") == 1
+    assert len(set(lines)) == len(lines)
+
+
+def test_runs_in_one_program_say_the_same_once():
+    lines = []
+    say = vectorized.once(lines.append)
+    for line in ("a", "b", "a", "b", "c"):
+        say(line)
+    assert lines == ["a", "b", "c"]
+
+
+def test_one_of_several_processes_says_it(monkeypatch, capsys):
+    say = evaluation.data_warnings()
+    assert say is not None
+    say("a line")
+    assert capsys.readouterr().err == "a line\n"
+    monkeypatch.setattr(evaluation, "is_writer", lambda: False)
+    assert evaluation.data_warnings() is None
