@@ -14,7 +14,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.tasks import metrics, postprocessors
+from prompt_tuning_jax.tasks import metrics, postprocessors, ranking
 
 labels = st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 1)), min_size=1, max_size=40)
 classes = st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=40)
@@ -378,3 +378,20 @@ def test_no_label_is_told_from_the_rest():
         assert postprocessors.is_no_label(value)
     for value in (0, 1, 3.8, "-1", ["-1"], {"group": -1, "value": 0}, {"group": (0, 1), "value": ["-1"]}):
         assert not postprocessors.is_no_label(value)
+
+
+def test_shares_are_rounded_once():
+    """23 of 40 are 57.5 per cent, though 100 * 0.575 is 57.49999999999999."""
+    wanted, found = [1] * 40, [1] * 23 + [0] * 17
+    assert metrics.accuracy(wanted, found) == {"accuracy": 57.5}
+    for right in range(101):
+        assert metrics.accuracy([1] * 100, [1] * right + [0] * (100 - right)) == {"accuracy": float(right)}
+        questions = [{"group": n, "value": 1} for n in range(100)]
+        answers = [{"value": int(n < right)} for n in range(100)]
+        assert metrics.multirc_em(questions, answers) == {"exact_match": float(right)}
+    for both in range(51):
+        wanted, found = [1] * 50 + [0] * 50, [1] * both + [0] * (50 - both) + [1] * (50 - both) + [0] * both
+        assert metrics.f1(wanted, found) == {"f1": 2.0 * both}
+    choices = [ranking.Choice((n, place), place == 0, 1) for n in range(40) for place in (0, 1)]
+    scores = [float(n < 23) if place == 0 else 0.5 for n in range(40) for place in (0, 1)]
+    assert ranking.rank_classification(choices, scores) == {"accuracy": 57.5}

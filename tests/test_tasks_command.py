@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
+from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.tasks import __main__ as command
-from prompt_tuning_jax.tasks import sources
+from prompt_tuning_jax.tasks import find, sources
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 
@@ -123,6 +125,51 @@ def test_a_label_that_the_vocabulary_cannot_write_is_shown(run, tmp_path):
     written = Vocabulary(command.EMBEDDED).written("not_entailment")
     assert written != "not_entailment"
     assert lines[-1] == f"  'not_entailment'  1 (100.0%); in this vocabulary {written!r}"
+
+
+def test_the_data_check_is_shown(run, tmp_path):
+    """With the rows that training has too, where the split is another."""
+    folder = tmp_path / "RTE"
+    folder.mkdir()
+    rows = {"train": ["a\tb\tnot_entailment", "c\t{d\tentailment"], "dev": ["a\tb\tnot_entailment", "e\tf\tentailment"]}
+    for name, lines in rows.items():
+        numbered = [f"{n}\t{line}" for n, line in enumerate(lines)]
+        (folder / f"{name}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *numbered]) + "\n")
+    show = ("show", "glue_rte_v200", f"--data_dir={tmp_path}", "--rows=0")
+    lines = run(*show)
+    place = lines.index("data check")
+    assert re.fullmatch(
+        r"  unknown tokens are .*% of inputs \(in 1 of 2 rows\) and .*% of targets \(in 1 of .*", lines[place + 1]
+    )
+    written = Vocabulary(command.EMBEDDED).written("not_entailment")
+    changed = f"  targets of 1 of 2 rows do not decode to themselves: 'not_entailment' becomes {written!r}"
+    assert lines[place + 2 : place + 4] == [changed, ""]
+    assert "  inputs of 1 of 2 rows are those of a training row" in run(*show, "--split=validation")
+    (folder / "train.tsv").unlink()
+    reason = f"no RTE/train.tsv under --data_dir {tmp_path}: set --data_dir to the folder that holds it"
+    lines = run(*show, "--split=validation", "--targets_length=3")
+    assert f"  the inputs are not compared with those of train: {reason}" in lines
+    assert "  no answer is generated as 'entailment', 'not_entailment': the length of targets truncates it" in lines
+
+
+def test_data_without_a_fault(run):
+    lines = run("show", "demo_reviews", "--rows=0", "--split=validation")
+    assert lines[lines.index("data check") + 1] == "  nothing found"
+
+
+def test_a_download_without_a_connection_is_given_up_within_seconds(monkeypatch, tmp_path):
+    """All addresses of TFDS's downloads are those of a proxy that is not there."""
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    started = time.monotonic()
+    with pytest.raises(
+        SettingError, match=r"^TFDS cannot give glue/sst2:2.0.0 \(.*Max retries .*: set `data_dir` to the"
+    ):
+        find.find("glue_sst2_v200").source.get_dataset("train")
+    assert time.monotonic() - started < 60, "ten retries with TFDS's waits take 200 s"
 
 
 def test_another_split_and_vocabulary(run, data_dir):

@@ -67,6 +67,56 @@ def test_a_label_may_be_given_by_its_index(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels, value, expected",
+    [
+        (["1", "2", "3", "4", "5"], 1, "1"),
+        (["1", "2", "3", "4", "5"], "4", "4"),
+        (["1", "0"], 1, "1"),
+        (["1", "0"], 0, "0"),
+        (["0.5", "1.5"], 0.5, "0.5"),
+        (["bad", "good"], 1, "good"),
+        (["bad", "good"], "0", "bad"),
+        (["1", "2"], 0, None),
+        (["1", "2"], "0", None),
+        (["one", "2"], 0, None),
+        (["0.5", "1.5"], 1, None),
+        (["1", "2"], 1.0, None),
+        (["1", "2"], True, None),
+        (["bad", "good"], "01", None),
+        (["bad", "good"], 1.0, None),
+        (["bad", "good"], "9" * 20, None),
+    ],
+)
+def test_a_value_that_is_a_label_is_no_index(tmp_path, labels, value, expected):
+    """An index is taken only where no label is a number."""
+    path = write(tmp_path / "rows.jsonl", [("a", value)])
+    source = files(path, labels=labels)
+    if expected is not None:
+        assert source.rows("train") == [{"inputs": "a", "targets": expected}]
+        return
+    with pytest.raises(ValueError) as error:
+        source.rows("train")
+    number = any(label[0].isdigit() for label in labels)
+    ending = "no index is taken where a label is a number: set `labels`" if number else "nor the index of one"
+    assert str(error.value).startswith(f"{path}, line 1: answer {value!r} is none of ") and ending in str(error.value)
+
+
+def test_labels_that_are_there_twice_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^`labels` is \['a', 'b', 'a'\]: 'a' is there twice, expected once$"):
+        files(tmp_path / "rows.tsv", labels=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("target", ["NaN", "inf", "about 3", "-"])
+def test_a_target_that_is_no_number_is_refused_where_numbers_are_compared(tmp_path, target):
+    path = write(tmp_path / "rows.tsv", [("a", "1.5"), ("b", target)])
+    with pytest.raises(ValueError) as error:
+        files(path, metrics=["spearman"]).rows("train")
+    expected = f"answer is {target!r}, expected a finite number, which `metrics` compares"
+    assert str(error.value) == f"{path}, line 3: {expected}"
+    assert files(path).rows("train")[1]["targets"] == target
+
+
+@pytest.mark.parametrize(
     "options, targets, predictions, expected",
     [
         ({}, ["one two", "three"], ["one two", "four"], {"accuracy": 50}),
@@ -107,6 +157,7 @@ def test_answers_are_scored_as_asked(tiny, tmp_path, options, targets, predictio
         ("[1]", "[1], expected an object with a field for each column"),
         ('{"text": "a"', "no JSON at character 13: Expecting ',' delimiter"),
         (" ", "no JSON at character 1: Expecting value"),
+        ('{"text": "a", "answer": "bad", "text": "b"}', "two fields 'text', expected one"),
         ("[" * 200_000, "JSON that is nested too deep, expected an object with a field for each column"),
         ('{"text": "a\\ud800", "answer": "bad"}', "text is no Unicode text: half of a surrogate pair at character 2"),
     ],

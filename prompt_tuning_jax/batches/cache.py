@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 import prompt_tuning_jax
 from prompt_tuning_jax.batches.child import Child
@@ -133,6 +134,16 @@ class CachedExamples(Examples):
     def fields(self) -> list[dict[str, Any]]:
         lines = self._field_lines()
         return [{} for _ in self.rows] if lines is None else [json.loads(line) for line in lines]
+
+    def target_texts(self, rows: Int[np.ndarray, " n"]) -> list[str | None]:
+        wanted = set(rows.tolist())
+        try:
+            with open(self._folder / "fields.jsonl", "rb") as lines:
+                fields = [json.loads(line) for number, line in enumerate(lines) if number in wanted]
+        except FileNotFoundError:
+            return [None] * len(rows)
+        found = (row.get("targets_pretokenized") for row in fields)
+        return [text if isinstance(text, str) else None for text in found]
 
     def _field_lines(self) -> list[bytes] | None:
         """The lines of this slice's rows; None where the task keeps no fields."""

@@ -1,14 +1,29 @@
 """One split of a task or mixture as a run names it: what to read, how long, in batches of how many."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
 
 from prompt_tuning_jax.batches.cache import Part, TaskRequest, empty_split, load_tasks, no_split, split_rows, to_stderr
-from prompt_tuning_jax.batches.examples import combined, tokenize_rows
+from prompt_tuning_jax.batches.examples import Examples, combined, tokenize_rows
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches, Planned, StreamedBatches
 from prompt_tuning_jax.errors import Setting, SettingError, renamed, said
 from prompt_tuning_jax.settings import Count, Counts, Lengths, Name, Switch, Text, check_fields, keep_plain
+from prompt_tuning_jax.tasks.data_check import (
+    MOST_INPUTS,
+    DataCheck,
+    blocks,
+    check_something_left,
+    check_trimmed_labels,
+    row_hashes,
+    shared,
+    truncated_labels,
+)
+from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import RowSource, scoring
+from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 Say = Callable[[str], None]
@@ -73,8 +88,8 @@ class DatasetConfig:
 
         Args:
           process_index, process_count: which of how many processes this is: each has its rows of the same batches.
-          say: is told, in lines, what is tokenised and how many rows are truncated. None for nobody: then no progress
-            bar is shown either.
+          say: is told, in lines, what is tokenised, how many rows are truncated and what else of the data may not be
+            meant, see `DataCheck`. None for nobody: then that is not looked for, and no progress bar is shown.
 
         Raises:
           ValueError: the task, split or data is not there or invalid.
@@ -98,7 +113,10 @@ class DatasetConfig:
         parts = self._load(vocabulary, to_train=True, say=say)
         if len(parts) > 1:
             return MixedBatches(parts, self.batch_size, lengths, **options)
-        examples = next(iter(parts.values())).examples
+        ((task, (_, examples)),) = parts.items()
+        if say and len(examples) < self.batch_size:
+            rows = f"{len(examples)} row{'s' * (len(examples) > 1)}"
+            say(f"{task} {self.split}: has {rows}, fewer than a batch of {self.batch_size}: each batch is of {rows}")
         return Batches(examples, self.batch_size, lengths, shuffle=shuffle, **options)
 
     def eval_batches(
@@ -179,6 +197,9 @@ class DatasetConfig:
         texts = self.source.rows(name)[rows]
         if not texts:
             raise empty_split(self.mixture_or_task_name, self.split)
+        if say and isinstance(self.source, TaskFiles):
+            for line in self.source.remarks(name, texts):
+                say(line)
         examples = tokenize_rows(texts, vocabulary, postprocess, metrics, quiet=say is None)
         return {self.mixture_or_task_name: Part(1.0, examples)}
 
@@ -186,12 +207,51 @@ class DatasetConfig:
         lengths = self.checked_lengths()
         parts = self.load(vocabulary, to_train=to_train, say=say)
         for task, (_, examples) in parts.items():
+            check_something_left(*examples.longest_and_shortest(), lengths)
+            truncated = check_trimmed_labels(answers(examples.postprocess) or (), vocabulary, lengths)
             cut = {name: count for name, count in examples.cut(lengths).items() if count}
             if cut and say:
                 what = " and ".join(f"{name} of {count}" for name, count in cut.items())
                 lead = (f"{task} {self.split}: ", Setting("task_feature_lengths"), f" {lengths}")
                 say(said(*lead, f" truncate {what} of {len(examples)} examples"))
+            if say:
+                for line in [*([truncated_labels(truncated)] if truncated else []), *found_in(examples, vocabulary)]:
+                    say(f"{task} {self.split}: {line}")
         return parts
+
+
+def found_in(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
+    """Yields what `DataCheck` finds in the rows of a split, or in a sample of them."""
+    check, parts = DataCheck(vocabulary), blocks(len(examples))
+    rows = [examples.rows[part] for part in parts]
+    texts = iter(examples.target_texts(np.concatenate(rows)))
+    for part in rows:
+        check.add(examples.inputs.part(part), examples.targets.part(part), [*itertools.islice(texts, len(part))])
+    sampled = f"; they are a sample of {len(examples):,}" if check.rows < len(examples) else ""
+    yield from (line + sampled for line in check.lines())
+
+
+def shared_inputs(train: Planned, evaluated: Mapping[str, Batches]) -> Iterator[str]:
+    """Yields for each task how many of its rows to evaluate on have the inputs of a row to train on, if there are any.
+
+    A streamed corpus is not looked at; of more than `MOST_INPUTS` rows, a sample is.
+    """
+    if isinstance(train, MixedBatches):
+        trained = [part.examples for part in train.parts.values()]
+    else:
+        trained = [train.examples] if isinstance(train, Batches) else []
+    known = {one for examples in trained for one in input_hashes(examples)}
+    for name, batches in evaluated.items():
+        own = input_hashes(batches.examples)
+        if both := sum(one in known for one in own):
+            sampled = len(own) < len(batches.examples) or any(len(one) > MOST_INPUTS for one in trained)
+            yield f"{name}: {shared(both, len(own), at_least=sampled)}"
+
+
+def input_hashes(examples: Examples) -> list[int]:
+    """Returns a hash of each row's inputs, or of each in a sample of at most `MOST_INPUTS` rows."""
+    parts = (examples.rows[part] for part in blocks(len(examples), MOST_INPUTS))
+    return [one for part in parts for one in row_hashes(examples.inputs.part(part))]
 
 
 def fingerprint_of(tasks: Mapping[str, Batches]) -> str:

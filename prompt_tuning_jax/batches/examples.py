@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from prompt_tuning_jax.tasks.data_check import Tokens
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 CHUNK = 4096  # texts that are tokenised in one call
@@ -38,12 +39,17 @@ class Ragged:
         start = self._starts[row]
         return self._flat[start : start + self.lengths[row]]
 
+    def part(self, rows: Int[np.ndarray, " n"]) -> Tokens:
+        """Returns the tokens and the lengths of neighbouring rows, in order."""
+        lengths = self.lengths[rows]
+        start = self._starts[rows[0]] if len(rows) else 0
+        return Tokens(self._flat[start : start + lengths.sum()], lengths)
+
     def update(self, digest: Any, rows: Int[np.ndarray, " n"]) -> None:
         """Adds the lengths and the tokens of neighbouring rows, in order, to a hash."""
-        lengths = self.lengths[rows].astype("<i8")
-        start = self._starts[rows[0]] if len(rows) else 0
-        digest.update(lengths.tobytes())
-        digest.update(np.ascontiguousarray(self._flat[start : start + lengths.sum()], "<i4").data)
+        flat, lengths = self.part(rows)
+        digest.update(lengths.astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(flat, "<i4").data)
 
 
 class Examples(abc.ABC):
@@ -74,6 +80,14 @@ class Examples(abc.ABC):
         """What is kept of each example beside its tokens; "targets_pretokenized" among it."""
 
     @abc.abstractmethod
+    def target_texts(self, rows: Int[np.ndarray, " n"]) -> list[str | None]:
+        """Returns the targets of rows of the whole split before they were tokenised; None where they are not kept.
+
+        Args:
+          rows: indices in the split, ascending.
+        """
+
+    @abc.abstractmethod
     def _fields_digest(self) -> str:
         """A hash of those of `fields` that scoring may read."""
 
@@ -94,6 +108,12 @@ class Examples(abc.ABC):
             name: int((part.lengths[self.rows] > lengths[name]).sum())
             for name, part in (("inputs", self.inputs), ("targets", self.targets))
         }
+
+    def longest_and_shortest(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns the tokens of the longest and of the shortest row's inputs and targets."""
+        lengths = {"inputs": self.inputs.lengths[self.rows], "targets": self.targets.lengths[self.rows]}
+        most, least = ({name: int(function(found)) for name, found in lengths.items()} for function in (np.max, np.min))
+        return most, least
 
     def token_fingerprint(self) -> str:
         """Returns a hash of the rows' tokens in order, wherever they come from: 16 hexadecimal digits."""
@@ -135,6 +155,9 @@ class MemoryExamples(Examples):
             | {f"{name}_pretokenized": row[name] for name in ("inputs", "targets")}
             for row in self._texts[self._slice]
         ]
+
+    def target_texts(self, rows: Int[np.ndarray, " n"]) -> list[str | None]:
+        return [self._texts[row]["targets"] for row in rows.tolist()]
 
     def _fields_digest(self) -> str:
         return texts_digest(self._texts[self._slice])

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from prompt_tuning_jax.batches.cache import to_stderr
 from prompt_tuning_jax.errors import spelled
 from prompt_tuning_jax.sweeps.joint_step import program_of
 from prompt_tuning_jax.sweeps.programs import programs
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.loop import Member, open_model, say_on_stderr, take_steps
 from prompt_tuning_jax.training.progress import Stop
-from prompt_tuning_jax.training.run import Run, TrainConfig
+from prompt_tuning_jax.training.run import Run, Say, TrainConfig
 from prompt_tuning_jax.training.run_folder import write_text
 
 
@@ -50,11 +51,12 @@ def train_together(
       Stopped: `stop` returned true, and all runs are saved.
     """
     members, failures, model = [], {}, None
+    warn = once(to_stderr)
     for name, config in configs:
         if model is None:
             model = open_model(config)
         with failing(name, str(config.model_dir), failures):
-            members.append(Member(Run(config, config.open_folder(), model), name, report))
+            members.append(Member(Run(config, config.open_folder(), model, warn=warn), name, report))
     del model
     if not members:
         return failures
@@ -75,6 +77,18 @@ def train_together(
             if member.failure is not None:
                 failures[member.name] = in_a_line(member.failure)
     return failures
+
+
+def once(say: Say) -> Say:
+    """Returns `say` for lines that it has not been told yet: runs on the same data have the same to say of it."""
+    told: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            say(line)
+
+    return say_once
 
 
 @contextlib.contextmanager

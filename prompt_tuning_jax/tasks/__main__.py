@@ -20,14 +20,20 @@ from typing import Any, NoReturn
 import numpy as np
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import SettingError, spelled
+from prompt_tuning_jax.tasks import data_check
 
 # Before TensorFlow is imported, which is not before a command is understood.
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 
 EMBEDDED = Path(__file__).parent.parent / "bases" / "nano" / "spiece.model"
 MOST = 100_000  # rows that are counted
-FLAGS = {"mixture_or_task_name": "NAME", "mixture_or_task_module": "--module"}
+TRAIN = "train"  # the split whose inputs no other should have
+FLAGS = {
+    "mixture_or_task_name": "NAME",
+    "mixture_or_task_module": "--module",
+    "task_feature_lengths": "--targets_length",
+}
 WIDTH = 160  # characters of a text that are shown
 
 
@@ -268,30 +274,79 @@ def _cut(value: Any) -> str:
 
 
 def _statistics(task: Any, split: str, lengths: dict[str, int], words: Any) -> Iterator[str]:
+    sizes: dict[str, list[np.ndarray]] = {name: [] for name in lengths}
+    targets: collections.Counter[str] = collections.Counter()
+    check, hashes = data_check.DataCheck(words), []
+    for tokens, texts in _tokenized(task, split, lengths):
+        for name in lengths:
+            sizes[name].append(tokens[name].lengths)
+        targets.update(text for text in texts if text is not None)
+        check.add(tokens["inputs"], tokens["targets"], texts)
+        hashes += data_check.row_hashes(tokens["inputs"])
+    if not hashes:
+        raise ValueError(f"{split} of {task.name} has no examples: set --split")
+    count = len(hashes)
+    yield f"{count:,} examples{' counted, there may be more' if count == MOST else ''}"
+    yield f"\n{'tokens':10}{'mean':>8}{'50%':>8}{'90%':>8}{'99%':>8}{'most':>8}   truncated to"
+    for name, length in lengths.items():
+        found = np.concatenate(sizes[name])
+        percentiles = "".join(f"{value:8.0f}" for value in np.percentile(found, (50, 90, 99, 100)))
+        over = int((found > length).sum())
+        yield f"{name:10}{found.mean():8.1f}{percentiles}   {length}: {over:,} ({100 * over / count:.2f}%)"
+    labels = _labels(task)
+    lines = [*check.lines(), *_label_lines(labels or (), lengths, words)]
+    if split != TRAIN and TRAIN in task.splits:
+        lines += _shared_lines(task, hashes, lengths)
+    yield "\ndata check"
+    yield from (f"  {line}" for line in lines or ["nothing found"])
+    yield from _distribution(targets, labels, words)
+
+
+def _tokenized(
+    task: Any, split: str, lengths: dict[str, int]
+) -> Iterator[tuple[dict[str, data_check.Tokens], list[str | None]]]:
+    """Yields the first `MOST` rows by the thousand: their tokens, and their targets as text."""
     from prompt_tuning_jax.tasks import find
 
     dataset = task.get_dataset(
         lengths if find.makes_lengths(task) else None, split, shuffle=False, seed=0, trim_output_features=False
     )
-    tokens: dict[str, list[np.ndarray]] = {name: [] for name in lengths}
-    targets: collections.Counter[str] = collections.Counter()
     for batch in dataset.take(MOST).ragged_batch(1024):
-        for name in lengths:
-            tokens[name].append(batch[name].row_lengths().numpy())
+        tokens = {
+            name: data_check.Tokens(batch[name].flat_values.numpy(), batch[name].row_lengths().numpy())
+            for name in lengths
+        }
+        texts: list[str | None] = [None] * len(tokens["inputs"].lengths)
         if "targets_pretokenized" in batch and batch["targets_pretokenized"].shape.rank == 1:
-            targets.update(text.decode("utf-8", "replace") for text in batch["targets_pretokenized"].numpy())
-    if not tokens["inputs"]:
-        raise ValueError(f"{split} of {task.name} has no examples: set --split")
-    sizes = {name: np.concatenate(parts) for name, parts in tokens.items()}
-    count = len(sizes["inputs"])
-    yield f"{count:,} examples{' counted, there may be more' if count == MOST else ''}"
-    yield f"\n{'tokens':10}{'mean':>8}{'50%':>8}{'90%':>8}{'99%':>8}{'most':>8}   cut at"
-    for name, length in lengths.items():
-        found = sizes[name]
-        percentiles = "".join(f"{value:8.0f}" for value in np.percentile(found, (50, 90, 99, 100)))
-        over = int((found > length).sum())
-        yield f"{name:10}{found.mean():8.1f}{percentiles}   {length}: {over:,} ({100 * over / count:.2f}%)"
-    yield from _distribution(targets, _labels(task), words)
+            texts = [text.decode("utf-8", "replace") for text in batch["targets_pretokenized"].numpy()]
+        yield tokens, texts
+
+
+def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> Iterator[str]:
+    """Yields what the targets' length does to labels; a run refuses labels that become the same."""
+    try:
+        truncated = data_check.check_trimmed_labels(labels, words, lengths)
+    except SettingError as error:
+        yield spelled(error, _as_flag)
+        return
+    if truncated:
+        yield data_check.truncated_labels(truncated)
+
+
+def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iterator[str]:
+    """Yields how many rows have the inputs of a training row, if any have."""
+    from prompt_tuning_jax.tasks import sources
+
+    known: set[int] = set()
+    try:
+        with sources.source_errors():
+            for tokens, _ in _tokenized(task, TRAIN, lengths):
+                known.update(data_check.row_hashes(tokens["inputs"]))
+    except ValueError as error:  # that split may lack its file, which only matters here
+        yield f"the inputs are not compared with those of {TRAIN}: {spelled(error, _as_flag)}"
+        return
+    if both := sum(one in known for one in hashes):
+        yield data_check.shared(both, len(hashes))
 
 
 def _distribution(targets: collections.Counter[str], labels: Iterable[str] | None, words: Any) -> Iterator[str]:

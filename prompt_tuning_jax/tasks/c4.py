@@ -4,7 +4,6 @@ DATA_DIR may hold C4's own files, `c4-train.*.json.gz`, other JSONL whose names 
 that TFDS has prepared.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +55,9 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def _documents(path: Path, split: str) -> Iterator[str]:
     """The texts of a JSONL file; where its rows name a split, those of `split`."""
-    for number, line in enumerate(sources.read_lines(path), start=1):
+    for number, line in sources.filled_lines(path):
         try:
-            row = json.loads(line)
+            row = sources.read_json(line)
             text = sources.text(row["text"])
         except KeyError as error:
             raise SettingError(f"{path}, line {number}: no field {error}; ", *sources.MEND) from None

@@ -19,21 +19,21 @@ NOT_METRICS = ("step", "split", "seconds")  # what else an evaluation's record h
 
 def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
     """Share of predictions that are the target."""
-    return {"accuracy": _mean([t == p and p != -1 for t, p in zip(targets, predictions, strict=True)])}
+    return {"accuracy": mean_in_per_cent([t == p and p != -1 for t, p in zip(targets, predictions, strict=True)])}
 
 
 def f1(targets: Sequence, predictions: Sequence) -> dict[str, float]:
     """F1 of class 1 of 0 and 1; an answer that is neither counts as the wrong one of the two."""
     wanted, found = _arrays(targets, predictions)
     found = np.where(np.isin(found, (0, 1)), found, 1 - wanted)
-    return {"f1": 100.0 * _f1_of_class(wanted, found, 1)}
+    return {"f1": _f1_of_class(wanted, found, 1)}
 
 
 def mean_f1(targets: Sequence, predictions: Sequence, *, classes: int = 3) -> dict[str, float]:
     """The unweighted mean of each class's F1, which for a class in neither targets nor predictions is 0 (CB)."""
     wanted, found = _arrays(targets, predictions)
     mean = np.mean([_f1_of_class(wanted, found, label) for label in range(classes)])
-    return {f"mean_{classes}class_f1": 100.0 * float(mean)}
+    return {f"mean_{classes}class_f1": float(mean)}
 
 
 def matthews(targets: Sequence, predictions: Sequence) -> dict[str, float]:
@@ -43,7 +43,7 @@ def matthews(targets: Sequence, predictions: Sequence) -> dict[str, float]:
     counts = np.array([[np.sum(part == label) for label in classes] for part in (wanted, found)], np.float64)
     covariance = np.sum(wanted == found) * len(wanted) - counts[0] @ counts[1]
     variances = len(wanted) ** 2 - np.sum(counts**2, axis=1)
-    return {"matthews_corrcoef": 100.0 * _ratio(covariance, np.sqrt(variances[0] * variances[1]))}
+    return {"matthews_corrcoef": _ratio(100.0 * covariance, np.sqrt(variances[0] * variances[1]))}
 
 
 def pearson(targets: Sequence, predictions: Sequence) -> dict[str, float]:
@@ -67,7 +67,7 @@ def multirc_em(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> di
     right: dict[Any, bool] = {}
     for target, value, found in zip(targets, *_values(targets, predictions), strict=True):
         right[target["group"]] = right.get(target["group"], True) and value == found != -1
-    return {"exact_match": _mean([*right.values()])}
+    return {"exact_match": mean_in_per_cent([*right.values()])}
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
@@ -81,7 +81,7 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
         wanted = [normalized(answer) for answer in answers]
         exact.append(found in wanted)
         overlap.append(max((_word_f1(answer.split(), found.split()) for answer in wanted), default=0.0))
-    return {"em": _mean(exact), "f1": _mean(overlap)}
+    return {"em": mean_in_per_cent(exact), "f1": mean_in_per_cent(overlap)}
 
 
 def record(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict[str, float]:
@@ -112,7 +112,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     pairs = [
         scorer.score(*(text.replace(" . ", " .\n") for text in pair)) for pair in zip(targets, predictions, strict=True)
     ]
-    return {name: _mean([pair[name].fmeasure for pair in pairs]) for name in names}
+    return {name: mean_in_per_cent([pair[name].fmeasure for pair in pairs]) for name in names}
 
 
 def normalized(answer: str) -> str:
@@ -151,6 +151,11 @@ def record_score(record: Mapping[str, Any]) -> float:
     return -float(np.mean([metrics["loss"] for metrics in tasks.values()]))
 
 
+def mean_in_per_cent(values: Sequence) -> float:
+    """The mean of shares from 0 to 1, rounded once: 57.5 of 23 in 40, where 100 * 0.575 is a bit less."""
+    return 100.0 * float(np.sum(values)) / len(values) if len(values) else 0.0
+
+
 def _arrays(targets: Sequence, predictions: Sequence) -> tuple[np.ndarray, np.ndarray]:
     if len(targets) != len(predictions):
         raise ValueError(f"{len(targets)} targets, but {len(predictions)} predictions")
@@ -163,17 +168,14 @@ def _values(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> tuple
     return [target["value"] for target in targets], [prediction["value"] for prediction in predictions]
 
 
-def _mean(values: Sequence) -> float:
-    return 100.0 * float(np.mean(values)) if len(values) else 0.0
-
-
 def _ratio(part: float | np.number, whole: float | np.number) -> float:
     return float(part / whole) if whole else 0.0
 
 
 def _f1_of_class(targets: Float[np.ndarray, " n"], predictions: Float[np.ndarray, " n"], label: int) -> float:
+    """In per cent."""
     wanted, found = targets == label, predictions == label
-    return _ratio(2 * np.sum(wanted & found), np.sum(wanted) + np.sum(found))
+    return _ratio(200.0 * np.sum(wanted & found), np.sum(wanted) + np.sum(found))
 
 
 def _correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:

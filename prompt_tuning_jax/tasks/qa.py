@@ -4,7 +4,6 @@ DATA_DIR may hold SQuAD's JSON, MRQA's JSONL.gz in its folders `train` and `dev`
 folders `squad` and `mrqa` of these, for a mixture of both.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,11 @@ def read_questions(path: Path) -> Iterator[sources.Row]:
     """
     number = 0
     whole = path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
-    lines = ["".join(sources.read_lines(path))] if whole else sources.read_lines(path)
-    for at, line in enumerate(lines, start=1):
+    lines = [(1, "".join(sources.read_lines(path)))] if whole else sources.filled_lines(path)
+    for at, line in lines:
         place = f"{path}, line {at}"
         try:
-            for context, question in _questions(json.loads(line)):
+            for context, question in _questions(sources.read_json(line)):
                 name = question.get("id", question.get("qid", number))
                 place = f"{path}, line {at}, question {name!r}"
                 answers = question["answers"] if "answers" in question else [question["answer"]]

@@ -66,7 +66,7 @@ def rank_classification(
     )
     groups = [[*group] for _, group in itertools.groupby(rows, key=lambda row: row[0][0])]
     best = [max(group, key=lambda row: row[2]) for group in groups]  # the first of equals, as argmax
-    values = {"accuracy": 100.0 * float(np.mean([right for _, right, _ in best])) if best else 0.0}
+    values = {"accuracy": metrics.mean_in_per_cent([right for _, right, _ in best])}
     several = any(sum(right for _, right, _ in group) > 1 for group in groups)
     if num_classes and not several:
         if any(len(group) != num_classes for group in groups):

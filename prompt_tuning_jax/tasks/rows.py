@@ -94,7 +94,8 @@ class Rows:
             there = ", ".join(repr(name) for name in row) or "none"
             raise ValueError(f"row {at} has no {' and no '.join(map(repr, missing))}; its keys are {there}")
         try:
-            texts = {"inputs": text_of("inputs", row["inputs"]), "targets": target_of(row["targets"], self.labels)}
+            target = target_of(row["targets"], self.labels, metrics=self.metrics)
+            texts = {"inputs": text_of("inputs", row["inputs"]), "targets": target}
         except SettingError as error:
             raise SettingError(f"row {at}: ", *error.parts) from None
         return {**row, **texts}
@@ -118,21 +119,51 @@ def text_of(column: str, value: Any) -> str:
     return value
 
 
-def target_of(value: Any, labels: Sequence[str] | None, column: str = "targets") -> str:
+def target_of(
+    value: Any, labels: Sequence[str] | None, column: str = "targets", metrics: Sequence[str] | None = None
+) -> str:
     """Returns a target as text; with labels the one that it is, or the one that it is the index of.
+
+    A value that equals a label as text is that label. Other values are indices only if no label is a number: of the
+    labels '1' to '5' the value 0 is a mistake, and not the label '1'.
+
+    >>> target_of(1, ["negative", "positive"]), target_of(1, ["1", "0"])
+    ('positive', '1')
+
+    Args:
+      metrics: as of `RowSource`; with a metric of numbers, the target must be one.
 
     Raises:
       SettingError: it is neither.
     """
-    if labels is None or (isinstance(value, str) and value in labels):
-        return text_of(column, value)
-    index = str(value)
-    if index.isdecimal() and int(index) < len(labels) and not isinstance(value, bool):
-        return labels[int(index)]
+    if labels is None:
+        text = text_of(column, value)
+        if any(name in OF_NUMBERS for name in metrics or ()) and not _is_number(text):
+            raise SettingError(
+                f"{column} is {reprlib.repr(value)}, expected a finite number, which ", Setting("metrics"), " compares"
+            )
+        return text
+    text = str(value) if isinstance(value, str | numbers.Real) and not isinstance(value, bool) else ""
+    if text in labels:
+        return text
     known = ", ".join(map(repr, labels))
+    if any(map(_is_number, labels)):
+        raise SettingError(
+            f"{column} {reprlib.repr(value)} is none of {known}; no index is taken where a label is a number: set ",
+            Setting("labels"),
+        )
+    if text.isdecimal() and len(text) < 10 and text == str(int(text)) and int(text) < len(labels):
+        return labels[int(text)]
     raise SettingError(
         f"{column} {reprlib.repr(value)} is none of {known}, nor the index of one: set ", Setting("labels")
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def check_answers(labels: Texts | None, names: Texts | None) -> None:
@@ -142,6 +173,8 @@ def check_answers(labels: Texts | None, names: Texts | None) -> None:
             raise SettingError(Setting("labels"), f" is {labels!r}, expected a list of texts")
         if not labels or any(not isinstance(label, str) or not label.strip() for label in labels):
             raise SettingError(Setting("labels"), f" is {list(labels)!r}, expected texts that are not blank")
+        if twice := [label for at, label in enumerate(labels) if label in labels[:at]]:
+            raise SettingError(Setting("labels"), f" is {list(labels)!r}: {twice[0]!r} is there twice, expected once")
     if isinstance(names, str) or not isinstance(names, Sequence | None):
         raise SettingError(Setting("metrics"), f" is {names!r}, expected a list of names: [{names!r}]")
     scoring(labels, names)

@@ -5,6 +5,7 @@ A task's name is the same whichever it is: `set_data_dir` decides when the rows 
 
 import contextlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+from tensorflow_datasets.core.download import downloader
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import lines
@@ -23,6 +25,7 @@ _raised: SettingError | None = None  # in a dataset, see `remembered`
 Row = dict[str, Any]
 
 DATA_DIR = Setting("data_dir")
+RETRIES = 4  # of a download of TFDS's: within about 3 seconds
 MEND = ("mend it, or set ", DATA_DIR, " to a sound copy")
 
 
@@ -123,10 +126,26 @@ class FilesOrTfds(seqio.DataSource):
         if self._tfds is None:
             raise SettingError("these rows are not in TFDS: ", *instead)
         try:
-            return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
+            with few_retries():
+                return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
         except Exception as error:  # it raises what its own libraries do
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise SettingError(f"TFDS cannot give {self._name} ({reason}): ", *instead) from error
+
+
+@contextlib.contextmanager
+def few_retries() -> Iterator[None]:
+    """Has TFDS give up a download without a connection after seconds: its ten retries, each after twice the wait of
+    the one before, take minutes."""
+    log = logging.getLogger("urllib3.connectionpool")  # has a line for each retry; the error says it all
+    before = downloader.MAX_RETRIES, log.level
+    downloader.MAX_RETRIES = RETRIES
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = before[0]
+        log.setLevel(before[1])
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, Any]:
@@ -213,6 +232,29 @@ def read_lines(path: Path) -> Iterator[str]:
         raise SettingError(f"{error}; ", *MEND) from None
 
 
+def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines that hold a character, each with its number from 1; the others are skipped."""
+    return ((number, line) for number, line in enumerate(read_lines(path), 1) if line.rstrip("\r\n"))
+
+
+def read_json(text: str) -> Any:
+    """Returns the JSON value of a line.
+
+    Raises:
+      ValueError: it is no JSON, nested too deep for Python, or holds half a surrogate pair, which is no text.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no Unicode text") from None
+    return found
+
+
 def read_tsv(
     path: Path,
     columns: Mapping[str, Callable[[str], Any]],
@@ -231,14 +273,15 @@ def read_tsv(
       constants: fields that every row has, such as the label -1 of a test file.
       skip_short: leave out rows with too few columns, as TFDS does; GLUE's QQP has some.
     """
-    rows = (line.rstrip("\r\n").split("\t") for line in read_lines(path))
-    first = 1 if header else 2
-    header = list(header or next(rows, []))
+    rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in filled_lines(path))
+    header = list(header or next(rows, (1, []))[1])
     wanted = {name: (titles or {}).get(name, name) for name in columns}
     if not set(wanted.values()) <= set(header):
         raise SettingError(f"{path}, line 1: no header with the columns {', '.join(wanted.values())}; ", *MEND)
+    if twice := [title for title in wanted.values() if header.count(title) > 1]:
+        raise SettingError(f"{path}, line 1: two columns {twice[0]!r}, expected one; ", *MEND)
     places = {name: header.index(title) for name, title in wanted.items()}
-    for index, cells in enumerate(rows):
+    for index, (number, cells) in enumerate(rows):
         if skip_short and len(cells) < len(header):
             continue
         try:
@@ -246,7 +289,7 @@ def read_tsv(
                 raise ValueError(f"{len(cells)} columns, expected {len(header)}")
             row = {name: columns[name](cells[place]) for name, place in places.items()}
         except ValueError as error:
-            raise SettingError(f"{path}, line {index + first}: {error}; ", *MEND) from None
+            raise SettingError(f"{path}, line {number}: {error}; ", *MEND) from None
         yield row | dict(constants or {}) | {"idx": index}
 
 
@@ -264,18 +307,18 @@ def read_jsonl(
       constants: fields that every row has, such as the label -1 of a test file.
       flatten: makes rows of a line's nested object.
     """
-    for index, line in enumerate(read_lines(path)):
+    for index, (number, line) in enumerate(filled_lines(path)):
         try:
-            found = json.loads(line)
+            found = read_json(line)
             parts = flatten(found) if flatten else (found,)
             rows = [
                 {name: check(part[name]) for name, check in columns.items()} | {"idx": part.get("idx", index)}
                 for part in parts
             ]
         except KeyError as error:
-            raise ValueError(f"{path}, line {index + 1}: no field {error}; expected {', '.join(columns)}") from None
+            raise ValueError(f"{path}, line {number}: no field {error}; expected {', '.join(columns)}") from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise SettingError(f"{path}, line {index + 1}: {error}; ", *MEND) from None
+            raise SettingError(f"{path}, line {number}: {error}; ", *MEND) from None
         for row in rows:
             yield row | dict(constants or {})
 

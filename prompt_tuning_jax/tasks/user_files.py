@@ -20,7 +20,7 @@ class TaskFiles:
     Attributes:
       files: TASK_FILES, the file of each split, .jsonl or .tsv with a header, also with .gz or .xz behind.
       inputs: INPUTS_COLUMN.
-      targets: TARGETS_COLUMN. With `labels` it holds one of them, or its index.
+      targets: TARGETS_COLUMN. With `labels` it holds one of them, or its index if no label is a number.
       labels: LABELS, if the answers are a closed set; they are then ranked beside being generated.
       metrics: METRICS, by name: accuracy, f1 (of the second of two labels), mean_f1 and matthews of labels; accuracy
         (exact match) and rouge of texts; pearson and spearman of numbers. [] if only the loss is evaluated; None for
@@ -64,6 +64,18 @@ class TaskFiles:
             raise SettingError(f"{path} has no rows: set ", Setting("task_files"))
         return rows
 
+    def remarks(self, split: str, rows: Sequence[Row]) -> Iterator[str]:
+        """Yields what to say of rows of `split` that are read as they stand, and may be meant otherwise."""
+        if ".tsv" not in Path(self.files[split]).suffixes:
+            return
+        for name, column in (("inputs", self.inputs), ("targets", self.targets)):
+            quoted = sum(len(row[name]) > 1 and row[name][0] == row[name][-1] == '"' for row in rows)
+            if quoted:
+                yield (
+                    f"{self.path(split)}: {column} stands in quotes in {quoted:,} of {len(rows):,} rows; quotes in a "
+                    "TSV file are part of the text: leave them out if they are not meant"
+                )
+
     def _read(self, path: Path) -> Iterator[Row]:
         if not path.is_file():
             data_dir = Setting("data_dir")
@@ -85,7 +97,8 @@ class TaskFiles:
                     continue
                 self._check_columns(row)
                 inputs = text_of(self.inputs, row[self.inputs])
-                yield {"inputs": inputs, "targets": target_of(row[self.targets], self.labels, self.targets)}
+                targets = target_of(row[self.targets], self.labels, self.targets, self.metrics)
+                yield {"inputs": inputs, "targets": targets}
             except ValueError as error:
                 raise prefixed(f"{path}, line {number}: ", error) from None
 
@@ -110,7 +123,7 @@ class TaskFiles:
 
 def _jsonl(line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.strip())
+        row = json.loads(line.strip(), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON at character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
@@ -118,6 +131,16 @@ def _jsonl(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{row!r}, expected an object with a field for each column")
     return row
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; of a field that is there twice Python would take the last."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two fields {twice!r}, expected one")
+    return found
 
 
 def _tsv(line: str, header: Sequence[str] | None = None) -> dict[str, str] | None:

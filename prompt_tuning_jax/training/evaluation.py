@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.batches.cache import to_stderr
+from prompt_tuning_jax.batches.dataset import Say
 from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.errors import prefixed
@@ -17,6 +19,7 @@ from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.methods.method import Injection, Params
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks import metrics, postprocessors
@@ -98,6 +101,11 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
             written_labels(postprocessors.answers(batches.examples.postprocess) or (), vocabulary)
         except ValueError as error:
             raise prefixed(f"{name}: ", error) from None
+
+
+def data_warnings() -> Say | None:
+    """Returns what writes a line about the data on stderr; None in all processes but one."""
+    return to_stderr if is_writer() else None
 
 
 class Evaluator:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.dataset import DatasetConfig
+from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
 from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
 from prompt_tuning_jax.checkpoints.model import Model
@@ -47,7 +47,7 @@ from prompt_tuning_jax.settings import (
 )
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
-from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
+from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
 from prompt_tuning_jax.training.progress import Window, check_finite, moved
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
@@ -247,7 +247,8 @@ class Run:
           model: may be shared with other runs: it is only read.
           partitioner: of the mesh that the model lies on.
           on_record: is given every record of metrics.jsonl as it is made.
-          warn: is told what of the data does not fit, such as rows that are truncated; None for stderr.
+          warn: is told what of the data does not fit, such as rows that are truncated; None for stderr, where one
+            process of several writes.
 
         Raises:
           ValueError: something does not fit. Nothing has been written then.
@@ -265,12 +266,15 @@ class Run:
         trained = partitioner.place(trained)
         self._fold = make_fold(method, trained, self.frozen, partitioner.jit)
 
-        say: dict[str, Any] = {} if warn is None else {"say": warn}
+        warn = warn or data_warnings()
         index, count = partitioner.own_rows(config.train_dataset.batch_size)
-        options: dict[str, Any] = {"process_index": index, "process_count": count, **say}
+        options: dict[str, Any] = {"process_index": index, "process_count": count, "say": warn}
         self.batches = config.train_dataset.batches(self.tokenizer, seed=config.random_seed, shuffle=True, **options)
-        self._eval_batches = config.eval_dataset.eval_batches(self.tokenizer, **say)
+        self._eval_batches = config.eval_dataset.eval_batches(self.tokenizer, say=warn)
         check_labels(self._eval_batches, self.tokenizer)
+        if warn is not None:
+            for line in shared_inputs(self.batches, self._eval_batches):
+                warn(line)
         self._prompt_of: Int[np.ndarray, " K"] | None = None
         if injection.task_prompts is not None:
             self._prompt_of = prompts_of_tasks(

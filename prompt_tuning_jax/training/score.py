@@ -37,7 +37,7 @@ from prompt_tuning_jax.settings import Count, Name, Natural, Switch, Text, Texts
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, judge, takes_scores
+from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, data_warnings, judge, takes_scores
 from prompt_tuning_jax.training.layout import partitioner_of
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 from prompt_tuning_jax.training.submission import start_submission, write_file
@@ -105,7 +105,7 @@ def evaluate_prompt(
         dataset = dataclasses.replace(dataset, batch_size=max(dataset.batch_size // len(several), 1))
     elif prompt_file:
         injection = injection_of(prompt_file, size)
-    tasks = dataset.eval_batches(tokenizer)
+    tasks = dataset.eval_batches(tokenizer, say=data_warnings())
     check_labels(tasks, tokenizer)
     check_task_prompts(injection, tasks)
     files = {}
