@@ -16,7 +16,7 @@ from prompt_tuning_jax.arrays.strided import DTYPES, Run, strided_array
 
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY = 1  # the type of the extension
-MOST_DEPTH, MOST_ARRAYS, MOST_DIMENSIONS, LONGEST_TEXT = 32, 100_000, 8, 1_000
+MOST_DEPTH, MOST_VALUES, MOST_DIMENSIONS, LONGEST_TEXT = 32, 500_000, 8, 1_000  # more than any model has
 
 
 class Leaf(NamedTuple):
@@ -59,7 +59,7 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
 
 def _flat(tree: Any) -> dict[str, Leaf]:
     if not isinstance(tree, dict):
-        raise ValueError(f"it holds a {_kind(tree)}, not a tree of arrays")
+        raise ValueError(f"it holds {_kind(tree)}, not a tree of arrays")
     leaves: dict[str, Leaf] = {}
     for key, node in tree.items():
         if isinstance(node, dict) and CHUNKED in node:
@@ -69,7 +69,7 @@ def _flat(tree: Any) -> dict[str, Leaf]:
         elif isinstance(node, dict):
             below = {f"{key}/{rest}": leaf for rest, leaf in _flat(node).items()}
         else:
-            raise ValueError(f"{key!r:.100} is a {_kind(node)}, not an array")
+            raise ValueError(f"{key!r:.100} is {_kind(node)}, not an array")
         if twice := below.keys() & leaves.keys():
             raise ValueError(f"{min(twice)!r:.100} is there twice")
         leaves |= below
@@ -103,19 +103,22 @@ def _shape(found: Any) -> tuple[int, ...]:
 
 
 def _kind(value: Any) -> str:
-    return "array" if isinstance(value, Leaf) else "map" if isinstance(value, dict) else type(value).__name__
+    return "an array" if isinstance(value, Leaf) else f"a value of type {type(value).__name__}"
 
 
 class _Walker:
     """Reads the values of a msgpack file one after another; of bytes, only where they lie."""
 
     def __init__(self, file: BinaryIO, end: int):
-        self.file, self.end, self.arrays = file, end, 0
+        self.file, self.end, self.values = file, end, 0
 
     def value(self, depth: int = 0) -> Any:
         """Returns the next value: a dict, a list, a `Leaf`, a `Run` of bytes, text, an int, a bool or None."""
         if depth > MOST_DEPTH:
             raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values")
         (tag,) = self._bytes(1)
         if tag < 0x80:
             return tag
@@ -172,8 +175,10 @@ class _Walker:
         found: dict[str, Any] = {}
         for _ in range(count):
             key = self.value(depth + 1)
-            if not isinstance(key, str) or key in found:
-                raise ValueError(f"a key of a map is {key!r:.100} again" if key in found else "a key is no text")
+            if not isinstance(key, str):
+                raise ValueError("a key of a map is no text")
+            if key in found:
+                raise ValueError(f"a map has the key {key!r:.100} twice")
             found[key] = self.value(depth + 1)
         return found
 
@@ -184,9 +189,8 @@ class _Walker:
 
     def _extension(self, count: int, depth: int) -> Leaf:
         kind, start = self._number(1, signed=True), self.file.tell()
-        self.arrays += 1
-        if kind != ARRAY or self.arrays > MOST_ARRAYS:
-            raise ValueError(f"it has an extension of type {kind}" if kind != ARRAY else "it has too many arrays")
+        if kind != ARRAY:
+            raise ValueError(f"it has an extension of type {kind}, expected {ARRAY}")
         if start + count > self.end:
             raise ValueError("it is truncated")
         parts = self.value(depth + 1)

@@ -69,10 +69,10 @@ def read_state_dict(pickle: BytesIO) -> dict[str, Tensor]:
     """
     tensors = read_value(pickle)
     if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, not a state dict")
+        raise ValueError(f"it holds a value of type {type(tensors).__name__}, not a state dict")
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name!r:.100} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{name!r:.100} is of type {type(value).__name__}, not a tensor")
     return tensors
 
 
@@ -132,7 +132,7 @@ class _Machine:
             raise ValueError("it is damaged: items of no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):  # a nested tuple takes exponential time to hash
-                raise ValueError(f"a key of a dict is a {type(key).__name__}, not a name")
+                raise ValueError(f"a key of a dict is of type {type(key).__name__}, not a name")
             target[key] = value
 
     def append(self, items: list[Any]) -> None:

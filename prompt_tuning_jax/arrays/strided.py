@@ -49,7 +49,7 @@ def strided_array(
     strides: tuple[int, ...] | None = None,
     first: int = 0,
 ) -> StoredArray:
-    """Returns an array of a file. No more of the file is read than the part that is asked for spans.
+    """Returns an array of a file, which has entries. No more of the file is read than the part that is asked for spans.
 
     Args:
       name: of the array, for errors.
@@ -57,8 +57,14 @@ def strided_array(
       runs: where the entries lie, one run after the other.
       strides: in entries, none negative; None if the rows are adjacent.
       first: which entry of the runs is the array's first.
+
+    Raises:
+      ArrayError: it has no entries.
     """
+    if 0 in shape:
+        raise ArrayError(f"{name} of {path} is {list(shape)}, which is empty")
     steps = c_strides(shape) if strides is None else strides
+    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))  # any number in a file
 
     def read(index: Index) -> np.ndarray:
         spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
@@ -76,8 +82,6 @@ def strided_array(
 
 def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, strides: Sequence[int]) -> None:
     """Reads the entries of an array of these strides, whose first entry is number `begin` of the runs."""
-    if not part.size:
-        return
     slowest_first = sorted(range(part.ndim), key=lambda axis: -strides[axis])
     view, steps = part.transpose(slowest_first), [strides[axis] for axis in slowest_first]
     adjacent = all(

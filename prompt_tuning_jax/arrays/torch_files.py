@@ -50,6 +50,8 @@ def _read_archive(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Run]]:
     """Returns the tensors, and where each storage lies: its first byte, and how many."""
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
+        offsets = sorted(member.header_offset for member in archive.infolist())
+        following = dict(zip(offsets, [*offsets[1:], archive.start_dir], strict=True))
         if len(members) < len(archive.infolist()):
             raise ValueError("two members of the archive have the same name")
         roots = [name.removesuffix(PICKLE) for name in members if name.count("/") == 1 and name.endswith(f"/{PICKLE}")]
@@ -74,7 +76,7 @@ def _read_archive(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Run]]:
                 member = members.get(f"{root}data/{storage.key}")
                 if member is None:
                     raise ValueError(f"it has no storage {storage.key!r:.60}, which {name!r:.100} is in")
-                runs[storage.key] = _locate(file, member, archive.start_dir)
+                runs[storage.key] = _locate(file, member, following[member.header_offset])
     return tensors, runs
 
 
@@ -85,17 +87,31 @@ def _check_stored(member: zipfile.ZipInfo) -> None:
         raise ValueError(f"{member.filename!r:.100} of the archive is encrypted")
 
 
-def _locate(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> Run:
-    """Returns the first byte and the number of bytes of a member of the archive, which lies before byte `end`."""
+def _locate(file: BinaryIO, member: zipfile.ZipInfo, following: int) -> Run:
+    """Returns the first byte and the number of bytes of a member of the archive.
+
+    The member is not read, and its checksum is not known. It has to end where the next one begins, at byte `following`:
+    a header that is damaged cannot shift it.
+    """
     _check_stored(member)
     file.seek(member.header_offset)
     signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     start = member.header_offset + LOCAL_HEADER.size + name + extra
     if signature != b"PK\x03\x04" or file.read(name) != member.orig_filename.encode():
         raise ValueError(f"{member.filename!r:.100} of the archive is not where its directory says")
-    if start + member.file_size > end:
-        raise ValueError(f"{member.filename!r:.100} of the archive is truncated")
+    file.seek(start + member.file_size)
+    after = file.read(max(0, min(following - file.tell(), 24)))  # the longest descriptor
+    if file.tell() != following or after not in _descriptors(member):
+        raise ValueError(f"{member.filename!r:.100} of the archive does not end where its directory says")
     return Run(start, member.file_size)
+
+
+def _descriptors(member: zipfile.ZipInfo) -> list[bytes]:
+    """Returns what may stand after a member: its checksum and sizes again, if a flag says so."""
+    if not member.flag_bits & 8:
+        return [b""]
+    sizes = ("<4sIQQ", "<4sIII") if member.file_size < 2**32 else ("<4sIQQ",)
+    return [struct.pack(kind, b"PK\x07\x08", member.CRC, member.file_size, member.file_size) for kind in sizes]
 
 
 def _array(path: Path, name: str, tensor: Tensor, run: Run) -> StoredArray:
