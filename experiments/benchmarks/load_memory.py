@@ -50,8 +50,8 @@ def write(folder: Path, kind: str, size: str) -> None:
 
 
 def write_bin(folder: Path) -> None:
-    """Replaces a folder's safetensors by `pytorch_model.bin`, as torch writes it."""
-    import torch
+    """Replaces a folder's safetensors by `pytorch_model.bin`, as PyTorch writes it."""
+    import torch  # for this alone
 
     tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / "model.safetensors").items()}
     torch.save(tensors, folder / "pytorch_model.bin")
