@@ -567,14 +567,16 @@ def test_an_absent_config_is_refused(tmp_path):
     refused(tmp_path, "config.json")
 
 
-def test_the_state_dict_of_their_model(transformers, theirs, their_folder, tmp_path):
+def test_the_state_dict_of_their_model(transformers, theirs, tmp_path):
     """As `save_pretrained` wrote it before there were safetensors: with copies of the table in the same storage."""
     import torch
 
-    shutil.copy(their_folder / "config.json", tmp_path)
+    theirs.save_pretrained(tmp_path)
+    expected = read(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     assert {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} <= theirs.state_dict().keys()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    bit_identical(read(tmp_path), read(their_folder))
+    bit_identical(read(tmp_path), expected)
 
 
 def test_pickles_beside_safetensors_are_let_lie(copied):
