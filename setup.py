@@ -30,7 +30,7 @@ INSTALL_REQUIRES = [
     "tensorflow-text>=2.21,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "sentencepiece>=0.2.3,<0.3",
-    "tokenizers>=0.22.2,<0.24",
+    "tokenizers>=0.23.3,<0.24",
     "protobuf>=6,<8",  # in which sentencepiece's models are written
     "rouge-score>=0.1.2,<0.2",
     # Base models and prompts in and out.

@@ -192,7 +192,7 @@ def test_a_tuned_model_in_its_runs_folder(run, refused, tmp_path):
 def test_a_model_without_a_vocabulary_says_so(run, tmp_path):
     huggingface.write(tmp_path / "model", CONFIG, params_of(np.float32))
     line = run(tmp_path / "model", tmp_path / "checkpoint_0", "--to=t5x")
-    assert line.endswith(f"no spiece.model lies beside {tmp_path / 'model'}; --vocabulary=FILE puts one there")
+    assert line.endswith(f"no tokenizer lies beside {tmp_path / 'model'}; --vocabulary=FILE puts one there")
 
 
 def test_a_target_in_folders_that_are_not_there_yet(run, model, tmp_path):

@@ -24,6 +24,7 @@ from prompt_tuning_jax.arrays.t5x import open_t5x, write_legacy
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import check_shapes, expected_shapes, fingerprint, load_base, open_model
 from prompt_tuning_jax.checkpoints.conversion import convert
+from prompt_tuning_jax.checkpoints.inspection import inspect_base
 from prompt_tuning_jax.checkpoints.tuned import write_adapters
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
@@ -141,7 +142,7 @@ FAMILIES = [
         expected={"mlp_activations": ("relu",), "scale_decoder_outputs": True},
     ),
     Family("T5 1.1 whose decoder starts with the end", "ids 0, 1, 1", UNTIED, ids=(0, 1, 1), listed=False),
-    Family("T5 1.1 with three ids of its own", "ids 2, 0, 1", UNTIED, ids=(2, 0, 1), listed=False),
+    Family("T5 1.1 with three ids of its own", "ids 1, 0, 2", UNTIED, ids=(1, 0, 2), listed=False),
     Family(
         "umT5 of all differences at once",
         "a relative position table per layer; SiLU; logits tied, not scaled",
@@ -195,7 +196,7 @@ def their_model(name: str) -> Any:
                 weight.normal_(0, spread, generator=generator)
         if getattr(config, "scale_decoder_outputs", False):
             model.lm_head.weight *= config.d_model**0.5  # logits of the same size, though scaled
-        model.lm_head.weight[end] *= 2 if family.head == "own" else 4  # so that some answers end
+        model.lm_head.weight[end] *= 2 if family.head == "own" else 4 if end == 1 else 8  # so that some answers end
     return model
 
 
@@ -342,6 +343,9 @@ def test_a_copy_of_the_table_for_the_logits_is_no_matrix_of_its_own(folders, tmp
 
     found, other = huggingface.open_folder(resaved(folders(name), tmp_path / "changed", changed))
     assert (found.logits_via_embedding, found.scales_logits) == (False, config.scales_logits)
+    facts = inspect_base(str(tmp_path / "changed")).facts
+    scaled = "scaled by d_model^-0.5" if config.scales_logits else "not scaled"
+    assert facts["head"] == f"a matrix of its own, decoder outputs {scaled}"
     table, logits = other["token_embedder/embedding"], other["decoder/logits_dense/kernel"]
     assert (np.asarray(table) != np.asarray(logits).T).sum() == 1
 
@@ -509,6 +513,7 @@ def test_stacked_layers_are_read_as_t5x_computes_with_them(scalable, tmp_path, m
     assert sorted(reads) == sorted(name for name in opened if t5x.STACKED.fullmatch(name))
     base = load_base(str(tmp_path), SCALABLE)
     assert open_model(str(tmp_path)).config == SCALABLE
+    assert "scalable_t5" in inspect_base(str(tmp_path)).facts["family"]
     for path, value in whole.items():
         np.testing.assert_array_equal(base.params[path], value)
     assert base.fingerprint == fingerprint(base.params)

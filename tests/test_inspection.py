@@ -48,10 +48,11 @@ def test_a_family_is_told_by_its_files(name):
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        ({"model_type": "longt5", "vocab_size": 32_128}, "LongT5, another network than T5's"),
-        ({"model_type": "t5gemma"}, "T5Gemma, another network than T5's"),
+        ({"model_type": "longt5", "vocab_size": 32_128}, "LongT5, whose encoder"),
+        ({"model_type": "t5gemma"}, "T5Gemma, which is made of Gemma"),
         ({"model_type": "t5", "chronos_config": {}, "vocab_size": 4_096}, "Chronos, a T5 of numbers"),
-        ({"model_type": "bart"}, "unknown: model_type is 'bart'"),
+        ({"model_type": "bart"}, "BART, which has learned absolute positions"),
+        ({"model_type": "bert"}, "unknown: model_type is 'bert'"),
     ],
 )
 def test_a_family_that_this_project_does_not_have(told, expected):
@@ -124,7 +125,7 @@ def test_a_model_of_another_kind_is_described_and_refused(tiny, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     facts, refused = inspect_base(str(tmp_path))
-    assert facts["family"] == "LongT5, another network than T5's"
+    assert facts["family"] == "LongT5, whose encoder attends to a part of the inputs at a time"
     assert (
         facts["size"] == "d_model 16, num_layers 1, num_decoder_layers 1, num_heads 2, d_kv 8, d_ff 32, vocab_size 400"
     )

@@ -196,8 +196,10 @@ def test_blanks_before_punctuation_are_kept(folders, tmp_path):
 
 
 def test_the_spiece_model_is_read_as_transformers_reads_it(spiece, lines):
-    """T5Tokenizer of transformers 5 is of one kind: the slow one, and with it `legacy`, is gone."""
-    ours, theirs = Vocabulary(spiece), T5Tokenizer.from_pretrained(spiece.parent)
+    """T5Tokenizer of transformers 5 is of one kind: the slow one is gone, and with it what `legacy` changed."""
+    ours, theirs = Vocabulary(spiece), T5Tokenizer.from_pretrained(spiece.parent, legacy=False)
+    legacy = T5Tokenizer.from_pretrained(spiece.parent, legacy=True)
+    assert legacy(HARD + SPECIAL).input_ids == theirs(HARD + SPECIAL).input_ids
     texts = [text for text in HARD + lines if text not in (*DIFFERENCES, TIE)]
     assert len(texts) > 1_070
     for ids, expected in zip(ours.encode_all(texts), theirs(texts).input_ids, strict=True):

@@ -40,10 +40,8 @@ SIZES = (
     "relative_bias_per_layer",
 )
 # What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
-CHOICES = (
-    *("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance"),
-    "scale_decoder_outputs",
-)
+CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
+HEAD = ("scale_decoder_outputs",)  # which config.json tells only together with the tensors
 
 Params = dict[str, jax.Array]
 Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
@@ -171,11 +169,11 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
     told = Path(location, huggingface.CONFIG).is_file()
     if told:  # before the parameters of a hub id are downloaded
         with _explained():
-            check_size(huggingface.read_config(location), config, location, SIZES)
+            check_size(huggingface.read_config(location), config, location)
     model = open_model(location)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     if model.config is not None:
-        check_size(model.config, config, model.location, SIZES + CHOICES if told else SIZES)
+        check_size(model.config, config, model.location, HEAD if told else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
     sums, params, passed = {}, {}, 0
     # The largest first: what an array needs besides its place on the device is then never on top of all the others.

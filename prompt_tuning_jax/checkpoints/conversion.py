@@ -28,7 +28,7 @@ from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
+from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 TARGET = Setting("target")
 MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft", "t5x")
@@ -167,7 +167,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     parameters = sum(math.prod(array.shape) for array in arrays.values())
     notes.insert(0, f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}")
     if not vocabulary:
-        notes.append(f"no {BESIDE} lies beside {source}; --vocabulary=FILE puts one there")
+        notes.append(f"no tokenizer lies beside {source}; --vocabulary=FILE puts one there")
     if to == "huggingface" and not Path(location, huggingface.CONFIG).is_file():
         distance = model.config.relative_attention_max_distance
         notes.append(f"relative_attention_max_distance, which no T5X checkpoint says, was taken for T5's {distance}")

@@ -22,6 +22,8 @@ DESCRIPTION = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 # The files of parameters, the preferred format first; shards have an index, such as model.safetensors.index.json.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")

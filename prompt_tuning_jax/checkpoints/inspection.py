@@ -153,6 +153,8 @@ def family(told: Mapping[str, Any], config: T5Config | None) -> str:
         return "Chronos, a T5 of numbers without a text tokenizer"
     if kind == "umt5":
         return "Pile-T5" if rows == 32_128 else "umT5"
+    if config is not None and config.relative_bias_per_layer:
+        return "as umT5, a relative position table per layer (T5X's scalable_t5)"
     if rows == 256_000:
         return "MADLAD-400"
     if told.get("tokenizer_class") == "ByT5Tokenizer" or rows == 384:
@@ -209,8 +211,7 @@ def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
 
 def _head(config: T5Config) -> str:
     head = "tied to the embedding table" if config.logits_via_embedding else "a matrix of its own"
-    scaled = getattr(config, "scales_logits", config.logits_via_embedding)
-    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if scaled else 'not scaled'}"
+    return f"{head}, decoder outputs {'scaled by d_model^-0.5' if config.scales_logits else 'not scaled'}"
 
 
 def _vocabulary(location: str, config: T5Config | None) -> Vocabulary:
