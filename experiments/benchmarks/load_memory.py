@@ -14,18 +14,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.serialization import to_bytes
+from flax.traverse_util import unflatten_dict
+from safetensors.numpy import load_file
 
 from experiments.sizes import SIZES
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
 
-FORMATS = ("huggingface", "huggingface_sharded", "t5x", "orbax")
+FORMATS = ("huggingface", "huggingface_sharded", "bin", "msgpack", "t5x", "orbax")
 
 
 def write(folder: Path, kind: str, size: str) -> None:
@@ -38,8 +42,40 @@ def write(folder: Path, kind: str, size: str) -> None:
     params = {path: draw(shape) for path, shape in expected_shapes(SIZES[size]).items()}
     if kind.startswith("huggingface"):
         huggingface.write(folder, SIZES[size], params, shard_bytes=10**8 if kind.endswith("sharded") else 10**12)
+    elif kind in ("bin", "msgpack"):
+        huggingface.write(folder, SIZES[size], params, shard_bytes=10**12)
+        (write_bin if kind == "bin" else write_msgpack)(folder)
     else:
         (t5x.write if kind == "t5x" else t5x.write_orbax)(folder, params)
+
+
+def write_bin(folder: Path) -> None:
+    """Replaces a folder's safetensors by `pytorch_model.bin`, as PyTorch writes it."""
+    import torch  # for this alone
+
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / "model.safetensors").items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def write_msgpack(folder: Path) -> None:
+    """Replaces a folder's safetensors by `flax_model.msgpack` with the parameters of transformers' FlaxT5."""
+    (folder / "flax_model.msgpack").write_bytes(to_bytes(flax_tree(load_file(folder / "model.safetensors"))))
+    (folder / "model.safetensors").unlink()
+
+
+def flax_tree(tensors: Mapping[str, np.ndarray]) -> dict:
+    """Returns PyTorch's tensors of a T5 as the nested parameters of transformers' FlaxT5 (modeling_flax_t5.py)."""
+    flat = {}
+    for name, array in tensors.items():
+        *parents, _ = name.split(".")
+        if parents[-1].endswith("layer_norm"):
+            flat[*parents, "weight"] = array
+        elif parents[-1] in ("shared", "relative_attention_bias", "embed_tokens"):
+            flat[*parents, "embedding"] = array
+        else:
+            flat[*parents, "kernel"] = np.ascontiguousarray(array.T)
+    return unflatten_dict(flat)
 
 
 def held(what: str) -> int:

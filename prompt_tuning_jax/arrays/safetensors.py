@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from prompt_tuning_jax.arrays.shards import open_shards
 from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
 
 DTYPES = {
@@ -25,24 +26,7 @@ def open_safetensors(folder: Path, stem: str = "model") -> dict[str, StoredArray
     Raises:
       ArrayError: no such file, or one that is truncated, or not of floating-point numbers.
     """
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return _open_file(whole)
-    try:
-        shard_of = json.loads(index.read_bytes())["weight_map"]
-        shards = sorted(set(shard_of.values()))
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError("shards are named as files beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArrayError(f"{index} is not an index of safetensors shards ({first_line(error)})") from None
-    arrays = {}
-    for shard in shards:  # a tensor that lies in two of them is taken from the one that the index says
-        found = _open_file(folder / shard)
-        arrays |= {name: array for name, array in found.items() if shard_of.get(name, shard) == shard}
-    lacking = [name for name in shard_of if name not in arrays]
-    if lacking:
-        raise ArrayError(f"{folder / shard_of[lacking[0]]} lacks {lacking[0]}, which {index.name} says it has")
-    return arrays
+    return open_shards(folder, f"{stem}.safetensors", _open_file)
 
 
 def _open_file(path: Path) -> dict[str, StoredArray]:

@@ -24,6 +24,7 @@ class StoredArray:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[Index], np.ndarray]):
         """`read` reads the part at an index."""
         self.shape, self.dtype, self._read = shape, dtype, read
+        self._transposed: StoredArray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +33,12 @@ class StoredArray:
     @property
     def T(self) -> "StoredArray":
         """The transposed array; nothing is read."""
-        return StoredArray(self.shape[::-1], self.dtype, lambda index: np.ascontiguousarray(self._read(index[::-1]).T))
+        if self._transposed is not None:
+            return self._transposed
+        read = lambda index: np.ascontiguousarray(self._read(index[::-1]).T)  # noqa: E731
+        transposed = StoredArray(self.shape[::-1], self.dtype, read)
+        transposed._transposed = self  # transposed twice, an array is read as it lies
+        return transposed
 
     def __getitem__(self, index: Index) -> np.ndarray:
         """The part at `index`, which has a slice for each dimension; only its bytes are read, as far as the file's

@@ -1,4 +1,6 @@
-"""T5 and its relatives in Hugging Face's layout: a folder with `config.json` and `model.safetensors`, or its shards.
+"""T5 and its relatives in Hugging Face's layout: a folder with `config.json` and weights, in one file or in shards.
+
+The weights are `model.safetensors`, `pytorch_model.bin` or `flax_model.msgpack`: the first of these that lies there.
 
 Their matrices are [out, in], ours and T5X's [in, out]; the relative position table is [buckets, heads], ours
 [heads, buckets].
@@ -7,7 +9,6 @@ Their matrices are [out, in], ours and T5X's [in, out]; the relative position ta
 import dataclasses
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from prompt_tuning_jax.arrays.flax_files import open_flax
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.arrays.torch_files import open_torch
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
+from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
 from prompt_tuning_jax.t5.adapters import is_prefix
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS, TORCH, FLAX = FORMATS
 EPSILON = 1e-6
 
 # The architectures that this project has, and why others of the same kind of file are none of them.
@@ -69,8 +74,8 @@ TABLE, TABLE_COPIES = "shared.weight", ("encoder.embed_tokens.weight", "decoder.
 LOGITS = "lm_head.weight"
 BLOCK_BYTES = 2**24  # of each of two tables that are compared
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-TO_SAFETENSORS = "import sys; from transformers import AutoModelForSeq2SeqLM as Model; "
-TO_SAFETENSORS += "Model.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+# The last part of a parameter's path in Flax, and whether the tensor in PyTorch is the transposed array.
+FLAX_LEAVES = {"kernel": True, "embedding": False, "weight": False}
 
 
 def names(config: T5Config) -> dict[str, tuple[str, bool]]:
@@ -222,11 +227,7 @@ def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredAr
     """
     folder = Path(folder)
     config = read_config(folder)
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if pickled and not any(folder.glob("model*.safetensors*")):
-        command = shlex.join(["python", "-c", TO_SAFETENSORS, str(folder), f"{folder}-safetensors"])
-        raise ArrayError(f"{pickled[0]} is a pickle, which can run code, and is not opened; convert it: {command}")
-    found = open_safetensors(folder)
+    found = _open_tensors(folder)
     copy = next((name for name in TABLE_COPIES if name in found), None)
     if TABLE not in found and copy:  # MADLAD-400 has the decoder's alone
         found[TABLE] = found[copy]
@@ -242,6 +243,30 @@ def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredAr
     if copies:
         found[TABLE] = _compared(found[TABLE], copies, folder)
     return config, {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+
+
+def _open_tensors(folder: Path) -> dict[str, StoredArray]:
+    """Opens the one set of weights that is read: of safetensors, else of PyTorch, else of Flax."""
+    first = first_weights([path.name for path in folder.iterdir() if path.is_file()])
+    if first is None:
+        raise ArrayError(f"{folder} has no weights: expected {', '.join(FORMATS)}, or shards of one of these")
+    if first.startswith(TORCH):
+        return open_torch(folder, TORCH)
+    if first.startswith(FLAX):
+        return _as_in_torch(open_flax(folder, FLAX), folder)
+    return open_safetensors(folder)
+
+
+def _as_in_torch(arrays: Mapping[str, StoredArray], folder: Path) -> dict[str, StoredArray]:
+    """Returns the arrays of transformers' FlaxT5 under the names, and in the layout, of its T5 in PyTorch."""
+    found = {}
+    for path, array in arrays.items():
+        *parents, leaf = path.split("/")
+        name = ".".join([*parents, "weight" if leaf in FLAX_LEAVES else leaf])
+        if name in found:
+            raise ArrayError(f"{folder} has {path} under two names")
+        found[name] = array.T if FLAX_LEAVES.get(leaf) else array
+    return found
 
 
 def _with_head(config: T5Config, folder: Path, found: Mapping[str, StoredArray]) -> T5Config:

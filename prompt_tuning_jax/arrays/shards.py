@@ -1,0 +1,38 @@
+"""Files of arrays in one piece or in shards with an index, as Hugging Face names them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+
+INDEX = ".index.json"
+
+
+def open_shards(folder: Path, name: str, open_file: Callable[[Path], dict[str, StoredArray]]) -> dict[str, StoredArray]:
+    """Returns the arrays of the file `name`, or of the shards that `<name>.index.json` lists.
+
+    Args:
+      open_file: opens one file.
+
+    Raises:
+      ArrayError: no such file, or one that cannot be opened, or lacks an array that the index says it has.
+    """
+    whole, index = folder / name, folder / f"{name}{INDEX}"
+    if whole.is_file() or not index.is_file():
+        return open_file(whole)
+    try:
+        shard_of = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(shard_of.values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("shards are named as files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArrayError(f"{index} is not an index of shards ({first_line(error)})") from None
+    arrays = {}
+    for shard in shards:  # a tensor that lies in two of them is taken from the one that the index says
+        found = open_file(folder / shard)
+        arrays |= {name: array for name, array in found.items() if shard_of.get(name, shard) == shard}
+    lacking = [name for name in shard_of if name not in arrays]
+    if lacking:
+        raise ArrayError(f"{folder / shard_of[lacking[0]]} lacks {lacking[0]}, which {index.name} says it has")
+    return arrays

@@ -1,0 +1,122 @@
+"""Arrays that lie in a file as plain entries, read without what lies beside them."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float64": np.dtype(np.float64),
+}
+BLOCK_BYTES = 2**24  # read at a time if the entries of an array are not adjacent
+
+
+class Run(NamedTuple):
+    """Adjacent entries of a file.
+
+    Attributes:
+      start: the first one's byte.
+      count: how many entries.
+    """
+
+    start: int
+    count: int
+
+
+def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the strides, in entries, of an array whose rows are adjacent.
+
+    >>> c_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def strided_array(
+    path: Path,
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    runs: Sequence[Run],
+    strides: tuple[int, ...] | None = None,
+    first: int = 0,
+) -> StoredArray:
+    """Returns an array of a file, which has entries. No more of the file is read than the part that is asked for spans.
+
+    Args:
+      name: of the array, for errors.
+      dtype: little-endian, as the file has it.
+      runs: where the entries lie, one run after the other.
+      strides: in entries, none negative; None if the rows are adjacent.
+      first: which entry of the runs is the array's first.
+
+    Raises:
+      ArrayError: it has no entries.
+    """
+    if 0 in shape:
+        raise ArrayError(f"{name} of {path} is {list(shape)}, which is empty")
+    steps = c_strides(shape) if strides is None else strides
+    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))  # any number in a file
+
+    def read(index: Index) -> np.ndarray:
+        spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+        begin = first + sum(span[0] * step for span, step in zip(spans, steps, strict=True))
+        part = np.empty([max(0, stop - start) for start, stop, _ in spans], dtype)
+        try:
+            with path.open("rb") as file:
+                _fill(part, file, runs, begin, steps)
+        except (OSError, EOFError) as error:
+            raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
+        return part
+
+    return StoredArray(shape, dtype, read)
+
+
+def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, strides: Sequence[int]) -> None:
+    """Reads the entries of an array of these strides, whose first entry is number `begin` of the runs."""
+    slowest_first = sorted(range(part.ndim), key=lambda axis: -strides[axis])
+    view, steps = part.transpose(slowest_first), [strides[axis] for axis in slowest_first]
+    adjacent = all(
+        size == 1 or step == expected
+        for size, step, expected in zip(view.shape, steps, c_strides(view.shape), strict=True)
+    )
+    if adjacent and view.flags.c_contiguous:
+        return _read(view.reshape(-1), file, runs, begin)
+    inner = 1 + sum((size - 1) * step for size, step in zip(view.shape[1:], steps[1:], strict=True))
+    rows = max(1, BLOCK_BYTES // (max(1, steps[0]) * part.itemsize))
+    for row in range(0, len(view), rows):
+        block = view[row : row + rows]
+        flat = np.empty((len(block) - 1) * steps[0] + inner, part.dtype)
+        _read(flat, file, runs, begin + row * steps[0])
+        block[...] = np.lib.stride_tricks.as_strided(flat, block.shape, [step * part.itemsize for step in steps])
+
+
+def _read(flat: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int) -> None:
+    """Reads adjacent entries from number `begin` of the runs on."""
+    done = 0
+    for start, count in runs:
+        if begin < count and done < len(flat):
+            some = min(count - begin, len(flat) - done)
+            file.seek(start + begin * flat.itemsize)
+            _read_bytes(flat[done : done + some].view(np.uint8), file)
+            done += some
+        begin = max(0, begin - count)
+    if done < len(flat):
+        raise EOFError("it is truncated")
+
+
+def _read_bytes(target: np.ndarray, file: BinaryIO) -> None:
+    done = 0
+    while done < len(target):  # one call may read less than it is asked for
+        some = file.readinto(memoryview(target)[done:])  # type: ignore[attr-defined]
+        if not some:
+            raise EOFError("it is truncated")
+        done += some
