@@ -95,7 +95,7 @@ def test_a_model_is_loaded_by_its_id(server, client, files, tiny):
 
 def test_generation_config_and_tokenizer_files_are_fetched_if_there_are_any(server, client, files):
     more = dict.fromkeys(("generation_config.json", "tokenizer_config.json", "tokenizer.json"), b"{}")
-    server.put("me/tiny", files | more | {"vocab.json": b"{}", "onnx/config.json": b"{}"})
+    server.put("me/tiny", files | more | {"notes.json": b"{}", "onnx/config.json": b"{}"})
     assert {path.name for path in Path(hub.fetch("me/tiny")).iterdir()} == {*DESCRIPTION, *more}
     assert "model.safetensors" not in server.downloaded()
 
