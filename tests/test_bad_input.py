@@ -181,7 +181,10 @@ def test_a_base_of_another_size(refused, tiny, tmp_path):
     [
         ("no folder", "no base model at {base}; expected a folder, an id on the hub or one of nano: set INITIAL"),
         ("no config.json", "{base} is no base model: it has neither config.json (Hugging Face) nor"),
-        ("no model.safetensors", "{base}/model.safetensors cannot be read ("),
+        (
+            "no model.safetensors",
+            "{base} has no weights: expected model.safetensors, pytorch_model.bin, flax_model.msgpack",
+        ),
         ("half of config.json", "{base}/config.json is not the configuration of a T5 ("),
         ("half of model.safetensors", "{base}/model.safetensors cannot be read ("),
         ("half of spiece.model", "{base}/spiece.model is not a SentencePiece model: set VOCABULARY to a .model file"),

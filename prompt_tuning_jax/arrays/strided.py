@@ -17,6 +17,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 BLOCK_BYTES = 2**24  # read at a time if the entries of an array are not adjacent
+GAP_BYTES = 2**14  # between the entries of two rows: more is skipped rather than read
 
 
 class Run(NamedTuple):
@@ -91,7 +92,8 @@ def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, str
     if adjacent and view.flags.c_contiguous:
         return _read(view.reshape(-1), file, runs, begin)
     inner = 1 + sum((size - 1) * step for size, step in zip(view.shape[1:], steps[1:], strict=True))
-    rows = max(1, BLOCK_BYTES // (max(1, steps[0]) * part.itemsize))
+    gap, row_bytes = (steps[0] - inner) * part.itemsize, max(1, steps[0]) * part.itemsize
+    rows = 1 if gap > GAP_BYTES else max(1, BLOCK_BYTES // row_bytes)
     for row in range(0, len(view), rows):
         block = view[row : row + rows]
         flat = np.empty((len(block) - 1) * steps[0] + inner, part.dtype)

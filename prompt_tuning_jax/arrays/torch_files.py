@@ -39,7 +39,11 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
                     "it is of torch.save's format before PyTorch 1.6; expected the zip format: torch.save it again"
                 )
             tensors, runs = _read_archive(file)
-        return {name: _array(path, name, tensor, runs[tensor.storage.key]) for name, tensor in tensors.items()}
+        arrays: dict[Tensor, StoredArray] = {}
+        for name, tensor in tensors.items():  # tensors of the same entries are one array: copies of T5's table are
+            if tensor not in arrays:
+                arrays[tensor] = _array(path, name, tensor, runs[tensor.storage.key])
+        return {name: arrays[tensor] for name, tensor in tensors.items()}
     except ArrayError:
         raise
     except Exception as error:  # what `zipfile` makes of a damaged archive is not one type
