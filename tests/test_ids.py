@@ -19,6 +19,8 @@ from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import with_ids
+from prompt_tuning_jax.checkpoints.conversion import convert
+from prompt_tuning_jax.checkpoints.inspection import inspect_base
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.labels import label_table
 from prompt_tuning_jax.methods.method import Injection
@@ -107,6 +109,56 @@ def test_what_would_change_the_model_is_refused_by_name(base_with, fields, said)
         pt.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"forced_bos_token_id": 5}, "forced_bos_token_id is 5, which is not supported; expected null"),
+        ({"suppress_tokens": [4]}, "suppress_tokens is [4], which is not supported; expected []"),
+        ({"sequence_bias": [[[3], -10.0]]}, "sequence_bias is [[[3], -10.0]], which is not supported"),
+        ({"min_new_tokens": 4}, "min_new_tokens is 4, which is not supported; expected 0"),
+        ({"eos_token_id": [1, 3]}, "eos_token_id is [1, 3], expected one id"),
+        ([1], "it is no JSON object"),
+    ],
+)
+def test_what_would_change_the_answers_is_refused_in_generation_config_json(base_with, generation, said):
+    """transformers generates with what this file says, also if config.json has ids of its own."""
+    with pytest.raises(ArrayError) as refused:
+        huggingface.read_config(base_with({}, generation))
+    assert f"generation_config.json: {said}" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_how_answers_are_searched_for_is_no_part_of_the_model(base_with):
+    searched = {"num_beams": 4, "max_length": 20, "do_sample": True, "top_k": 50, "eos_token_id": [1], "min_length": 0}
+    assert huggingface.read_config(base_with({}, searched)) == huggingface.read_config(base_with({}))
+
+
+def test_ids_are_part_of_the_base_models_identity(base_with, tiny):
+    """A prompt of a model that ends with 1 must not match one that ends with 2."""
+    others = [{}, {"eos_token_id": 2}, {"pad_token_id": 2}, {"decoder_start_token_id": 2}]
+    prints = [pt.load(str(base_with(fields))).fingerprint for fields in others]
+    assert len(set(prints)) == len(others) and prints[0] == pt.load(str(tiny.base)).fingerprint
+    folder = base_with({"eos_token_id": 2})
+    assert inspect_base(str(folder), fingerprint=True).facts["fingerprint"] == prints[1]
+
+
+def test_ids_that_no_t5x_checkpoint_holds_are_not_dropped(base_with, tmp_path):
+    """T5X pads and starts with 0, and ends with the tokenizer's end."""
+    target = tmp_path / "t5x"
+    for fields, said in (
+        ({"eos_token_id": 2}, "has eos_token_id 2, not the tokenizer's 1, and no T5X checkpoint says so"),
+        ({"pad_token_id": 2}, "has pad_token_id 2, not T5X's 0"),
+        ({"decoder_start_token_id": 2}, "has decoder_start_token_id 2, not T5X's 0"),
+    ):
+        folder = base_with(fields)
+        with pytest.raises(ValueError, match=said) as refused:
+            convert(str(folder), str(target), "t5x")
+        assert "\n" not in str(refused.value) and not target.exists()
+    (ended := base_with({"eos_token_id": 2})).joinpath("spiece.model").unlink()
+    assert "no T5X checkpoint says eos_token_id 2: use it with" in convert(str(ended), str(target), "t5x")
+    convert(str(folder), str(tmp_path / "again"), "huggingface")
+    assert ids_of(huggingface.read_config(tmp_path / "again")) == (0, 1, 2)
+
+
 def test_fields_that_change_nothing_are_accepted(base_with):
     harmless = {"use_cache": False, "dropout_rate": 0.3, "is_decoder": False, "forced_bos_token_id": None}
     harmless |= {"is_gated_act": True, "dense_act_fn": "gelu_new", "repetition_penalty": 1.0, "suppress_tokens": None}
@@ -151,11 +203,17 @@ def test_batches_and_labels_are_padded_and_ended_with_the_models_ids(base_with):
 
 
 def test_a_cache_with_another_end_is_another_cache(base_with):
+    from prompt_tuning_jax.batches.build import find_task  # imports TensorFlow
+
     path = Vocabulary(str(base_with({}) / "spiece.model")).path
     requests = [TaskRequest("demo_reviews", path, {"inputs": 8, "targets": 8}, eos_id=eos) for eos in (None, 1, 2)]
     assert requests[0].fingerprint() == requests[1].fingerprint() != requests[2].fingerprint()
     assert seqio_vocabulary(path).eos_id == 1 and seqio_vocabulary(path, 2).eos_id == 2
     assert seqio_vocabulary(path, 2).encode("a joy") == seqio_vocabulary(path).encode("a joy")
+    rows = [next(find_task(one).get_dataset(None, "train", shuffle=False).as_numpy_iterator()) for one in requests]
+    for name in ("inputs", "targets"):
+        own, _, other = (row[name].tolist() for row in rows)
+        assert own[:-1] == other[:-1] and (own[-1], other[-1]) == (1, 2)
 
 
 def test_special_tokens_are_no_words_whatever_their_ids(base_with):

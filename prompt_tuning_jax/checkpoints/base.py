@@ -53,7 +53,7 @@ class Base(NamedTuple):
     Attributes:
       path: the folder or URL that it was read from, or its id on the hub with the commit; None for random weights.
       params: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 base with scales beside it, see `t5.quantized`.
-      fingerprint: of the file's values: the same in whatever dtype they are held.
+      fingerprint: of the file's values and the model's ids: the same in whatever dtype they are held.
     """
 
     path: str | None
@@ -190,7 +190,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
                 passed = 0
                 _trim_heap()
     held = {path: value for name in arrays for path, value in params[name].items()}
-    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums))
+    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums, model.config))
 
 
 def _trim_heap() -> None:
@@ -427,18 +427,33 @@ def _sums(array: Array) -> np.ndarray:
     return np.asarray(_compiled_checksum(whole)(array))
 
 
-def fingerprint(params: Mapping[str, jax.Array]) -> str:
-    """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie."""
-    return _digest(params, {name: _sums(params[name]) for name in params})
+def fingerprint(params: Mapping[str, jax.Array], config: T5Config | None = None) -> str:
+    """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie.
+
+    Args:
+      config: of the model, whose ids count if they are not T5's; None for the parameters alone.
+    """
+    return _digest(params, {name: _sums(params[name]) for name in params}, config)
 
 
-def stored_fingerprint(arrays: Mapping[str, StoredArray]) -> str:
+def stored_fingerprint(arrays: Mapping[str, StoredArray], config: T5Config | None) -> str:
     """Returns the fingerprint of a model on disk, reading one array at a time."""
-    return _digest(arrays, {name: _sums(jnp.asarray(np.asarray(arrays[name]))) for name in arrays})
+    return _digest(arrays, {name: _sums(jnp.asarray(np.asarray(arrays[name]))) for name in arrays}, config)
 
 
-def _digest(params: Mapping[str, jax.Array | StoredArray], sums: Mapping[str, np.ndarray]) -> str:
+def _digest(
+    params: Mapping[str, jax.Array | StoredArray], sums: Mapping[str, np.ndarray], config: T5Config | None
+) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(f"{name} {params[name].shape} {sums[name][0]} {sums[name][1]}\n".encode())
+    if config is not None:
+        for name, value in other_ids(config).items():
+            digest.update(f"{name} {value}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def other_ids(config: T5Config) -> dict[str, int]:
+    """Returns the ids of padding, the end and the start that are not T5's, by their fields."""
+    found = {name: getattr(config, name) for name in huggingface.IDS}
+    return {name: value for name, value in found.items() if value != huggingface.IDS[name]}

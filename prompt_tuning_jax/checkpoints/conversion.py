@@ -149,8 +149,11 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     if to != "huggingface" and model.config.relative_bias_per_layer:
         arrays = t5x.to_scalable(arrays, model.config.num_heads)
     vocabulary = vocabulary or default_vocabulary(location)
-    if vocabulary:
-        check_vocabulary(Vocabulary(vocabulary), model.config)
+    tokenizer = Vocabulary(vocabulary) if vocabulary else None
+    if tokenizer:
+        check_vocabulary(tokenizer, model.config)
+    if to != "huggingface":
+        notes += _check_ids(model.config, tokenizer, source)
     total = sum(array.nbytes for array in arrays.values())
     disk = next(parent for parent in Path(target).absolute().parents if parent.exists())
     if total > (free := shutil.disk_usage(disk).free):
@@ -195,6 +198,31 @@ def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) ->
     ]
     if config.relative_bias_per_layer:
         notes.append("T5X's scalable_t5 restores it with scan_layers=False")
+    return notes
+
+
+def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> list[str]:
+    """Returns what a reader of a T5X checkpoint has to be told of the ids: it takes the tokenizer's end, and 0 else.
+
+    Raises:
+      ValueError: the model has other ids.
+    """
+    end = "eos_token_id"
+    in_t5x = huggingface.IDS | ({} if tokenizer is None else {end: tokenizer.eos_id})
+    notes = []
+    for name, value in in_t5x.items():
+        found = getattr(config, name)
+        if found == value:
+            continue
+        if name == end and tokenizer is None:
+            notes.append(f"no T5X checkpoint says {end} {found}: use it with a tokenizer that ends with this id")
+            continue
+        whose = "the tokenizer's" if name == end else "T5X's"
+        raise SettingError(
+            f"{source} has {name} {found}, not {whose} {value}, and no T5X checkpoint says so: set ",
+            Setting("to"),
+            " to huggingface",
+        )
     return notes
 
 

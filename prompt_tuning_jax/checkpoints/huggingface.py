@@ -44,22 +44,35 @@ OTHER_NETWORKS = {
     "mbart": "mBART, which has learned absolute positions",
     "pegasus": "PEGASUS, which has absolute positions",
 }
-# Fields that change what the network computes or generates, with the values that change nothing.
+# Fields that change what the network computes, with the values that change nothing.
 ONLY = {
     "is_encoder_decoder": (True,),
     "is_decoder": (False,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "quantization_config": (),
+}
+# Fields of config.json and generation_config.json that change which tokens are generated, however they are searched
+# for, as transformers' GenerationConfig names them.
+GENERATED = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "force_words_ids": ([],),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
     "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
     "min_length": (0,),
+    "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "repetition_penalty": (1, 1.0),
+    "encoder_repetition_penalty": (1, 1.0),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1, 1.0),
+    "watermarking_config": (),
 }
 GENERATION = "generation_config.json"
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # T5's
@@ -152,7 +165,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             relative_attention_num_buckets=_size(found, "relative_attention_num_buckets", 32),
             relative_attention_max_distance=_size(found, "relative_attention_max_distance", 128),
             relative_bias_per_layer=umt5,
-            **_ids(found, Path(folder, GENERATION)),
+            **_ids(found, _read_generation(Path(folder, GENERATION))),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArrayError(f"{path} is not the configuration of a T5 ({first_line(error)})") from None
@@ -166,7 +179,12 @@ def _check_kind(found: Mapping[str, Any]) -> None:
     if kind not in MODEL_TYPES:
         why = f": it is {OTHER_NETWORKS[kind]}" if isinstance(kind, str) and kind in OTHER_NETWORKS else ""
         raise ValueError(f"model_type {kind!r:.60} is not supported{why}; expected {', '.join(MODEL_TYPES)}")
-    for field, harmless in ONLY.items():
+    _check_values(found, ONLY | GENERATED)
+
+
+def _check_values(found: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError if a field has none of its harmless values."""
+    for field, harmless in only.items():
         value = found.get(field)
         if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
             expected = " or ".join(json.dumps(one) for one in harmless) or "null"
@@ -185,9 +203,29 @@ def _check_activation(found: Mapping[str, Any], feed_forward: str) -> None:
             raise ValueError(f"{field} is {found[field]!r:.60}, and feed_forward_proj {feed_forward!r}")
 
 
-def _ids(found: Mapping[str, Any], generation: Path) -> dict[str, int]:
-    """Returns the model's ids: of config.json, else of generation_config.json, else T5's."""
-    others = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+def _read_generation(path: Path) -> dict[str, Any]:
+    """Returns what generation_config.json says, which is nothing if there is no such file.
+
+    Raises:
+      ValueError: it is no JSON object, or asks for other tokens than the likeliest ones, or for several ends.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        _check_values(found, GENERATED)
+        ends = found.get("eos_token_id")
+        if isinstance(ends, list) and len(ends) != 1:
+            raise ValueError(f"eos_token_id is {ends!r:.60}, expected one id")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {first_line(error)}") from None
+    return found
+
+
+def _ids(found: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the model's ids: of config.json, else of generation_config.json (`others`), else T5's."""
     ids = {}
     for name, default in IDS.items():
         value = next((told[name] for told in (found, others) if told.get(name) is not None), None)

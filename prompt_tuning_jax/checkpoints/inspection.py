@@ -70,7 +70,7 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
     if config is not None:
         facts["head"] = _head(config)
     if fingerprint and arrays is not None and not refused:
-        facts["fingerprint"] = stored_fingerprint(arrays)
+        facts["fingerprint"] = stored_fingerprint(arrays, config)
     return Inspection(facts, refused)
 
 

@@ -88,7 +88,8 @@ class Result:
             raise ValueError("the method trained a prompt, which is no part of a model's parameters")
         changed = {path: jnp.asarray(value) for path, value in self.injection.parameters.items()}
         parameters = merged(changed, self.model.parameters)
-        return dataclasses.replace(self.model, path=None, parameters=parameters, fingerprint=fingerprint(parameters))
+        own = fingerprint(parameters, self.model.config)
+        return dataclasses.replace(self.model, path=None, parameters=parameters, fingerprint=own)
 
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
         """Writes what was trained, whole or not at all.
