@@ -463,7 +463,7 @@ def test_a_memory_that_is_none_is_refused(command, flag):
         ({"BATCH_SIZE": 0}, "BATCH_SIZE is 0"),
         ({"PROMPT_LENGTH": 0}, "PROMPT_LENGTH is 0"),
         ({"BASE_DTYPE": "float8"}, "BASE_DTYPE is 'float8'"),
-        ({"TASK_FEATURE_LENGTHS": {"inputs": 32}}, "no length for targets"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 32}}, "has no key 'targets', expected 'inputs' and 'targets'"),
     ],
 )
 def test_settings_are_checked_as_a_run_checks_them(command, macros, message):

@@ -585,7 +585,7 @@ def test_remat_keeps_less(tiny_config):
 
 
 def test_options_are_checked(tiny_config):
-    with pytest.raises(ValueError, match="remat_policy is 'all', expected one of none, minimal, full"):
+    with pytest.raises(ValueError, match="remat_policy` is 'all', expected one of 'none', 'minimal', 'full'"):
         dataclasses.replace(tiny_config, remat_policy="all")
 
 

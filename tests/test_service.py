@@ -579,7 +579,8 @@ def test_a_prompt_that_is_overwritten_in_place_is_never_half_served(tiny, tmp_pa
     """Each answer is that of the old or of the new prompt, however slowly the file is written."""
     write_prompt(tmp_path, "a", length=40, seed=1)
     predictor = Predictor.load(str(tiny.base), tmp_path, input_length=16, max_new_tokens=4, batch_size=2)
-    with serving(predictor, PromptFolder(tmp_path), timeout=120) as served:
+    # A writer that pauses longer than between two looks has finished, for all that a reader can see.
+    with serving(predictor, PromptFolder(tmp_path), door={"poll": 2.0}, timeout=120) as served:
 
         def score():
             return served.predict([GREEDY | {"prompt": "a"}])[1]["rows"][0]["score"]

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fixtures.models import random_model, random_tokens
 
@@ -42,7 +43,7 @@ class Everything(Method):
 
 PROMPT_TUNING, MODEL_TUNING, BOTH = PromptTuning(5), ModelTuning(), Everything()
 OPTIMIZER = adafactor(0.3)
-STILL = adafactor(0.0, weight_decay=0.0)
+STILL = optax.set_to_zero()
 
 
 def batch(seed=0):

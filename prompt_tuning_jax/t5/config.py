@@ -50,8 +50,8 @@ class T5Config:
     vocab_size: Count = FROM_FILES
     emb_dim: Count = FROM_FILES
     num_heads: Count = FROM_FILES
-    num_encoder_layers: Count = FROM_FILES
-    num_decoder_layers: Count = FROM_FILES
+    num_encoder_layers: Natural = FROM_FILES
+    num_decoder_layers: Natural = FROM_FILES
     mlp_dim: Count = FROM_FILES
     head_dim: Count = 64
     mlp_activations: Texts = ("gelu", "linear")
