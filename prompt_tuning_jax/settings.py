@@ -12,6 +12,7 @@ No value is converted in a way that loses information: 2.0 and '2' are no whole 
 numbers are numbers.
 """
 
+import abc
 import ast
 import dataclasses
 import functools
@@ -43,7 +44,7 @@ else:  # annotations that are checked when a function is called must not refuse 
 INT32, FLOAT32 = 2**31 - 1, 3.4028234e38  # the largest numbers that computations can hold
 
 
-class Kind:
+class Kind(abc.ABC):
     """What a value must be.
 
     Attributes:
@@ -52,13 +53,13 @@ class Kind:
 
     expected: str
 
+    @abc.abstractmethod
     def fault(self, value: Any, optional: bool = False) -> str | None:
         """Returns the end of the message about a value, which begins with its setting's name; None if it is accepted.
 
         Args:
           optional: whether None would be accepted, too.
         """
-        raise NotImplementedError
 
     def accepts(self, value: Any) -> bool:
         return self.fault(value) is None

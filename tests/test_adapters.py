@@ -379,7 +379,7 @@ def made_in_a_step(config, trained, apply, frozen, rows):
         def loss_fn(trained, inputs, targets, numbers):
             params = tree({**frozen, **apply(trained)})
             logits = model.apply({"params": params}, inputs, targets, targets, enable_dropout=False)
-            sums = cross_entropy(logits, targets, 1e-4)
+            sums = cross_entropy(logits, targets, 0, 1e-4)
             return sums.loss, sums
 
         return summed_gradients(loss_fn, trained, inputs, targets, rows)

@@ -139,7 +139,7 @@ class DataFrame:
         return iter(self.columns)
 
     def to_dict(self, kind):
-        raise NotImplementedError
+        """Is looked for, and never called."""
 
 
 ROWS_EXPECTED = "a sequence of rows {'inputs': ..., 'targets': ...}, or pt.task(...) or pt.files(...)"

@@ -81,7 +81,7 @@ def split(words, tmp_path):
 
 @jax.jit
 def forward(params, inputs, targets):
-    return MODEL.apply({"params": merge({}, params)}, inputs, shift_right(targets), targets, enable_dropout=False)
+    return MODEL.apply({"params": merge({}, params)}, inputs, shift_right(targets, 0), targets, enable_dropout=False)
 
 
 def logits(params, inputs, targets):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import reference
 from fixtures.decoders import fast_jit
-from fixtures.models import tree
+from fixtures.models import randomise, tree
 from safetensors.numpy import load_file, save_file
 
 from prompt_tuning_jax.arrays.stored import StoredArray
@@ -186,14 +186,8 @@ def their_model(name: str) -> Any:
     model = getattr(transformers, f"{family.kind}ForConditionalGeneration")(config).eval()
     if family.head == "own":  # transformers 5 makes it tied, whatever the family is
         model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB, config.d_model))
-    generator = torch.Generator().manual_seed(0)
+    randomise(model, config.d_kv)
     with torch.no_grad():
-        for path, weight in model.named_parameters():
-            if "layer_norm" in path:
-                weight.uniform_(0.5, 1.5, generator=generator)
-            else:  # matrices that keep a vector's size: larger ones blow rounding up
-                spread = weight.shape[1] ** -0.5 * (config.d_kv**-0.5 if ".q." in path else 1)
-                weight.normal_(0, spread, generator=generator)
         if getattr(config, "scale_decoder_outputs", False):
             model.lm_head.weight *= config.d_model**0.5  # logits of the same size, though scaled
         model.lm_head.weight[end] *= 2 if family.head == "own" else 4 if end == 1 else 8  # so that some answers end

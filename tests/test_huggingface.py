@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fixtures.models import prompted, random_model, random_tokens, tree
+from fixtures.models import prompted, random_model, random_tokens, randomise, tree
 from safetensors.numpy import load_file, save_file
 
 from prompt_tuning_jax.arrays.safetensors import open_safetensors
@@ -65,14 +65,8 @@ def their_model(kind="t5_1_1"):
     if kind != "t5_1_0":
         # transformers 5 ties lm_head to the embedding whatever the config says; T5 1.1 has a matrix of its own.
         model.lm_head.weight = torch.nn.Parameter(torch.empty(CONFIG.vocab_size, CONFIG.emb_dim))
-    generator = torch.Generator().manual_seed(0)
+    randomise(model, CONFIG.head_dim)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "layer_norm" in name:
-                weight.uniform_(0.5, 1.5, generator=generator)
-            else:  # matrices that keep a vector's size: larger ones blow rounding up
-                spread = weight.shape[1] ** -0.5 * (CONFIG.head_dim**-0.5 if ".q." in name else 1)
-                weight.normal_(0, spread, generator=generator)
         if kind == "t5_1_0":
             model.shared.weight *= CONFIG.emb_dim**0.5  # logits of the same size, though scaled
         model.lm_head.weight[1] *= 2 if kind != "t5_1_0" else 3  # so that some answers end
@@ -138,7 +132,7 @@ def their_answers(model, inputs, length, prompt=None):
 
 def read(folder):
     """Every parameter, read."""
-    return {name: np.asarray(array) for name, array in huggingface.open_arrays(folder).items()}
+    return {name: np.asarray(array) for name, array in huggingface.open_folder(folder)[1].items()}
 
 
 @functools.cache
@@ -316,7 +310,7 @@ def test_bfloat16_stays_bfloat16(transformers, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     theirs.float()
     their_model.cache_clear()
-    arrays = huggingface.open_arrays(tmp_path / "theirs")
+    _, arrays = huggingface.open_folder(tmp_path / "theirs")
     assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
     huggingface.write(tmp_path / "again", CONFIG, arrays)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "again"))
@@ -349,7 +343,7 @@ def test_prompt_is_left_out_and_vocabulary_goes_along(tmp_path):
     }
     assert (tmp_path / "model" / "spiece.model").read_bytes() == b"any bytes"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "words.model"}
-    assert "encoder/prompt/prompt" not in huggingface.open_arrays(tmp_path / "model")
+    assert "encoder/prompt/prompt" not in huggingface.open_folder(tmp_path / "model")[1]
 
 
 # Damaged ones.

@@ -177,7 +177,7 @@ def test_the_loss_is_that_of_torch_without_padding():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 5, 11)).astype(np.float32)
     targets = np.array([[0, 5, 2, 1, 1], [0, 0, 2, 1, 1], [4, 2, 1, 1, 1]], np.int32)  # 1 pads, 0 is a token
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), z_loss=0.0, pad=1)
+    found = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), 1, z_loss=0.0)
     flat = torch.tensor(logits).reshape(-1, 11), torch.tensor(targets.reshape(-1).astype(np.int64))
     expected = torch.nn.functional.cross_entropy(*flat, ignore_index=1, reduction="sum")
     np.testing.assert_allclose(found.loss, expected.item(), rtol=1e-6)

@@ -101,7 +101,7 @@ def test_the_facts_of_a_t5x_checkpoint(tiny, tmp_path):
 
 
 def test_every_reason_is_told(tiny, tmp_path):
-    """Of the parameters, and of the tokenizer."""
+    """Those of the parameters and those of the tokenizer are told together."""
     shutil.copytree(tiny.base, tmp_path / "base")
     weights = tmp_path / "base" / huggingface.WEIGHTS
     tensors = load_file(weights)

@@ -81,7 +81,7 @@ def batch():
 
 def logits(config, params, inputs, targets, **more):
     return jax.jit(functools.partial(Transformer(config).apply, enable_dropout=False))(
-        {"params": unflatten_dict(params, sep="/")}, inputs, shift_right(jnp.asarray(targets)), targets, **more
+        {"params": unflatten_dict(params, sep="/")}, inputs, shift_right(jnp.asarray(targets), 0), targets, **more
     )
 
 

@@ -39,13 +39,13 @@ def test_cross_entropy_is_its_definition(lengths, z_loss, scale, seed):
             extra += z_loss * normaliser**2
             loss += z_loss * normaliser**2 - log_probs[row, place, token]
             correct += logits[row, place].argmax() == token
-    sums = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), z_loss)
+    sums = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), 0, z_loss)
     np.testing.assert_allclose(sums.loss, loss, rtol=2e-6, atol=1e-5)
     np.testing.assert_allclose(sums.z_loss, extra, rtol=2e-6)
     assert (sums.tokens, sums.correct) == (sum(lengths), correct)
 
     expected = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0] * (targets > 0)
-    found = token_log_probs(jnp.asarray(logits), jnp.asarray(targets))
+    found = token_log_probs(jnp.asarray(logits), jnp.asarray(targets), 0)
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_padding_has_no_gradient():
     """Nothing is learned from what the model says after a target's end."""
     logits = jax.random.normal(jax.random.key(0), (2, 4, 5))
     targets = jnp.array([[3, 1, 0, 0], [1, 0, 0, 0]])
-    gradient = jax.grad(lambda logits: cross_entropy(logits, targets).loss)(logits)
+    gradient = jax.grad(lambda logits: cross_entropy(logits, targets, 0).loss)(logits)
     np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, targets > 0)
 
 

@@ -135,7 +135,7 @@ def test_loss_and_every_gradient_are_t5x(t5x, tiny_config):
 
 def test_sequence_log_likelihoods_are_t5x(t5x, tiny_config):
     logits = logits_of(Transformer(tiny_config), parameters(t5x), t5x, "short:")
-    scores = token_log_probs(logits, jnp.asarray(t5x["short:decoder_target_tokens"])).sum(axis=1)
+    scores = token_log_probs(logits, jnp.asarray(t5x["short:decoder_target_tokens"]), 0).sum(axis=1)
     np.testing.assert_allclose(scores, t5x["short:scores_sequence_loglik"], rtol=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_prompted_model_is_the_official_one(official, tiny_config, with_prompt):
     logits = logits_of(model, params, official)
     real = targets > 0
     np.testing.assert_allclose(logits[real], official["logits"][real], rtol=0, atol=5e-6)
-    scores = token_log_probs(logits, jnp.asarray(targets)).sum(axis=1)
+    scores = token_log_probs(logits, jnp.asarray(targets), 0).sum(axis=1)
     np.testing.assert_allclose(scores, official["scores"], rtol=1e-6)
 
     loss, ours = gradients_of(model, params, inputs, targets)
@@ -554,7 +554,7 @@ def loss_and_gradient(config):
 
     def loss(prompt):
         logits = model.apply({"params": params}, inputs, targets, targets, enable_dropout=False, prompt=prompt)
-        return cross_entropy(logits, targets).loss
+        return cross_entropy(logits, targets, 0).loss
 
     return jax.jit(jax.value_and_grad(loss)), params["encoder"]["prompt"]["prompt"]
 

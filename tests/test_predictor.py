@@ -77,7 +77,7 @@ def forward_alone(length):
     model = prompted(CONFIG, length) if length else Transformer(CONFIG)
     return jax.jit(
         lambda params, inputs, targets: model.apply(
-            {"params": tree(params)}, inputs, shift_right(targets), targets, enable_dropout=False
+            {"params": tree(params)}, inputs, shift_right(targets, 0), targets, enable_dropout=False
         )
     )
 
@@ -98,7 +98,7 @@ def answer_alone(row, words, params, prompts):
             tokens = [*words.encode(label), EOS]
             targets[0, : len(tokens)] = tokens
             logits = forward_alone(length)(params, inputs, targets)
-            scores.append(float(token_log_probs(logits, jnp.asarray(targets)).sum()))
+            scores.append(float(token_log_probs(logits, jnp.asarray(targets), 0).sum()))
         return row["labels"][int(np.argmax(scores))], np.array(scores)
     if row.get("decode") == "beam":
         tokens, scores = alone(beam_search, length, beams=3)(params, inputs)
@@ -224,7 +224,7 @@ def deep(words):
 def forward(params, injection, inputs, targets):
     """Log-probabilities [1, U, V] of one pass over whole targets, by a row with its prompts and no other's padding."""
     logits = Transformer(DEEP).apply(
-        {"params": tree(params)}, inputs, shift_right(targets), targets, enable_dropout=False, **injection.prompts
+        {"params": tree(params)}, inputs, shift_right(targets, 0), targets, enable_dropout=False, **injection.prompts
     )
     return jax.nn.log_softmax(logits)
 

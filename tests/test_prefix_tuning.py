@@ -110,7 +110,7 @@ def test_the_cache_answers_as_teacher_forcing_does(stacks):
 
     @fast_jit
     def forced(params, targets):
-        return model.apply({"params": tree(params)}, inputs, shift_right(targets), targets, enable_dropout=False)
+        return model.apply({"params": tree(params)}, inputs, shift_right(targets, 0), targets, enable_dropout=False)
 
     (best, best_scores), drawn, (beams, beam_scores) = answers(params)
     for tokens, scores in ((best, best_scores), drawn, (beams[:, 0], beam_scores[:, 0])):

@@ -104,7 +104,7 @@ def test_a_pattern_matches_whole_paths():
 
 
 def test_decoder_inputs_are_the_targets_one_later():
-    np.testing.assert_array_equal(shift_right(jnp.array([[4, 5, 1], [6, 1, 0]])), [[0, 4, 5], [0, 6, 1]])
+    np.testing.assert_array_equal(shift_right(jnp.array([[4, 5, 1], [6, 1, 0]]), 0), [[0, 4, 5], [0, 6, 1]])
 
 
 def weight_gradients(method):

@@ -126,7 +126,7 @@ def features(rows):
     inputs, targets = jnp.asarray(rows.inputs), jnp.asarray(rows.targets)
     return {
         "encoder_input_tokens": inputs,
-        "decoder_input_tokens": shift_right(targets),
+        "decoder_input_tokens": shift_right(targets, 0),
         "decoder_target_tokens": targets,
         "decoder_loss_weights": (targets > 0).astype(jnp.int32),
     }
@@ -343,7 +343,7 @@ def test_scores_are_ours(compiled_fast):
     module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
     logits = apply(module, params, rows)
-    expected = token_log_probs(logits, jnp.asarray(rows.targets)).sum(-1)
+    expected = token_log_probs(logits, jnp.asarray(rows.targets), 0).sum(-1)
     scores = jax.jit(hosted(module, CONFIG.vocab_size).score_batch)(tree(params), features(rows))
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

@@ -373,7 +373,7 @@ def test_other_rows_in_the_same_file_are_refused(tiny, tmp_path, split):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    """Of a base model with a weight that is no number; see test_settings.py for a prompt that is not finite."""
+    """A base model has a weight that is NaN; a prompt that is not finite is tested in test_settings.py."""
     params = random_params(0)
     params["encoder/encoder_norm/scale"][3] = np.nan
     huggingface.write(tmp_path / "base", CONFIG, params, tiny.vocabulary)

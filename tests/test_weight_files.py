@@ -145,7 +145,7 @@ def test_every_array_is_that_of_safetensors(torch, original, tensors, folder, tm
     params = {name: value.astype(DTYPES[dtype]) for name, value in jax.device_get(random_model(CONFIG)[1]).items()}
     huggingface.write(tmp_path / "expected", CONFIG, params)
     WRITERS[kind](folder, cast, shards)
-    found, expected = huggingface.open_arrays(folder), huggingface.open_arrays(tmp_path / "expected")
+    found, expected = huggingface.open_folder(folder)[1], huggingface.open_folder(tmp_path / "expected")[1]
     assert_same(found, expected)
     for name, array in expected.items():
         rows = slice(1, 3)
@@ -218,16 +218,16 @@ def test_arrays_in_chunks(tmp_path, monkeypatch):
 def test_safetensors_win_then_pytorch(torch, original, tensors, folder):
     """What is not read may be anything."""
     write_msgpack(folder, tensors)
-    expected = huggingface.open_arrays(original)
+    expected = huggingface.open_folder(original)[1]
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"without an index")
-    assert_same(huggingface.open_arrays(folder), expected)
+    assert_same(huggingface.open_folder(folder)[1], expected)
     (folder / MSGPACK).write_bytes(b"nothing")
     write_bin(folder, tensors, shards=2)
-    assert_same(huggingface.open_arrays(folder), expected)
+    assert_same(huggingface.open_folder(folder)[1], expected)
     for file in folder.glob("pytorch_model*"):
         file.write_bytes(b"nothing")
     shutil.copy(original / "model.safetensors", folder)
-    assert_same(huggingface.open_arrays(folder), expected)
+    assert_same(huggingface.open_folder(folder)[1], expected)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -374,7 +374,7 @@ def test_truncated_files(file, refused, share):
 
 
 def test_a_file_that_is_truncated_after_it_was_opened(file, folder):
-    arrays = huggingface.open_arrays(folder)
+    arrays = huggingface.open_folder(folder)[1]
     file.write_bytes(file.read_bytes()[:200])
     refusals = 0
     for name in ("token_embedder/embedding", "decoder/logits_dense/kernel"):
@@ -439,7 +439,7 @@ def test_archives_of_other_kinds(torch, folder, tensors, refused):
     repacked(folder / BIN, byteorder=b"big")
     refused("its byte order is 'big', expected 'little'")
     repacked(folder / BIN, byteorder=None)  # as before PyTorch 2.1
-    assert len(huggingface.open_arrays(folder)) == len(tensors)
+    assert len(huggingface.open_folder(folder)[1]) == len(tensors)
     repacked(folder / BIN, **{"data.pkl": None})
     refused("expected one data.pkl in the archive, found 0")
     torch.save(torch.load(io.BytesIO(whole)), folder / BIN, _use_new_zipfile_serialization=False)

@@ -21,18 +21,28 @@ def open_shards(folder: Path, name: str, open_file: Callable[[Path], dict[str, S
     whole, index = folder / name, folder / f"{name}{INDEX}"
     if whole.is_file() or not index.is_file():
         return open_file(whole)
-    try:
-        shard_of = json.loads(index.read_bytes())["weight_map"]
-        shards = sorted(set(shard_of.values()))
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError("shards are named as files beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArrayError(f"{index} is not an index of shards ({first_line(error)})") from None
-    arrays = {}
-    for shard in shards:  # a tensor that lies in two of them is taken from the one that the index says
+    arrays, shard_of = {}, read_index(index)
+    # An array that lies in two shards is taken from the one that the index says.
+    for shard in sorted(set(shard_of.values())):
         found = open_file(folder / shard)
         arrays |= {name: array for name, array in found.items() if shard_of.get(name, shard) == shard}
     lacking = [name for name in shard_of if name not in arrays]
     if lacking:
         raise ArrayError(f"{folder / shard_of[lacking[0]]} lacks {lacking[0]}, which {index.name} says it has")
     return arrays
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the shard of each array, by the array's name.
+
+    Raises:
+      ArrayError: the file is no index, or names a shard that does not lie beside it.
+    """
+    try:
+        shard_of = json.loads(index.read_bytes())["weight_map"]
+        shards = set(shard_of.values())
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("shards are named as files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArrayError(f"{index} is not an index of shards ({first_line(error)})") from None
+    return shard_of

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import FROM_FILES, NUMERICS, SIZE, T5Config
+from prompt_tuning_jax.t5.config import FROM_FILES, IDS, NUMERICS, SIZE, T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
@@ -368,12 +368,10 @@ def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
         "eos_token_id": vocabulary.eos_id,
         "decoder_start_token_id": vocabulary.start_id,
     }
-    for field in dataclasses.fields(T5Config):
-        asked = getattr(config, field.name)
-        if field.name in found and asked not in (field.default, found[field.name]):
+    for name, default in IDS.items():
+        if (asked := getattr(config, name)) not in (default, found[name]):
             raise SettingError(
-                f"the base model's {field.name} is {found[field.name]}, not {asked}: leave T5Config.{field.name} out, "
-                "or set ",
+                f"the base model's {name} is {found[name]}, not {asked}: leave T5Config.{name} out, or set ",
                 MODEL_SETTING,
             )
     return dataclasses.replace(config, **found)
@@ -455,5 +453,4 @@ def _digest(
 
 def other_ids(config: T5Config) -> dict[str, int]:
     """Returns the ids of padding, the end and the start that are not T5's, by their fields."""
-    found = {name: getattr(config, name) for name in huggingface.IDS}
-    return {name: value for name, value in found.items() if value != huggingface.IDS[name]}
+    return {name: found for name, own in IDS.items() if (found := getattr(config, name)) != own}

@@ -27,7 +27,7 @@ from prompt_tuning_jax.checkpoints.tuned import folder_of_additions
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
-from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.config import IDS, T5Config
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
 TARGET = Setting("target")
@@ -202,13 +202,15 @@ def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) ->
 
 
 def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> list[str]:
-    """Returns what a reader of a T5X checkpoint has to be told of the ids: it takes the tokenizer's end, and 0 else.
+    """Returns what a reader of a T5X checkpoint has to be told of the ids.
+
+    T5X takes the end of sequence from the tokenizer; it pads and starts with 0.
 
     Raises:
       ValueError: the model has other ids.
     """
     end = "eos_token_id"
-    in_t5x = huggingface.IDS | ({} if tokenizer is None else {end: tokenizer.eos_id})
+    in_t5x = IDS | ({} if tokenizer is None else {end: tokenizer.eos_id})
     notes = []
     for name, value in in_t5x.items():
         found = getattr(config, name)

@@ -5,12 +5,12 @@ HF_HUB_OFFLINE and others. It is imported only for text that has the form of an 
 that the cache has for one commit of the repository.
 """
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-from prompt_tuning_jax.arrays.stored import first_line
+from prompt_tuning_jax.arrays.shards import INDEX, read_index
+from prompt_tuning_jax.arrays.stored import ArrayError, first_line
 
 CONFIG = "config.json"
 # The files that describe a base model: everything but its parameters.
@@ -27,7 +27,6 @@ DESCRIPTION = (
 )
 # The files of parameters, the preferred format first; shards have an index, such as model.safetensors.index.json.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
-INDEX = ".index.json"
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([^@\s]+))?", re.ASCII)
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{40})")
@@ -150,12 +149,9 @@ def _listed(folder: Path) -> dict[str, int] | None:
 def _shards(index: Path) -> list[str]:
     """Returns the names of the files that an index lists."""
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
-            raise ValueError("shards are named as files beside it")
-        return sorted(shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HubError(f"{index} is not an index of shards ({first_line(error)})") from None
+        return sorted(set(read_index(index).values()))
+    except ArrayError as error:
+        raise HubError(str(error)) from None
 
 
 def _has_weights(folder: Path) -> bool:

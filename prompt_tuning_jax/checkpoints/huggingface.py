@@ -24,7 +24,7 @@ from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
 from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
 from prompt_tuning_jax.t5.adapters import is_prefix
-from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.config import IDS, T5Config
 from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
 
 WEIGHTS, TORCH, FLAX = FORMATS
@@ -75,7 +75,6 @@ GENERATED = {
     "watermarking_config": (),
 }
 GENERATION = "generation_config.json"
-IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # T5's
 ACTIVATIONS = {
     "relu": ("relu",),
     "gated-gelu": ("gelu", "linear"),  # transformers takes its "gelu_new" for this name: the one of Flax
@@ -248,11 +247,6 @@ def _size(config: dict, name: str, default: int | None = None, at_most: int = 2*
     if type(size) is not int or not 1 <= size <= at_most:  # True is an int, too
         raise ValueError(f"{name} is {size!r:.60}, expected a number of 1 to {at_most}")
     return size
-
-
-def open_arrays(folder: str | os.PathLike) -> dict[str, StoredArray]:
-    """Every parameter by its path, as `open_folder` finds them."""
-    return open_folder(folder)[1]
 
 
 def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredArray]]:

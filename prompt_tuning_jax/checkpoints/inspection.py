@@ -1,7 +1,6 @@
 """What a base model is, as far as its files tell, and why it would be refused. No parameters are read."""
 
 import fnmatch
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,13 @@ from prompt_tuning_jax.checkpoints.base import (
     open_vocabulary,
     resolve,
     stored_fingerprint,
+    with_ids,
 )
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
+from prompt_tuning_jax.t5.config import IDS, T5Config
+from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, read_settings, vocabulary_in
 
 Arrays = Mapping[str, StoredArray]
-IDS = {"pad": ("pad_token_id", 0), "end": ("eos_token_id", 1), "start": ("decoder_start_token_id", 0)}
 
 
 class Inspection(NamedTuple):
@@ -65,6 +64,8 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
         facts["tokenizer"] = _tokenizer(vocabulary)
         if config is not None:
             check_vocabulary(vocabulary, config)
+        if config is not None and not told:  # T5X's files name no ids
+            facts |= _ids(told, with_ids(config, vocabulary))
     except ValueError as error:
         refused.append(error)
     if config is not None:
@@ -97,15 +98,7 @@ def _opened(
             refused = _unfit(arrays, config, location)
     except ArrayError as error:
         refused.append(error)
-    return _read_json(Path(location, huggingface.CONFIG)), config, arrays, refused
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_settings(Path(location, huggingface.CONFIG)), config, arrays, refused
 
 
 def _files(location: str) -> tuple[bool, str]:
@@ -202,11 +195,9 @@ def _parameters(told: Mapping[str, Any], config: T5Config | None, arrays: Arrays
 
 
 def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
-    found = {
-        name: told.get(field, default) if config is None else getattr(config, field, default)
-        for name, (field, default) in IDS.items()
-    }
-    return {"ids": ", ".join(f"{name} {value!r:.20}" for name, value in found.items())}
+    found = [told.get(name, own) if config is None else getattr(config, name) for name, own in IDS.items()]
+    named = zip(("pad", "end", "start"), found, strict=True)
+    return {"ids": ", ".join(f"{name} {value!r:.20}" for name, value in named)}
 
 
 def _head(config: T5Config) -> str:

@@ -1,7 +1,7 @@
 """The prompts of one base model by name. They stay in host memory; each batch takes copies of its rows' own (figure 2).
 
 So a new prompt compiles nothing, a row pays for the longest prompt of its own batch and no other, and the memory of a
-removed prompt is free again. Copying 32 prompts of T5 1.1 small, P=100, took 0.8 ms on a CPU.
+removed prompt is free again.
 """
 
 import bisect

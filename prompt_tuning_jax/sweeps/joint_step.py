@@ -194,8 +194,7 @@ def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tu
 
 
 def stacked(
-    batches: Sequence[Batch],
-    pad: int = 0,
+    batches: Sequence[Batch], pad: int
 ) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"], Int[np.ndarray, "R B"] | None]:
     """Returns the runs' inputs and targets, padded to the widest (which changes no row's loss), and the rows' tasks."""
 

@@ -14,6 +14,7 @@ SIZE = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder
 NUMERICS = ("dropout_rate", "dtype", "remat_policy", "attention")  # which no file of a base model says
 FROM_FILES: Any = None
 DTYPES = ("float32", "bfloat16", "float16")
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # the fields of ids, with T5's own
 ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 
@@ -59,9 +60,9 @@ class T5Config:
     logits_via_embedding: Switch = False
     relative_attention_num_buckets: Count = 32
     relative_attention_max_distance: Count = 128
-    pad_token_id: Natural = 0
-    eos_token_id: Natural = 1
-    decoder_start_token_id: Natural = 0
+    pad_token_id: Natural = IDS["pad_token_id"]
+    eos_token_id: Natural = IDS["eos_token_id"]
+    decoder_start_token_id: Natural = IDS["decoder_start_token_id"]
     relative_bias_per_layer: Switch = False
     scale_decoder_outputs: Switch | None = None
     dtype: Any = jnp.float32

@@ -11,13 +11,13 @@ from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.network import Transformer
 
 
-def shift_right(targets: Int[Array, "B U"], start: int = 0) -> Int[Array, "B U"]:
-    """Decoder inputs: the targets after the model's start token. T5's is its padding, 0."""
+def shift_right(targets: Int[Array, "B U"], start: int) -> Int[Array, "B U"]:
+    """Decoder inputs: the targets after the model's start token, `decoder_start_token_id`."""
     return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
-def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int = 0) -> Float[Array, "B U"]:
-    """The log-probability of each target token; 0 where the target is padding."""
+def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int) -> Float[Array, "B U"]:
+    """The log-probability of each target token; 0 where the target is `pad`, the model's padding id."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.where(targets != pad, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 

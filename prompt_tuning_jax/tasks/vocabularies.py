@@ -52,8 +52,7 @@ class Vocabulary:
     A SentencePiece file may have the sentinels as pieces already, as mT5's and T5X's `cc_all.32000.100extra` do; to
     others they are added as SeqIO adds them, so that `<extra_id_0>` is the last id: 100 sentinels, or as many as
     `tokenizer_config.json` beside the file says (300 for umT5), or none where `config.json` beside it gives the model a
-    row per piece and no more (MADLAD-400). The `vocab.json` of CodeT5 is read with the
-    `merges.txt` beside it.
+    row per piece and no more (MADLAD-400). The `vocab.json` of CodeT5 is read with the `merges.txt` beside it.
 
     Attributes:
       path: of the file, or `BYTES`.
@@ -62,12 +61,12 @@ class Vocabulary:
       sentinels: how many of the last ids are sentinels.
       extra_ids: sentinels that are not in the file.
       special_ids: tokens that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
-      pad_id: padding.
-      eos_id: the end of sequence.
-      start_id: the decoder's first input.
-      unk_id: the unknown token; None where there is none.
+      pad_id: the id of padding.
+      eos_id: the id that ends a sequence.
+      start_id: the id that the decoder reads first.
+      unk_id: the id of the unknown token; None if the tokenizer can write every text and so has no unknown token.
       prefix: ids in front of every text: CodeT5's <s>; empty for T5.
-      reads_json: whether it is one of Hugging Face's `tokenizers`.
+      reads_json: whether the tokenizer is one of Hugging Face's `tokenizers` library.
     """
 
     def __init__(
@@ -270,14 +269,14 @@ def _sentinels_to_add(folder: Path, pieces: int) -> int:
     """Returns how many sentinels the files beside a SentencePiece model add to its pieces."""
     if (declared := declared_sentinels(folder)) is not None:
         return declared
-    return 0 if _read_settings(folder / "config.json").get("vocab_size") == pieces else EXTRA_IDS
+    return 0 if read_settings(folder / "config.json").get("vocab_size") == pieces else EXTRA_IDS
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Returns a file's JSON object, which is empty where there is none."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the JSON object that a file holds; an empty one if there is no such file, or it holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -290,7 +289,7 @@ def vocabulary_in(folder: str | os.PathLike) -> str | None:
     for name, *others in _LAYOUTS:
         if all(Path(folder, one).is_file() for one in (name, *others)):
             return str(Path(folder, name))
-    settings = (_read_settings(Path(folder, name)) for name in (SETTINGS, "config.json"))
+    settings = (read_settings(Path(folder, name)) for name in (SETTINGS, "config.json"))
     return BYTES if any(found.get("tokenizer_class") == "ByT5Tokenizer" for found in settings) else None
 
 

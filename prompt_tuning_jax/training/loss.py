@@ -26,14 +26,14 @@ class LossSums(NamedTuple):
 
 
 def cross_entropy(
-    logits: Float[Array, "B U V"], targets: Int[Array, "B U"], z_loss: float = 1e-4, pad: int = 0
+    logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int, z_loss: float = 1e-4
 ) -> LossSums:
     """The loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
 
     Args:
-      targets: padding weighs nothing.
+      targets: token ids; those that are `pad` weigh nothing.
+      pad: the model's padding id.
       z_loss: factor of the squared logarithm of the softmax normaliser.
-      pad: the id of padding; T5's is 0.
     """
     weights = (targets != pad).astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)

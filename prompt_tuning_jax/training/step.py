@@ -73,7 +73,7 @@ def batch_loss(
         row_numbers=row_numbers,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, targets, z_loss, model.config.pad_token_id)
+    return cross_entropy(logits, targets, model.config.pad_token_id, z_loss)
 
 
 def micro_batch(
