@@ -200,7 +200,7 @@ def test_whoever_waits_for_an_answer_gets_it(flags, tiny):
         (["--labels=a,a"], "the labels 'a' and 'a' are the same tokens"),
         (["--input=nowhere.jsonl"], "no file nowhere.jsonl: set --input"),
         (["--resume"], "--resume goes on with an --output, and none is given"),
-        (["--batch_size=0"], "batch_size is 0, expected at least 1"),
+        (["--batch_size=0"], "batch_size is 0, expected a whole number of at least 1"),
         (["--dtype=float8"], "--dtype is 'float8'"),
         (["--vocabulary=nowhere"], "set --vocabulary"),
     ],

@@ -19,6 +19,7 @@ from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import ANSWER, RANK, Decoding, Reader, Request
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
+from prompt_tuning_jax.settings import Count, check, whole
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # batches whose rows are sorted by length together
@@ -70,13 +71,9 @@ class Predictor:
         Raises:
           ValueError: a setting is impossible, or a prompt does not fit the model.
         """
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise SettingError(Setting(name), f" is {value}, expected at least 1")
-        if input_length < 2:
-            raise SettingError(
-                Setting("input_length"), f" is {input_length}, expected at least 2: one token and the end of sequence"
-            )
+        check("batch_size", batch_size, Count)
+        check("max_new_tokens", max_new_tokens, Count)
+        check("input_length", input_length, whole(2))  # a token and the end of sequence
         decoding = decoding or Decoding()
         self.fingerprint, self.batch_size, self._length = model.fingerprint, batch_size, max_new_tokens
         self._frozen, self._tokenizer = dict(model.parameters), model.tokenizer
