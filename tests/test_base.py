@@ -1,5 +1,9 @@
 """The frozen base: refused where it does not fit, and known by its fingerprint."""
 
+import dataclasses
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,8 +13,11 @@ from fixtures.models import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prompt_tuning_jax as pt
 from prompt_tuning_jax.arrays.stored import StoredArray
 from prompt_tuning_jax.checkpoints import base, huggingface, t5x
+from prompt_tuning_jax.checkpoints.inspection import inspect_base
+from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.t5.config import T5Config
 
 CONFIG = T5Config(31, 12, 3, 1, 1, 20, head_dim=5)
@@ -232,7 +239,75 @@ def test_fingerprint_knows_no_order_and_no_dtype():
     assert base.fingerprint(half) == base.fingerprint(whole) != expected
 
 
+# Another value of each field, by what it does: nothing that the parameters' names and shapes do not show; something that
+# they do not show; and how the same is computed.
+SHOWN = {
+    **{"vocab_size": 32, "emb_dim": 15, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2},
+    **{"mlp_dim": 21, "head_dim": 6, "logits_via_embedding": True, "relative_attention_num_buckets": 16},
+    "relative_bias_per_layer": True,
+}
+NOT_SHOWN = {
+    **{"mlp_activations": ("relu", "linear"), "relative_attention_max_distance": 127, "scale_decoder_outputs": True},
+    **{"pad_token_id": 2, "eos_token_id": 2, "decoder_start_token_id": 2},
+}
+COMPUTED = {"dropout_rate": 0.1, "dtype": "bfloat16", "remat_policy": "full", "attention": "xla"}
+
+
+def test_what_changes_the_mathematics_changes_the_fingerprint_and_nothing_else_does():
+    """Of all fields. Those that a shape shows change the fingerprint by the shapes."""
+    params, shapes = random_model(CONFIG)[1], base.expected_shapes(CONFIG)
+    own = base.fingerprint(params, CONFIG)
+    seen = {own}
+    for name, value in NOT_SHOWN.items():
+        seen.add(base.fingerprint(params, dataclasses.replace(CONFIG, **{name: value})))
+    assert len(seen) == 1 + len(NOT_SHOWN)
+    for name, value in COMPUTED.items():
+        assert base.fingerprint(params, dataclasses.replace(CONFIG, **{name: value})) == own, name
+    for name, value in SHOWN.items():
+        assert base.expected_shapes(dataclasses.replace(CONFIG, **{name: value})) != shapes, name
+    assert {*SHOWN, *NOT_SHOWN, *COMPUTED} == {field.name for field in dataclasses.fields(T5Config)}
+
+
+OTHERS = [
+    {"mlp_activations": ("relu", "linear")},
+    {"relative_attention_max_distance": 1},
+    {"mlp_activations": ("swish", "linear"), "relative_attention_max_distance": 64},  # T5X's name for silu
+]
+
+
+def test_the_fingerprint_of_a_base_is_that_of_what_it_computes_in_every_layout(tmp_path):
+    """No file of T5X says the activations or the distance: those that the model runs with count."""
+    params, seen = random_model(CONFIG)[1], set()
+    t5x.write(tmp_path / "t5x", params)
+    for number, fields in enumerate([{}, *OTHERS]):
+        config = dataclasses.replace(CONFIG, **fields)
+        huggingface.write(tmp_path / f"{number}", config, params)
+        found = base.load_base(str(tmp_path / f"{number}"), config).fingerprint
+        assert found == base.load_base(str(tmp_path / "t5x"), config).fingerprint
+        assert found == base.load_base(str(tmp_path / "t5x"), dataclasses.replace(config, dropout_rate=0.5)).fingerprint
+        seen.add(found)
+    assert len(seen) == 1 + len(OTHERS)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"feed_forward_proj": "gated-relu"}, {"relative_attention_max_distance": 1}, {"eos_token_id": 2}]
+)
+def test_the_same_weights_beside_another_configuration_are_another_base(tiny, tmp_path, fields):
+    """transformers computes other scores with them, so a prompt of the one is none of the other."""
+    shutil.copytree(tiny.base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    model, other = pt.load(str(tiny.base)), pt.load(str(tmp_path / "base"))
+    assert other.fingerprint != model.fingerprint
+    assert inspect_base(str(tmp_path / "base"), fingerprint=True).facts["fingerprint"] == other.fingerprint
+    bank = PromptBank(model.config.emb_dim, other.fingerprint)
+    with pytest.raises(ValueError, match=f"trained on a base of fingerprint {model.fingerprint}, this one is"):
+        bank.add("sst2", np.zeros((2, model.config.emb_dim), np.float32), model.fingerprint)
+
+
 def test_fingerprint_is_pinned():
     """Summaries of old runs name their base by it."""
     params = {"w": jnp.asarray([[1.0, -2.5], [0.0, 3.25]]), "v": jnp.asarray([7.0])}
-    assert base.fingerprint(params) == "4805c71e8d12f8ca"
+    assert base.fingerprint(params) == base.fingerprint(params, CONFIG) == "4805c71e8d12f8ca"
+    other = dataclasses.replace(CONFIG, mlp_activations=("relu",), relative_attention_max_distance=64, eos_token_id=2)
+    assert base.fingerprint(params, other) == "4fbbb1460cfc3bea"

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
-from prompt_tuning_jax.t5.config import FROM_FILES, IDS, NUMERICS, SIZE, T5Config
+from prompt_tuning_jax.t5.config import FROM_FILES, IDS, NOT_IN_SHAPES, NUMERICS, SIZE, T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
@@ -53,7 +54,8 @@ class Base(NamedTuple):
     Attributes:
       path: the folder or URL that it was read from, or its id on the hub with the commit; None for random weights.
       params: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 base with scales beside it, see `t5.quantized`.
-      fingerprint: of the file's values and the model's ids: the same in whatever dtype they are held.
+      fingerprint: of the file's values and of what the model computes with them: the same in whatever dtype they are
+        in memory, in either layout on disk, and on any mesh.
     """
 
     path: str | None
@@ -190,7 +192,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
                 passed = 0
                 _trim_heap()
     held = {path: value for name in arrays for path, value in params[name].items()}
-    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums, model.config))
+    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums, config))
 
 
 def _trim_heap() -> None:
@@ -266,7 +268,7 @@ def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base
 
     places = None if place is None else {path: place(path, shape) for path, shape in expected_shapes(config).items()}
     params = jax.jit(init, out_shardings=places)(jax.random.key(seed))
-    return Base(None, params, fingerprint(params))
+    return Base(None, params, fingerprint(params, config))
 
 
 def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -429,7 +431,8 @@ def fingerprint(params: Mapping[str, jax.Array], config: T5Config | None = None)
     """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie.
 
     Args:
-      config: of the model, whose ids count if they are not T5's; None for the parameters alone.
+      config: of the model, of which the fields of `NOT_IN_SHAPES` count if they are not T5 1.1's own; None for the
+        parameters alone.
     """
     return _digest(params, {name: _sums(params[name]) for name in params}, config)
 
@@ -446,11 +449,11 @@ def _digest(
     for name in sorted(params):
         digest.update(f"{name} {params[name].shape} {sums[name][0]} {sums[name][1]}\n".encode())
     if config is not None:
-        for name, value in other_ids(config).items():
-            digest.update(f"{name} {value}\n".encode())
+        for name, value in not_in_shapes(config).items():
+            digest.update(f"{name} {json.dumps(value)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def other_ids(config: T5Config) -> dict[str, int]:
-    """Returns the ids of padding, the end and the start that are not T5's, by their fields."""
-    return {name: found for name, own in IDS.items() if (found := getattr(config, name)) != own}
+def not_in_shapes(config: T5Config) -> dict[str, Any]:
+    """Returns the fields that change what the model computes, that no shape shows, and that are not T5 1.1's own."""
+    return {name: found for name, own in NOT_IN_SHAPES.items() if (found := getattr(config, name)) != own}

@@ -65,7 +65,8 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
         if config is not None:
             check_vocabulary(vocabulary, config)
         if config is not None and not told:  # T5X's files name no ids
-            facts |= _ids(told, with_ids(config, vocabulary))
+            config = with_ids(config, vocabulary)
+            facts |= _ids(told, config)
     except ValueError as error:
         refused.append(error)
     if config is not None:

@@ -25,7 +25,8 @@ class Model:
       config: its size, and the numerics that it runs with.
       parameters: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 model with scales, see `t5.quantized`.
       tokenizer: its own, or the one that was asked for.
-      fingerprint: 16 hexadecimal digits that change with its values; the same in whatever dtype they are in memory.
+      fingerprint: 16 hexadecimal digits that change with its values and with what it computes with them; the same in
+        whatever dtype they are in memory.
       gather: how the embedding table is read where the parameters lie on a mesh.
     """
 

@@ -15,6 +15,13 @@ NUMERICS = ("dropout_rate", "dtype", "remat_policy", "attention")  # which no fi
 FROM_FILES: Any = None
 DTYPES = ("float32", "bfloat16", "float16")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # the fields of ids, with T5's own
+# Fields that change what the model computes, and that no parameter's name or shape shows; with T5 1.1's own values.
+NOT_IN_SHAPES: dict[str, Any] = {
+    "mlp_activations": ("gelu", "linear"),
+    "relative_attention_max_distance": 128,
+    "scale_decoder_outputs": None,
+    **IDS,
+}
 ATTENTIONS = ("auto", "products", "cudnn", "xla")
 
 
@@ -55,11 +62,11 @@ class T5Config:
     num_decoder_layers: Natural = FROM_FILES
     mlp_dim: Count = FROM_FILES
     head_dim: Count = 64
-    mlp_activations: Texts = ("gelu", "linear")
+    mlp_activations: Texts = NOT_IN_SHAPES["mlp_activations"]
     dropout_rate: Share = 0.0
     logits_via_embedding: Switch = False
     relative_attention_num_buckets: Count = 32
-    relative_attention_max_distance: Count = 128
+    relative_attention_max_distance: Count = NOT_IN_SHAPES["relative_attention_max_distance"]
     pad_token_id: Natural = IDS["pad_token_id"]
     eos_token_id: Natural = IDS["eos_token_id"]
     decoder_start_token_id: Natural = IDS["decoder_start_token_id"]
@@ -92,7 +99,9 @@ class T5Config:
             takes = jnp.dtype(dtype) == jnp.bfloat16 and self.head_dim % 8 == 0 and self.head_dim <= 128
             fused = takes and has_cudnn_attention()
             object.__setattr__(self, "attention", "cudnn" if fused else "products")
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        # One name for one function, which T5X's configurations of UL2 call "swish".
+        activations = tuple("silu" if name == "swish" else name for name in self.mlp_activations)
+        object.__setattr__(self, "mlp_activations", activations)
         if self.scale_decoder_outputs == self.logits_via_embedding:  # T5X's rule, said at length
             object.__setattr__(self, "scale_decoder_outputs", None)
 
