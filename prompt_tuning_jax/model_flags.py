@@ -34,7 +34,10 @@ def load_predictor(
     names = ("vocabulary", "dtype", "input_length", "max_new_tokens", "batch_size")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     decoding = decoding or Decoding(beams=arguments.beams)
-    return Predictor.load(arguments.base, folder, prompt=prompt, decoding=decoding, **options), folder
+    predictor = Predictor.load(arguments.base, folder, prompt=prompt, decoding=decoding, **options)
+    for remark in folder.remarks.values() if folder else ():
+        print(remark, file=sys.stderr)
+    return predictor, folder
 
 
 def say_broken(broken: Mapping[str, Exception]) -> None:

@@ -239,8 +239,8 @@ def test_fingerprint_knows_no_order_and_no_dtype():
     assert base.fingerprint(half) == base.fingerprint(whole) != expected
 
 
-# Another value of each field, by what it does: nothing that the parameters' names and shapes do not show; something that
-# they do not show; and how the same is computed.
+# Another value of each field: of one that the names and shapes of the parameters show; of one that changes what is
+# computed with the same parameters; and of one that changes how it is computed.
 SHOWN = {
     **{"vocab_size": 32, "emb_dim": 15, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2},
     **{"mlp_dim": 21, "head_dim": 6, "logits_via_embedding": True, "relative_attention_num_buckets": 16},

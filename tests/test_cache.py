@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import gzip
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import pytest
 from cached import load_split, score
 from tiny import LENGTHS, ROOT, train_vocabulary
 
+from prompt_tuning_jax.batches import build
 from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches.build import build_missing, build_split, find_task
 from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest, names_path, open_current, split_folder
@@ -358,6 +360,109 @@ def test_a_file_more_in_a_folder_of_text_is_seen(text, tmp_path):
     assert open_current(tmp_path / "cache" / "train") is None
 
 
+def ends_of(request, cache):
+    """The last two words of each row's sentence."""
+    return [fields["inputs_pretokenized"].split()[-2:] for fields in load_split(request, "train", cache).fields]
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_link_that_leads_out_of_data_dir_is_followed(tiny, tmp_path, built_here, link):
+    """Its file may change, keep its size and time while it does, or be another one: the rows are those it holds now."""
+    request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
+    inside = tmp_path / "data" / "SST-2"
+    shutil.copytree(inside, tmp_path / "elsewhere")
+    outside, other = tmp_path / "elsewhere" / "train.tsv", tmp_path / "another" / "train.tsv"
+    if link == "file":
+        (inside / "train.tsv").unlink()
+        (inside / "train.tsv").symlink_to(outside)
+    else:
+        shutil.rmtree(inside)
+        inside.symlink_to(outside.parent)
+    assert ends_of(request, cache) == ends_of(request, cache) == [["dull", "0"], ["dull", "1"]]
+    assert len(built_here) == 1
+
+    before = outside.stat()
+    outside.write_text(outside.read_text().replace("dull 1", "good 1"))
+    os.utime(outside, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ends_of(request, cache) == [["dull", "0"], ["good", "1"]]
+
+    shutil.copytree(outside.parent, other.parent)  # with the times
+    other.write_text(other.read_text().replace("dull 0", "good 0"))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    linked, target = (inside / "train.tsv", other) if link == "file" else (inside, other.parent)
+    linked.unlink()
+    linked.symlink_to(target)
+    assert ends_of(request, cache) == [["good", "0"], ["good", "1"]]
+    assert len(built_here) == 3
+    other.unlink()
+    with pytest.raises(ValueError, match="no SST-2/train.tsv under `data_dir`"):
+        load_split(request, "train", cache)
+
+
+def test_the_same_rows_in_a_newer_file_are_not_tokenised_again(tiny, tmp_path, built_here):
+    """As where each job copies its data to the disk of its machine."""
+    request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
+    load_split(request, "train", cache)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "copy").rename(tmp_path / "data")
+    load_split(request, "train", cache)
+    assert len(built_here) == 1
+
+
+def test_a_file_that_would_be_read_in_place_of_another_is_seen(tiny, tmp_path, built_here):
+    """train.tsv comes before train.tsv.gz."""
+    request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
+    path = tmp_path / "data" / "SST-2" / "train.tsv"
+    path.with_suffix(".tsv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert ends_of(request, cache) == [["dull", "0"], ["dull", "1"]]
+    path.write_text("sentence\tlabel\nthe plot was good 7 \t1\n")
+    assert ends_of(request, cache) == [["good", "7"]]
+    assert len(built_here) == 2
+
+
+def test_files_that_change_while_they_are_tokenised_leave_no_cache(tiny, tmp_path, monkeypatch):
+    request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
+    path, write = tmp_path / "data" / "SST-2" / "train.tsv", build._write
+
+    def slow(examples, *rest):
+        path.write_text(path.read_text().replace("dull", "good"))  # the rows were read, and are not yet tokenised
+        write(examples, *rest)
+
+    monkeypatch.setattr(build, "_write", slow)
+    with pytest.raises(ValueError, match=f"^{path} changes while it is tokenised: start again when it rests$"):
+        build_missing(request, "train", cache, True)
+    assert not files_of(cache)
+
+
+def test_the_files_of_a_source_that_tensorflow_reads_are_seen(tiny, tmp_path, monkeypatch, built_here, forget_tasks):
+    """Those of a task in the user's own module, wherever they lie; also one more of them."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.txt").write_text("a film\n")
+    (tmp_path / "lines_of_files.py").write_text(
+        "import seqio\n"
+        "from prompt_tuning_jax.tasks.register import FEATURES\n"
+        f"source = seqio.TextLineDataSource({{'train': {str(tmp_path / 'rows' / '*.txt')!r}}})\n"
+        "def split(lines):\n"
+        "    return lines.map(lambda line: {'inputs': line, 'targets': 'good'})\n"
+        "seqio.TaskRegistry.add('lines_of_files', source=source, output_features=FEATURES,\n"
+        "    preprocessors=[split, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    request = TaskRequest("lines_of_files", str(tiny.vocabulary), LENGTHS, None, ("lines_of_files",))
+
+    def texts():
+        return [fields["inputs_pretokenized"] for fields in load_split(request, "train", tmp_path / "cache").fields]
+
+    assert texts() == texts() == ["a film"]
+    (tmp_path / "rows" / "a.txt").write_text("a bore\n")
+    assert texts() == ["a bore"]
+    (tmp_path / "rows" / "b.txt").write_text("a joy\n")
+    assert sorted(texts()) == ["a bore", "a joy"]
+    assert len(built_here) == 3
+
+
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory):
     """Three rows of SST-2, and beside their folder the cache of them."""
@@ -395,6 +500,39 @@ def test_a_cache_that_is_not_whole_is_made_again(small, tmp_path, built_here, na
     assert built_here == ["prompt_tuning_jax.batches.build"]
     assert {path: (cache / path).read_bytes() for path in files_of(cache)} == whole
     load_split(request, "train", cache)
+    assert len(built_here) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs.npy", "inputs_ends.npy", "targets.npy", "targets_ends.npy", "fields.jsonl", "task.json", "names"]
+)
+def test_one_flipped_bit_is_found_before_it_is_read(small, tmp_path, built_here, capsys, name):
+    """At the start, in the middle and at the end of each file; then the split is made again, and a line says why."""
+    request, cache = small, tmp_path / "cache"
+    shutil.copytree(Path(request.data_dir).parent / "cache", cache)
+    folder = split_folder(request, request.name, "train", cache)
+    path = names_path(request, cache) if name == "names" else folder / name
+    whole = path.read_bytes()
+    for count, at in enumerate((0, len(whole) // 2, len(whole) - 2)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        load_split(request, "train", cache)
+        assert path.read_bytes() == whole and len(built_here) == 1 + count
+        whys = [f"its {name}"]
+        if name == "task.json" or (name.endswith(".npy") and count < 2):  # what cannot be read is found without a hash
+            whys.append("it")
+        start, end = f"tokenising {request.name}, train again, since ", f" is damaged (once; kept in {folder})\n"
+        assert capsys.readouterr().out in ([""] if name == "names" else [start + why + end for why in whys])
+
+
+def test_ids_beyond_the_vocabulary_in_a_cache_are_found(small, tmp_path, built_here):
+    request, cache = small, tmp_path / "cache"
+    shutil.copytree(Path(request.data_dir).parent / "cache", cache)
+    path = split_folder(request, request.name, "train", cache) / "inputs.npy"
+    tokens = np.load(path)
+    np.save(path, np.full_like(tokens, 2**31 - 1))
+    np.testing.assert_array_equal(load_split(request, "train", cache).inputs.part(np.arange(3)).flat, tokens)
     assert len(built_here) == 1
 
 

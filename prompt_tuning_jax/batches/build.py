@@ -24,10 +24,14 @@ import tensorflow as tf
 
 from prompt_tuning_jax.batches.cache import (
     Held,
+    Seen,
     TaskRequest,
+    content_hash,
     file_state,
     names_path,
     open_current,
+    open_or_why,
+    sealed,
     split_folder,
     with_split,
 )
@@ -53,8 +57,9 @@ def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) 
             folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _lock(folder, f"{task}, {split}"):
-                if open_current(folder) is None:
-                    print(f"tokenising {task}, {split} (once; kept in {folder})", flush=True)
+                if isinstance(why := open_or_why(folder), str):
+                    again = f" again, since {why}" if folder.exists() else ""
+                    print(f"tokenising {task}, {split}{again} (once; kept in {folder})", flush=True)
                     build_split(dataclasses.replace(request, name=task), split, folder)
         finally:
             with contextlib.suppress(OSError):
@@ -62,7 +67,7 @@ def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) 
     path = names_path(request, root)
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({task: one._asdict() for task, one in held.items()})
+        text = json.dumps(sealed({"tasks": {task: one._asdict() for task, one in held.items()}}))
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
@@ -102,7 +107,7 @@ def build_split(request: TaskRequest, split: str, folder: Path) -> None:
     task = find_task(request)
     with_split(request, {task.name: Held(1.0, tuple(task.splits))}, split, False)
     sources.set_data_dir(request.data_dir)
-    with _files_read(request, folder.parent) as read:
+    with _files_read(request, task, split, folder.parent) as read:
         # Tokens are kept uncut, so that what TASK_FEATURE_LENGTHS cuts can be counted; only a preprocessor that
         # makes examples of a given length is told the lengths.
         lengths = dict(request.feature_lengths) if makes_lengths(task) else None
@@ -130,12 +135,28 @@ def _move(partial: Path, folder: Path) -> None:
                 raise
 
 
-_opened: set[str] | None = None
+_opened: dict[str, Seen | None] | None = None
 
 
 def _note(event: str, arguments: tuple) -> None:
-    if _opened is not None and event in ("open", "os.scandir", "os.listdir") and isinstance(arguments[0], str | Path):
-        _opened.add(str(arguments[0]))
+    if _opened is None or event not in ("open", "os.scandir", "os.listdir") or not isinstance(arguments[0], str | Path):
+        return
+    if event == "open" and _writes(*arguments[1:]):
+        return
+    path = os.path.abspath(arguments[0])
+    if path not in _opened:
+        _opened[path] = None  # looking at it is noted, too
+        _opened[path] = _seen_before(path)
+
+
+def _writes(mode: str | None, flags: int) -> bool:
+    """Whether a file is opened to be written, by `open` or by `os.open`."""
+    return bool(flags & os.O_ACCMODE) if mode is None else bool(set(mode) & set("wax+"))
+
+
+def _seen_before(path: str) -> Seen:
+    """Returns a file as it is before it is read: the content of a folder alone, whose names are few bytes."""
+    return Seen(file_state(path), content_hash(path) if os.path.isdir(path) else None)
 
 
 @functools.cache
@@ -145,27 +166,54 @@ def _watch_opens() -> None:
 
 
 @contextlib.contextmanager
-def _files_read(request: TaskRequest, cache: Path) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Gives what of the user's data was opened or searched in this context, each with its `file_state`.
+def _files_read(request: TaskRequest, task: seqio.Task, split: str, cache: Path) -> Iterator[Callable[[], dict]]:
+    """Gives what of the user's data was opened or searched in this context, each as `Seen`.
 
     Python tells of every file that is opened: so a cache depends on what a task reads, and on nothing else under
-    DATA_DIR, whatever its source is. What is written into `cache` is none of it, also where that is under DATA_DIR.
+    DATA_DIR, whatever its source is. A link under DATA_DIR counts by its own name, so that it may lead elsewhere, and
+    later to another file. The files of SeqIO's own sources, which TensorFlow opens, count wherever they are. What is
+    written into `cache` is none of it, also where that is under DATA_DIR.
     """
     global _opened
-    folders = [os.path.realpath(request.data_dir)] if request.data_dir else []
+    shards = _shards(task, split)
 
     def read() -> dict[str, Any]:
-        paths = {os.path.realpath(path) for path in _opened or ()}
-        paths = {path for path in paths if not Path(path).is_relative_to(os.path.realpath(cache))}
-        theirs = {path for path in paths if any(Path(path).is_relative_to(top) for top in folders)}
-        return {path: file_state(path) for path in sorted(theirs)}
+        found = {}
+        for path, before in (_opened or {}).items():
+            name = path if path in shards else _under(request.data_dir, path)
+            if name is None or before is None or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache)):
+                continue
+            found[name] = Seen(before.state, before.content or content_hash(path))
+            if not before._replace(content=before.content or "").is_still(path):
+                raise ValueError(f"{path} changes while it is tokenised: start again when it rests")
+        return dict(sorted(found.items()))
 
     _watch_opens()
-    _opened = set()
+    _opened = {path: _seen_before(path) for path in shards}
     try:
         yield read
     finally:
         _opened = None
+
+
+def _under(top: str | None, path: str) -> str | None:
+    """Returns the path of a file under DATA_DIR, in which only the links above DATA_DIR are resolved; else None."""
+    if top is None:
+        return None
+    real = os.path.realpath(top)
+    for found in (path, os.path.realpath(path)):
+        for start in (os.path.abspath(top), real):
+            if Path(found).is_relative_to(start):
+                return os.path.normpath(os.path.join(real, os.path.relpath(found, start)))
+    return None
+
+
+def _shards(task: seqio.Task, split: str) -> set[str]:
+    """Returns the files on this machine's disks that a task's source names to SeqIO, and their folders."""
+    if not isinstance(task.source, seqio.FileDataSource):
+        return set()
+    files = {os.path.abspath(path) for path in task.source.list_shards(split) if os.path.isfile(path)}
+    return files | {os.path.dirname(path) for path in files}  # where another file may fit the source's pattern, too
 
 
 def held_tasks(request: TaskRequest) -> dict[str, Held]:
@@ -241,10 +289,11 @@ def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Call
             "examples": sum(map(len, lengths["inputs"])),
             "postprocessor": describe(postprocessor) if postprocessor else None,
             "metrics": [describe(metric) for metric in task.metric_fns],
-            "sizes": {path.name: path.stat().st_size for path in folder.iterdir()},
+            "sizes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+            "hashes": {path.name: content_hash(path) for path in sorted(folder.iterdir())},
             "read": read(),
         }
-        (folder / "task.json").write_text(json.dumps(description, indent=1))
+        (folder / "task.json").write_text(json.dumps(sealed(description), indent=1))
 
 
 def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:

@@ -6,10 +6,12 @@ that TensorFlow's memory and start-up are paid once and never by a training host
     <cache>/names/<name>-<fingerprint>.json     what a name holds: its tasks, their rates and splits
     <cache>/<task>-<fingerprint>/<split>/
         task.json       what scores the task: postprocessor and metrics by name; the count of examples; the files that
-                        were read, and these files' sizes
+                        were read, see `Seen`; the sizes and hashes of the files below
         inputs.npy      int32, all examples one after another; inputs_ends.npy, int64, where each one ends
         targets.npy, targets_ends.npy
         fields.jsonl    what else the task keeps of each example, in order; absent where it keeps nothing
+
+Both JSON files end with a hash of themselves, see `sealed`.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +35,7 @@ from prompt_tuning_jax.batches.examples import Examples, Ragged, combined
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,31 +96,81 @@ def _source_fingerprint(module: str) -> str | None:
     return hashlib.sha256(source.read_bytes()).hexdigest() if source else None
 
 
+class Seen(NamedTuple):
+    """A file or a folder as it was when it was read. A link is what it leads to.
+
+    Attributes:
+      state: size, 0 for a folder, and both times of change; None if nothing was there.
+      content: a hash of the file, or of the names in the folder; None if it cannot be read.
+    """
+
+    state: list[int] | None
+    content: str | None
+
+    def is_still(self, path: str | os.PathLike) -> bool:
+        """Whether the file is as it was. It is read only if its times have changed, but not its size."""
+        now = file_state(path)
+        if now is None or self.state is None or now == self.state:
+            return now == self.state
+        return now[0] == self.state[0] and self.content is not None and content_hash(path) == self.content
+
+
 def file_state(path: str | os.PathLike) -> list[int] | None:
-    """A file's size and time of change, or a folder's (which its entries change); None where there is none."""
+    """Returns `Seen.state` of a file or a folder."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return [0 if os.path.isdir(path) else found.st_size, found.st_mtime_ns]
+    return [0 if stat.S_ISDIR(found.st_mode) else found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def content_hash(path: str | os.PathLike) -> str | None:
+    """Returns `Seen.content` of a file or a folder."""
+    try:
+        if os.path.isdir(path):
+            return combined(sorted(os.listdir(path)))
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an object that JSON can hold with a hash of its fields, for `unsealed`."""
+    fields = json.loads(json.dumps(fields))
+    return {**fields, "hash": combined(fields)}
+
+
+def unsealed(text: str | bytes) -> dict[str, Any]:
+    """Returns the fields of a JSON object that `sealed` gave.
+
+    Raises:
+      ValueError: it is no longer what it was.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.pop("hash", None) != combined(found):
+        raise ValueError("it is not as it was written")
+    return found
 
 
 class CachedExamples(Examples):
     """Examples in the files of a cache, whose tokens are memory-mapped."""
 
     def __init__(self, folder: Path, rows: slice = slice(None)):
-        """Opens the files in `folder`.
+        """Opens the files in `folder`, whose hashes `open_or_why` compares.
 
         Raises:
           ValueError: they are not whole.
         """
         self._folder = folder
         try:
-            self._task = json.loads((folder / "task.json").read_text())
+            self._task = json.loads((folder / "task.json").read_bytes())
             super().__init__(_ragged(folder, "inputs"), _ragged(folder, "targets"), self._task, rows)
             whole = len(self.inputs) == len(self.targets) == self._task["examples"]
             whole &= all((folder / name).stat().st_size == size for name, size in self._task.get("sizes", {}).items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the cache {folder} cannot be read ({error}): delete the folder") from None
         if not whole:
             raise ValueError(f"the cache {folder} is not whole: delete the folder")
@@ -128,7 +181,16 @@ class CachedExamples(Examples):
     @property
     def is_current(self) -> bool:
         """Whether the files that were read, and the folders that were searched for them, are as they were."""
-        return all(file_state(path) == state for path, state in self._task.get("read", {}).items())
+        return all(Seen(*seen).is_still(path) for path, seen in self._task["read"].items())
+
+    def damaged(self) -> str | None:
+        """Returns the first of its files that is not as it was written; None if there is none. All of them are read."""
+        try:
+            unsealed((self._folder / "task.json").read_bytes())
+        except ValueError:
+            return "task.json"
+        hashes = self._task["hashes"].items()
+        return next((name for name, written in hashes if content_hash(self._folder / name) != written), None)
 
     @functools.cached_property
     def fields(self) -> list[dict[str, Any]]:
@@ -290,19 +352,29 @@ def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_tr
 
 def open_current(folder: Path) -> CachedExamples | None:
     """The split in `folder`; None where there is none that is whole and of the files as they are."""
+    found = open_or_why(folder)
+    return found if isinstance(found, CachedExamples) else None
+
+
+def open_or_why(folder: Path) -> CachedExamples | str:
+    """Returns the split in `folder`, or in a few words why it must be made, and made again if it is there."""
+    if not folder.exists():
+        return "it is absent"
     try:
         examples = CachedExamples(folder)
     except ValueError:
-        return None
-    return examples if examples.is_current else None
+        return "it is damaged"
+    if (damaged := examples.damaged()) is not None:
+        return f"its {damaged} is damaged"
+    return examples if examples.is_current else "the files that it was made of have changed"
 
 
 def _find(request: TaskRequest, split: str, root: Path, to_train: bool) -> dict[str, tuple[float, Examples]] | None:
     """Rate and whole split of every task that has it; None where something is missing."""
     try:
-        tasks = json.loads(names_path(request, root).read_text())
+        tasks = unsealed(names_path(request, root).read_bytes())["tasks"]
         held = {name: Held(float(one["rate"]), tuple(one["splits"])) for name, one in tasks.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     found = {}
     for task, one in with_split(request, held, split, to_train).items():

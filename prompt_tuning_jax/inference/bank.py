@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from prompt_tuning_jax.checkpoints.trained_on import TrainedOn
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
@@ -46,6 +47,7 @@ class PromptBank:
     """Named prompts of one base model. Threads may read it while one thread changes it.
 
     Attributes:
+      base: the base model's path, if it is known.
       broken: what whoever asks for a prompt that cannot be read is told, by name.
     """
 
@@ -54,6 +56,8 @@ class PromptBank:
         width: int,
         fingerprint: str | None = None,
         *,
+        tokenizer: str | None = None,
+        base: str | None = None,
         layers: int | None = None,
         longest: int = MAX_ENCODER_LENGTH,
     ):
@@ -62,10 +66,13 @@ class PromptBank:
         Args:
           width: d_model.
           fingerprint: of the base model.
+          tokenizer: the fingerprint of its tokenizer.
+          base: its path, as `Model.path` has it.
           layers: of the base model's encoder; None if nobody knows, and prompts per layer are not checked against it.
           longest: the most positions that a prompt may have.
         """
-        self._width, self._fingerprint, self._layers, self._longest = width, fingerprint, layers, longest
+        self._width, self._layers, self._longest = width, layers, longest
+        self._fingerprint, self._tokenizer, self.base = fingerprint, tokenizer, base
         self._prompts: dict[str, Stored] = {}
         self._nothing = np.zeros((0, width), np.float32)
         self.broken: Mapping[str, Exception] = {}
@@ -117,15 +124,18 @@ class PromptBank:
         prompt: Float[np.ndarray, "*L P D"],
         fingerprint: str | None = None,
         additions: Float[np.ndarray, "L P D"] | None = None,
+        *,
+        tokenizer: str | None = None,
     ) -> None:
         """Adds a prompt, [P, D] or [L, P, D], or replaces the one of this name.
 
         Args:
           fingerprint: of the base model that it was trained on, if that is known.
           additions: what each layer adds to a prompt [P, D].
+          tokenizer: the fingerprint of the tokenizer that it was trained with, if that is known.
 
         Raises:
-          ValueError: it was trained on another base model, or it is too long.
+          ValueError: it was trained on another base model or with another tokenizer, or it is too long.
         """
         per_layer = prompt if prompt.ndim == 3 else additions
         if prompt.shape[-1] != self._width:
@@ -139,13 +149,7 @@ class PromptBank:
                 Setting("input_length"),
                 " to less, or take a shorter prompt",
             )
-        if fingerprint and self._fingerprint and fingerprint != self._fingerprint:
-            raise SettingError(
-                f"prompt {name} was trained on a base of fingerprint {fingerprint}, this one is {self._fingerprint}: "
-                "set ",
-                Setting("initial_checkpoint_path"),
-                " to the base it was trained on",
-            )
+        TrainedOn(fingerprint, tokenizer).check(f"prompt {name}", self._fingerprint, self._tokenizer)
         if per_layer is not None:
             self._layers = len(per_layer)
         self._prompts[name] = _stored(prompt, additions)

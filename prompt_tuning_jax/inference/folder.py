@@ -10,7 +10,6 @@ Each entry is one prompt, named after it:
 A single prompt, by its own path, is a folder of one. A run with one prompt per task is the folder of these.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,12 @@ import numpy as np
 from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.t5x import is_t5x
+from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, read_trained_on, summary_of
 from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, folder_of_additions, read_prompts
 from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, RUN_PROMPTS
-
-RUN_SUMMARY = "summary.json"
 
 
 class Entry(NamedTuple):
@@ -34,7 +32,7 @@ class Entry(NamedTuple):
 
     Attributes:
       prompt: for `read_prompts`.
-      summary: a JSON object with "base_fingerprint"; it need not be there.
+      summary: the summary.json of its run; it need not be there.
       state: changes when the files do.
       paths: where it is in the folder; several if a file and a folder share its name.
     """
@@ -59,6 +57,7 @@ class PromptFolder:
     Attributes:
       broken: why each prompt that cannot be had cannot, by name, as of the last `sync`.
       told: the same for a client: without paths, and without anything that a file holds.
+      remarks: what there is to say of prompts that were read, by name.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -78,6 +77,7 @@ class PromptFolder:
         self._looked: dict[str, tuple] = {}  # the state of each prompt at the last look
         self.broken: dict[str, Exception] = {}
         self.told: dict[str, Exception] = {}
+        self.remarks: dict[str, str] = {}
 
     @property
     def single(self) -> str | None:
@@ -116,6 +116,7 @@ class PromptFolder:
             del self._seen[name]
             self.broken.pop(name, None)
             self.told.pop(name, None)
+            self.remarks.pop(name, None)
             if name in bank:
                 bank.remove(name)
         added = []
@@ -137,18 +138,21 @@ class PromptFolder:
         bank.broken = dict(self.told)
         return Changes(added, removed, dict(self.broken))
 
-    @staticmethod
-    def _try(bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
+    def _try(self, bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
         """Reads a prompt into the bank; returns what is wrong with it, and what a client is told of that."""
         try:
             read = read_entry(entry)
         except Exception as error:  # any: whatever is in a file, the other prompts are served
             return error, _without_private_parts(error)
         if _is_unchanged(entry):
+            prompt, source, additions = read
             try:
-                bank.add(name, *read)
+                bank.add(name, prompt, source.base, additions, tokenizer=source.tokenizer)
             except ValueError as error:
                 return error, None
+            self.remarks.pop(name, None)
+            if remark := source.remark(f"prompt {name}", bank.base):
+                self.remarks[name] = remark
         return None, None
 
 
@@ -166,8 +170,8 @@ def _without_private_parts(error: Exception) -> ValueError:
 
 def read_entry(
     entry: Entry,
-) -> tuple[Float[np.ndarray, "*L P D"], str | None, Float[np.ndarray, "L P D"] | None]:
-    """The prompt, the fingerprint of the base it was trained on where that is known, and its additions if it has any.
+) -> tuple[Float[np.ndarray, "*L P D"], TrainedOn, Float[np.ndarray, "L P D"] | None]:
+    """Returns the prompt, what is known of the base model it was trained on, and its additions if it has any.
 
     Raises:
       ValueError: the prompt cannot be read, or the summary beside it.
@@ -176,19 +180,12 @@ def read_entry(
         both = " and ".join(path.name for path in entry.paths)
         raise SettingError(f"{both} are prompts of one name", Private(f" in {entry.paths[0].parent}"), ": rename one")
     _check_files(entry)
-    fingerprint = None
-    if entry.summary.is_file():
-        try:
-            fingerprint = json.loads(entry.summary.read_text(encoding="utf-8")).get("base_fingerprint")
-        except (ValueError, AttributeError, RecursionError):
-            what = "is no JSON object; expected the summary.json of a run"
-            raise SettingError(Private(f"{entry.summary.parent}/"), f"{entry.summary.name} {what}") from None
-    found, fingerprint = read_prompts(entry.prompt), fingerprint if isinstance(fingerprint, str) else None
+    source, found = read_trained_on(entry.prompt, entry.summary), read_prompts(entry.prompt)
     per_layer = None if found.layer_prompts is None else np.asarray(found.layer_prompts)
     if found.prompt is not None:
-        return np.asarray(found.prompt), fingerprint, per_layer
+        return np.asarray(found.prompt), source, per_layer
     assert per_layer is not None
-    return per_layer, fingerprint, None
+    return per_layer, source, None
 
 
 def _check_files(entry: Entry) -> None:
@@ -206,7 +203,7 @@ def _name(path: Path) -> str:
 def _entry(path: Path) -> Entry | None:
     """The prompt at `path`, if that is what it is."""
     if path.is_dir():
-        summary = path / RUN_SUMMARY
+        summary = summary_of(path)
         if (path / RUN_PROMPT).is_file():
             files = [path / RUN_PROMPT, path / RUN_PROMPT.with_name(LAYER_PROMPTS), summary]
             return Entry(path / RUN_PROMPT, summary, _state(files))
@@ -218,10 +215,7 @@ def _entry(path: Path) -> Entry | None:
             return Entry(path, summary, _state([path / OFFICIAL_NAME, summary]))
         return Entry(path, summary, _state([path, summary])) if is_t5x(path) else None
     if path.suffix == ".npy":
-        summary = path.with_suffix(".json")
-        for pattern, run in ((RUN_PROMPT, 1), (RUN_PROMPTS / "*.npy", 2)):
-            if path.match(str(Path("*", pattern))) and (path.parents[run] / RUN_SUMMARY).is_file():
-                summary = path.parents[run] / RUN_SUMMARY
+        summary = summary_of(path)
         beside = [path.with_name(name) for name in (PROMPT, LAYER_PROMPTS)] if folder_of_additions(path) else []
         return Entry(path, summary, _state([path, *beside, summary]))
     return None

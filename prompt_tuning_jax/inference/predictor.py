@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.batches.loader import default_buckets
 from prompt_tuning_jax.checkpoints.model import Model, load
+from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, trained_on
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank, Stored, batch_of, padded_length, power_of_two
@@ -281,16 +283,27 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
             "prompts of a batch: such a model answers without prompts",
         )
 
-    bank = PromptBank(size.emb_dim, fingerprint, layers=size.num_encoder_layers, longest=longest)
+    known = {"tokenizer": model.tokenizer.fingerprint, "base": model.path}
+    bank = PromptBank(size.emb_dim, fingerprint, layers=size.num_encoder_layers, longest=longest, **known)
     if isinstance(folder, PromptFolder):
         changes = folder.sync(bank)
         if folder.single and changes.broken:
             raise changes.broken[folder.single]
+        if folder is not prompts:  # whoever has made the folder looks at it for itself
+            for remark in folder.remarks.values():
+                warnings.warn(remark, stacklevel=3)
         return bank, folder.single
     named: Any = prompts or {}
     if not isinstance(named, Mapping):
         raise SettingError(Setting("prompts"), f" is {prompts!r:.60}, expected prompts by name, or a folder of them")
     for name, values in named.items():
+        source = TrainedOn()
+        if isinstance(values, (str, os.PathLike)):
+            source = trained_on(values)
+            if remark := source.remark(f"prompt {name}", model.path):
+                warnings.warn(remark, stacklevel=3)
+        elif isinstance(own := getattr(values, "model", None), Model):  # a `Result`
+            source = TrainedOn(own.fingerprint, own.tokenizer.fingerprint)
         injection = injection_of(getattr(values, "injection", values), size)
         if injection.task_prompts is not None:
             raise SettingError(
@@ -309,9 +322,9 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
             for array in (injection.prompt, injection.layer_prompts)
         )
         if prompt is None:
-            bank.add(name, per_layer)
+            bank.add(name, per_layer, source.base, tokenizer=source.tokenizer)
         else:
-            bank.add(name, prompt, additions=per_layer)
+            bank.add(name, prompt, source.base, additions=per_layer, tokenizer=source.tokenizer)
     return bank, None
 
 

@@ -304,6 +304,8 @@ class Service:
                 for what, names in (("added", changes.added), ("removed", changes.removed)):
                     if names:
                         print(f"prompts {what}: {', '.join(names)}", file=sys.stderr)
+                for remark in (folder.remarks[name] for name in changes.added if name in folder.remarks):
+                    print(remark, file=sys.stderr)
                 broken = {name: self._text(error) for name, error in changes.broken.items()}
                 for name, message in broken.items():
                     if said.get(name) != message:

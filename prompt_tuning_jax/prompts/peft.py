@@ -52,6 +52,19 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     return read_floats(folder, arrays, EXPECTED)[TENSOR][:length].copy()
 
 
+def base_name(folder: str | os.PathLike) -> str | None:
+    """Returns the base model that an adapter of any kind names, with @REVISION if it has one; None if it names none.
+
+    Raises:
+      ValueError: the folder's configuration cannot be read.
+    """
+    config = read_config(Path(folder, CONFIG), EXPECTED)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    return f"{name}@{revision}" if isinstance(revision, str) and revision else name
+
+
 def open_weights(folder: Path, expected: Sequence[str]) -> dict[str, StoredArray]:
     """Opens the weights of an adapter of any kind; nothing is read yet.
 

@@ -211,12 +211,18 @@ def streamed(texts: Callable[[], Iterable[str]]) -> tf.data.Dataset:
 
 
 def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
-    """`folder/name` or `folder/benchmark/name`, or the same compressed."""
+    """`folder/name` or `folder/benchmark/name`, or the same compressed.
+
+    A file that is not there is opened in vain: so a cache knows of it, and is made again once the file is there.
+    """
     for root in (folder, Path(folder, benchmark or "")):
         for suffix in ("", ".gz", ".xz"):
             path = Path(root, name + suffix)
             if path.is_file():
                 return path
+            if not path.exists():
+                with contextlib.suppress(OSError):
+                    path.open("rb").close()
     raise SettingError(f"no {name} under ", DATA_DIR, f" {folder}: set ", DATA_DIR, " to the folder that holds it")
 
 

@@ -16,6 +16,7 @@ from prompt_tuning_jax.batches.data import Data, dataset_of, default_lengths
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
+from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, trained_on
 from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
@@ -262,8 +263,17 @@ def evaluate(
         lengths = default_lengths(chosen, chosen, model.tokenizer, labels)
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     dataset = dataset_of(data, "validation", batch_size=batch_size, **scored)
+    source, what = TrainedOn(), "the prompt"
+    if isinstance(prompt, (str, os.PathLike)):
+        source, what = trained_on(prompt), f"prompt {prompt}"
+    elif isinstance(prompt, Result):
+        source = TrainedOn(prompt.model.fingerprint, prompt.model.tokenizer.fingerprint)
     given = prompt.injection if isinstance(prompt, Result) else prompt
     injection = Injection() if given is None else injection_of(given, model.config)
+    source = source.of(injection)
+    source.check(what, model.fingerprint, model.tokenizer.fingerprint)
+    if remark := source.remark(what, model.path):
+        warn(remark)
     tasks = dataset.eval_batches(model.tokenizer, say=warn)
     check_labels(tasks, model.tokenizer)
     check_task_prompts(injection, tasks)

@@ -456,6 +456,7 @@ class Run:
             "method": type(config.method).__name__,
             "base": self._path,
             "base_fingerprint": self._fingerprint,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "seed": config.random_seed,
             "steps": self.step,
             "stopped_early": self.stop_reason is not None,

@@ -24,6 +24,7 @@ from prompt_tuning_jax.checkpoints.base import (
     with_ids,
 )
 from prompt_tuning_jax.checkpoints.model import Model
+from prompt_tuning_jax.checkpoints.trained_on import trained_on
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
@@ -99,12 +100,16 @@ def evaluate_prompt(
     tokenizer = open_vocabulary(vocabulary, location, size)
     size = with_ids(size, tokenizer)
     injection, several = Injection(), {}
+    sources = {path: trained_on(path) for path in prompt_files or ([prompt_file] if prompt_file else ())}
+    for path, source in sources.items():
+        source.check(f"prompt {path}", None, tokenizer.fingerprint)  # before the base model is read
     if prompt_files:
         several = {path: prompt_of(injection_of(path, size), path) for path in prompt_files}
         # An example is as many rows as there are prompts.
         dataset = dataclasses.replace(dataset, batch_size=max(dataset.batch_size // len(several), 1))
     elif prompt_file:
         injection = injection_of(prompt_file, size)
+        sources = {prompt_file: sources[prompt_file].of(injection)}
     tasks = dataset.eval_batches(tokenizer, say=data_warnings())
     check_labels(tasks, tokenizer)
     check_task_prompts(injection, tasks)
@@ -117,6 +122,10 @@ def evaluate_prompt(
         ONE_DEVICE if several else evaluation_partitioner(size, dataset.batch_size, mesh, num_partitions, base_dtype)
     )
     base = load_base(location, size, base_dtype, partitioner.parameter)
+    for path, source in sources.items():
+        source.check(f"prompt {path}", base.fingerprint, tokenizer.fingerprint)
+        if (remark := source.remark(f"prompt {path}", base.path)) and is_writer():
+            print(remark, file=sys.stderr)
     model = Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
     if prompt_text is not None:
         injection = Injection(prompt=written_prompt(prompt_text, model))

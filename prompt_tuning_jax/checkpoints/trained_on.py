@@ -1,0 +1,138 @@
+"""The base model and the tokenizer that a prompt on disk was trained on, as far as the files beside it say."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from prompt_tuning_jax.checkpoints.base import EMBEDDED
+from prompt_tuning_jax.checkpoints.tuned import adapters_alone
+from prompt_tuning_jax.errors import Private, Setting, SettingError
+from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.prompts import peft
+from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS
+
+RUN_SUMMARY = "summary.json"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class TrainedOn(NamedTuple):
+    """What is known of a prompt's training.
+
+    Attributes:
+      base: the base model's fingerprint; None if nothing says it.
+      tokenizer: the tokenizer's fingerprint; None if nothing says it.
+      name: the base model's path or id on the hub, as the file of a PEFT adapter has it, with @REVISION if it says one.
+    """
+
+    base: str | None = None
+    tokenizer: str | None = None
+    name: str | None = None
+
+    def check(self, what: str, base: str | None, tokenizer: str | None) -> None:
+        """Raises SettingError if it was another base model or tokenizer.
+
+        Args:
+          what: what was trained, "prompt sst2".
+          base, tokenizer: the fingerprints of those that it is to run with; None if they are not known yet.
+        """
+        if self.base and base and self.base != base:
+            raise SettingError(
+                f"{what} was trained on a base of fingerprint {self.base}, this one is {base}: set ",
+                Setting("initial_checkpoint_path"),
+                " to the base it was trained on",
+            )
+        if self.tokenizer and tokenizer and self.tokenizer != tokenizer:
+            raise SettingError(
+                f"{what} was trained with a tokenizer of fingerprint {self.tokenizer}, this one is {tokenizer}: set ",
+                Setting("vocabulary"),
+                " to the tokenizer it was trained with, or ",
+                Setting("initial_checkpoint_path"),
+                " to the base it was trained on",
+            )
+
+    def of(self, injection: Injection) -> "TrainedOn":
+        """Returns what counts of it for what was trained: of a whole model, in place of the base model, the tokenizer."""
+        whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
+        return TrainedOn(tokenizer=self.tokenizer) if whole else self
+
+    def remark(self, what: str, path: str | None) -> str | None:
+        """Returns a line if a PEFT file names another base model, which the fingerprint does not show to be the same.
+
+        Args:
+          what: what was trained, "prompt sst2".
+          path: the base model's, as `Model.path` has it.
+        """
+        if self.base or self.name is None or path is None or is_called(path, self.name):
+            return None
+        return f"{what} says that it was trained on the base model {peft.shown(self.name)}, and this one is {path}"
+
+
+def is_called(path: str, name: str) -> bool:
+    """Returns whether a base model may be the one of a name: the same folder or id, or a copy of the same last name.
+
+    Args:
+      path: the base model's, as `Model.path` has it: an absolute path, a URL, or an id of the hub with its commit.
+      name: a path, URL or id.
+
+    >>> is_called("google/flan-t5-base@7bcac572ce56", "google/flan-t5-base")
+    True
+    >>> is_called("/models/flan-t5-base", "google/flan-t5-base"), is_called("/models/t5-base", "google/flan-t5-base")
+    (True, False)
+    """
+    if name in EMBEDDED or os.path.exists(name):
+        return os.path.realpath(EMBEDDED.get(name, name)) == os.path.realpath(path)
+    (own, _, commit), (asked, _, revision) = path.partition("@"), name.partition("@")
+    if COMMIT.fullmatch(revision) and COMMIT.fullmatch(commit) and revision != commit:
+        return False
+    if any(os.path.isabs(one) or "://" in one for one in (own, asked)):
+        own, asked = (os.path.basename(one.rstrip("/")) for one in (own, asked))
+    return own == asked
+
+
+def trained_on(path: str | os.PathLike) -> TrainedOn:
+    """Returns what the files beside a prompt, or in its folder, say.
+
+    Args:
+      path: what `tuned.injection_of` takes: a run's folder, or a file or folder in it; NAME.npy with NAME.json, the
+        summary.json of its run, beside it; or any other prompt, of which nothing is known.
+
+    Raises:
+      ValueError: the summary is no JSON object.
+    """
+    if "://" in str(path):
+        return TrainedOn()
+    path = Path(path)
+    return read_trained_on(path, summary_of(path))
+
+
+def read_trained_on(path: Path, summary: Path) -> TrainedOn:
+    """Returns what a summary.json says, and the configuration of the adapter in the folder `path`, if that is one.
+
+    Raises:
+      ValueError: the summary is no JSON object.
+    """
+    found = {}
+    if summary.is_file():
+        try:
+            found = json.loads(summary.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            what = "is no JSON object; expected the summary.json of a run"
+            raise SettingError(Private(f"{summary.parent}/"), f"{summary.name} {what}") from None
+    prints = (found.get(name) for name in ("base_fingerprint", "tokenizer_fingerprint"))
+    base, tokenizer = (one if isinstance(one, str) else None for one in prints)
+    return TrainedOn(base, tokenizer, peft.base_name(path) if peft.is_adapter(path) else None)
+
+
+def summary_of(path: Path) -> Path:
+    """Returns where the summary.json of a prompt's run is, if it is anywhere."""
+    if path.is_dir():
+        in_run = path.parent.name == "best" and not (path / RUN_SUMMARY).is_file()
+        return path.parents[1] / RUN_SUMMARY if in_run else path / RUN_SUMMARY
+    for pattern, run in ((RUN_PROMPT, 1), (RUN_PROMPTS / "*.npy", 2)):
+        if path.match(str(Path("*", pattern))) and (path.parents[run] / RUN_SUMMARY).is_file():
+            return path.parents[run] / RUN_SUMMARY
+    return path.with_suffix(".json")
