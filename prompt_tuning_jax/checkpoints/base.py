@@ -310,7 +310,10 @@ def _checksum(array: Array) -> UInt32[Array, "2"]:
 
     A sum of the bit patterns themselves would not do: doubling or negating each of 512 entries adds a multiple of 2^32.
     """
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
     number = jnp.zeros(bits.shape, jnp.uint32)  # of each entry, row by row
     for axis, size in enumerate(bits.shape):
         number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)

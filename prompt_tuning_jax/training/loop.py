@@ -86,7 +86,7 @@ class Member:
             yield
         except (ValueError, OSError) as error:
             self.active, self.failure = False, error
-            self.run.close()
+            self.run.abandon()
             self._on_end(self)
 
 
@@ -126,9 +126,25 @@ def train(
         if watch is not None:
             partitioner.on_batch = watch.work
     run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
+    try:
+        return _train(run, partitioner, say, progress, stop, watch)
+    finally:
+        run.abandon()
+
+
+def _train(
+    run: Run,
+    partitioner: Partitioner | OneDevice,
+    say: Say | None,
+    progress: bool,
+    stop: Stop,
+    watch: PeerWatch | None,
+) -> Run:
+    """Trains a run that has read everything; its folder is closed by the caller, however this ends."""
     for line in run.open():
         (say or say_nothing)(line)
-    run.go_back(max(run.saved_steps, default=0))
+    for line in run.go_back(max(run.saved_steps, default=0)):
+        (say or say_nothing)(line)
     member = Member(run)
     member.start()
     evaluator = Evaluator(run.size, run.tokenizer, partitioner)
