@@ -86,7 +86,9 @@ class StateStore:
         if step not in self._manager.all_steps():
             # Of several processes each writes what lies on its devices; what one alone has is small, or on its host.
             saved = state if jax.process_count() > 1 else jax.tree.map(np.asarray, state)
-            kept = {**(beside or {}), CHECKSUM: checksum(state, beside or {})}
+            # A copy, since Orbax writes it later.
+            kept = json.loads(json.dumps(beside or {}))
+            kept[CHECKSUM] = checksum(state, kept)
             with _raised_in_words(f"checkpoint {step} cannot be written to {self._folder}"):
                 self._manager.save(step, args=ocp.args.StandardSave(saved), custom_metadata=kept)
 
@@ -210,7 +212,7 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-_HUSHED = threading.Lock()
+_HUSHED = threading.RLock()
 LATE_READS = 0.5  # seconds that the other reads of a failed restore are given to end
 
 

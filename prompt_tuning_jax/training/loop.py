@@ -107,7 +107,7 @@ def train(
     Args:
       say: shows a line of what happens; None for nothing but the progress bar.
       on_record: is given every record of metrics.jsonl as it is made.
-      warn: is told what of the data does not fit; None for stderr.
+      warn: is told what of the data does not fit, and what of the folder was damaged if `say` is None; None for stderr.
       progress: whether to show a progress bar.
       stop: asked after each step whether to save the run and raise `Stopped`.
       watch: of the other processes, is told what was done.
@@ -127,7 +127,7 @@ def train(
             partitioner.on_batch = watch.work
     run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
     try:
-        return _train(run, partitioner, say, progress, stop, watch)
+        return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch)
     finally:
         run.abandon()
 
@@ -136,6 +136,7 @@ def _train(
     run: Run,
     partitioner: Partitioner | OneDevice,
     say: Say | None,
+    warn: Say,
     progress: bool,
     stop: Stop,
     watch: PeerWatch | None,
@@ -144,7 +145,7 @@ def _train(
     for line in run.open():
         (say or say_nothing)(line)
     for line in run.go_back(max(run.saved_steps, default=0)):
-        (say or say_nothing)(line)
+        (say or warn)(line)
     member = Member(run)
     member.start()
     evaluator = Evaluator(run.size, run.tokenizer, partitioner)

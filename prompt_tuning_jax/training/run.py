@@ -247,7 +247,8 @@ class Run:
         self._start = jax.tree.map(np.asarray, self._start)  # the state's memory is donated
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
-        self._newest: tuple[int, TrainState] | None = None  # as it was restored, between `open` and `go_back`
+        # What `restore_newest` gave, between `open` and `go_back`.
+        self._newest: tuple[int, TrainState, list[str]] | None = None
         self._best: dict[str, Any] | None = None
         self._best_injection: Injection | None = None
         self._evals: list[dict[str, Any]] = []
@@ -268,8 +269,7 @@ class Run:
             "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
         }
         said = self._folder.open(self.config.keep_checkpoints, read)
-        step, state, damaged = self._folder.states.restore_newest(self.state)
-        self._newest, said = (step, state), [*said, *damaged]
+        self._newest = self._folder.states.restore_newest(self.state)
         start = None if self.saved_steps else self.config.method.start_line()
         return said if start is None else [*said, start]
 
@@ -287,7 +287,7 @@ class Run:
         """Restores the run as it was at a step that was saved, or at 0, and forgets what came after.
 
         Returns:
-          Lines about what of its folder was damaged, and is made again.
+          Lines about what of the folder was damaged, and where the run goes on or what is made again.
 
         Raises:
           ValueError: its state cannot be read, or what else is damaged cannot be made again.
@@ -298,6 +298,7 @@ class Run:
         if step:
             self.state = newest[1] if newest and newest[0] == step else folder.states.restore(step, self.state)
         records, said = folder.rewind(self.step)
+        said = [*(newest[2] if newest else []), *said]
         if not self.step:
             folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
@@ -403,7 +404,7 @@ class Run:
             self._window.restart()
 
     def _check_step(self) -> None:
-        """Raises SettingError if the newest step's loss or gradient is not finite; it names a base model that is not."""
+        """Raises SettingError if the newest step's loss is not finite, and names a base model that is not."""
         try:
             self._window.check()
         except SettingError:
