@@ -1,7 +1,9 @@
 """A run's folder checks itself: what was damaged, deleted or is in use is said in one line, and never goes on wrong."""
 
+import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from tiny import ROOT
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.batches import lock as lock_module
+from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.state import METADATA, StateStore
 from prompt_tuning_jax.errors import SettingError
+from prompt_tuning_jax.tasks import metrics
 
 LABELS = ["negative", "positive"]
 TEXTS = ["a dull film", "a fine film", "it was awful", "a great story", "an odd plot", "good cast"]
@@ -131,7 +135,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(model, folder):
     for checkpoint in (folder / "checkpoints").iterdir():
         flip(data_file(checkpoint))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(SettingError, match=r"^checkpoint 6 in `folder` cannot be restored \(.*\), nor can the 2 before"):
+    with pytest.raises(SettingError, match=r"^checkpoint 6 in `folder` cannot be restored \(.*\), nor can the 2 be"):
         run(model, folder)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -222,7 +226,9 @@ BESTS = {
     "best/ is gone": lambda folder: shutil.rmtree(folder / "best"),
     "best/ holds another prompt": other_prompt,
     "a flipped bit": lambda folder: flip(folder / "best" / "prompt.npy"),
-    "the prompt of its step is gone, too": lambda folder: [shutil.rmtree(folder / name) for name in ("best", "prompts")],
+    "the prompt of its step is gone, too": lambda folder: [
+        shutil.rmtree(folder / name) for name in ("best", "prompts")
+    ],
     "the prompt of its step is damaged, too": lambda folder: [
         flip(folder / path) for path in ("best/prompt.npy", f"prompts/{summary(folder)['best_step']}.npy")
     ],
@@ -242,12 +248,11 @@ def test_the_best_prompt_is_written_again(model, folder, finished, damage):
 
 def test_a_best_that_cannot_be_made_again_is_refused(model, folder):
     best = summary(folder)["best_step"]
-    run(model, folder, steps=8)
-    if summary(folder)["best_step"] == best:
-        for path in (folder / "checkpoints" / str(best), folder / "best", folder / "prompts"):
-            shutil.rmtree(path)
-        with pytest.raises(SettingError, match=f"best, of step {best}, is gone, and so is that step's checkpoint"):
-            run(model, folder, steps=8)
+    assert best < 6, "the state that the run goes on from would be enough"
+    for path in (folder / "checkpoints" / str(best), folder / "best", folder / "prompts"):
+        shutil.rmtree(path)
+    with pytest.raises(SettingError, match=f"best, of step {best}, is gone, and so is that step's checkpoint"):
+        run(model, folder)
 
 
 def test_a_best_adapter_is_written_again_from_its_checkpoint(model, tmp_path):
@@ -270,13 +275,18 @@ def test_a_folder_is_of_one_run_at_a_time(model, tmp_path):
     first = threading.Thread(target=run, args=(model, tmp_path / "run"), kwargs={"on_record": wait})
     first.start()
     assert begun.wait(60)
-    with pytest.raises(SettingError, match=rf"run is being run by process {os.getpid()} on .*; or set another `folder`"):
+    with pytest.raises(
+        SettingError, match=rf"run is being run by process {os.getpid()} on .*; or set another `folder`"
+    ):
         run(model, tmp_path / "run")
     code = "import sys; from pathlib import Path; from prompt_tuning_jax.training.run_folder import RunFolder\n"
     code += "try: RunFolder(sys.argv[1], {})\nexcept ValueError as error: print(error)"
-    other = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]])"]
+    # A child of this process may run the folder for it, as a sweep's jobs do; its own child may not.
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*other, str(tmp_path / "run")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(tmp_path / "run")], capture_output=True, text=True, env=environment
+    )
     assert f"is being run by process {os.getpid()} on " in done.stdout, done.stderr
     go_on.set()
     first.join()
@@ -336,3 +346,52 @@ def test_a_prompt_that_is_not_finite_stops_the_run(model, tmp_path, rate):
     if (tmp_path / "run" / "metrics.jsonl").exists():
         assert records(tmp_path / "run") is not None
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_base_model_that_is_not_finite_is_named(model, tiny, tmp_path):
+    """In its files as it is read; in memory by the loss, and by an evaluation's logits."""
+    parameters = {path: np.array(value) for path, value in model.parameters.items()}
+    parameters["encoder/encoder_norm/scale"][3] = np.nan
+    huggingface.write(tmp_path / "base", model.config, parameters, tiny.vocabulary)
+    message = r"^encoder/encoder_norm/scale of .*base is not finite: 1 of 16 values are NaN or infinity: set `where`"
+    with pytest.raises(SettingError, match=message):
+        pt.load(str(tmp_path / "base"))
+    broken = dataclasses.replace(model, parameters={path: jnp.asarray(value) for path, value in parameters.items()})
+    with pytest.raises(SettingError, match="^encoder/encoder_norm/scale of the base model holds NaN or infinity"):
+        run(broken, None)
+    with pytest.raises(SettingError, match="^the logits of row 0 and 5 others of its batch are not finite"):
+        pt.evaluate(broken, ROWS, labels=LABELS)
+
+
+def test_a_metric_that_is_not_finite_stops_the_run(model, tmp_path, monkeypatch):
+    """metrics.jsonl would be no JSON, and no evaluation could be told to be the best."""
+    monkeypatch.setattr(metrics, "accuracy", broken_metric)
+    with pytest.raises(SettingError, match="^accuracy of eval is nan at step 2, expected a finite number"):
+        run(model, tmp_path / "run")
+    assert [record["split"] for record in records(tmp_path / "run")] == ["train", "train"]
+
+
+def broken_metric(targets, predictions):
+    return {"accuracy": float("nan")}
+
+
+def test_a_disk_that_fills_is_said_in_one_line(tmp_path, capfd):
+    """Whatever of a checkpoint cannot be written; the checkpoint before stands."""
+    state, other = {"a": jnp.arange(8_000.0)}, {"a": jnp.sin(jnp.arange(8_000.0))}
+    store = StateStore(tmp_path)
+    store.save(1, state)
+    store.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    message = r"^a checkpoint cannot be written to .* \(.*\): make room, or set `folder`"
+    try:
+        with pytest.raises(SettingError, match=message):
+            store.save(2, other)
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    store.close()
+    assert capfd.readouterr().err == ""
+    store = StateStore(tmp_path)
+    assert store.restore_newest(state)[0] == 1
+    store.close()
