@@ -53,7 +53,7 @@ class TrainedOn(NamedTuple):
             )
 
     def of(self, injection: Injection) -> "TrainedOn":
-        """Returns what counts of it for what was trained: of a whole model, in place of the base model, the tokenizer."""
+        """Returns what counts for what was trained; for a whole model, which needs no base model, that is the tokenizer."""
         whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
         return TrainedOn(tokenizer=self.tokenizer) if whole else self
 
