@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +13,16 @@ import threading
 import numpy as np
 import optax
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tiny import CONFIG, ROOT
 
 import prompt_tuning_jax as pt
+from prompt_tuning_jax import infer
+from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.errors import SettingError
+from prompt_tuning_jax.model_flags import load_predictor
+from prompt_tuning_jax.prompts.peft import write_adapter
+from prompt_tuning_jax.training.score import evaluate_prompt
 
 CONTRACT = ROOT / "docs" / "notebook.py"
 LABELS = ["negative", "positive"]
@@ -130,6 +138,97 @@ def test_evaluate_takes_whatever_was_left(model, result, tmp_path):
     assert pt.evaluate(model, ROWS, prompt=str(tmp_path / "prompt.npy"), labels=LABELS) == pt.evaluate(
         model, ROWS, prompt=result, labels=LABELS
     )
+
+
+@pytest.fixture(scope="module")
+def others(tiny, tmp_path_factory):
+    """The tiny base model with its tokens in reverse order, and with other positions."""
+    bases = {}
+    for name in ("tokens", "positions"):
+        bases[name] = shutil.copytree(tiny.base, tmp_path_factory.mktemp("others") / name)
+    vocabulary = sentencepiece_model_pb2.ModelProto.FromString(tiny.vocabulary.read_bytes())
+    tokens = [one for one in vocabulary.pieces if one.type == one.NORMAL]
+    for one, text in zip(tokens, [one.piece for one in reversed(tokens)], strict=True):
+        one.piece = text
+    (bases["tokens"] / "spiece.model").write_bytes(vocabulary.SerializeToString())
+    config = bases["positions"] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"relative_attention_max_distance": 1}))
+    return {name: pt.load(str(path)) for name, path in bases.items()}
+
+
+def in_folder(folder, name="of the others"):
+    """A copy of a run in a folder of prompts."""
+    shutil.copytree(folder, folder.with_name("prompts") / name, dirs_exist_ok=True)
+    return folder.with_name("prompts")
+
+
+OPENED = {
+    "a predictor of a run": lambda model, run, result: pt.Predictor(model, run),
+    "of its prompt": lambda model, run, result: pt.Predictor(model, run / "best" / "prompt.npy"),
+    "of prompts by name": lambda model, run, result: pt.Predictor(model, {"a": run}),
+    "of a file by name": lambda model, run, result: pt.Predictor(model, {"a": str(run / "best" / "prompt.npy")}),
+    "of a result": lambda model, run, result: pt.Predictor(model, {"a": result}),
+    "of infer": lambda model, run, result: load_predictor(
+        infer.parse(["--base", model.path, "--prompts", str(run)]), prompt=None
+    ),
+    "of a folder": lambda model, run, result: pt.Predictor(model, in_folder(run), prompt="of the others"),
+    "evaluate": lambda model, run, result: pt.evaluate(model, ROWS, prompt=run),
+    "evaluate a result": lambda model, run, result: pt.evaluate(model, ROWS, prompt=result),
+    "eval": lambda model, run, result: evaluate_prompt(
+        size=model.config, initial_checkpoint_path=model.path, prompt_file=str(run), base_dtype="float32",
+        dataset=dataset_of(ROWS, "validation", batch_size=8, lengths={"inputs": 16, "targets": 8}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opened", OPENED)
+def test_a_prompt_of_another_base_model_or_tokenizer_is_refused(opened, model, others, folder, result):
+    """Wherever it is opened. Only the tokens of the one differ, and only what is computed of the other."""
+    said = {
+        "tokens": (model.tokenizer.fingerprint, "trained with a tokenizer", others["tokens"].tokenizer.fingerprint),
+        "positions": (model.fingerprint, "trained on a base", others["positions"].fingerprint),
+    }
+    assert others["tokens"].fingerprint == model.fingerprint
+    for name, (own, what, other) in said.items():
+        with pytest.raises(ValueError, match=f"{what} of fingerprint {own}, this one is {other}: set ") as refused:
+            OPENED[opened](others[name], folder, result)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_prompt_of_which_nothing_is_known_is_taken(model, others, result, tmp_path):
+    result.save(tmp_path / "sst2.npy")
+    for prompt in (result.prompt, tmp_path / "sst2.npy"):
+        for other in others.values():
+            assert [*pt.Predictor(other, {"a": prompt}).bank] == ["a"]
+    (tmp_path / "sst2.json").write_text(json.dumps(result.summary))
+    assert [*pt.Predictor(model, tmp_path).bank] == ["sst2"]
+    assert [*pt.Predictor(others["tokens"], tmp_path).bank] == []
+
+
+def test_a_peft_prompt_of_another_base_model_is_warned_of(tiny, model, result, tmp_path, capsys):
+    """Both are named. Nothing is said if the file names this one, or none."""
+    write_adapter(tmp_path / "other", result.prompt, "google/t5-v1_1-base")
+    write_adapter(tmp_path / "same", result.prompt, model.path)
+    write_adapter(tmp_path / "none", result.prompt)
+    base = re.escape(model.path)
+    says = f"prompt {{}} says that it was trained on the base model 'google/t5-v1_1-base', and this one is {base}$"
+    other = tmp_path / "other"
+    with pytest.warns(UserWarning, match=says.format("other")):
+        pt.Predictor(model, other)
+    with pytest.warns(UserWarning, match=says.format("a")):
+        pt.Predictor(model, {"a": other})
+    with pytest.warns(UserWarning, match=says.format(other)):
+        found = pt.evaluate(model, ROWS, prompt=other, labels=LABELS)
+    assert found == pt.evaluate(model, ROWS, prompt=tmp_path / "same", labels=LABELS)
+    for name in ("same", "none"):
+        pt.Predictor(model, tmp_path / name)
+        pt.Predictor(model, {"a": tmp_path / name})
+    capsys.readouterr()
+    load_predictor(infer.parse(["--base", model.path, "--prompts", str(tmp_path)]))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
+    assert re.match(says.format("other"), line)
+    OPENED["eval"](model, other, result)
+    assert re.search(says.format(other), capsys.readouterr().err, re.MULTILINE)
 
 
 def test_files_and_rows_are_the_same_data(model, result, tmp_path):

@@ -233,6 +233,36 @@ def test_a_summary_beside_a_prompt_checks_the_base(folder):
     assert changes.added == ["npy"] and [*changes.broken] == ["run"]
 
 
+def test_a_summary_beside_a_prompt_checks_the_tokenizer(folder):
+    """A prompt whose summary says none, or that has no summary, is taken."""
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa", tokenizer="tttt"), PromptFolder(folder)
+    (folder / "npy.json").write_text('{"base_fingerprint": "aaaa", "tokenizer_fingerprint": "uuuu"}')
+    (folder / "t5x" / "summary.json").write_text('{"tokenizer_fingerprint": "tttt"}')
+    changes = prompts.sync(bank)
+    assert sorted(changes.added) == ["official", "peft", "run", "t5x"] and [*changes.broken] == ["npy"]
+    message = "prompt npy was trained with a tokenizer of fingerprint uuuu, this one is tttt: set `vocabulary` to"
+    assert str(changes.broken["npy"]).startswith(message)
+    with pytest.raises(ValueError, match="prompt 'npy' is broken: prompt npy was trained with a tokenizer"):
+        bank.find("npy")
+
+
+def test_a_peft_file_that_names_another_base_model_is_remarked(folder):
+    bank, prompts = PromptBank(WIDTH, fingerprint="aaaa", base="/models/flan-t5-base"), PromptFolder(folder)
+    prompts.sync(bank)
+    assert prompts.remarks == {}  # it names none
+    write_adapter(folder / "peft", prompt_of(1, 3), "google/t5-v1_1-base")
+    write_adapter(folder / "same", prompt_of(1, 3), "google/flan-t5-base@main")
+    write_adapter(folder / "known", prompt_of(1, 3), "google/t5-v1_1-base")
+    (folder / "known" / "summary.json").write_text('{"base_fingerprint": "aaaa"}')  # it is the same whatever its name
+    assert sorted(prompts.sync(bank).added) == ["known", "peft", "same"]
+    line = "prompt peft says that it was trained on the base model 'google/t5-v1_1-base', and this one is "
+    assert prompts.remarks == {"peft": line + "/models/flan-t5-base"}
+    assert contents(bank)["peft"] == 3
+    shutil.rmtree(folder / "peft")
+    prompts.sync(bank)
+    assert prompts.remarks == {}
+
+
 def test_a_prompt_with_additions_is_a_folder_of_two_files(tmp_path):
     """In a folder of prompts, by itself, by either of its files, and in a run; changed files are read again."""
     injection = Injection(prompt_of(2, 1), layers_of(2, 3))

@@ -53,7 +53,7 @@ class TrainedOn(NamedTuple):
             )
 
     def of(self, injection: Injection) -> "TrainedOn":
-        """Returns what counts for what was trained; for a whole model, which needs no base model, that is the tokenizer."""
+        """Returns what counts for what was trained: only the tokenizer for a whole model, which needs no base model."""
         whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
         return TrainedOn(tokenizer=self.tokenizer) if whole else self
 
