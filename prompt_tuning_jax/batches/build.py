@@ -179,7 +179,7 @@ def _files_read(request: TaskRequest, task: seqio.Task, split: str, cache: Path)
 
     def read() -> dict[str, Any]:
         found = {}
-        for path, before in (_opened or {}).items():
+        for path, before in [*(_opened or {}).items()]:
             name = path if path in shards else _under(request.data_dir, path)
             if name is None or before is None or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache)):
                 continue
