@@ -27,6 +27,7 @@ from prompt_tuning_jax.training.step import (
     TrainState,
     batch_loss,
     compile_step,
+    dropout_key,
     inject,
     micro_batch,
     summed_gradients,
@@ -118,7 +119,7 @@ def joint_step(
             sums = batch_loss(model, own, frozen, inputs, targets, key, z_loss, prompt_mask, numbers)
             return sums.loss, sums
 
-        key = jax.random.fold_in(state_key, step)
+        key = dropout_key(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
         # Kept apart from the slices of the stack, so that they are rounded as a run's own program rounds them.
         injection = jax.lax.optimization_barrier(injection)
