@@ -325,7 +325,7 @@ def test_a_checkpoint_that_is_not_whole(tiny, short_run, tmp_path, damage):
     lines = [line for line in done.stderr.splitlines() if not line.startswith(("tokenising ", "demo_reviews "))]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: checkpoint 20 in MODEL_DIR cannot be restored (")
-    assert lines[0].endswith("): delete that step's folder, or set another MODEL_DIR")
+    assert lines[0].endswith("): delete its folder, or set another MODEL_DIR")
 
 
 def tsv(*lines, header="sentence\tlabel"):

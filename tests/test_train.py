@@ -372,10 +372,21 @@ def test_other_rows_in_the_same_file_are_refused(tiny, tmp_path, split):
     assert [record["step"] for record in records(tmp_path / "run", "eval")] == [4, 8]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    """A base model has a weight that is NaN; a prompt that is not finite is tested in test_settings.py."""
+def test_a_base_model_that_is_not_finite_is_refused(tiny, tmp_path):
+    """A lower learning rate would not help."""
     params = random_params(0)
     params["encoder/encoder_norm/scale"][3] = np.nan
+    huggingface.write(tmp_path / "base", CONFIG, params, tiny.vocabulary)
+    done = tiny.run([*tiny.arguments(INITIAL_CHECKPOINT_PATH=str(tmp_path / "base")), model_dir(tmp_path / "run")])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert line.startswith("error: encoder/encoder_norm/scale of ") and "set INITIAL_CHECKPOINT_PATH" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    """The base model's weights are finite, and so large that its logits are not."""
+    params = random_params(0)
+    params["decoder/decoder_norm/scale"][:] = 3e38
     huggingface.write(tmp_path / "base", CONFIG, params, tiny.vocabulary)
     macros = {"TRAIN_STEPS": 40, "EVAL_PERIOD": 40, "LOG_PERIOD": 40}
     macros["INITIAL_CHECKPOINT_PATH"] = str(tmp_path / "base")

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -188,6 +189,9 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
             array = jnp.asarray(np.asarray(arrays[name])) if place is None else _read_shards(arrays[name], name, place)
             # Of the file's own values: a base has one fingerprint, in whatever dtype it is held.
             sums[name] = _sums(array)
+            if count := int(sums[name][2]):
+                of = f"{count:,} of {math.prod(array.shape):,} values"
+                raise ArrayError(f"{name} of {model.location} is not finite: {of} are NaN or infinity")
             params[name] = _held(name, array, dtype, place)
             passed += arrays[name].nbytes
             if passed > TRIM_EVERY:
@@ -399,18 +403,22 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: 
         raise SettingError(f"{where} does not fit the model: {'; '.join(odd[:3])}{more}: set ", MODEL_SETTING)
 
 
-def _checksum(array: Array) -> UInt32[Array, "2"]:
+def _checksum(array: Array) -> UInt32[Array, "3"]:
     """Two sums over hashes of each entry's float32 bit pattern and place: integer, so the order of adding cannot
-    matter, nor how the array is divided over devices.
+    matter, nor how the array is divided over devices. The third number counts entries that are NaN or infinity.
 
     A sum of the bit patterns themselves would not do: doubling or negating each of 512 entries adds a multiple of 2^32.
     """
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
     number = jnp.zeros(bits.shape, jnp.uint32)  # of each entry, row by row
     for axis, size in enumerate(bits.shape):
         number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     places = (number * jnp.uint32(0x9E3779B1), number * jnp.uint32(0x85EBCA77) + jnp.uint32(0xC2B2AE3D))
-    return jnp.stack([jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32) for place in places])
+    sums = [jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32) for place in places]
+    return jnp.stack([*sums, jnp.sum(~jnp.isfinite(array), dtype=jnp.uint32)])
 
 
 def _mixed(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

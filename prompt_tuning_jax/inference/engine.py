@@ -9,6 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection, Params, merge
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
@@ -60,6 +63,27 @@ class Engine:
     def score(self, injection: Injection, frozen: Params, inputs: Any, targets: Any) -> Any:
         """Returns the log-probability of each row's targets; see `scoring.target_scores`."""
         return self._score(injection, frozen, inputs, None, targets)
+
+
+def check_finite(scores: Any, ids: Any) -> None:
+    """Raises SettingError if the model gives a row scores that are not finite.
+
+    Args:
+      scores: [B, ...], log-probabilities.
+      ids: the place of each row in its split, -1 for a row without an example; see `Batch`.
+    """
+    scores, ids = np.asarray(scores), np.asarray(ids)
+    finite = np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)
+    broken = ids[~finite & (ids >= 0)].tolist()
+    if broken:
+        rows = f"row {broken[0]}" + (f" and {len(broken) - 1} others of its batch" if broken[1:] else "")
+        raise SettingError(
+            f"the logits of {rows} are not finite: the base model, or what was trained on it, is broken: set ",
+            Setting("initial_checkpoint_path"),
+            " to a sound base model, or ",
+            Setting("prompt_file"),
+            " to a sound prompt",
+        )
 
 
 def engine_of(size: T5Config, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4) -> Engine:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from prompt_tuning_jax.batches.loader import Batch, Batches
 from prompt_tuning_jax.inference.bank import PromptBank, batch_of
-from prompt_tuning_jax.inference.engine import engine_of
+from prompt_tuning_jax.inference.engine import check_finite, engine_of
 from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.methods.method import Injection, Params
 from prompt_tuning_jax.t5.config import T5Config
@@ -101,6 +101,7 @@ class Ensemble:
 def _collect(batches: Batches, answer: Callable[[Batch], tuple[Any, Any]]) -> Ballots:
     def by_row(batch: Batch) -> list[tuple[Any, Any]]:
         texts, scores = answer(batch)
+        check_finite(scores.T, batch.ids)
         return [*zip(zip(*texts, strict=True), scores.T, strict=True)]
 
     rows = batches.in_order(by_row)

@@ -3,22 +3,19 @@
 import collections
 import contextlib
 import json
-import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
+from prompt_tuning_jax.batches.lock import RUNNING, owner
+from prompt_tuning_jax.batches.lock import running as running
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.tasks.metrics import record_score
 
 SUMMARY = "summary.json"
 FAILED = "failed.txt"
-RUNNING = "running"  # the lock in a folder that a process runs
 
 STATES = ("running", "failed", "stopped", "waiting", "finished")  # those first that a short table keeps
 NARROWEST_NAME = 12  # characters of a trial's name that a narrow table keeps
@@ -70,64 +67,6 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
     return now._replace(state="stopped" if begun else "waiting")
 
 
-class Owner(NamedTuple):
-    """The process that holds a lock."""
-
-    pid: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
-def owner(mark: Path) -> Owner | None:
-    """Who holds a lock of `batches.lock` and lives, on this host or another that shares the disk; None if nobody."""
-    try:
-        age, text = time.time() - mark.stat().st_mtime, mark.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        found = Owner(**json.loads(text))
-    except (ValueError, TypeError):  # it is just being written, or was cut short
-        found = Owner(0, "an unknown host")
-    if age > DEAD_AFTER:
-        return None  # also where its pid lives: after a restart of the host it is another's
-    if found.host == socket.gethostname():
-        try:
-            os.kill(found.pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-    return found
-
-
-@contextlib.contextmanager
-def running(folder: Path) -> Iterator[None]:
-    """Marks a folder, a trial's or a sweep's, as run by this process, as long as the context is open and it lives.
-
-    A process whose parent has marked the folder runs it for its parent.
-
-    Raises:
-      ValueError: another process runs it.
-      OSError: the folder cannot be written.
-    """
-    mark = folder / RUNNING
-    there, now = mark.exists(), owner(mark)
-    if now == Owner(os.getppid(), socket.gethostname()):
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if there and now is None:
-        mark.unlink(missing_ok=True)  # `lock` would wait a minute for a dead one of another host
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{folder} is being run by {name}: wait until that ends, or stop it first")
-
-    with lock(mark, refuse):
-        yield
-
-
 def table(states: Sequence[TrialState], width: int | None = None, height: int | None = None) -> str:
     """The trials, a row each, a failed one's last line under it, and a last line with their counts.
 
@@ -176,6 +115,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             return  # the line that is just being written is the last
+        if not isinstance(record, dict) or not {"step", "split", "seconds"} <= {*record}:
+            return  # a damaged one: the run refuses it, or makes it again, when it goes on
         yield record
 
 

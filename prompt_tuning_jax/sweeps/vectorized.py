@@ -64,15 +64,19 @@ def train_together(
     of_run = {member.run: member for member in members}
     for program in programs([*of_run], most):
         together = [of_run[run] for run in program.runs]
-        open_all(together)
-        take_steps(
-            together,
-            functools.partial(program_of, at_once=program.at_once),
-            lambda run: evaluator,
-            say=say_on_stderr,
-            progress=True,
-            stop=stop,
-        )
+        try:
+            open_all(together)
+            take_steps(
+                together,
+                functools.partial(program_of, at_once=program.at_once),
+                lambda run: evaluator,
+                say=say_on_stderr,
+                progress=True,
+                stop=stop,
+            )
+        finally:
+            for member in together:
+                member.run.abandon()
         for member in together:
             if member.failure is not None:
                 failures[member.name] = in_a_line(member.failure)
@@ -110,7 +114,8 @@ def open_all(members: Sequence[Member]) -> None:
     members = [member for member in members if member.active]
     for member, step in zip(members, common_steps([member.run for member in members]), strict=True):
         with member.failing_alone():
-            member.run.go_back(step)
+            for line in member.run.go_back(step):
+                member.named(say_on_stderr)(line)
             member.start()
 
 

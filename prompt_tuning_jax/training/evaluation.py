@@ -14,7 +14,7 @@ from prompt_tuning_jax.batches.dataset import Say
 from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.errors import prefixed
-from prompt_tuning_jax.inference.engine import engine_of
+from prompt_tuning_jax.inference.engine import check_finite, engine_of
 from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.methods.method import Injection, Params
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
@@ -135,7 +135,8 @@ class Evaluator:
 
         def answer(batch) -> list[str]:
             (inputs,) = self._placed(batch.inputs)
-            tokens, _ = self._engine.greedy(injection, frozen, inputs, None, batches.lengths["targets"])
+            tokens, scores = self._engine.greedy(injection, frozen, inputs, None, batches.lengths["targets"])
+            check_finite(scores, batch.ids)
             texts = map(self._tokenizer.decode, np.asarray(tokens))
             return [written.get(text, text) for text in texts]
 
@@ -151,15 +152,20 @@ class Evaluator:
         def best(batch) -> list[str]:
             (inputs,) = self._placed(batch.inputs)
             scores = np.asarray(self._engine.rank(injection, frozen, inputs, None, table))
+            check_finite(scores, batch.ids)
             return [labels[index] for index in scores.argmax(axis=1)]
 
         return batches.in_order(best)
 
     def likelihoods(self, injection: Injection, frozen: Params, batches: Batches) -> list[float]:
         """Returns the log-probability of each row's own targets, end of sequence included, in nats."""
-        return batches.in_order(
-            lambda batch: self._engine.score(injection, frozen, *self._placed(batch.inputs, batch.targets)).tolist()
-        )
+
+        def likelihood(batch) -> list[float]:
+            scores = np.asarray(self._engine.score(injection, frozen, *self._placed(batch.inputs, batch.targets)))
+            check_finite(scores, batch.ids)
+            return scores.tolist()
+
+        return batches.in_order(likelihood)
 
     def predictions(self, injection: Injection, frozen: Params, batches: Batches) -> Judged:
         """Returns the answers to the split, generated, or scored if the task's metrics take scores."""
@@ -187,7 +193,9 @@ class Evaluator:
         for number in range(min(limit, len(batches))):
             batch = batches[number]
             true, other = self._losses(injection, frozen, *self._placed(batch.inputs, batch.targets))
-            sums += np.array([true.loss, other.loss, true.tokens, true.correct], np.float64)
+            found = np.array([true.loss, other.loss, true.tokens, true.correct], np.float64)
+            check_finite(found[None], batch.ids[:1])
+            sums += found
         loss, other, tokens, correct = sums
         return {
             "loss": loss / tokens,

@@ -86,7 +86,7 @@ class Member:
             yield
         except (ValueError, OSError) as error:
             self.active, self.failure = False, error
-            self.run.close()
+            self.run.abandon()
             self._on_end(self)
 
 
@@ -107,7 +107,7 @@ def train(
     Args:
       say: shows a line of what happens; None for nothing but the progress bar.
       on_record: is given every record of metrics.jsonl as it is made.
-      warn: is told what of the data does not fit; None for stderr.
+      warn: is told what of the data does not fit, and what of the folder was damaged if `say` is None; None for stderr.
       progress: whether to show a progress bar.
       stop: asked after each step whether to save the run and raise `Stopped`.
       watch: of the other processes, is told what was done.
@@ -126,9 +126,26 @@ def train(
         if watch is not None:
             partitioner.on_batch = watch.work
     run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
+    try:
+        return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch)
+    finally:
+        run.abandon()
+
+
+def _train(
+    run: Run,
+    partitioner: Partitioner | OneDevice,
+    say: Say | None,
+    warn: Say,
+    progress: bool,
+    stop: Stop,
+    watch: PeerWatch | None,
+) -> Run:
+    """Trains a run that has read everything; its folder is closed by the caller, however this ends."""
     for line in run.open():
         (say or say_nothing)(line)
-    run.go_back(max(run.saved_steps, default=0))
+    for line in run.go_back(max(run.saved_steps, default=0)):
+        (say or warn)(line)
     member = Member(run)
     member.start()
     evaluator = Evaluator(run.size, run.tokenizer, partitioner)

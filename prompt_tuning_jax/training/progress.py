@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,10 @@ class Stopped(Exception):
 
 
 class Window:
-    """The steps since the last record. Losses are looked at a step late, so that the device is never waited for."""
+    """The steps since the last record.
+
+    A run checks the newest step's loss just before it adds the next one, so that it does not wait for the device.
+    """
 
     def __init__(self):
         self.restart()
@@ -37,7 +40,6 @@ class Window:
         self._started = time.time()
 
     def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
-        self.check()
         self._steps.append((step, ids, metrics))
 
     def check(self) -> None:
@@ -117,15 +119,6 @@ def moved(injection: Injection, start: Injection) -> dict[str, float]:
     if start_norm:  # a start of zeros has no unit
         found["prompt_moved"] = float(jnp.linalg.norm(prompt - before) / start_norm)
     return found
-
-
-def check_finite(record: Mapping[str, float], step: int) -> None:
-    """Raises SettingError if a number that describes the training is not finite."""
-    for name, value in record.items():
-        if not np.isfinite(value):
-            raise SettingError(
-                f"{name} is {value} at step {step}: lower ", Setting("learning_rate"), "; earlier checkpoints stand"
-            )
 
 
 def _positions(injection: Injection) -> Any:

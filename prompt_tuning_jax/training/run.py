@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
 from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
 from prompt_tuning_jax.checkpoints.model import Model
-from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, read_tuned, write_tuned
+from prompt_tuning_jax.checkpoints.state import all_agree
+from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, read_prompts, read_tuned, write_tuned
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
@@ -32,6 +34,7 @@ from prompt_tuning_jax.parallel.mesh import MeshSizes
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import barrier
+from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.settings import (
     Count,
     Name,
@@ -48,7 +51,7 @@ from prompt_tuning_jax.settings import (
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
-from prompt_tuning_jax.training.progress import Window, check_finite, moved
+from prompt_tuning_jax.training.progress import Window, moved
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
 
@@ -289,6 +292,8 @@ class Run:
         self._start = jax.tree.map(np.asarray, self._start)  # the state's memory is donated
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
+        # What `restore_newest` gave, between `open` and `go_back`.
+        self._newest: tuple[int, TrainState, list[str]] | None = None
         self._best: dict[str, Any] | None = None
         self._best_injection: Injection | None = None
         self._evals: list[dict[str, Any]] = []
@@ -298,7 +303,8 @@ class Run:
         """Makes the folder; returns what there is to say of the run that is there already.
 
         Raises:
-          ValueError: the run there is on another base model, tokenizer or data.
+          ValueError: the run there is on another base model, tokenizer or data; another process runs it; or none of its
+            checkpoints is whole.
         """
         read = {
             # Random weights are a function of the seed.
@@ -308,6 +314,7 @@ class Run:
             "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
         }
         said = self._folder.open(self.config.keep_checkpoints, read)
+        self._newest = self._folder.states.restore_newest(self.state)
         start = None if self.saved_steps else self.config.method.start_line()
         return said if start is None else [*said, start]
 
@@ -321,24 +328,73 @@ class Run:
         """The steps of the checkpoints in the folder, which is open."""
         return self._folder.states.steps()
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int) -> list[str]:
         """Restores the run as it was at a step that was saved, or at 0, and forgets what came after.
 
+        Returns:
+          Lines about what of the folder was damaged, and where the run goes on or what is made again.
+
         Raises:
-          ValueError: its state cannot be read.
+          ValueError: its state cannot be read, or what else is damaged cannot be made again.
         """
-        config, folder = self.config, self._folder
+        config, folder, newest = self.config, self._folder, self._newest
+        self._newest = None
         self.step = self.saved_step = step
         if step:
-            self.state = folder.states.restore(step, self.state)
-        records = folder.rewind(self.step)
+            self.state = newest[1] if newest and newest[0] == step else folder.states.restore(step, self.state)
+        records, said = folder.rewind(self.step)
+        said = [*(newest[2] if newest else []), *said]
         if not self.step:
             folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
         self._best = max(self._evals, key=record_score, default=None)
         self.stop_reason = stop_reason(self._evals, config)
+        if self._best is not None and isinstance(folder, RunFolder) and not folder.best_is_whole(step):
+            said += self._remake_best(folder, int(self._best["step"]))
         self._window.restart()
+        return said
+
+    def _remake_best(self, folder: RunFolder, step: int) -> list[str]:
+        """Writes best/ again from the prompt that was kept at the best step, or from that step's checkpoint.
+
+        If neither is there, best/ stays: it may be a later step's, from before the run was killed, and the run then
+        writes the same again when it comes to that step.
+        """
+        if all_agree(not folder.writes or self._best_from_prompt(folder, step)):
+            return [f"{folder.path / 'best'} is written again from the prompt of step {step}"]
+        if step == self.step or step in self.saved_steps:
+            state = self.state if step == self.step else folder.states.restore(step, self.state)
+            self._export(self._fold(state.trainable, self.frozen))
+            return [f"{folder.path / 'best'} is written again from checkpoint {step}"]
+        if not all_agree(not folder.writes or (folder.path / "best").is_dir()):
+            raise SettingError(
+                f"{folder.path / 'best'}, of step {step}, is gone, and so is that step's checkpoint: set another ",
+                Setting("model_dir"),
+            )
+        return [f"{folder.path / 'best'} is not as it was at step {self.step}: a better evaluation will replace it"]
+
+    def _best_from_prompt(self, folder: RunFolder, step: int) -> bool:
+        """Returns whether best/ could be written from what was kept of the prompt at a step."""
+        path = folder.kept_prompt(step)
+        if path is None or self.config.trains_parameters:
+            return False
+        try:
+            if self._start.task_prompts is not None:
+                injection = Injection(
+                    task_prompts={task: read_prompt(path / f"{task}.npy") for task in self._start.task_prompts}
+                )
+            else:
+                injection = read_prompts(path)
+        except ValueError:
+            return False
+        if jax.tree.map(np.shape, injection) != jax.tree.map(np.shape, self._start):
+            return False
+        write_tuned(folder.path / "best", injection, {}, config=self.size, vocabulary=None)
+        return folder.states.beside(self.step).get("best") in (None, folder.best_hash())
+
+    def _save(self) -> None:
+        self._folder.states.save(self.step, self.state, {"evals": self._evals, **self._folder.logged()})
 
     @property
     def state_shardings(self) -> TrainState | None:
@@ -376,22 +432,50 @@ class Run:
         """
         config = self.config
         self.state, self.step = state, self.step + 1
+        self._check_step()
         self._window.add(self.step, ids, metrics)
         evaluates = self.step % config.eval_period == 0 or self.step == config.train_steps
         logs = self.step % config.log_period == 0 or evaluates
         if not logs:
             return
+        self._check_step()
+        self._check_trained()
         injection = self._fold(state.trainable, self.frozen)
-        values = self._window.close() | moved(injection, self._start)
-        check_finite(values, self.step)
-        self._log("train", values, say)
+        self._log("train", self._window.close() | moved(injection, self._start), say)
         if evaluates:
             self._evaluate(injection, evaluator, say)
-            self._folder.states.save(self.step, state)
+            self._save()
             self.saved_step = self.step
             self._window.restart()
 
+    def _check_step(self) -> None:
+        """Raises SettingError if the newest step's loss is not finite, and names a base model that is not."""
+        try:
+            self._window.check()
+        except SettingError:
+            for path in not_finite(self.frozen):
+                raise SettingError(
+                    f"{path} of the base model holds NaN or infinity: set ", Setting("initial_checkpoint_path"),
+                    " to a sound one",
+                ) from None  # fmt: skip
+            raise
+
+    def _check_trained(self) -> None:
+        """Raises SettingError if a trained parameter is not finite."""
+        for path in not_finite(self.state.trainable):
+            raise SettingError(
+                f"{path} holds NaN or infinity after step {self.step}: lower ", Setting("learning_rate"),
+                "; earlier checkpoints stand",
+            )  # fmt: skip
+
     def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> Record:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise SettingError(
+                    f"{name} of {split} is {value} at step {self.step}, expected a finite number: lower ",
+                    Setting("learning_rate"),
+                    ", if it is no metric of your own; earlier checkpoints stand",
+                )
         record = {"step": self.step, "split": split, **values, "seconds": time.time() - self._clock}
         self._folder.log(record)
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in ("step", "split"))
@@ -434,13 +518,18 @@ class Run:
 
     def save(self) -> None:
         """Saves the state between two evaluations, and closes the folder: the process is about to end."""
-        self._window.check()
-        self._folder.states.save(self.step, self.state)
+        self._check_step()
+        self._check_trained()
+        self._save()
         self._folder.close()
 
     def close(self) -> None:
         """Closes the folder as it is."""
         self._folder.close()
+
+    def abandon(self) -> None:
+        """Closes the folder after an error, which stays the one that is seen; nothing if it is closed."""
+        self._folder.abandon()
 
     def finish(self) -> dict[str, Any]:
         """Writes summary.json, and returns what is in it."""
@@ -467,10 +556,11 @@ class Run:
             "versions": versions(),
         }
         self.summary = summary
-        self._folder.close()
+        self._folder.wait()
         if self._folder.writes:
             write_text(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         barrier("finished")
+        self._folder.close()
         return summary
 
 
@@ -507,6 +597,12 @@ def prompts_of_tasks(
                 Setting("eval_split"), f" has the task {task}, which has no prompt: ", tasks, f" has {', '.join(own)}"
             )
     return np.array([own.index(task) for task in found], np.int32)
+
+
+def not_finite(values: Params) -> Iterator[str]:
+    """Yields the paths of the arrays that hold NaN or infinity."""
+    finite = {path: jnp.isfinite(value).all() for path, value in values.items()}
+    yield from (path for path, whole in jax.device_get(finite).items() if not whole)
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, trained: Params) -> None:

@@ -1,11 +1,17 @@
 """What a run leaves in MODEL_DIR, and how it finds its place again.
 
 run.json (what the run is, by value), config.gin (where gin configured it), metrics.jsonl, checkpoints/<step>/,
-prompts/<step>.npy, best/, summary.json, and TensorBoard events.
+prompts/<step>.npy, best/, summary.json, and TensorBoard events. While a process runs it, running names that process.
+
+A checkpoint keeps the evaluations until its step and a hash of metrics.jsonl and of best/: what was damaged or deleted
+is found when the run goes on, and is made again from the rest.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -13,7 +19,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.checkpoints.state import StateStore
+import jax
+
+from prompt_tuning_jax.batches.lock import claimed, running_elsewhere
+from prompt_tuning_jax.checkpoints.state import StateStore, all_agree
 from prompt_tuning_jax.checkpoints.tuned import is_one_file, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.identity import differences
@@ -21,6 +30,9 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import barrier, is_writer
 
 IDENTITY = "run.json"
+HASHED_BYTES = 64 * 2**20  # of a best/ that is larger, such as a tuned model, only the names and sizes are compared
+
+Record = dict[str, Any]
 
 
 class NoFolder:
@@ -34,8 +46,11 @@ class NoFolder:
     def open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
         return []
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        return []
+    def rewind(self, step: int) -> tuple[list[Record], list[str]]:
+        return [], []
+
+    def logged(self) -> dict[str, Any]:
+        return {}
 
     def log(self, record: Mapping[str, Any]) -> None:
         pass
@@ -43,7 +58,13 @@ class NoFolder:
     def keep_prompt(self, step: int, injection: Injection) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
     def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
 
@@ -51,7 +72,10 @@ class _NoStates:
     def steps(self) -> list[int]:
         return []
 
-    def save(self, step: int, state: Any) -> None:
+    def restore_newest(self, like: Any) -> tuple[int, Any, list[str]]:
+        return 0, like, []
+
+    def save(self, step: int, state: Any, beside: Mapping[str, Any] | None = None) -> None:
         pass
 
 
@@ -82,12 +106,17 @@ class RunFolder:
           allow_other_config: go on with a run of another identity.
 
         Raises:
-          ValueError: the folder cannot be written, or holds another run.
+          ValueError: the folder cannot be written, holds another run, or is being run by another process.
         """
         self.path, self._identity, self._config, self.writes = Path(path), dict(identity), config, is_writer()
         self._forced = allow_other_config
         self.states: Any = None  # a StateStore, once it is open
+        self._events: Any = None
+        self._lock = contextlib.ExitStack()
+        self._lines, self._digest = 0, hashlib.sha256()  # of metrics.jsonl
         check_writable(self.path)
+        if (busy := running_elsewhere(self.path)) is not None:
+            raise _in_use(busy)
         self._kept = _read_identity(self.path)
         if self._kept is None and (self.path / "checkpoints").is_dir() and not allow_other_config:
             raise SettingError(
@@ -128,10 +157,34 @@ class RunFolder:
           Lines to say: that a run is extended.
 
         Raises:
-          ValueError: the run that is there already reads something else.
+          ValueError: the run that is there already reads something else, or another process runs it.
         """
         self._compare(read)
         barrier("compared")  # every process has read what lies there
+        self._take_lock()
+        try:
+            return self._open(keep, read)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _take_lock(self) -> None:
+        refused: ValueError | None = None
+        if self.writes:
+            try:
+                self._lock.enter_context(claimed(self.path))
+            except OSError as error:
+                refused = _unwritable(self.path, error)
+            except ValueError as error:
+                refused = _in_use(str(error))
+        if not all_agree(refused is None):
+            raise refused or _in_use(f"process 0 cannot have {self.path} for itself")
+
+    def _open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
+        self._kept = _read_identity(self.path)  # nobody else writes it from here on
+        self._compare(self._identity)
+        self._compare(read)
+        barrier("read again")
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / IDENTITY, json.dumps(self._identity | dict(read), indent=1) + "\n")
@@ -140,27 +193,60 @@ class RunFolder:
             (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
         barrier("opened")
         self.states = StateStore(self.path / "checkpoints", keep)
-        self._events = None
         if self._kept is not None and _extends(self._kept, self._identity):
             steps = f"from {self._kept['train_steps']:,} to {self._identity['train_steps']:,} steps"
             return [f"{self.path} is extended {steps}: it goes on from its last checkpoint"]
         return []
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Forgets what was logged after `step`, whose checkpoint is the newest whole one; returns what stays."""
+    def rewind(self, step: int) -> tuple[list[Record], list[str]]:
+        """Forgets what was logged after `step`, whose checkpoint the run goes on from.
+
+        Returns:
+          The records until then, and a line if metrics.jsonl was damaged and is made again: the evaluations are those
+          that the checkpoint keeps.
+
+        Raises:
+          ValueError: it is damaged, and the checkpoint, an earlier version's, keeps no evaluations.
+        """
         path = self.path / "metrics.jsonl"
-        records = [record for record in _read_whole_lines(path) if record["step"] <= step]
+        data = path.read_bytes() if path.exists() else b""
+        kept = self.states.beside(step) if step else {}
+        records, said = _records_until(step, data, kept, path)
+        text = "".join(json.dumps(record) + "\n" for record in records)
         barrier("read")
-        if self.writes and path.exists():
-            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        return records
+        if self.writes and text.encode() != data:
+            write_text(path, text)
+        self._lines, self._digest = len(records), hashlib.sha256(text.encode())
+        return records, said
+
+    def logged(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of metrics.jsonl and of best/, to compare when the run goes on from it."""
+        metrics = {"lines": self._lines, "sha256": self._digest.hexdigest()[:16]}
+        return {"metrics": metrics, "best": self.best_hash() if self.writes else None}
+
+    def best_hash(self) -> str | None:
+        """Returns a hash of what lies in best/; None if there is nothing."""
+        files = [path for path in sorted((self.path / "best").rglob("*")) if path.is_file()]
+        digest, small = hashlib.sha256(), sum(path.stat().st_size for path in files) <= HASHED_BYTES
+        for path in files:
+            digest.update(f"{path.relative_to(self.path)} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes() if small else b"")
+        return digest.hexdigest()[:16] if files else None
+
+    def best_is_whole(self, step: int) -> bool:
+        """Returns whether best/ is as it was when `step`, which the run goes on from, was saved."""
+        found, kept = self.best_hash() if self.writes else None, self.states.beside(step)
+        return all_agree(not self.writes or (found is not None and found == kept.get("best", found)))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Adds a record to metrics.jsonl and to TensorBoard's events."""
+        """Adds a record, of finite numbers, to metrics.jsonl and to TensorBoard's events."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        self._lines += 1
+        self._digest.update(line.encode())
         if not self.writes:
             return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
         if self._events is None:
             self._events = _event_writer(self.path)
         for name, value in record.items():
@@ -175,11 +261,33 @@ class RunFolder:
         if self.writes and injection.length:
             write_prompts(self.path / "prompts" / f"{step}{'.npy' if is_one_file(injection) else ''}", injection)
 
-    def close(self) -> None:
+    def kept_prompt(self, step: int) -> Path | None:
+        """Returns what `keep_prompt` wrote of a step; None if it is not there."""
+        paths = (self.path / "prompts" / f"{step}{end}" for end in (".npy", ""))
+        return next((path for path in paths if path.exists()), None)
+
+    def wait(self) -> None:
+        """Returns once all that was saved is on disk."""
         if self.states is not None:
-            self.states.close()
-        if self._events is not None:
-            self._events.close()
+            self.states.wait()
+
+    def close(self) -> None:
+        """Closes what is open, and lets other processes run the folder. It may be called again."""
+        with self._lock:
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+            if self.states is not None:
+                self.states.close()
+
+    def abandon(self) -> None:
+        """Closes the folder after an error, which stays the one that is seen.
+
+        With several processes, what is being written is not waited for: the others may be gone.
+        """
+        with self._lock, contextlib.suppress(Exception):
+            if jax.process_count() == 1:
+                self.close()
 
 
 def _event_writer(path: Path):
@@ -236,13 +344,64 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return  # the line that a kill cut short is the last
+def _records_until(step: int, data: bytes, kept: Mapping[str, Any], path: Path) -> tuple[list[Record], list[str]]:
+    """Returns the records of metrics.jsonl, `data`, up to a step, and a line if they are not as they were."""
+    if not step:
+        return [], []
+    lines = data.splitlines(keepends=True)
+    wanted = kept.get("metrics")
+    if not wanted:
+        return [record for record in _checked_records(lines, path) if record["step"] <= step], []
+    whole = lines[: wanted["lines"]]
+    if hashlib.sha256(b"".join(whole)).hexdigest()[:16] == wanted["sha256"]:
+        return [json.loads(line) for line in whole], []
+    losses: dict[int, Record] = {}
+    for line in lines:
+        record = _record(line)
+        if record is not None and record["split"] == "train" and record["step"] <= step:
+            losses.setdefault(record["step"], record)
+    records = sorted([*losses.values(), *kept["evals"]], key=lambda record: (record["step"], record["split"] == "eval"))
+    lost = wanted["lines"] - len(records)
+    return records, [
+        f"{path} is not as it was at step {step}: its evaluations are those that the checkpoint keeps"
+        + (f", {lost} of its other records are lost" if lost > 0 else "")
+    ]
+
+
+def _checked_records(lines: list[bytes], path: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is not None:
+            yield record
+        elif number < len(lines) or line.endswith(b"\n"):  # else a kill cut it short
+            raise SettingError(
+                f"{path}, line {number}: no record of a run, so that its best step cannot be told: mend the line, or "
+                "set another ",
+                Setting("model_dir"),
+            )
+
+
+def _record(line: bytes) -> Record | None:
+    """Returns a line's record; None if it is damaged."""
+    try:
+        record = json.loads(line)
+        numbers = [value for name, value in record.items() if name != "split"]
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+        whole = finite and type(record["step"]) is int and record["split"] in ("train", "eval") and "seconds" in record
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
+    return record if whole else None
+
+
+def _in_use(why: str) -> SettingError:
+    return SettingError(f"{why}; or set another ", Setting("model_dir"))
+
+
+def _unwritable(path: Path, error: OSError) -> SettingError:
+    reason = error.strerror or str(error)
+    return SettingError(
+        f"cannot write to {path} ({reason}): set ", Setting("model_dir"), " to a folder that can be written"
+    )
 
 
 def check_writable(path: Path) -> None:
@@ -255,7 +414,4 @@ def check_writable(path: Path) -> None:
             raise NotADirectoryError(f"{parent} is not a folder")
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise SettingError(
-            f"cannot write to {path} ({reason}): set ", Setting("model_dir"), " to a folder that can be written"
-        ) from None
+        raise _unwritable(path, error) from None
