@@ -138,7 +138,7 @@ class Reader:
             _nothing_of(sampled, row, f'decode "{method}"', "or set decode to sample")
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
-            values["seed"] = (values["seed"] + number) % 2**32
+            values["seed"] = (int(values["seed"]) + number) % 2**32
         temperature, top_k, top_p, seed = (kind(values[name]) for name, kind in SAMPLING.items())
         return Request(prompt, inputs, cut, method, (), None, temperature, top_k, top_p, seed)
 

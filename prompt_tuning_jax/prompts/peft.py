@@ -1,7 +1,7 @@
 """Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
 
-In place of the weights' safetensors there may be `adapter_model.bin`, which PEFT wrote before 0.5 and still writes with
-`safe_serialization=False`.
+In place of `adapter_model.safetensors` there may be `adapter_model.bin`, which older versions of PEFT wrote, and which it
+still writes with `safe_serialization=False`.
 """
 
 import json
