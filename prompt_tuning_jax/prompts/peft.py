@@ -1,6 +1,6 @@
 """Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
 
-In place of `adapter_model.safetensors` there may be `adapter_model.bin`, which older versions of PEFT wrote, and which it
+In place of `adapter_model.safetensors` there may be `adapter_model.bin`: what older versions of PEFT wrote, and what it
 still writes with `safe_serialization=False`.
 """
 
