@@ -132,7 +132,7 @@ def test_a_byte_order_mark_in_front_of_the_rows_is_no_part_of_them(run):
 def test_the_exit_code_says_that_no_row_has_an_answer(run, tmp_path):
     rows = [{"prompt": "lon", "inputs": "a movie"}, {"prompt": "long"}]
     code, out, err = run(jsonl(rows))
-    assert code == 2 and [*map("error".__contains__, out.splitlines())] == [True, True]
+    assert code == 2 and all(json.loads(line)["error"] for line in out.splitlines())
     assert err.splitlines()[-1] == (
         "error: each of 2 rows has an error in place of an answer, the first: no prompt 'lon'; did you mean long?"
     )
