@@ -10,8 +10,9 @@ import sys
 
 from prompt_tuning_jax.checkpoints.conversion import MODEL_FORMATS, PROMPT_FORMATS, convert
 from prompt_tuning_jax.checkpoints.inspection import inspect_base
+from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.errors import renamed, spelled
-from prompt_tuning_jax.flags import Parser, as_flag, flag_errors
+from prompt_tuning_jax.flags import as_flag, flag_errors
 
 NAMES = {"source": "SOURCE", "target": "TARGET"}
 

@@ -1,11 +1,9 @@
-"""What the command lines share that read flags and no gin: the parser, and errors in one line."""
+"""What the command lines share that read flags and no gin: how a setting is called, and errors in one line."""
 
-import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
 
 from prompt_tuning_jax.command_line import one_line_errors
 from prompt_tuning_jax.errors import spelled, spelling
@@ -17,21 +15,6 @@ FLAGS = {
     "class_labels": "--labels",
     "base_dtype": "--dtype",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def __init__(self, module: str, description: str | None):
-        super().__init__(
-            f"python -m {module}",
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists what there is")
 
 
 def as_flag(name: str) -> str:

@@ -1,12 +1,13 @@
 """Answers rows of many tasks with one base: `python -m prompt_tuning_jax.infer --prompts=DIR < rows.jsonl`.
 
 A row is {"prompt": NAME, "inputs": TEXT}; "labels": [...] ranks these, "prompt": null asks the base alone. Each row
-comes back, in order, with its "prediction" and "score"; one that cannot be answered has an "error". With --text each
-line is the inputs of --prompt. With --interactive one types them: ":prompt NAME" switches, ":prompts" lists, ":quit"
-leaves.
+comes back, in order, with its "prediction" and "score"; one that cannot be answered has an "error". If that is so of
+all rows, the exit code is 2. With --text each line is the inputs of --prompt. With --interactive one types them:
+":prompt NAME" switches, ":prompts" lists, ":quit" leaves.
 """
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
@@ -14,14 +15,15 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.flags import Parser, flag_errors
+from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
 from prompt_tuning_jax.inference.requests import METHODS, Decoding, read_json
 from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, say_broken
@@ -40,10 +42,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_model_flags(parser)
     parser.add_argument("--prompt", help="for rows that name none")
     parser.add_argument("--decode", default="greedy", help=f"{', '.join(METHODS)}; a row's own goes first")
-    parser.add_argument("--temperature", type=float, default=1.0, help='for "sample"; 0 is greedy')
-    parser.add_argument("--top_k", type=int, default=0, help='for "sample": tokens that may be drawn; 0 for all')
-    parser.add_argument("--top_p", type=float, default=1.0, help='for "sample": the share of probability; 1 for all')
-    parser.add_argument("--seed", type=int, default=0, help='for "sample": of the first row; the next has one more')
+    parser.add_numbers(
+        Decoding,
+        temperature='for "sample"; 0 is greedy',
+        top_k='for "sample": tokens that may be drawn; 0 for all',
+        top_p='for "sample": the share of probability; 1 for all',
+        seed='for "sample": of the first row; the next has one more',
+    )
     parser.add_argument("--labels", help="rank these, with commas between, for rows that bring none")
     parser.add_argument("--text", action="store_true", help="lines are inputs, not JSON")
     parser.add_argument("--interactive", action="store_true", help="answer typed lines")
@@ -80,18 +85,20 @@ def run(arguments: argparse.Namespace) -> None:
             return converse(predictor, arguments.prompt)
         rows = read_rows(lines, arguments.text)
         target: BinaryIO = sys.stdout.buffer
+        done: list[dict[str, Any]] = []
         if arguments.output:
-            done = whole_lines(arguments.output) if arguments.resume and arguments.output.exists() else []
+            if arguments.resume and arguments.output.exists():
+                done = whole_lines(arguments.output)
             skip(rows, done, arguments.output)
             target = files.enter_context(open(arguments.output, "ab"))
-        answer_all(predictor, rows, target)
+        answer_all(predictor, rows, target, done)
 
 
 def read_rows(lines: Iterable[bytes], text: bool) -> Iterator[tuple[int, Any]]:
     """Each line's number, from 0, and its row; a ValueError for a line that is none. Blank lines are no rows."""
     for number, line in enumerate(lines):
         try:
-            line = line.decode().rstrip("\r\n")
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             yield number, ValueError(f"line {number + 1} is not UTF-8 (byte {error.start}), expected a row")
             continue
@@ -142,21 +149,39 @@ def windows(rows: Iterable[tuple[int, Any]], size: int) -> Iterator[list[tuple[i
             raise last
 
 
-def answer_all(predictor: Predictor, rows: Iterable[tuple[int, Any]], target: BinaryIO) -> None:
-    """Writes the answers in order, and says on stderr how far it is."""
-    answered = failed = 0
+def answer_all(
+    predictor: Predictor, rows: Iterable[tuple[int, Any]], target: BinaryIO, done: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Writes the answers in order, and says on stderr how far it is.
+
+    Args:
+      done: the answers that `target` has already.
+
+    Raises:
+      ValueError: there are rows, and each of them has an error in place of an answer.
+    """
+    answered, failed, first = 0, 0, ""
+
+    def count(answers: Sequence[dict[str, Any]]) -> None:
+        nonlocal answered, failed, first
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        answered, failed, first = answered + len(answers), failed + len(errors), first or "".join(errors[:1])
+
+    count(done)
     started = said = time.monotonic()
     with tqdm(disable=None, unit="row") as bar:
         for window in windows(rows, predictor.batch_size * WINDOW):
             answers = predictor.answer_rows(window)
             target.write(b"".join(map(line_of, answers)))
             target.flush()
-            answered += len(answers)
-            failed += sum("error" in answer for answer in answers)
+            count(answers)
             bar.update(len(answers))
             if bar.disable and time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
-                print(f"{answered:,} rows, {answered / (said - started):,.1f} a second", file=sys.stderr)
+                rate = (answered - len(done)) / (said - started)
+                print(f"{answered:,} rows, {rate:,.1f} per second", file=sys.stderr)
+    if failed and failed == answered:
+        raise ValueError(f"each of {answered:,} rows has an error in place of an answer, the first: {first}")
     if failed:
         print(f"{failed:,} of {answered:,} rows have an error in place of an answer", file=sys.stderr)
 

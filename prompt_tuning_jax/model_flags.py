@@ -5,8 +5,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.errors import spelled
-from prompt_tuning_jax.flags import Parser, as_flag
+from prompt_tuning_jax.flags import as_flag
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Decoding
@@ -20,10 +21,13 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--prompts", help="a folder of prompts (NAME.npy, run folders, PEFT adapters), or one prompt")
     parser.add_argument("--vocabulary", help="spiece.model, tokenizer.json or 'bytes', if none lies beside the base")
     parser.add_argument("--dtype", default="auto", help="of the base in memory: auto, float32, bfloat16, int8")
-    parser.add_argument("--input_length", type=int, default=512, help="tokens; longer inputs are cut, and flagged")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="of an answer, its end of sequence included")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows of the largest batch")
-    parser.add_argument("--beams", type=int, default=4, help='for "beam"')
+    parser.add_numbers(
+        Predictor.__init__,
+        input_length="tokens; longer inputs are truncated, and flagged",
+        max_new_tokens="of an answer, its end of sequence included",
+        batch_size="rows of the largest batch",
+    )
+    parser.add_numbers(Decoding, beams='for "beam"')
 
 
 def load_predictor(

@@ -16,11 +16,13 @@ import numpy as np
 from prompt_tuning_jax.arrays.stored import ArrayError
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
 from prompt_tuning_jax.checkpoints.tuned import check_width
+from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.flags import Parser, flag_errors
+from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
+from prompt_tuning_jax.settings import Count, check, whole
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
 MOST_SHARED = 5
@@ -50,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--before", metavar="FILE", help="PROMPT before training; a run's prompts/0.npy, if it is there"
     )
-    parser.add_argument("--top", type=int, default=5, help="how many neighbours of a position are looked at")
+    parser.add_number("top", Count, 5, "how many neighbours of a position are looked at")
     parser.add_argument("--json", action="store_true", help="one JSON object with every number")
     parser.add_argument("--picture", metavar="FILE.png", help="cosines between positions, or between prompts")
     return parser.parse_args(argv)
@@ -78,9 +80,7 @@ def read(arguments: argparse.Namespace) -> None:
                 shapes = f"{list(befores[name].shape)}, {file} {list(prompts[name].shape)}"
                 raise ValueError(f"{first} is {shapes}: set --before to the same prompt before it was trained")
     lexicon = open_lexicon(model, arguments.vocabulary, arguments.labels)
-    most = len(lexicon.names)
-    if not 1 <= arguments.top <= most:
-        raise ValueError(f"--top is {arguments.top}, and there are {most} words and labels: set --top to 1 to {most}")
+    check("top", arguments.top, whole(1, len(lexicon.names), "the number of words and labels"))
     report = {"base": base} | describe(prompts, befores, lexicon, arguments.top)
     if arguments.picture:
         draw(Path(arguments.picture), report, prompts, befores, lexicon)

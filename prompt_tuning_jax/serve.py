@@ -16,13 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.compilation import keep_compiled_programs
-from prompt_tuning_jax.flags import Parser, flag_errors
+from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.inference.folder import PromptFolder
+from prompt_tuning_jax.inference.limits import Limits
 from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import read_json
 from prompt_tuning_jax.inference.warm_up import warm_up
 from prompt_tuning_jax.model_flags import add_model_flags, in_flags, load_predictor
+from prompt_tuning_jax.settings import Count, NotNegative, Positive, whole
+from prompt_tuning_jax.tasks.lines import read_lines
 
 BACKLOG = 2048  # connections that the system keeps until they are opened
 GRACE = 10  # seconds that a shutdown leaves to the requests in progress
@@ -37,34 +41,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("prompt_tuning_jax.serve", __doc__)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="to listen at; 0.0.0.0 for all")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free one, which is printed")
+    parser.add_number("port", whole(0, 65_535), 8000, "0 for a free one, which is printed")
     parser.add_argument("--warm", type=Path, help="rows, as for infer: their programs are compiled before it is ready")
-    parser.add_argument("--wait_ms", type=float, default=3.0, help="that rows wait for others to share their batch")
-    parser.add_argument("--max_rows", type=int, default=1024, help="of a request; more are answered with 413")
-    parser.add_argument("--max_bytes", type=int, default=4 * 2**20, help="of a request's body; 413")
-    parser.add_argument(
-        "--max_tokens", type=int, default=2**19, help="of a request: of its prompts, inputs, labels and answers; 413"
+    parser.add_number("wait_ms", NotNegative, 3.0, "that rows wait for others to share their batch")
+    parser.add_numbers(
+        Limits,
+        max_rows="of a request; more are answered with 413",
+        max_bytes="of a request's body; 413",
+        max_tokens="of a request: of its prompts, inputs, labels and answers; 413",
+        max_queue="rows that may wait; 429 with Retry-After",
+        timeout="seconds a request may take; 503, or 408 without body",
     )
-    parser.add_argument("--max_queue", type=int, default=8192, help="rows that may wait; 429 with Retry-After")
-    parser.add_argument(
-        "--max_connections", type=int, default=4096, help="open at once; at most half of the files it may open"
-    )
+    parser.add_number("max_connections", Count, 4096, "open at once; at most half of the files it may open")
     parser.add_argument(
         "--api_key_file", "--api-key-file", type=Path, help="a key a line; requests need Authorization: Bearer KEY"
     )
-    parser.add_argument(
-        "--timeout", type=float, default=30.0, help="seconds a request may take; 503, or 408 without body"
-    )
-    parser.add_argument("--poll", type=float, default=0.5, help="seconds between looks at the folder of prompts")
+    parser.add_number("poll", Positive, 0.5, "seconds between looks at the folder of prompts")
     arguments = parser.parse_args(argv)
-    for name in ("max_rows", "max_bytes", "max_tokens", "max_queue", "max_connections", "timeout", "poll"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected above 0")
-    if not 0 <= arguments.wait_ms <= 1000 * arguments.timeout:
-        raise ValueError(f"--wait_ms is {arguments.wait_ms:g}, expected 0 to --timeout")
-    if arguments.max_rows > arguments.max_queue:
-        raise ValueError(f"--max_rows is {arguments.max_rows}, more than --max_queue, {arguments.max_queue}")
+    limits_of(arguments).check()
+    if arguments.wait_ms > 1000 * arguments.timeout:
+        raise ValueError(f"--wait_ms is {arguments.wait_ms:g}, more than --timeout, {arguments.timeout:g} seconds")
     return arguments
+
+
+def limits_of(arguments: argparse.Namespace) -> Limits:
+    """Returns what a request may ask for."""
+    return Limits(**{name: getattr(arguments, name) for name in Limits._fields})
 
 
 def load(arguments: argparse.Namespace) -> tuple[Predictor, PromptFolder | None]:
@@ -76,9 +78,9 @@ def load(arguments: argparse.Namespace) -> tuple[Predictor, PromptFolder | None]
 
 
 def read_rows(path: Path) -> list[Any]:
-    """The rows of a JSONL file."""
+    """Returns the rows of a JSONL file."""
     try:
-        return [read_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [read_json(line) for line in read_lines(path) if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read --warm={path} ({error}): expected a file of rows, a JSON object a line"
@@ -134,10 +136,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT."""
-    from prompt_tuning_jax.inference.service import Limits, Service
+    from prompt_tuning_jax.inference.service import Service
 
-    names = ("max_rows", "max_bytes", "max_queue", "timeout", "max_tokens")
-    limits = Limits(**{name: getattr(arguments, name) for name in names})
     keys = read_keys(arguments.api_key_file)
     if arguments.prompts:
         PromptFolder(arguments.prompts)  # missing: said before anything is loaded
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     service = Service(
         lambda: load(arguments),
         arguments.base,
-        limits,
+        limits_of(arguments),
         wait=arguments.wait_ms / 1000,
         poll=arguments.poll,
         text=in_flags,

@@ -13,7 +13,7 @@ numbers are numbers.
 """
 
 import abc
-import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -142,10 +142,7 @@ class Number(Kind):
 def _as_number(value: Any) -> int | float | None:
     """Returns the number that a text or a float of a whole number was meant for; None if there is none."""
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return None
+        value = number_in(value)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -153,6 +150,18 @@ def _as_number(value: Any) -> int | float | None:
     if not isinstance(value, float) or not math.isfinite(value):
         return None
     return int(value) if value.is_integer() else value
+
+
+def number_in(text: str) -> int | float | None:
+    """Returns the number that a text is; None if it is none.
+
+    >>> number_in("16"), number_in("1e-5"), number_in("many")
+    (16, 1e-05, None)
+    """
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,20 +335,21 @@ def check(name: str, value: Any, annotation: Any) -> None:
       name: the setting's canonical name.
       annotation: a `Kind`, one of this module's annotations, or one of them or None. Any other accepts everything.
     """
+    if fault := fault_of(value, annotation):
+        raise SettingError(Setting(name), fault)
+
+
+def fault_of(value: Any, annotation: Any) -> str | None:
+    """Returns the end of the message about a value, as `Kind.fault`; None if it is what the annotation says."""
     kind, optional = _kind_of(annotation)
     if kind is None or (optional and value is None):
-        return
-    if fault := kind.fault(value, optional):
-        raise SettingError(Setting(name), fault)
+        return None
+    return kind.fault(value, optional)
 
 
 def accepts(value: Any, annotation: Any) -> bool:
     """Returns whether a value is what an annotation says."""
-    try:
-        check("", value, annotation)
-    except SettingError:
-        return False
-    return True
+    return fault_of(value, annotation) is None
 
 
 def check_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -390,7 +400,10 @@ def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
 
 def shown(value: Any) -> str:
     """Returns a value in one short line."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except (RecursionError, ValueError):  # nested too deep, or an int of more digits than Python writes
+        text = f"a {type(value).__name__} that is too large to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

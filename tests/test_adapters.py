@@ -146,6 +146,16 @@ def test_an_adapter_of_peft_gives_its_logits(trained, folders):
     assert np.abs(expected - without).max() > 0.1  # the adapter matters
 
 
+def test_weights_of_torch_save_are_those_of_safetensors(trained, tmp_path):
+    size, _, model, folder = trained
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file() and not (tmp_path / "adapter_model.safetensors").exists()
+    expected, found = (read_adapter(one, CONFIGS[size]).parameters for one in (folder, tmp_path))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value)
+
+
 def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path):
     size, method, _, _ = trained
     config, tokens = CONFIGS[size], some_tokens(GATED)
@@ -702,7 +712,7 @@ def test_absent_parts_and_pickles_are_refused(whole, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refused(lambda: read_adapter(folder, GATED), "prompt_file")
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(print))
-    with pytest.raises(ValueError, match="is a pickle, which can run code, and is not opened"):
+    with pytest.raises(ValueError, match="adapter_model.bin cannot be read .it is of torch.save's format before"):
         read_adapter(folder, GATED)
     assert "no adapter_config.json" in refused(lambda: read_adapter(tmp_path, GATED), "prompt_file")
     assert "no adapter_config.json" in refused(lambda: adapter_kind(tmp_path), "prompt_file")

@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import gin
+import ml_dtypes
 import numpy as np
 import pytest
 import seqio
@@ -121,6 +122,8 @@ def prompt_of(shape, value=0.5, dtype=np.float32):
         (prompt_of((5, 16), np.nan), "holds NaN or infinity; expected a prompt, float32 [prompt length, d_model]"),
         (prompt_of((5, 16), 1, np.int32), "holds int32 [5, 16]; expected a prompt, float32"),
         (prompt_of((80,)), "holds float32 [80]; expected a prompt, float32"),
+        (np.zeros((5, 16), "V8"), "holds |V8 [5, 16]; expected a prompt, float32"),
+        (np.zeros((5, 16), ml_dtypes.bfloat16), "holds |V2 [5, 16]; expected a prompt, float32"),  # as NumPy stores it
     ],
 )  # fmt: skip
 def test_a_prompt_of_another_kind(refused, tmp_path, array, message):
@@ -205,6 +208,12 @@ def test_a_base_that_is_not_whole(refused, tiny, tmp_path, damage, message):
     found = refused(INITIAL_CHECKPOINT_PATH=str(base))
     assert found.startswith(message.format(base=base))
     assert "set INITIAL_CHECKPOINT_PATH" in found or "Set INITIAL_CHECKPOINT_PATH" in found or "set VOCABULARY" in found
+
+
+def test_an_empty_folder_is_no_base_model(refused, tmp_path):
+    (tmp_path / "base").mkdir()
+    found = refused(INITIAL_CHECKPOINT_PATH=str(tmp_path / "base"))
+    assert found.startswith(f"{tmp_path / 'base'} is no base model: it has neither config.json (Hugging Face) nor")
 
 
 def test_a_base_that_lacks_a_tensor(refused, tiny, tmp_path):

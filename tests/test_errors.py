@@ -177,8 +177,11 @@ def test_a_dtype_that_there_is_not(tiny, tmp_path, monkeypatch, capfd):
 
 
 def test_a_way_to_decode_that_there_is_not(monkeypatch, capfd):
-    assert said(infer.main, ["--decode=best"], monkeypatch, capfd).startswith("--decode is 'best', expected greedy")
-    assert said(infer.main, ["--temperature=101"], monkeypatch, capfd) == "--temperature is 101.0, expected 0 to 100"
+    assert said(infer.main, ["--decode=best"], monkeypatch, capfd).startswith("--decode is 'best', expected one of")
+    assert (
+        said(infer.main, ["--temperature=101"], monkeypatch, capfd)
+        == "--temperature is 101, expected a number from 0 to 100"
+    )
 
 
 def test_a_task_that_there_is_not_from_the_process_that_tokenises(tiny, tmp_path, monkeypatch, capfd):

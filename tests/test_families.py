@@ -143,6 +143,7 @@ FAMILIES = [
     ),
     Family("T5 1.1 whose decoder starts with the end", "ids 0, 1, 1", UNTIED, ids=(0, 1, 1), listed=False),
     Family("T5 1.1 with three ids of its own", "ids 1, 0, 2", UNTIED, ids=(1, 0, 2), listed=False),
+    Family("T5 1.1 with another end and start", "ids 0, 2, 1", UNTIED, ids=(0, 2, 1), listed=False),
     Family(
         "umT5 of all differences at once",
         "a relative position table per layer; SiLU; logits tied, not scaled",

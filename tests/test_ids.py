@@ -81,6 +81,15 @@ def test_ids_are_those_of_config_json_then_of_generation_config_json(base_with, 
     assert (model.tokenizer.pad_id, model.tokenizer.eos_id, model.tokenizer.start_id) == expected
 
 
+def test_ids_that_the_two_files_contradict_are_said_once(base_with, caplog):
+    folder = base_with({"eos_token_id": [2], "pad_token_id": 0}, {"eos_token_id": 1, "pad_token_id": 0})
+    for _ in range(2):
+        pt.load(str(folder))
+    assert [record.getMessage() for record in caplog.records if "token_id" in record.getMessage()] == [
+        f"{folder}/config.json has eos_token_id 2, and generation_config.json 1: config.json's is used"
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

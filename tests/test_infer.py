@@ -121,6 +121,30 @@ def test_a_line_that_is_no_row_has_an_error_and_the_rest_go_on(run):
     assert "7 of 9 rows have an error" in err
 
 
+def test_a_byte_order_mark_in_front_of_the_rows_is_no_part_of_them(run):
+    for text, more in (jsonl(ROWS[:2]), ()), (b"a movie\nthe cast is warm\n", ("--text", "--prompt=long")):
+        plain, marked = (run(mark + text, *more) for mark in (b"", b"\xef\xbb\xbf"))
+        assert plain == marked and "error" not in plain[1]
+    _, out, _ = run(jsonl(ROWS[:1]) + b"\xef\xbb\xbf" + jsonl(ROWS[:1]))
+    assert ["error" in json.loads(line) for line in out.splitlines()] == [False, True]  # only there is it no text
+
+
+def test_the_exit_code_says_that_no_row_has_an_answer(run, tmp_path):
+    rows = [{"prompt": "lon", "inputs": "a movie"}, {"prompt": "long"}]
+    code, out, err = run(jsonl(rows))
+    assert code == 2 and all(json.loads(line)["error"] for line in out.splitlines())
+    assert err.splitlines()[-1] == (
+        "error: each of 2 rows has an error in place of an answer, the first: no prompt 'lon'; did you mean long?"
+    )
+    assert run(jsonl([]))[0] == 0
+    target = tmp_path / "answers.jsonl"  # what was answered before counts, and so does what failed before
+    assert run(jsonl(ROWS[:1]), f"--output={target}")[0] == 0
+    assert run(jsonl([*ROWS[:1], *rows]), f"--output={target}", "--resume")[0] == 0
+    target.unlink()
+    assert run(jsonl(rows), f"--output={target}")[0] == 2
+    assert run(jsonl(rows), f"--output={target}", "--resume")[0] == 2
+
+
 def test_lines_of_text_are_inputs_of_the_prompt_named(run):
     _, out, _ = run(b"a movie\n\nthe cast is warm\n", "--text", "--prompt=long")
     _, rows, _ = run(jsonl([{"prompt": "long", "inputs": text} for text in ("a movie", "the cast is warm")]))
@@ -195,12 +219,16 @@ def test_whoever_waits_for_an_answer_gets_it(flags, tiny):
         (["--base=nowhere"], "no base model at nowhere: no folder is there, and HF_HUB_OFFLINE is set"),
         (["--prompts=nowhere"], "no folder of prompts at nowhere: set --prompts"),
         (["--prompt=none"], "no prompt 'none'"),
-        (["--decode=best"], "decode is 'best', expected greedy or beam or sample"),
-        (["--temperature=-1"], "temperature is -1.0, expected 0 to 100"),
+        (["--decode=best"], "--decode is 'best', expected one of 'greedy', 'beam', 'sample'"),
+        (["--temperature=-1"], "--temperature is -1, expected a number from 0 to 100"),
         (["--labels=a,a"], "the labels 'a' and 'a' are the same tokens"),
         (["--input=nowhere.jsonl"], "no file nowhere.jsonl: set --input"),
         (["--resume"], "--resume goes on with an --output, and none is given"),
-        (["--batch_size=0"], "batch_size is 0, expected a whole number of at least 1"),
+        (["--batch_size=0"], "--batch_size is 0, expected a whole number of at least 1"),
+        (["--batch_size=16.0"], "--batch_size is 16.0, expected a whole number of at least 1; did you mean 16?"),
+        (["--input_length=many"], "--input_length is 'many', expected a whole number of at least 2"),
+        (["--beams=65"], "--beams is 65, expected a whole number from 1 to 64"),
+        (["--top_p=nan"], "--top_p is nan, expected a number from 1.18e-38 to 1"),
         (["--dtype=float8"], "--dtype is 'float8'"),
         (["--vocabulary=nowhere"], "set --vocabulary"),
     ],

@@ -65,6 +65,21 @@ class ScaledPrompt(Method):
         return Injection(prompt=trained["scale"] * trained["prompt"] + trained["shift"])
 
 
+def test_a_start_that_does_not_need_the_table_does_not_read_it():
+    """On a mesh the table has to be gathered, and in int8 to be computed."""
+
+    class Guarded:
+        config, parameters, tokenizer = CONFIG, dict(random_model(CONFIG)[1]), None
+
+        @property
+        def embeddings(self):
+            raise AssertionError("the embedding table is read")
+
+    assert LoRA(rank=2).init(jax.random.key(0), Guarded())
+    with pytest.raises(AssertionError, match="the embedding table is read"):
+        PromptTuning(3).init(jax.random.key(0), Guarded())
+
+
 @dataclasses.dataclass(frozen=True)
 class ScaledQuery(Method):
     """The first layer's queries scaled by a number: a user's method that replaces a parameter of the frozen model."""

@@ -1,7 +1,6 @@
 """PEFT adapter folders: read like `peft` reads them, written so that it reads them, refused when damaged."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -367,7 +366,7 @@ def test_absent_parts_are_refused(tmp_path):
     assert "no adapter_config.json" in refused(tmp_path)
     assert "no adapter_config.json" in refused(tmp_path / "absent")
     damage(tmp_path, weights=None)
-    assert "no adapter_model.safetensors" in refused(tmp_path)
+    assert "no adapter_model.safetensors or adapter_model.bin in" in refused(tmp_path)
     (tmp_path / "adapter_model.safetensors").mkdir()
     assert "no adapter_model.safetensors" in refused(tmp_path)
 
@@ -470,11 +469,14 @@ class Exploit:
         return (open, (str(self.path), "w"))
 
 
-def test_pickled_weights_are_never_opened(tmp_path):
+def test_pickled_weights_run_no_code(tmp_path):
+    torch = pytest.importorskip("torch")
     harm = tmp_path / "harm"
     damage(tmp_path, weights=None)
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Exploit(harm)))
-    assert "adapter_model.bin is a pickle" in refused(tmp_path)
+    assert "adapter_model.bin cannot be read (it is of torch.save's format before PyTorch 1.6" in refused(tmp_path)
+    torch.save({"prompt_embeddings": Exploit(harm)}, tmp_path / "adapter_model.bin")
+    assert "adapter_model.bin cannot be read (it asks for 'io.open', which no state dict needs)" in refused(tmp_path)
     damage(tmp_path, weights=pickle.dumps(Exploit(harm)))
     refused(tmp_path)
     damage(tmp_path, WHOLE_TEXT)  # beside a safetensors file it does not matter, as in PEFT
@@ -482,18 +484,26 @@ def test_pickled_weights_are_never_opened(tmp_path):
     assert not harm.exists()
 
 
-def test_the_line_that_converts_pickled_weights_works(peft, tmp_path):
-    """Run as it stands in the message, a folder with a blank and a quote in its name too."""
-    import torch
+def test_weights_that_peft_saves_with_torch_are_those_of_its_safetensors(trained, tmp_path):
+    model, folder, _, _ = trained
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file() and not (tmp_path / "adapter_model.safetensors").exists()
+    np.testing.assert_array_equal(read_adapter(tmp_path), read_adapter(folder))
 
-    folder = tmp_path / "o'clock run"
-    folder.mkdir()
-    damage(folder, WHOLE_TEXT, weights=None)
-    torch.save({"prompt_embeddings": torch.tensor(BOTH_STACKS)}, folder / "adapter_model.bin")  # as PEFT saves it
-    command = refused(folder).split("convert it where torch is: ")[1].split(" (`prompt` stays")[0]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(command, shell=True, check=True, timeout=120, env=os.environ | {"PATH": path})
-    np.testing.assert_array_equal(read_adapter(folder), BOTH_STACKS[:LENGTH])
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        ({"prompt_embeddings": np.ones((LENGTH + 1, WIDTH), np.float32)}, f"holds [{LENGTH + 1}, {WIDTH}], not "),
+        ({"prompt_embeddings": np.ones((LENGTH, WIDTH), np.int32)}, "is int32, expected"),
+        ({"prompt_embeddings": poisoned(np.nan)}, "holds NaN or infinity"),
+    ],
+)
+def test_weights_of_torch_that_are_no_prompt_are_refused(tmp_path, tensors, found):
+    torch = pytest.importorskip("torch")
+    damage(tmp_path, weights=None)
+    torch.save({name: torch.tensor(array) for name, array in tensors.items()}, tmp_path / "adapter_model.bin")
+    assert found in (message := refused(tmp_path)) and str(tmp_path / "adapter_model.bin") in message
 
 
 def read_or_refuse(folder):

@@ -154,6 +154,9 @@ def test_a_prefix_of_peft_gives_its_logits(peft, folders, tmp_path, size, option
     model.save_pretrained(tmp_path)
     expected = their_logits(model, *tokens)
     parameters = injection_of(tmp_path, config).parameters
+    model.save_pretrained(tmp_path / "torch", safe_serialization=False)
+    for path, value in injection_of(tmp_path / "torch", config).parameters.items():
+        np.testing.assert_array_equal(parameters[path], value)
     base = random_model(config)[1]
     check_parameters(parameters, base)
     np.testing.assert_allclose(our_logits(config, {**base, **parameters}, *tokens), expected, rtol=0, atol=1e-5)

@@ -37,7 +37,7 @@ from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import Request
 from prompt_tuning_jax.inference.service import Limits, Service
 from prompt_tuning_jax.inference.warm_up import sizes, warm_up
-from prompt_tuning_jax.serve import hosts_of, listen, make_server, parse, read_keys, serve
+from prompt_tuning_jax.serve import hosts_of, listen, make_server, parse, read_keys, read_rows, serve
 
 JSON = {"content-type": "application/json"}
 GREEDY = {"prompt": "p0", "inputs": "the plot was a treasure"}
@@ -726,6 +726,17 @@ def test_callers_share_windows_and_take_turns():
         model.close()
 
     asyncio.run(run())
+
+
+def test_rows_to_warm_up_with_are_lines_as_infer_reads_them(tmp_path):
+    """With a byte-order mark in front, and a line separator of Unicode's in a text, which ends no line."""
+    rows = [GREEDY, GREEDY | {"inputs": "a\u2028movie"}]
+    text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "rows.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="cannot read --warm=.*rows.jsonl .*: expected a file of rows"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_after_warming_up_mixed_batches_compile_nothing_either(tiny):

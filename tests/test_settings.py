@@ -28,6 +28,8 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import sized
 from prompt_tuning_jax.errors import SettingError
+from prompt_tuning_jax.inference.limits import Limits
+from prompt_tuning_jax.inference.requests import Decoding, Reader
 from prompt_tuning_jax.prompts.initializers import start_prompt
 from prompt_tuning_jax.settings import (
     Count,
@@ -789,5 +791,61 @@ def test_the_fields_of_a_method_are_accepted_or_refused_in_one_line(field, value
     kind, name = field
     try:
         kind(**{name: value}).check(CONFIG, 8)
+    except SettingError as error:
+        assert "\n" not in str(error) and error.setting
+
+
+FLAGS = {
+    "infer": ["input_length", "max_new_tokens", "batch_size", "beams", "temperature", "top_k", "top_p", "seed"],
+    "serve": [
+        "input_length", "max_new_tokens", "batch_size", "beams", "port", "wait_ms", "max_rows", "max_bytes",
+        "max_tokens", "max_queue", "max_connections", "timeout", "poll",
+    ],
+    "neighbors": ["top"],
+    "tasks.__main__": ["inputs_length", "targets_length", "rows"],
+}  # fmt: skip
+FIRST = {"neighbors": ["prompt.npy"], "tasks.__main__": ["show", "demo_reviews"]}
+READS = {"infer": "load_predictor", "serve": "listen", "neighbors": "open_table", "tasks.__main__": "show"}
+TEXTS = st.one_of(ODD.map(str), st.integers().map(str), st.floats().map(repr), st.sampled_from(["1e3", "0x10", " 5 "]))
+
+
+@settings(max_examples=200)
+@given(flag=st.sampled_from([(command, name) for command, names in FLAGS.items() for name in names]), text=TEXTS)
+@example(("infer", "top_p"), "5e-324")
+@example(("infer", "seed"), "9" * 5000)
+@example(("serve", "port"), "65536")
+@example(("serve", "timeout"), "inf")
+def test_a_flag_is_accepted_or_refused_in_one_line_that_names_it(tmp_path_factory, flag, text):
+    command, name = flag
+    module = importlib.import_module(f"prompt_tuning_jax.{command}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, READS[command], reached)
+        line = line_of(module.main, [*FIRST.get(command, ()), f"--{name}={text}"], tmp_path_factory.getbasetemp() / "x")
+    number = None
+    with contextlib.suppress(ValueError):
+        number = float(text)
+    if number is None or not np.isfinite(number) or number < 0:
+        assert line is not None
+    if line is not None and name not in ("max_rows", "max_queue", "wait_ms", "timeout"):  # these are compared, too
+        assert re.match(rf"--{name} is .*, expected ", line), line
+
+
+@settings(max_examples=100)
+@given(name=st.sampled_from([field.name for field in dataclasses.fields(Decoding)]), value=PYTHONS)
+def test_how_to_decode_is_accepted_or_refused_in_one_line(model, name, value):
+    try:
+        reader = Reader(model.tokenizer, 8, Decoding(**{"decode": "sample", name: value}))
+        asked = reader.request({"prompt": None, "inputs": "a"}, 3)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert type(asked.seed) is type(asked.top_k) is int and type(asked.temperature) is type(asked.top_p) is float
+
+
+@settings(max_examples=100)
+@given(name=st.sampled_from(Limits._fields), value=PYTHONS)
+def test_the_limits_of_a_service_are_accepted_or_refused_in_one_line(name, value):
+    try:
+        Limits(**{name: value}).check()
     except SettingError as error:
         assert "\n" not in str(error) and error.setting

@@ -187,14 +187,18 @@ def test_another_split_and_vocabulary(run, data_dir):
     [
         (["zzzz"], "no task has 'zzzz' in its name; python -m prompt_tuning_jax.tasks lists all"),
         (["show", "glue_sts2_v200"], "no task 'glue_sts2_v200'; did you mean 'glue_sst2_v200'"),
-        (["show"], "the following arguments are required: name; see python -m prompt_tuning_jax.tasks --help"),
+        (["show"], "the following arguments are required: name; python -m prompt_tuning_jax.tasks show --help lists"),
         (["show", "demo_reviews", "--split=test"], "demo_reviews has no split 'test', only train, validation, unseen"),
         (["show", "demo_reviews", "--vocabulary=absent"], "no vocabulary at absent (No such file or directory)"),
-        (["show", "demo_reviews", "--rows=x"], "argument --rows: invalid int value: 'x'; see python -m"),
-        (["show", "demo_reviews", "--inputs_length=0"], "--inputs_length and --targets_length must be at least 1"),
+        (["show", "demo_reviews", "--rows=x"], "--rows is 'x', expected a whole number of at least 0"),
+        (["show", "demo_reviews", "--inputs_length=0"], "--inputs_length is 0, expected a whole number of at least 1"),
+        (
+            ["show", "demo_reviews", "--rows=2.0"],
+            "--rows is 2.0, expected a whole number of at least 0; did",
+        ),
         (["show", "glue_sst2_v200", "--data_dir=absent"], "no SST-2/train.tsv under --data_dir absent: set --data_dir"),
         (["--module=absent"], "no module absent: set --module to one that Python finds"),
-        (["--what"], "unrecognized arguments: --what; see python -m prompt_tuning_jax.tasks --help"),
+        (["--what"], "unrecognized arguments: --what; python -m prompt_tuning_jax.tasks --help lists what there is"),
     ],
 )
 def test_a_mistake_is_one_line(refused, arguments, message):

@@ -1,4 +1,4 @@
-"""LoRA and IA3 adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
+"""LoRA and IA3 adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, or `.bin` (peft 0.21).
 
 Every field of a stranger's configuration is honoured, known to change nothing once training is over, or refused by
 name: what PEFT would compute with the folder is what we compute.
@@ -24,11 +24,11 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.peft import (
     CONFIG,
     TASK,
-    WEIGHTS,
     open_weights,
     read_config,
     read_floats,
     refusal,
+    weights_in,
     write_folder,
 )
 from prompt_tuning_jax.t5.adapters import (
@@ -83,7 +83,7 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
 
     Raises:
       ValueError: the folder is no adapter, or one of another kind or for another model; it asks for what the model
-        cannot do; its two files are damaged or disagree; its weights are a pickle, which is never opened.
+        cannot do; or its two files are damaged or disagree.
     """
     folder = Path(folder)
     fields = read_config(folder / CONFIG, EXPECTED)
@@ -99,7 +99,7 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
     arrays = open_weights(folder, EXPECTED)
     odd = _oddity({name: array.shape for name, array in arrays.items()}, tensors)
     if odd:
-        raise refusal(f"{folder / WEIGHTS} {odd}", EXPECTED)
+        raise refusal(f"{weights_in(folder)} {odd}", EXPECTED)
     parameters = {}
     for name, array in read_floats(folder, arrays, EXPECTED).items():
         path, _, factor = tensors[name]
@@ -107,7 +107,7 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
         with np.errstate(all="ignore"):
             array = array * np.float32(factor)
         if not np.isfinite(array).all():
-            raise refusal(f"{folder / WEIGHTS} holds {name}, which times {factor} is beyond float32", EXPECTED)
+            raise refusal(f"{weights_in(folder)} holds {name}, which times {factor} is beyond float32", EXPECTED)
         parameters[path] = jnp.asarray(array)
     return Injection(parameters=parameters)
 

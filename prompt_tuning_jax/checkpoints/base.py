@@ -133,7 +133,11 @@ def open_model(path: str) -> StoredModel:
             arrays = t5x.from_scalable(open_t5x(location))
             base = {name: array.shape for name, array in arrays.items() if name not in IN_T5X}
             return StoredModel(location, t5x.infer_config(base), arrays)
-    raise SettingError(
+    raise _no_model(location)
+
+
+def _no_model(location: str) -> SettingError:
+    return SettingError(
         f"{location} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {INDEX} or "
         f"{STATE}{METADATA} (T5X){_nearby(location)}: set ",
         MODEL_SETTING,
@@ -343,6 +347,9 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
     """
     path = path or default_vocabulary(base)
     if path is None:
+        location = resolve(base) if base else None
+        if location and not Path(location, huggingface.CONFIG).is_file() and not is_t5x(location):
+            raise _no_model(location)
         raise SettingError(
             f"no vocabulary beside the base {base}: set ",
             Setting("vocabulary"),

@@ -7,7 +7,9 @@ Their matrices are [out, in], ours and T5X's [in, out]; the relative position ta
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,7 +166,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             relative_attention_num_buckets=_size(found, "relative_attention_num_buckets", 32),
             relative_attention_max_distance=_size(found, "relative_attention_max_distance", 128),
             relative_bias_per_layer=umt5,
-            **_ids(found, _read_generation(Path(folder, GENERATION))),
+            **_ids(found, _read_generation(Path(folder, GENERATION)), path),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArrayError(f"{path} is not the configuration of a T5 ({first_line(error)})") from None
@@ -223,16 +225,20 @@ def _read_generation(path: Path) -> dict[str, Any]:
     return found
 
 
-def _ids(found: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the model's ids: of config.json, else of generation_config.json (`others`), else T5's."""
+def _ids(found: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Returns the model's ids: of config.json, else of generation_config.json (`others`), else T5's.
+
+    Where both name one, and they differ, transformers trains with the first and its `generate` takes the second.
+    """
     ids = {}
     for name, default in IDS.items():
-        value = next((told[name] for told in (found, others) if told.get(name) is not None), None)
+        both = [told[name] for told in (found, others) if told.get(name) is not None]
+        value, other = (_one(both[0]), _one(both[-1])) if both else (None, None)
+        if value != other:
+            _warn_once(f"{path} has {name} {value!r:.60}, and {GENERATION} {other!r:.60}: {path.name}'s is used")
         if value is None and name == "decoder_start_token_id":
             value = ids["pad_token_id"]  # as in T5, where both are 0
         value = default if value is None else value
-        if isinstance(value, list) and len(value) == 1:
-            (value,) = value
         rows = _size(found, "vocab_size")
         if type(value) is not int or not 0 <= value < rows:
             raise ValueError(f"{name} is {value!r:.60}, expected one id below the vocab_size of {rows}")
@@ -240,6 +246,17 @@ def _ids(found: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, int]:
     if ids["pad_token_id"] == ids["eos_token_id"]:
         raise ValueError(f"pad_token_id and eos_token_id are both {ids['eos_token_id']}: padding would end every text")
     return ids
+
+
+def _one(value: Any) -> Any:
+    """Returns the id of a list that has one alone, and anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+@functools.lru_cache(1024)
+def _warn_once(line: str) -> None:
+    """Logs a warning: once in a process, which reads a configuration several times."""
+    logging.warning(line)
 
 
 def _size(config: dict, name: str, default: int | None = None, at_most: int = 2**31) -> int:

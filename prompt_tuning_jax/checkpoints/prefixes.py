@@ -26,11 +26,11 @@ from prompt_tuning_jax.prompts.peft import (
     CONFIG,
     TASK,
     TENSOR,
-    WEIGHTS,
     open_weights,
     read_config,
     read_floats,
     refusal,
+    weights_in,
     write_folder,
 )
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY, PREFIX_VALUE, is_prefix
@@ -74,7 +74,7 @@ def read_prefix(folder: str | os.PathLike, config: T5Config) -> Injection:
     shapes = {name: array.shape for name, array in arrays.items()}
     if shapes != {TENSOR: (length, 2 * pairs * wide)}:
         found = (
-            f"{folder / WEIGHTS} holds {shown(shapes)}, not {TENSOR} [{length}, {2 * pairs * wide}] as {CONFIG} says"
+            f"{weights_in(folder)} holds {shown(shapes)}, not {TENSOR} [{length}, {2 * pairs * wide}] as {CONFIG} says"
         )
         raise refusal(found, EXPECTED)
     whole = read_floats(folder, arrays, EXPECTED)[TENSOR].reshape(length, pairs, 2, config.num_heads, config.head_dim)

@@ -210,7 +210,7 @@ def _entry(path: Path) -> Entry | None:
         if folder_of_additions(path):
             return Entry(path, summary, _state([path / PROMPT, path / LAYER_PROMPTS, summary]))
         if peft.is_adapter(path):
-            return Entry(path, summary, _state([path / peft.CONFIG, path / peft.WEIGHTS, summary]))
+            return Entry(path, summary, _state([path / peft.CONFIG, peft.weights_in(path), summary]))
         if (path / OFFICIAL_NAME).is_file():
             return Entry(path, summary, _state([path / OFFICIAL_NAME, summary]))
         return Entry(path, summary, _state([path, summary])) if is_t5x(path) else None

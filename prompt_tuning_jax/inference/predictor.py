@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import ANSWER, RANK, Decoding, Reader, Request
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
-from prompt_tuning_jax.settings import Count, check, whole
+from prompt_tuning_jax.settings import Count, Int, check_values, whole
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # batches whose rows are sorted by length together
@@ -51,9 +51,9 @@ class Predictor:
         model: Model,
         prompts: Any = None,
         *,
-        input_length: int = 512,
-        max_new_tokens: int = 32,
-        batch_size: int = 32,
+        input_length: Annotated[Int, whole(2)] = 512,  # a token and the end of sequence
+        max_new_tokens: Count = 32,
+        batch_size: Count = 32,
         decoding: Decoding | None = None,
         prompt: str | None = None,
     ):
@@ -73,9 +73,7 @@ class Predictor:
         Raises:
           ValueError: a setting is impossible, or a prompt does not fit the model.
         """
-        check("batch_size", batch_size, Count)
-        check("max_new_tokens", max_new_tokens, Count)
-        check("input_length", input_length, whole(2))  # a token and the end of sequence
+        check_values(Predictor.__init__, locals())
         decoding = decoding or Decoding()
         self.fingerprint, self.batch_size, self._length = model.fingerprint, batch_size, max_new_tokens
         self._frozen, self._tokenizer = dict(model.parameters), model.tokenizer

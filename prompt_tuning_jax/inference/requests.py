@@ -3,24 +3,38 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int as Ids
 
-from prompt_tuning_jax.errors import Setting, SettingError, near_misses
+from prompt_tuning_jax.errors import near_misses
 from prompt_tuning_jax.inference.labels import LabelTables, label_table
+from prompt_tuning_jax.settings import (
+    Float,
+    Int,
+    Natural,
+    Number,
+    OneOf,
+    Seed,
+    Str,
+    Texts,
+    annotations_of,
+    check_fields,
+    fault_of,
+    whole,
+)
 from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
 
 METHODS = ("greedy", "beam", "sample")
 RANK = "rank"
-SAMPLING = ("temperature", "top_k", "top_p", "seed")  # fields that only `sample` reads
+SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "seed": int}  # fields that only `sample` reads
 MAX_LABELS, MAX_LABEL_TOKENS, MAX_LABEL_CHARACTERS = 256, 128, 2_048
 LABEL_BYTES = 32 * 2**20  # of label sets that are kept tokenised
 CHARACTERS = 64  # per token of the longest inputs: what is behind them is not tokenised
-SMALLEST = float(np.finfo(np.float32).tiny)  # below it XLA computes with 0
+SMALLEST = 1.18e-38  # just above float32's smallest normal number: below it XLA computes with 0
 FIELDS = ("prompt", "inputs", "labels", "decode", *SAMPLING)
 OWN_FIELDS = ("id", "note", "targets")  # the user's own, which come back as they are
 ANSWER = ("prediction", "score", "scores", "probabilities", "cut", "error")  # an earlier answer's, which are replaced
@@ -41,13 +55,13 @@ class Decoding:
       labels: rank these and generate nothing.
     """
 
-    decode: str = "greedy"
-    beams: int = 4
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    labels: tuple[str, ...] | None = None
+    decode: Annotated[Str, OneOf(METHODS)] = "greedy"
+    beams: Annotated[Int, whole(1, 64)] = 4
+    temperature: Annotated[Float, Number(least=0, most=100)] = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[Float, Number(least=SMALLEST, most=1)] = 1.0
+    seed: Seed = 0
+    labels: Texts | None = None
 
 
 class Request(NamedTuple):
@@ -63,11 +77,11 @@ class Request(NamedTuple):
     """
 
     prompt: str | None
-    inputs: Int[np.ndarray, " T"]
+    inputs: Ids[np.ndarray, " T"]
     cut: bool
     method: str
     labels: tuple[str, ...]
-    choices: Int[np.ndarray, "C L"] | None
+    choices: Ids[np.ndarray, "C L"] | None
     temperature: float
     top_k: int
     top_p: float
@@ -88,14 +102,9 @@ class Reader:
         self._vocabulary, self._input_length, self._prompt = vocabulary, input_length, prompt
         self._choices = LabelTables(lambda labels: _choices(labels, vocabulary), LABEL_BYTES)
         self._decoding = decoding
-        if not _is_int(decoding.beams) or not 1 <= decoding.beams <= 64:
-            raise SettingError(Setting("beams"), f" is {shown(decoding.beams)}, expected 1 to 64")
-        sound = {"inputs": "a", "prompt": None}
-        sampling = {name: getattr(decoding, name) for name in SAMPLING}
-        self._request(sound | {"decode": "sample"} | sampling, 0, Setting)
-        self._request(sound | {"decode": decoding.decode}, 0, Setting)
+        check_fields(decoding)
         if decoding.labels is not None:
-            self._request(sound | {"labels": decoding.labels}, 0, Setting)
+            self.request({"inputs": "a", "prompt": None, "labels": decoding.labels})
 
     def request(self, row: Any, number: int = 0) -> Request:
         """The request of a row.
@@ -109,10 +118,6 @@ class Reader:
         Raises:
           ValueError: it is none; the message says which field is wrong.
         """
-        return self._request(row, number, str)
-
-    def _request(self, row: Any, number: int, field: Callable[[str], str]) -> Request:
-        """`request`; `field` makes a part of a message of a field's name: a `Setting`, if it is a default's."""
         if not isinstance(row, Mapping):
             raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
         _check_fields(row)
@@ -127,17 +132,17 @@ class Reader:
         if labels is not None:
             _nothing_of(["decode", *sampled], row, "a row with labels, which are ranked", "or leave out labels")
             return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
+        _check_values(row)
         method = row.get("decode", self._decoding.decode)
-        if method not in METHODS:
-            raise SettingError(field("decode"), f" is {shown(method)}, expected {' or '.join(METHODS)}")
         if method != "sample":
             _nothing_of(sampled, row, f'decode "{method}"', "or set decode to sample")
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
-            values["seed"] = (values["seed"] + number) % 2**32
-        return Request(prompt, inputs, cut, method, (), None, *_sampling(values, field))
+            values["seed"] = (int(values["seed"]) + number) % 2**32
+        temperature, top_k, top_p, seed = (kind(values[name]) for name, kind in SAMPLING.items())
+        return Request(prompt, inputs, cut, method, (), None, temperature, top_k, top_p, seed)
 
-    def _inputs(self, row: Mapping[str, Any]) -> tuple[Int[np.ndarray, " T"], bool]:
+    def _inputs(self, row: Mapping[str, Any]) -> tuple[Ids[np.ndarray, " T"], bool]:
         if "inputs" not in row:
             raise ValueError('the row has no "inputs", expected a text')
         text = row["inputs"]
@@ -151,16 +156,17 @@ class Reader:
 
     def _labels(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
         if "labels" not in row:
-            return None if "decode" in row else self._decoding.labels
+            default = None if "decode" in row else self._decoding.labels
+            return None if default is None else tuple(default)
         labels = row["labels"]
-        if not isinstance(labels, Sequence) or isinstance(labels, str) or not all(isinstance(x, str) for x in labels):
-            raise ValueError(f"labels is {shown(labels)}, expected a list of texts")
+        if fault := fault_of(labels, Texts):
+            raise ValueError(f"labels{fault}")
         if not 1 <= len(labels) <= MAX_LABELS:
             raise ValueError(f"there are {len(labels)} labels, expected 1 to {MAX_LABELS}")
         return tuple(_sound(label, "labels") for label in labels)
 
 
-def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
+def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Ids[np.ndarray, "C L"]:
     """The table of labels that are neither empty, nor too long, nor the same tokens."""
     for label in labels:
         if len(label) > MAX_LABEL_CHARACTERS:
@@ -179,19 +185,11 @@ def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "
     return table
 
 
-def _sampling(values: Mapping[str, Any], field: Callable[[str], str]) -> tuple[float, int, float, int]:
-    temperature, top_k, top_p, seed = (values[name] for name in SAMPLING)
-    if not _is_number(temperature) or not 0 <= temperature <= 100:
-        raise SettingError(field("temperature"), f" is {shown(temperature)}, expected 0 to 100")
-    if not _is_int(top_k) or not 0 <= top_k < 2**31:
-        raise SettingError(field("top_k"), f" is {shown(top_k)}, expected a number of tokens, or 0 for all")
-    if not _is_number(top_p) or not SMALLEST <= top_p <= 1:
-        raise SettingError(
-            field("top_p"), f" is {shown(top_p)}, expected above 0 (at least {SMALLEST:.2g}), to 1 for all"
-        )
-    if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise SettingError(field("seed"), f" is {shown(seed)}, expected 0 to {2**32 - 1}")
-    return float(temperature), top_k, float(top_p), seed
+def _check_values(row: Mapping[str, Any]) -> None:
+    """Raises ValueError if a field of a row is not what the field of `Decoding` of its name must be."""
+    for name, annotation in annotations_of(Decoding).items():
+        if name in row and (fault := fault_of(row[name], annotation)):
+            raise ValueError(f"{name}{fault}")
 
 
 def _nothing_of(fields: Sequence[str], row: Mapping[str, Any], of: str, otherwise: str) -> None:
@@ -249,11 +247,3 @@ def _sound(text: str, field: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{field} has half a surrogate pair (\\ud800 to \\udfff), expected whole characters") from None
     return text
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))  # an int may be too large for isfinite

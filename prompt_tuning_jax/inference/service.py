@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -44,10 +44,12 @@ from prompt_tuning_jax.inference.http import (
     part,
     rows_of,
 )
+from prompt_tuning_jax.inference.limits import Limits
 from prompt_tuning_jax.inference.metrics import Metrics
 from prompt_tuning_jax.inference.openapi import document
 from prompt_tuning_jax.inference.predictor import Predictor, asked, joined, parts_of
 from prompt_tuning_jax.inference.requests import Request
+from prompt_tuning_jax.settings import NotNegative, Positive, check_values
 
 PREDICT, PROMPTS, METRICS, OPENAPI = "/v1/predict", "/v1/prompts", "/metrics", "/openapi.json"
 LIVEZ, READYZ, HEALTHZ = PROBES = ("/livez", "/readyz", "/healthz")
@@ -58,24 +60,6 @@ SMALL = 64 * 1024  # bytes of a body that is read beside the large ones, on a th
 LOST = 10  # times `timeout`: a pass of the model that takes longer does not end
 LOADING = "the base is still being loaded"
 WINDOW = 4  # batches handed to the model at once
-
-
-class Limits(NamedTuple):
-    """What a request may ask for.
-
-    Attributes:
-      max_rows: of a request.
-      max_bytes: of a request's body; all requests in progress may have `BODIES` times as many.
-      max_queue: rows of all requests that wait for the model.
-      timeout: seconds, from a request's headers to its answer.
-      max_tokens: of a request: positions of prompts, inputs, labels and answers; `QUEUE` times as many may wait.
-    """
-
-    max_rows: int = 1024
-    max_bytes: int = 4 * 2**20
-    max_queue: int = 8192
-    timeout: float = 30.0
-    max_tokens: int = 2**19
 
 
 class Service:
@@ -92,8 +76,8 @@ class Service:
         base: str,
         limits: Limits | None = None,
         *,
-        wait: float = 0.003,
-        poll: float = 1.0,
+        wait: NotNegative = 0.003,
+        poll: Positive = 1.0,
         text: Callable[[Exception], str] = str,
         keys: Collection[str] = (),
         hosts: Collection[str] = (),
@@ -108,8 +92,11 @@ class Service:
           text: returns an error's message, with settings written as whoever starts the service calls them.
           keys, hosts: who may ask; see `Door`.
         """
+        check_values(Service.__init__, locals())
+        limits = limits or Limits()
+        limits.check()
         self.model, self._compiler = ModelThread(), ModelThread()
-        self._load, self._base, self._limits, self._wait, self._poll = load, base, limits or Limits(), wait, poll
+        self._load, self._base, self._limits, self._wait, self._poll = load, base, limits, wait, poll
         self._text = text
         # JSON and tokens: a large request must hold up neither the loop nor small requests.
         self._small, self._large, self._files = (ThreadPoolExecutor(1, name) for name in ("small", "large", "files"))

@@ -17,7 +17,7 @@ method is one subclass:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,26 +40,30 @@ class Tokenizer(Protocol):
         ...
 
 
-@runtime_checkable
-class FrozenModel(Protocol):
-    """What a method's start may depend on: a base model, which is only read.
+if TYPE_CHECKING:
 
-    Attributes:
-      config: its size.
-      parameters: by path, "encoder/layers_0/mlp/wi_0/kernel".
-      tokenizer: its own.
-    """
+    class FrozenModel(Protocol):
+        """What a method's start may depend on: a base model, which is only read.
 
-    @property
-    def config(self) -> T5Config: ...
-    @property
-    def parameters(self) -> Mapping[str, jax.Array]: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def embeddings(self) -> Float[Array, "V D"]:
-        """The embedding table, in floats."""
-        ...
+        Attributes:
+          config: its size.
+          parameters: by path, "encoder/layers_0/mlp/wi_0/kernel".
+          tokenizer: its own.
+        """
+
+        @property
+        def config(self) -> T5Config: ...
+        @property
+        def parameters(self) -> Mapping[str, jax.Array]: ...
+        @property
+        def tokenizer(self) -> Tokenizer: ...
+        @property
+        def embeddings(self) -> Float[Array, "V D"]:
+            """The embedding table, in floats."""
+            ...
+
+else:  # before Python 3.12 a check of a protocol reads each property, and this one's table may lie on many devices
+    FrozenModel = Any
 
 
 class Injection(NamedTuple):
@@ -128,6 +132,11 @@ def merge(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
     return unflatten_dict({**frozen, **parameters}, sep="/")
 
 
+def start_key(seed: int) -> jax.Array:
+    """Returns the key that `Method.init` is called with in a run of this seed."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
 class Method:
     """What is trained, and what the frozen model runs with.
 
@@ -136,6 +145,14 @@ class Method:
 
     A method of one prompt per task has the field `tasks`, their names.
     """
+
+    def of_model(self, model: FrozenModel) -> "Method":
+        """Returns the method of runs on one base model, whose `init` and `apply` are called: itself, in most cases.
+
+        A method whose `apply` depends on the tokenizer returns one that knows it; a run's identity has the tokenizer's.
+        """
+        del model
+        return self
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         """Returns the trainable parameters before the first step, by name; a function of the arguments alone."""

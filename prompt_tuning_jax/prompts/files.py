@@ -4,6 +4,7 @@ import io
 import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
@@ -54,8 +55,7 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
     else:
         held = f"{RUN_PROMPT} (a run), {OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise SettingError(f"no prompt file in {path}, which has no {held}; expected ", *EXPECTED)
-    # V: bfloat16 is no type of NumPy's own
-    floats = prompt.dtype.kind in "fV" and prompt.dtype.names is None
+    floats = prompt.dtype.kind == "f" or prompt.dtype == ml_dtypes.bfloat16  # which is no type of NumPy's own
     if prompt.ndim not in dimensions or not floats or not prompt.size:
         found = f"holds {str(prompt.dtype):.40} {list(prompt.shape)}; expected "
         raise SettingError(Private(f"{path} "), found, *EXPECTED)

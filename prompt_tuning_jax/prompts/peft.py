@@ -1,9 +1,12 @@
-"""Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21)."""
+"""Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
+
+In place of `adapter_model.safetensors` there may be `adapter_model.bin`: what older versions of PEFT wrote, and what it
+still writes with `safe_serialization=False`.
+"""
 
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
@@ -13,17 +16,15 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.arrays.torch_files import open_torch
 from prompt_tuning_jax.arrays.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting, SettingError
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
-WEIGHTS, PICKLE = f"{STEM}.safetensors", f"{STEM}.bin"
+WEIGHTS, TORCH_WEIGHTS = f"{STEM}.safetensors", f"{STEM}.bin"
 TENSOR = "prompt_embeddings"
 PROMPT_TUNING, TASK = "PROMPT_TUNING", "SEQ_2_SEQ_LM"
 EXPECTED = ("a PEFT prompt tuning adapter of a T5: set ", Setting("prompt_file"))
-
-CONVERT = "import sys, torch; from safetensors.torch import save_file; "
-CONVERT += "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
@@ -40,15 +41,15 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
       `prompts[:, :num_virtual_tokens]` before the encoder's input and never reads the others.
 
     Raises:
-      ValueError: the folder is no adapter, or one of another kind; its two files are damaged or disagree; its weights
-        are a pickle, which is never opened; or they hold more than the prompt, no floats, NaN or infinity.
+      ValueError: the folder is no adapter, or one of another kind; its two files are damaged or disagree; or its
+        weights hold more than the prompt, no floats, NaN or infinity.
     """
     folder = Path(folder)
     rows, (length, width) = _read_shape(folder / CONFIG)
     arrays = open_weights(folder, EXPECTED)
     odd = _oddity(arrays, rows, width)
     if odd:
-        raise refusal(f"{folder / WEIGHTS} {odd}", EXPECTED)
+        raise refusal(f"{weights_in(folder)} {odd}", EXPECTED)
     return read_floats(folder, arrays, EXPECTED)[TENSOR][:length].copy()
 
 
@@ -72,24 +73,21 @@ def open_weights(folder: Path, expected: Sequence[str]) -> dict[str, StoredArray
       expected: what the error says that the folder should be, in the parts of a `SettingError`.
 
     Raises:
-      ValueError: they are absent, damaged, no floats, or a pickle, which is never opened.
+      ValueError: they are absent, damaged, or no floats.
     """
-    path = folder / WEIGHTS
+    path = weights_in(folder)
     if not path.is_file():
-        pickled = folder / PICKLE
-        if pickled.is_file():
-            command = shlex.join(["python", "-c", CONVERT, str(pickled), str(path)])
-            raise SettingError(
-                f"{pickled} is a pickle, which can run code, and is not opened; expected {WEIGHTS} beside it. "
-                f"If you trust it, convert it where torch is: {command} (",
-                Setting("prompt_file"),
-                " stays as it is)",
-            )
-        raise refusal(f"no {WEIGHTS} in {folder}", expected)
+        raise refusal(f"no {WEIGHTS} or {TORCH_WEIGHTS} in {folder}", expected)
     try:
-        return open_safetensors(folder, STEM)
+        return open_safetensors(folder, STEM) if path.name == WEIGHTS else open_torch(folder, TORCH_WEIGHTS)
     except ArrayError as error:
         raise refusal(f"{error}", expected) from None
+
+
+def weights_in(folder: Path) -> Path:
+    """Returns the path of the weights that are read: the safetensors, as in PEFT, if both files are there."""
+    found = folder / WEIGHTS
+    return found if found.is_file() else folder / TORCH_WEIGHTS
 
 
 def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Sequence[str]) -> dict[str, np.ndarray]:
@@ -107,7 +105,7 @@ def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Seque
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
             floats[name] = found.astype(np.float32)
         if not np.isfinite(floats[name]).all():
-            raise refusal(f"{folder / WEIGHTS} holds NaN or infinity", expected)
+            raise refusal(f"{weights_in(folder)} holds NaN or infinity", expected)
     return floats
 
 

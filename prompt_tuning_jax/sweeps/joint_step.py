@@ -27,6 +27,7 @@ from prompt_tuning_jax.training.step import (
     TrainState,
     batch_loss,
     compile_step,
+    dropout_key,
     inject,
     micro_batch,
     summed_gradients,
@@ -118,7 +119,7 @@ def joint_step(
             sums = batch_loss(model, own, frozen, inputs, targets, key, z_loss, prompt_mask, numbers)
             return sums.loss, sums
 
-        key = jax.random.fold_in(state_key, step)
+        key = dropout_key(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
         # Kept apart from the slices of the stack, so that they are rounded as a run's own program rounds them.
         injection = jax.lax.optimization_barrier(injection)
@@ -187,7 +188,7 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
 
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
     """Returns the `joint_step` of these runs."""
-    methods, optimizers = ([getattr(run.config, name) for run in runs] for name in ("method", "optimizer"))
+    methods, optimizers = [run.method for run in runs], [run.config.optimizer for run in runs]
     lengths, first = [run.prompt_length for run in runs], runs[0].config
     model = Transformer(runs[0].size)
     return joint_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)

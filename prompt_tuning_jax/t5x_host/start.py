@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prompt_tuning_jax.checkpoints.base import open_model
+from prompt_tuning_jax.methods.method import start_key
 from prompt_tuning_jax.prompts.initializers import start_prompt
 from prompt_tuning_jax.t5x_host.macros import named_by_macros
 
@@ -51,7 +52,7 @@ def prompt_init(
     # T5X initialises inside a compiled function: computed there, the whole table would be a constant of the program.
     with jax.ensure_compile_time_eval():
         if seed is not None:
-            key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.run
+            key = start_key(seed)
         embeddings = read_embeddings(initial_checkpoint_path)
         width = SimpleNamespace(emb_dim=embeddings.shape[1])
         return start_prompt(

@@ -15,12 +15,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.command_line import one_line_errors
+from prompt_tuning_jax.command_line import Parser, one_line_errors
 from prompt_tuning_jax.errors import SettingError, spelled
+from prompt_tuning_jax.settings import Count, Natural
 from prompt_tuning_jax.tasks import data_check
 
 # Before TensorFlow is imported, which is not before a command is understood.
@@ -35,14 +36,6 @@ FLAGS = {
     "task_feature_lengths": "--targets_length",
 }
 WIDTH = 160  # characters of a text that are shown
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for an error."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see python -m prompt_tuning_jax.tasks --help", file=sys.stderr)
-        sys.exit(2)
 
 
 def main() -> None:
@@ -61,11 +54,7 @@ def run(arguments: list[str]) -> None:
         if arguments[:1] == ["show"]:
             lines = show(_show_parser().parse_args(arguments[1:]))
         else:
-            parser = _Parser(
-                prog="python -m prompt_tuning_jax.tasks",
-                description=__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+            parser = Parser("prompt_tuning_jax.tasks", __doc__)
             parser.add_argument("text", nargs="?", default="", help="a part of their names")
             parser.add_argument("--module", help="a module of your own that registers tasks")
             options = parser.parse_args(arguments)
@@ -77,7 +66,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _show_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m prompt_tuning_jax.tasks show", description="Shows what a task makes of its rows.")
+    parser = Parser("prompt_tuning_jax.tasks show", "Shows what a task makes of its rows.")
     parser.add_argument("name")
     parser.add_argument(
         "--vocabulary",
@@ -86,9 +75,9 @@ def _show_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_dir", help="the benchmark's own files; TFDS without it")
     parser.add_argument("--split", help="the task's first without it")
-    parser.add_argument("--inputs_length", type=int, default=512)
-    parser.add_argument("--targets_length", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=3)
+    parser.add_number("inputs_length", Count, 512, "tokens; longer inputs are truncated")
+    parser.add_number("targets_length", Count, 64, "tokens; longer targets are truncated")
+    parser.add_number("rows", Natural, 3, "how many are shown")
     parser.add_argument("--module", help="a module of your own that registers tasks")
     return parser
 
@@ -188,8 +177,6 @@ def show(options: argparse.Namespace) -> Iterator[str]:
 
     words = Vocabulary(options.vocabulary)
     lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
-    if min(lengths.values()) < 1 or options.rows < 0:
-        raise ValueError("--inputs_length and --targets_length must be at least 1, and --rows at least 0")
     with _quiet():
         import seqio
 

@@ -28,7 +28,7 @@ from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, r
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
-from prompt_tuning_jax.methods.method import Injection, Method, Params
+from prompt_tuning_jax.methods.method import Injection, Method, Params, start_key
 from prompt_tuning_jax.methods.shapes import check_injection, check_not_int8, start_shapes, trains_base
 from prompt_tuning_jax.parallel.mesh import MeshSizes
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
@@ -224,6 +224,7 @@ class Run:
 
     Attributes:
       size: of the model, with the numerics of this run.
+      method: as it is for this base model.
       frozen: the parameters that are only read.
       state: after `step` updates.
       saved_step: the step that it would go on from if it ended here.
@@ -257,11 +258,12 @@ class Run:
           ValueError: something does not fit. Nothing has been written then.
         """
         self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
-        self.tokenizer, self.size, method = model.tokenizer, model.config, config.method
+        self.tokenizer, self.size = model.tokenizer, model.config
+        self.method = method = config.method.of_model(model)
         # The model itself is not kept: what is trained of it is then held once, by the state.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
-        trained = method.init(jax.random.fold_in(jax.random.key(config.random_seed), 1), model)
+        trained = method.init(start_key(config.random_seed), model)
         check_not_int8(trained, model.parameters)
         self.frozen = {path: value for path, value in model.parameters.items() if path not in trained}
         injection = jax.eval_shape(method.apply, trained, self.frozen)

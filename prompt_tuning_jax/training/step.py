@@ -50,6 +50,11 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, ""]
 
 
+def dropout_key(key: UInt32[Array, "2"], step: Int[Array, ""]) -> UInt32[Array, "2"]:
+    """Returns the key of a step's dropout, of the run's key: `TrainState.key`."""
+    return jax.random.fold_in(key, step)
+
+
 def batch_loss(
     model: Transformer,
     injection: Injection,
@@ -173,7 +178,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        dropout_key = jax.random.fold_in(state.key, state.step)
+        key = dropout_key(state.key, state.step)
         injection, pull_back = inject(method, state.trainable, frozen)
 
         def loss_fn(
@@ -184,7 +189,7 @@ def make_train_step(
             tasks: Int[Array, " b"] | None = None,
         ) -> tuple[jax.Array, LossSums]:
             own = injection.of_rows(tasks)
-            sums = batch_loss(model, own, frozen, inputs, targets, dropout_key, z_loss, row_numbers=numbers)
+            sums = batch_loss(model, own, frozen, inputs, targets, key, z_loss, row_numbers=numbers)
             return sums.loss, sums
 
         rows = micro_batch(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
