@@ -276,27 +276,6 @@ def test_super_pos_takes_no_sentinel_and_no_padding(size, sentinels, words):
     assert error.value.setting == "population"
 
 
-def test_super_pos_draws_no_special_token_of_the_tokenizer():
-    """CodeT5's are 0 to 4; those of T5 give the draw that it has without a tokenizer."""
-
-    def model_of(special):
-        tokenizer = types.SimpleNamespace(size=300, sentinels=0, special_ids=frozenset(special))
-        return ShapeModel(CONFIG, PARAMS, tokenizer)
-
-    for special in ({0, 1, 2}, {0, 1, 2, 3, 4}, {0, 7, 298, 350}):
-        model = model_of(special)
-        method = SuperPos(3, 300 - len(special & {*range(300)}), population=300).of_model(model)
-        trained = method.init(jax.random.key(0), model)
-        assert sorted(method.token_ids()) == sorted({*range(300)} - special)
-        expected = trained["weights"] @ np.asarray(PARAMS[TABLE])[method.token_ids()]
-        np.testing.assert_allclose(method.apply(trained, PARAMS).prompt, expected, rtol=1e-5, atol=1e-5)
-    few, model = SuperPos(3, 9, population=12), model_of({0, 1, 2, 3, 4})
-    for method in (few, few.of_model(model_of({0, 1, 2}))):  # as it always was, so that runs resume
-        np.testing.assert_array_equal(method.token_ids(), 3 + np.random.RandomState(0).permutation(9))
-    with pytest.raises(SettingError, match="`tokens` is 9, expected at most 7, the tokens among the first 12 ids that"):
-        few.of_model(model).init(jax.random.key(0), model)
-
-
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_super_pos_reads_a_base_of_any_dtype(dtype):
     table = quantized(TABLE, PARAMS[TABLE]) if dtype == "int8" else {TABLE: PARAMS[TABLE].astype(jnp.bfloat16)}

@@ -146,14 +146,6 @@ class Method:
     A method of one prompt per task has the field `tasks`, their names.
     """
 
-    def of_model(self, model: FrozenModel) -> "Method":
-        """Returns the method of runs on one base model, whose `init` and `apply` are called: itself, in most cases.
-
-        A method whose `apply` depends on the tokenizer returns one that knows it; a run's identity has the tokenizer's.
-        """
-        del model
-        return self
-
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         """Returns the trainable parameters before the first step, by name; a function of the arguments alone."""
         raise NotImplementedError

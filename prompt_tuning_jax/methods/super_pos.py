@@ -45,21 +45,15 @@ class SuperPos(Method):
     tokens: Count = 128
     population: Count = 5_000
     token_seed: Seed = 0
-    special = frozenset(range(SPECIAL_TOKENS))  # ids that are never drawn: T5's, unless `of_model` knows others
-
-    def of_model(self, model: FrozenModel) -> "SuperPos":
-        """Returns the method that never draws a special token of the model's tokenizer."""
-        special = frozenset(getattr(model.tokenizer, "special_ids", self.special))
-        return _OfTokenizer(self.length, self.tokens, self.population, self.token_seed, special)
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
         words = word_ids(model.tokenizer, model.config.vocab_size)
         if self.population > words[-1] + 1:
             rest = f"expected at most {words[-1] + 1}: the ids from there on are sentinels and padding"
             raise SettingError(Setting("population"), f" is {self.population}, {rest}")
-        if self.tokens > (most := np.sum(words < self.population)):
-            rest = f"expected at most {most}, the tokens among the first {self.population} ids that are no special ones"
-            raise SettingError(Setting("tokens"), f" is {self.tokens}, {rest}")
+        if len(odd := np.setdiff1d(self.token_ids(), words)):
+            rest = f" draws the ids {', '.join(map(str, odd))}, which are special tokens of this tokenizer: set another"
+            raise SettingError(Setting("token_seed"), f"={self.token_seed}{rest}")
         weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
         change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
         return {"weights": weights, "change": change}
@@ -73,8 +67,8 @@ class SuperPos(Method):
         """Returns the ids of the sampled tokens, [m], all different."""
         # NumPy promises that these numbers never change with its version (NEP 19): a run may resume under another.
         draw = np.random.RandomState(self.token_seed)
-        ids = np.array([number for number in range(self.population) if number not in self.special], np.int32)
-        return ids[draw.permutation(len(ids))[: self.tokens]]
+        ids = SPECIAL_TOKENS + draw.permutation(self.population - SPECIAL_TOKENS)[: self.tokens]
+        return ids.astype(np.int32)
 
     def embeddings(self, frozen: Params) -> Float[Array, "m D"]:
         """Returns the transpose of E in float32, of a base model's parameters in any dtype."""
@@ -90,10 +84,3 @@ class SuperPos(Method):
         drawn = self.population - SPECIAL_TOKENS
         check("tokens", self.tokens, whole(1, drawn, f"the tokens among the first {self.population} ids"))
         super().check(config, input_length)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfTokenizer(SuperPos):
-    """`SuperPos` of a base model whose tokenizer's special tokens are known."""
-
-    special: frozenset[int] = SuperPos.special

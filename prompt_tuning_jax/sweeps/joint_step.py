@@ -188,7 +188,7 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
 
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
     """Returns the `joint_step` of these runs."""
-    methods, optimizers = [run.method for run in runs], [run.config.optimizer for run in runs]
+    methods, optimizers = ([getattr(run.config, name) for run in runs] for name in ("method", "optimizer"))
     lengths, first = [run.prompt_length for run in runs], runs[0].config
     model = Transformer(runs[0].size)
     return joint_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)

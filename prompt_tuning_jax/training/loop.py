@@ -171,7 +171,7 @@ def _own_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> S
     config = run.config
     step = make_train_step(
         Transformer(run.size),
-        run.method,
+        config.method,
         config.optimizer,
         config.z_loss,
         config.num_microbatches,

@@ -224,7 +224,6 @@ class Run:
 
     Attributes:
       size: of the model, with the numerics of this run.
-      method: as it is for this base model.
       frozen: the parameters that are only read.
       state: after `step` updates.
       saved_step: the step that it would go on from if it ended here.
@@ -258,8 +257,7 @@ class Run:
           ValueError: something does not fit. Nothing has been written then.
         """
         self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
-        self.tokenizer, self.size = model.tokenizer, model.config
-        self.method = method = config.method.of_model(model)
+        self.tokenizer, self.size, method = model.tokenizer, model.config, config.method
         # The model itself is not kept: what is trained of it is then held once, by the state.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
