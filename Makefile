@@ -15,7 +15,7 @@ demo: .venv/.installed-demo
 	$(BIN)/python -m prompt_tuning_jax.demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(PYTEST_ARGS)
 
 # For a machine that does nothing else. BENCH_ARGS=--data_dir=path/to/glue adds steps on the rows of its tasks.
 bench: .venv/.installed-test

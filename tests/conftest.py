@@ -3,14 +3,20 @@
 The shapes and types in the package's signatures are checked at run time: `--jaxtyping-packages` in pyproject.toml.
 """
 
+import collections
 import contextlib
 import importlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start, too
+# The processes that tests start inherit these.
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network; those of the hub have a server of their own
+# Tests compile thousands of programs and run each for milliseconds. XLA compiles them in less than half the time
+# without LLVM's optimisations. Tests compare programs of the same flags, or with a tolerance for rounding.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import absl.logging
 import hypothesis
@@ -30,9 +36,40 @@ hypothesis.settings.load_profile("tests")
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA = Path(os.environ.get("PROMPT_TUNING_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
+# Files that take minutes, the longest first: started last, one would run while the other workers have nothing to do.
+# pytest-xdist starts the files with the most tests first unless it is given --no-loadscope-reorder, as in the Makefile.
+LONG_FILES = [
+    f"test_{name}.py"
+    for name in (
+        *("meshes", "meshes_of_methods", "methods", "vectorized", "parallel", "network"),
+        *("train", "memory_plan", "service", "cache", "api"),
+    )
+]
 
-def pytest_configure():
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files; the tests of a file keep their order."""
+    tests = collections.Counter(item.path for item in items)
+
+    def place(item):
+        name = item.path.name
+        return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES), -tests[item.path], item.path
+
+    items.sort(key=place)
+
+
+def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
+    # The processes that tests start share what they compile until the tests end, leave nothing in the user's cache and
+    # find nothing there. pytest-xdist's workers inherit the folder. This process does not read it: some tests compare
+    # programs that were compiled separately, and a process killed by a test may leave half a file. Modules that want
+    # to keep programs use `compiled_once`.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compiled = tempfile.TemporaryDirectory(prefix="prompt_tuning_compiled_", ignore_cleanup_errors=True)
+        config.add_cleanup(compiled.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", None)
     # absl's handler closes its stream when logging is configured anew, as submitit does, unless that is the process's
     # own: it would close the one with which pytest captures what tests print.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__

@@ -1,52 +1,37 @@
-"""Meshes and processes: a run is the same on any, reads no byte twice, and does not outlive its peers."""
+"""Meshes and processes: how they are chosen and found; a process reads no byte twice and does not outlive its peers.
+
+That training is the same on any mesh: test_meshes.py and test_meshes_of_methods.py, files of their own so that they run
+beside each other.
+"""
 
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, LENGTHS, PROMPT_LENGTH, random_params
+from groups import HERE, ends, settings, start_group
+from tiny import CONFIG, random_params
 
-from experiments import scaling
 from experiments.sizes import SIZES
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
-from prompt_tuning_jax.checkpoints.model import load
-from prompt_tuning_jax.checkpoints.state import StateStore
-from prompt_tuning_jax.checkpoints.tuned import read_tuned
-from prompt_tuning_jax.gin_files import parse
 from prompt_tuning_jax.parallel import processes
 from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import logical_axes
 from prompt_tuning_jax.parallel.processes import LOST_PEER, PeerWatch, process_of
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.layout import mesh_for
-from prompt_tuning_jax.training.run import TrainConfig, start_state
 
-HERE = Path(__file__).parent
-STEPS, EVAL_PERIOD = 20, 10
 KILLS = int(os.environ.get("KILL_TRIALS", "3"))
-MESHES = {
-    "data": {},
-    "tensor": {"NUM_PARTITIONS": 2},
-    "fsdp": {"MESH": {"fsdp": 8}},
-    "mixed": {"MESH": {"fsdp": 2, "model": 2}},
-}
-# With the paper's rate of 0.3 a prompt on random weights is thrown about so that a difference in the last digit triples
-# in every step. With this one it moves by a sixth of its size in 20 steps.
-RATE = 0.01
 
 
 # --- the mesh
@@ -144,225 +129,12 @@ def test_half_an_address_is_refused(flags, environment, message):
         process_of(flags, environment)
 
 
-# --- the same run on any mesh and any number of processes
-
-
-def start_group(tiny, program, arguments, processes, devices, **options):
-    """The processes of one program, `devices` each."""
-    environment = os.environ | tiny.environment | {"PYTHONPATH": f"{tiny.environment['PYTHONPATH']}:{HERE}"}
-    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tiny.folder} | options
-    flags = [f"--coordinator_address={address}", f"--process_count={processes}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, *arguments([*flags, f"--process_index={i}"] if processes > 1 else [])],
-            env=environment,
-            **pipes,
-        )
-        for i in range(processes)
-    ]
-
-
-def ends(group):
-    """What each of a group's processes printed, once all have ended well."""
-    said = [process.communicate(timeout=600) for process in group]
-    assert [process.returncode for process in group] == [0] * len(group), said[0][1][-3000:]
-    return [stdout for stdout, _ in said]
-
-
-def many_trainings(tiny, folders, processes, devices):
-    """Trains in each of the folders, one after another, by the same processes."""
-    runs = [settings(tiny, folder, **macros) for folder, macros in folders.items()]
-    arguments = lambda flags: [json.dumps([run + flags for run in runs])]  # noqa: E731
-    ends(start_group(tiny, [str(HERE / "many_trainings.py")], arguments, processes, devices))
-
-
-def settings(tiny, folder, **macros):
-    steps = {"TRAIN_STEPS": STEPS, "EVAL_PERIOD": EVAL_PERIOD, "BATCH_SIZE": 16}
-    chosen = {"DROPOUT_RATE": 0.1, "LEARNING_RATE": RATE, "MODEL_DIR": str(folder)} | macros
-    files = chosen.pop("files", ())
-    return tiny.arguments(*files, **(steps | chosen))
-
-
-def half_way(source, target):
-    """A copy of a run, as it was in the middle."""
-    shutil.copytree(source, target)
-    for path in ("checkpoints/20", "best", "summary.json", "prompts/20.npy"):
-        path = target / path
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=path.parent.name == "prompts")
-    return target
-
-
-def prompt(folder, step=STEPS):
-    return np.load(folder / "prompts" / f"{step}.npy")
+# --- what a process reads
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("meshes")
-
-
-@pytest.fixture(scope="module")
-def alone(tiny, folder):
-    """The folder of the run on one device, whose checkpoint in the middle is that of a mesh once more."""
-    many_trainings(tiny, {folder / "alone": {}}, 1, 1)
-    return folder / "alone"
-
-
-@pytest.fixture(scope="module")
-def on_meshes(tiny, folder, alone):
-    """The folders of runs on every mesh by one, two and four processes, and of runs that changed theirs half-way."""
-    before = alone
-    for count, devices in ((1, 8), (2, 4), (4, 2)):
-        name = f"{count}x{devices}"
-        runs = {folder / f"{name}-{mesh}": macros for mesh, macros in MESHES.items()}
-        runs |= {half_way(before, folder / f"{name}-changed"): MESHES["mixed"]}
-        many_trainings(tiny, runs, count, devices)
-        before = folder / f"{name}-fsdp"
-    many_trainings(tiny, {half_way(before, folder / "1x1-changed"): {}}, 1, 1)
-    return folder
-
-
-RUNS = [f"{group}-{mesh}" for group in ("1x8", "2x4", "4x2") for mesh in (*MESHES, "changed")] + ["1x1-changed"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_a_prompt_is_the_same_on_any_mesh(on_meshes, alone, name):
-    """Dropout is on. A run that changed its mesh and processes in the middle is no other, either."""
-    start = prompt(alone, 0)
-    np.testing.assert_array_equal(prompt(on_meshes / name, 0), start)
-    assert np.abs(prompt(alone) - start).max() > 0.1
-    np.testing.assert_allclose(prompt(on_meshes / name), prompt(alone), rtol=0, atol=1e-5)
-    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (on_meshes / name, alone))
-    for value in ("base_fingerprint", "examples_seen", "steps", "trainable_parameters"):
-        assert ours[value] == theirs[value]
-    assert len((on_meshes / name / "metrics.jsonl").read_text().splitlines()) == len(
-        (alone / "metrics.jsonl").read_text().splitlines()
-    )
-
-
-@pytest.mark.slow
-def test_a_tuned_model_is_the_same_on_any_mesh(tiny, folder):
-    """Its parameters and their optimiser's state are divided, and are saved and restored onto another mesh."""
-    tuning = {"files": ("runs/model_tune.gin",), "LEARNING_RATE": 1e-4}
-    one, eight, changed = folder / "tuned", folder / "tuned-1x8", folder / "tuned-2x4"
-    many_trainings(tiny, {one: tuning}, 1, 1)
-    many_trainings(tiny, {eight: tuning | MESHES["mixed"]}, 1, 8)
-    shutil.copytree(eight, changed)
-    for path in ("checkpoints/20", "best"):
-        shutil.rmtree(changed / path)
-    many_trainings(tiny, {changed: tuning | MESHES["fsdp"]}, 2, 4)
-    expected = load_base(str(one / "best" / "model"), CONFIG).params
-    for run in (eight, changed):
-        found = load_base(str(run / "best" / "model"), CONFIG).params
-        for path, value in expected.items():
-            np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5, err_msg=path)
-
-
-SHORT_PROMPT = {"PROMPT_LENGTH": PROMPT_LENGTH}
-RANDOM = "prompts/random_uniform.gin"
-METHODS = {
-    "ResidualPrompt": {"files": (RANDOM, "methods/residual_prompt.gin"), "BOTTLENECK": 6} | SHORT_PROMPT,
-    "PerLayerPrompt": {"files": (RANDOM, "methods/per_layer_prompt.gin")} | SHORT_PROMPT,
-    "PrefixTuning": {"files": ("methods/prefix_tuning.gin",)} | SHORT_PROMPT,
-    "LoRA": {"files": ("methods/lora.gin",), "RANK": 2},
-    "IA3": {"files": ("methods/ia3.gin",)},
-}
-
-
-@pytest.fixture(scope="module")
-def of_methods(tiny, folder):
-    """The folders of each method's run on one device, on two meshes, and on a third by two processes from half-way."""
-
-    def runs(where, mesh):
-        return {folder / f"{name}-{where}": macros | mesh for name, macros in METHODS.items()}
-
-    many_trainings(tiny, runs("alone", {}), 1, 1)
-    many_trainings(tiny, runs("data", MESHES["data"]) | runs("mixed", MESHES["mixed"]), 1, 8)
-    for name in METHODS:
-        half_way(folder / f"{name}-mixed", folder / f"{name}-changed")
-    many_trainings(tiny, runs("changed", MESHES["fsdp"]), 2, 4)
-    return folder
-
-
-def first_and_last(tiny, folder, macros):
-    """What a finished run trains, as it started and as it ended."""
-    with gin.unlock_config():
-        gin.clear_config()
-        parse(settings(tiny, folder, **macros))
-        config = gin.get_configurable(TrainConfig)()
-        gin.clear_config()
-    trained = config.method.init(jax.random.fold_in(jax.random.key(config.random_seed), 1), load(str(tiny.base)))
-    start = start_state(trained, config.optimizer, config.random_seed)
-    store = StateStore(folder / "checkpoints")
-    end = store.restore(STEPS, start)
-    store.close()
-    return start.trainable, end.trainable
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["data", "mixed", "changed"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_the_same_on_any_mesh(of_methods, tiny, name, where):
-    """What it trained, and what is left as its best evaluation; dropout is on."""
-    one, many = of_methods / f"{name}-alone", of_methods / f"{name}-{where}"
-    start, expected = first_and_last(tiny, one, METHODS[name])
-    _, found = first_and_last(tiny, many, METHODS[name])
-    assert found.keys() == expected.keys()
-    for path, value in expected.items():
-        assert np.abs(value - start[path]).max() > 0.05, path
-        np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5, err_msg=path)
-    if where != "changed":  # whose best evaluation was taken away with its second half
-        saved, of_one = (read_tuned(run / "best", CONFIG) for run in (many, one))
-        assert jax.tree.structure(saved) == jax.tree.structure(of_one)
-        for ours, theirs in zip(jax.tree.leaves(saved), jax.tree.leaves(of_one), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_prompt_on_an_int8_base_is_the_same_on_a_mesh(tiny, folder, alone):
-    """A scale is of an output's whole column, which the mesh divides."""
-    int8 = {"BASE_DTYPE": "int8"}
-    many_trainings(tiny, {folder / "int8": int8}, 1, 1)
-    many_trainings(tiny, {folder / "int8-1x8": int8 | MESHES["mixed"]}, 1, 8)
-    np.testing.assert_allclose(prompt(folder / "int8-1x8"), prompt(folder / "int8"), rtol=0, atol=1e-5)
-    assert np.abs(prompt(folder / "int8") - prompt(alone)).max() > 1e-4
-
-
-# --- what goes between devices
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["PromptTuning", *METHODS])
-def test_a_data_parallel_step_exchanges_the_gradient_of_what_is_injected_and_the_metrics(tiny, name):
-    """Of a residual prompt that is the prompt: its network's own gradient is computed on every device."""
-    arguments = ["collectives", "[8, 1, 1]", name]
-    (said,) = ends(start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: arguments, 1, 8))
-    found = json.loads(said)
-    injected, prompt_bytes = found["injected_bytes"], PROMPT_LENGTH * CONFIG.emb_dim * 4
-    assert injected == prompt_bytes or name in ("PerLayerPrompt", "PrefixTuning", "LoRA", "IA3")
-    assert set(found["sent"]) == {"all-reduce"}
-    count, numbers, sent = found["sent"]["all-reduce"]
-    assert injected <= sent < 4 * injected + 1024 and sent == 4 * numbers and count < 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices, mesh", [(8, {"fsdp": 8}), (8, {"model": 8}), (32, {"fsdp": 8, "model": 4})])
-def test_of_xxl_each_device_holds_what_the_memory_plan_says(devices, mesh):
-    found = scaling.start(["--size=xxl", f"--mesh={mesh}"], devices)
-    assert found["planned_bytes"] == pytest.approx(found["frozen_bytes"], rel=0.01)
-    whole = 2 * sum(int(np.prod(shape)) for shape in expected_shapes(SIZES["xxl"]).values())
-    assert found["planned_bytes"] < 1.01 * whole / devices
-    # The weights pass through the collectives of an fsdp axis twice, of a model axis never.
-    gathered = found["sent"].get("all-gather", [0, 0, 0])[1] * 2 / (whole / mesh.get("model", 1))
-    assert 1.5 < gathered < 2.5 if "fsdp" in mesh else gathered < 0.01
-
-
-# --- what a process reads
 
 
 @pytest.fixture(scope="module", params=["huggingface", "t5x"])
@@ -453,7 +225,8 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(tiny, undis
     assert [process.returncode for process in group] == [143, 143], said
     assert "terminated, saved at step" in said[0] and "terminated" not in said[1].replace("Terminated", "")
     ends(start_two(tiny, tmp_path / "run"))
-    np.testing.assert_array_equal(prompt(tmp_path / "run", 200), prompt(whole, 200))
+    one, other = (np.load(run / "prompts" / "200.npy") for run in (tmp_path / "run", whole))
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
@@ -562,32 +335,6 @@ def test_slurm_starts_the_processes(tiny, tmp_path):
     assert (
         len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     )  # of one writer: two of train, two of eval
-
-
-@pytest.mark.slow
-def test_eval_on_a_mesh_is_eval(tiny, tmp_path, alone):
-    arguments = [
-        *(f"--gin_file={file}" for file in (tiny.gin, "runs/eval.gin")),
-        "--gin.MIXTURE_OR_TASK_NAME='demo_reviews'",
-        f"--gin.TASK_FEATURE_LENGTHS={LENGTHS!r}",
-        f"--gin.INITIAL_CHECKPOINT_PATH={str(tiny.base)!r}",
-        "--gin.EVAL_SPLIT='validation[:64]'",
-        "--gin.EVAL_BATCH_SIZE=30",  # which eight devices cannot share
-        f"--gin.PROMPT_FILE={str(prompt_file(alone))!r}",
-    ]
-    program = ["-m", "prompt_tuning_jax.eval"]
-    expected = ends(start_group(tiny, program, lambda flags: arguments + flags, 1, 1))
-    for count, devices, macro in (
-        (1, 8, "--gin.MESH={'fsdp': 2, 'model': 2}"),
-        (2, 4, "--gin.EVAL_BATCH_SIZE=32"),
-    ):
-        said = ends(start_group(tiny, program, lambda flags, macro=macro: [*arguments, macro, *flags], count, devices))
-        found, whole = (json.loads(text[text.index("{") :]) for text in (said[0], expected[0]))
-        assert found == whole
-
-
-def prompt_file(run):
-    return run / "prompts" / f"{STEPS}.npy"
 
 
 @pytest.mark.parametrize(
