@@ -34,7 +34,7 @@ import sentencepiece
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, load_base
 from prompt_tuning_jax.checkpoints.huggingface import read_config
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, PAD, UNK
 
 BASE = EMBEDDED["nano"]
 HOLDOUT = 2_500

@@ -21,8 +21,8 @@ from experiments.sst2_nano import RESULTS, SEEDS, run, shell, train_command
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right
 
 DTYPES = ("float32", "bfloat16", "int8")
 

@@ -19,12 +19,12 @@ from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import config_text, configured, parse, user_errors
 from prompt_tuning_jax.neighbors import neighbor_line, open_lexicon, open_table
 from prompt_tuning_jax.prompts.files import read_prompt
-from prompt_tuning_jax.prompts.neighbors import name_neighbors, nearest
+from prompt_tuning_jax.prompts.nearest_words import name_neighbors, nearest
 from prompt_tuning_jax.tasks.reviews import Reviews
 from prompt_tuning_jax.training import loop, run
+from prompt_tuning_jax.training.eval_run import evaluate_prompt
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 from prompt_tuning_jax.training.run_folder import write_text
-from prompt_tuning_jax.training.score import evaluate_prompt
 
 SPLITS = {"validation": "sentences never seen", "unseen_words": "sentiment words never seen"}
 

@@ -10,7 +10,7 @@ import sys
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import configured, parse, user_errors
 from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
-from prompt_tuning_jax.training import score
+from prompt_tuning_jax.training import eval_run
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         if flags.get("submission") is True:
             raise ValueError("--submission has no folder: expected --submission=DIR")
         with PeerWatch():
-            result = configured(score.evaluate_prompt, "runs/eval.gin")(submission=flags.get("submission"))
+            result = configured(eval_run.evaluate_prompt, "runs/eval.gin")(submission=flags.get("submission"))
     if is_writer():
         print(json.dumps(result, indent=1))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.arrays.stored import ArrayError
+from prompt_tuning_jax.array_files.stored import ArrayError
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
 from prompt_tuning_jax.checkpoints.tuned import check_width
 from prompt_tuning_jax.command_line import Parser
@@ -21,7 +21,7 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.initializers import word_ids
-from prompt_tuning_jax.prompts.neighbors import Lexicon, Prompt, cosines, describe, make_lexicon
+from prompt_tuning_jax.prompts.nearest_words import Lexicon, Prompt, cosines, describe, make_lexicon
 from prompt_tuning_jax.settings import Count, check, whole
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")

@@ -26,12 +26,12 @@ from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.errors import prefixed
 from prompt_tuning_jax.gin_files import config_text, configured, in_gin, parse, split_bindings, user_errors
 from prompt_tuning_jax.sweeps import spec, status
-from prompt_tuning_jax.sweeps.joint_step import joint_key
-from prompt_tuning_jax.sweeps.plan import most_together, plan
-from prompt_tuning_jax.sweeps.record import RECORD, check_record, recorded_steps, recorded_trials, write_record
+from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.spec import Trial
+from prompt_tuning_jax.sweeps.sweep_file import RECORD, check_record, recorded_steps, recorded_trials, write_record
+from prompt_tuning_jax.sweeps.trials_to_jobs import most_together, plan
 from prompt_tuning_jax.sweeps.vectorized import leave_failure, train_together
-from prompt_tuning_jax.training import loop, run, score
+from prompt_tuning_jax.training import eval_run, loop, run
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 
 LAUNCHERS = {
@@ -140,7 +140,7 @@ def checked(trial: Trial) -> run.TrainConfig | None:
     try:
         parse(trial.arguments)
         if trial.command == "eval":
-            configured(score.evaluate_prompt, "runs/eval.gin")(check_only=True)
+            configured(eval_run.evaluate_prompt, "runs/eval.gin")(check_only=True)
             return None
         config = configured(run.TrainConfig, "runs/prompt_tune.gin")(config=config_text())
         config.check()
@@ -150,14 +150,14 @@ def checked(trial: Trial) -> run.TrainConfig | None:
 
 
 def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> Hashable | None:
-    """Returns `joint_key` of a trial that is to share a program; None if it is to run alone.
+    """Returns `program_key` of a trial that is to share a program; None if it is to run alone.
 
     Trials that train the base model's own parameters share one only if VECTORIZE is a number: each has its own copy of
     the base model and of the optimizer's state, and all are in memory at once.
     """
     if config is None or (vectorize == "auto" and config.trains_base):
         return None
-    return joint_key(config)
+    return program_key(config)
 
 
 def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
@@ -192,7 +192,7 @@ def train_or_evaluate(trials: Sequence[Trial], most: int | None, stop: loop.Stop
     try:
         config = checked(trial)
         if config is None:
-            configured(score.evaluate_prompt, "runs/eval.gin")()
+            configured(eval_run.evaluate_prompt, "runs/eval.gin")()
         else:
             loop.train(config, stop=stop)
     except (ValueError, OSError) as error:

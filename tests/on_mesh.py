@@ -15,7 +15,7 @@ import numpy as np
 from tiny import CONFIG
 
 from experiments.scaling import collectives
-from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.array_files.stored import StoredArray
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import fingerprint, load_base, open_model, random_base
 from prompt_tuning_jax.methods.ia3 import IA3

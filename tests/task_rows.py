@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.derived import parts_of
-from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 
 
 def dataset(name: str, split: str, data_dir: Path) -> tf.data.Dataset:

@@ -22,7 +22,7 @@ from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.model_flags import load_predictor
 from prompt_tuning_jax.prompts.peft import write_adapter
-from prompt_tuning_jax.training.score import evaluate_prompt
+from prompt_tuning_jax.training.eval_run import evaluate_prompt
 
 CONTRACT = ROOT / "docs" / "notebook.py"
 LABELS = ["negative", "positive"]

@@ -21,7 +21,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.tasks import glue, imdb, sources, text  # noqa: F401
 from prompt_tuning_jax.tasks.review_grammar import sentences
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 from prompt_tuning_jax.train import main as train_main
 
 TUNE = "runs/prompt_tune.gin"

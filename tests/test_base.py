@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.array_files.stored import StoredArray
 from prompt_tuning_jax.checkpoints import base, huggingface, t5x
 from prompt_tuning_jax.checkpoints.inspection import inspect_base
 from prompt_tuning_jax.inference.bank import PromptBank

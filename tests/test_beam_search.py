@@ -15,7 +15,7 @@ from test_decoding import decoder_calls
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import beam_search
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.tasks.vocabularies import EOS
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 CONFIG = T5Config(5, 8, 2, 1, 2, 12, head_dim=3)
 LENGTH = 4

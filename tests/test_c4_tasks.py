@@ -13,7 +13,7 @@ import tensorflow as tf
 from task_rows import examples, in_vocabulary, register, texts
 
 from prompt_tuning_jax.tasks import preprocessors, sources, text
-from prompt_tuning_jax.tasks.vocabularies import EOS, UNK, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, UNK, Vocabulary
 
 register("c4", "recycling")
 

@@ -32,7 +32,7 @@ from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
 from prompt_tuning_jax.batches.stream import stream
 from prompt_tuning_jax.tasks import review_grammar, sources
 from prompt_tuning_jax.tasks.postprocessors import answers
-from prompt_tuning_jax.tasks.vocabularies import trim
+from prompt_tuning_jax.tokenizers.vocabulary import trim
 
 TEXT_LENGTHS = {"inputs": 24, "targets": 12}
 

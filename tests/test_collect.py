@@ -102,7 +102,7 @@ def test_trials_without_a_result_are_named_and_the_others_kept(tmp_path, run, ca
 
 
 def test_what_evaluations_found(tmp_path):
-    """The shapes that `training.score.evaluate_prompt` returns: a task, a mixture, several prompts."""
+    """The shapes that `training.eval_run.evaluate_prompt` returns: a task, a mixture, several prompts."""
     both = {"generation": {"em": 1.0, "f1": 2.0}, "ranking": {"em": 30.0, "f1": 40.0}}
     votes = {
         "average": {"accuracy": 50.0},

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import train_vocabulary
 
 from prompt_tuning_jax import convert
-from prompt_tuning_jax.arrays.t5x import open_t5x
+from prompt_tuning_jax.array_files.t5x import open_t5x
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import load_base, open_model
 from prompt_tuning_jax.checkpoints.conversion import MODEL_FORMATS, PROMPT_FORMATS

@@ -19,7 +19,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints.base import EMBEDDED
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.tasks.postprocessors import answers
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import BESIDE, Vocabulary
 
 WORDS = Vocabulary(EMBEDDED["nano"] / BESIDE)
 ROWS = [{"inputs": f"the {noun} was {word}", "targets": label} for noun in ("film", "plot", "score")
@@ -291,7 +291,7 @@ def test_data_is_light():
     program = (
         "import sys\n"
         "from prompt_tuning_jax.batches.data import dataset_of, files, task\n"
-        "from prompt_tuning_jax.tasks.vocabularies import Vocabulary\n"
+        "from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary\n"
         "rows = [{'inputs': 'a film', 'targets': 'good'}] * 9\n"
         f"config = dataset_of(rows, 'train', batch_size=4, lengths={LENGTHS})\n"
         f"config.batches(Vocabulary({WORDS.path!r}), say=None)[0]\n"

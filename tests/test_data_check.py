@@ -16,7 +16,7 @@ from prompt_tuning_jax.checkpoints.base import EMBEDDED
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.sweeps import vectorized
 from prompt_tuning_jax.tasks import data_check
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, UNK, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import BESIDE, UNK, Vocabulary
 from prompt_tuning_jax.training import evaluation
 
 WORDS = Vocabulary(EMBEDDED["nano"] / BESIDE)

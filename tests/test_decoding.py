@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import greedy
+from prompt_tuning_jax.t5.log_likelihood import choice_scores
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores
-from prompt_tuning_jax.tasks.vocabularies import EOS
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 CONFIGS = [
     T5Config(11, 8, 2, 1, 2, 12, head_dim=3),

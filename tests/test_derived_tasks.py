@@ -17,9 +17,9 @@ from prompt_tuning_jax.batches.cache import TaskRequest, load_tasks
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks import perceptron, postprocessors
 from prompt_tuning_jax.tasks.derived import Splits, parts_of
-from prompt_tuning_jax.tasks.ranking import Choice, choice, rank_classification
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tasks.rank_classification import Choice, choice, rank_classification
 from prompt_tuning_jax.tasks.wrapped_postprocessors import after_sentinel, of_choices
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
 from prompt_tuning_jax.training.evaluation import judge, takes_scores
 
 register("spot", "recycling", "sentinel")

@@ -14,9 +14,9 @@ from prompt_tuning_jax.inference.ensembling import Ensemble, vote
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
+from prompt_tuning_jax.training.eval_run import evaluate_prompt
 from prompt_tuning_jax.training.evaluation import Evaluator
-from prompt_tuning_jax.training.score import evaluate_prompt
 
 MODEL = Transformer(CONFIG)
 PROMPTS = [np.random.default_rng(n).normal(size=(1 + 2 * n, CONFIG.emb_dim)).astype(np.float32) for n in range(3)]

@@ -13,11 +13,11 @@ from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference.labels import written_labels
 from prompt_tuning_jax.methods.method import Injection
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
-from prompt_tuning_jax.training import score
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
+from prompt_tuning_jax.training import eval_run
 from prompt_tuning_jax.training.evaluation import (
     Evaluator,
     check_labels,
@@ -200,7 +200,7 @@ def test_a_task_of_scored_choices_is_scored_and_not_generated(evaluator, params,
     """Every choice is a row (T5's rank classification): the accuracy is that of ranking the labels of the same rows."""
     rows = [(number, place) for number in range(8) for place in range(2)]
     fields = [{"idx": [number, place], "is_correct": place == number % 2} for number, place in rows]
-    ranking = "prompt_tuning_jax.tasks.ranking"
+    ranking = "prompt_tuning_jax.tasks.rank_classification"
     batches = split(
         [SENTENCES[number] for number, _ in rows], [LABELS[place] for _, place in rows], fields=fields,
         postprocessor=f"{ranking}:choice", options={}, metrics=(f"{ranking}:rank_classification",),
@@ -217,7 +217,7 @@ def test_what_is_no_label_is_counted(split):
     examples = split(["a"] * 5, ["positive"] * 5).examples
     found = judge(examples, ["positive", "good", "negative", "good", ""])
     assert found.no_label() == {"good": 2, "": 1}
-    result = score.task_result(split(["a"] * 5, ["positive"] * 5), found, {"accuracy": 60.0})
+    result = eval_run.task_result(split(["a"] * 5, ["positive"] * 5), found, {"accuracy": 60.0})
     assert result == {
         "examples": 5,
         "generation": {"accuracy": 20.0},
@@ -262,18 +262,18 @@ def result(**scores):
 
 def test_a_suites_score_is_the_mean_of_its_tasks():
     boolq, stsb, axb = result(score=60.0, ranking_score=70.0), result(score=20.0), result()
-    assert score.suite_result({"boolq": boolq, "axb": axb}) == {"score": 60.0, "ranking_score": 70.0}
-    assert score.suite_result({"boolq": boolq, "stsb": stsb}) == {"score": 40.0}
-    assert score.suite_result({"axb": axb}) == {}
+    assert eval_run.suite_result({"boolq": boolq, "axb": axb}) == {"score": 60.0, "ranking_score": 70.0}
+    assert eval_run.suite_result({"boolq": boolq, "stsb": stsb}) == {"score": 40.0}
+    assert eval_run.suite_result({"axb": axb}) == {}
 
 
 def test_a_split_without_labels_is_not_scored(split):
     labelled, test = split(["a"], ["positive"]), split(["a"], ["<unk>"])
     wsc = split(["a"], ["Bob"], fields=[{"label": -1}], postprocessor="wsc", options={})
-    score.check_labelled({"labelled": labelled}, "validation")
+    eval_run.check_labelled({"labelled": labelled}, "validation")
     for batches in (test, wsc):
         with pytest.raises(ValueError, match="test of cb has no labels to score: set `validation` .*--submission=DIR"):
-            score.check_labelled({"labelled": labelled, "cb": batches}, "test")
+            eval_run.check_labelled({"labelled": labelled, "cb": batches}, "test")
 
 
 class Splits:
@@ -297,14 +297,14 @@ def test_a_mixture_is_each_task_and_the_mean(tiny, evaluator, split, capsys):
         "reviews": split(SENTENCES, ["positive"] * len(SENTENCES)),
         "nine": split(SENTENCES[:9], ["negative"] * 9, metrics=("accuracy", "f1")),
     }
-    evaluate = getattr(score.evaluate_prompt, "__wrapped__", score.evaluate_prompt)
+    evaluate = getattr(eval_run.evaluate_prompt, "__wrapped__", eval_run.evaluate_prompt)
     options = {"size": CONFIG, "initial_checkpoint_path": str(tiny.base)}
     found = evaluate(dataset=Splits(tasks), samples=2, **options)
     lines = capsys.readouterr().err.splitlines()
     base = {name: jnp.asarray(value) for name, value in random_params(0).items()}
     for name, batches in tasks.items():
         alone = evaluator.predictions(Injection(), base, batches), evaluator.rank_metrics(Injection(), base, batches)
-        assert found["tasks"][name] == score.task_result(batches, *alone)
+        assert found["tasks"][name] == eval_run.task_result(batches, *alone)
     assert found["examples"] == len(SENTENCES) + 9 and found["task"] == "by_hand"
     for name, part in (("score", "generation"), ("ranking_score", "ranking")):
         means = [np.mean([*result[part].values()]) for result in found["tasks"].values()]

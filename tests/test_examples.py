@@ -28,8 +28,9 @@ from prompt_tuning_jax.checkpoints.base import EMBEDDED
 from prompt_tuning_jax.tasks import metrics, postprocessors
 from prompt_tuning_jax.tasks.reviews import NAME, Reviews
 from prompt_tuning_jax.tasks.rows import Rows
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 from prompt_tuning_jax.tasks.user_files import TaskFiles
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, BYTES, EOS, Vocabulary, seqio_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import BESIDE, BYTES, EOS, Vocabulary
 
 NANO = str(EMBEDDED["nano"] / BESIDE)
 HARD = [
@@ -303,7 +304,7 @@ def test_tokenising_needs_no_tensorflow():
         "from prompt_tuning_jax.batches.dataset import DatasetConfig\n"
         "from prompt_tuning_jax.tasks.reviews import Reviews\n"
         "from prompt_tuning_jax.tasks.user_files import TaskFiles\n"
-        "from prompt_tuning_jax.tasks.vocabularies import Vocabulary\n"
+        "from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary\n"
         f"config = DatasetConfig('mine', 'train', 4, {LENGTHS}, source=Reviews())\n"
         f"config.batches(Vocabulary({NANO!r}))[0], config.eval_batches(Vocabulary({NANO!r}))['mine'][0]\n"
         "import sys; print(*{name.partition('.')[0] for name in sys.modules})"

@@ -19,8 +19,8 @@ from fixtures.decoders import fast_jit
 from fixtures.models import randomise, tree
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.arrays.stored import StoredArray
-from prompt_tuning_jax.arrays.t5x import open_t5x, write_legacy
+from prompt_tuning_jax.array_files.stored import StoredArray
+from prompt_tuning_jax.array_files.t5x import open_t5x, write_legacy
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import check_shapes, expected_shapes, fingerprint, load_base, open_model
 from prompt_tuning_jax.checkpoints.conversion import convert
@@ -32,9 +32,9 @@ from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.parallel.partitioner import logical_axes
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import greedy
+from prompt_tuning_jax.t5.log_likelihood import choice_scores
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import output_axis, scale_path
-from prompt_tuning_jax.t5.scoring import choice_scores
 
 ROOT = Path(__file__).parent.parent
 # Whether the model has the ids of its config.json; without them every family is compared with T5's own.

@@ -13,7 +13,8 @@ from tiny import LENGTHS
 from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.tasks import sources
-from prompt_tuning_jax.tasks.vocabularies import EOS, seqio_vocabulary
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 OFFICIAL = json.loads((FIXTURES / "official_golden_texts.json").read_text())
 CORE = json.loads((FIXTURES / "official_core_names.json").read_text())["tasks"]

@@ -23,8 +23,8 @@ from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.train import main as train_main
 from prompt_tuning_jax.training import loop
+from prompt_tuning_jax.training.eval_run import evaluate_prompt
 from prompt_tuning_jax.training.run import TrainConfig
-from prompt_tuning_jax.training.score import evaluate_prompt
 
 OTHERS = {"README.md": b"read me", "pytorch_model.bin": b"pickle", "flax_model.msgpack": b"flax", "tf_model.h5": b"tf"}
 EXPECTED = "; expected a folder, an id on the hub or one of nano: set `where`"

@@ -13,7 +13,7 @@ import pytest
 from fixtures.models import prompted, random_model, random_tokens, randomise, tree
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.arrays.safetensors import open_safetensors
+from prompt_tuning_jax.array_files.safetensors import open_safetensors
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import check_shapes, load_base, open_model
 from prompt_tuning_jax.t5.config import T5Config

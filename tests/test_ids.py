@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.arrays.stored import ArrayError
+from prompt_tuning_jax.array_files.stored import ArrayError
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.data import dataset_of
 from prompt_tuning_jax.checkpoints import huggingface
@@ -26,8 +26,9 @@ from prompt_tuning_jax.inference.labels import label_table
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary, seqio_vocabulary
+from prompt_tuning_jax.t5.log_likelihood import shift_right, token_log_probs
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 from prompt_tuning_jax.training.loss import cross_entropy
 
 NAMES = ("pad_token_id", "eos_token_id", "decoder_start_token_id")

@@ -31,9 +31,9 @@ from prompt_tuning_jax.methods.super_pos import SuperPos
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import quantized_product
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, output_axis, quantized, scale_path
-from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.memory_plan import plan, start_shapes
 from prompt_tuning_jax.training.run import Run, TrainConfig
 from prompt_tuning_jax.training.step import TrainState, make_train_step

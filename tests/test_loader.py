@@ -18,7 +18,7 @@ from tiny import ROOT
 
 from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest
 from prompt_tuning_jax.batches.loader import Batch, Batches, default_buckets
-from prompt_tuning_jax.tasks.vocabularies import EOS
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 LENGTHS = {"inputs": 40, "targets": 12}
 
@@ -239,7 +239,7 @@ import os, sys, time
 started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 started += int(open("/proc/self/stat").read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 config = DatasetConfig(split="train[:-2000]", batch_size=32, task_feature_lengths={lengths!r}, **{config!r})
 batches = config.batches(Vocabulary({vocabulary!r}), shuffle=True).start_at(0, 2_000)
 next(batches)

@@ -23,7 +23,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.arrays.t5x import INDEX
+from prompt_tuning_jax.array_files.t5x import INDEX
 from prompt_tuning_jax.checkpoints import base, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import load_base, open_model
 from prompt_tuning_jax.prompts.files import IN_T5X, read_prompt, write_prompt

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.t5.scoring import token_log_probs
+from prompt_tuning_jax.t5.log_likelihood import token_log_probs
 from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.optimizer import adafactor, clipped_adamw, warmup_cosine, warmup_linear
 

@@ -40,7 +40,7 @@ from prompt_tuning_jax.methods.shapes import check_injection, start_shapes
 from prompt_tuning_jax.methods.super_pos import SuperPos
 from prompt_tuning_jax.methods.ulpt import ULPT
 from prompt_tuning_jax.prompts.initializers import RandomUniform, SampledVocabulary
-from prompt_tuning_jax.sweeps.joint_step import joint_key
+from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.loop import train
@@ -303,7 +303,7 @@ COVERED_BELOW = ("LowRankPrompt", "ULPT", "ScaleShiftPrompt", "MLPPrompt", "LSTM
 def test_runs_of_a_method_share_a_program(name, finished, settings, tmp_path):
     """Two seeds and learning rates in one program are trained as each is alone, to the last bit."""
     runs = {"a": {"seed": 0}, "b": {"seed": 1, "optimizer": adafactor(0.05)}}
-    keys = {joint_key(settings(tmp_path / run, METHODS[name], **own)) for run, own in runs.items()}
+    keys = {program_key(settings(tmp_path / run, METHODS[name], **own)) for run, own in runs.items()}
     assert len(keys) == 1 and None not in keys
     assert not train_together((run, settings(tmp_path / run, METHODS[name], **own)) for run, own in runs.items())
     assert_same_files(tmp_path / "a", Path(finished(name).config.model_dir))
@@ -313,7 +313,7 @@ def test_runs_of_a_method_share_a_program(name, finished, settings, tmp_path):
 
 def test_methods_that_fold_share_a_program_with_each_other(finished, settings, tmp_path):
     names = FOLDING_TO_ONE_PROMPT
-    assert len({joint_key(settings(tmp_path / name, METHODS[name])) for name in names}) == 1
+    assert len({program_key(settings(tmp_path / name, METHODS[name])) for name in names}) == 1
     assert not train_together((name, settings(tmp_path / name, METHODS[name])) for name in names)
     for name in names:
         assert_same_files(tmp_path / name, Path(finished(name).config.model_dir))
@@ -323,7 +323,7 @@ DIFFERENT = ("PromptTuning", "PerLayerPrompt", "MPT", "LoRA", "IA3", "PrefixTuni
 
 
 def test_methods_of_different_kinds_do_not_share_a_program(settings):
-    keys = [joint_key(settings(None, METHODS[name])) for name in DIFFERENT]
+    keys = [program_key(settings(None, METHODS[name])) for name in DIFFERENT]
     assert len(set(keys)) == len(keys)
 
 

@@ -14,7 +14,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.tasks import metrics, postprocessors, ranking
+from prompt_tuning_jax.tasks import metrics, postprocessors, rank_classification
 
 labels = st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 1)), min_size=1, max_size=40)
 classes = st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=40)
@@ -392,6 +392,6 @@ def test_shares_are_rounded_once():
     for both in range(51):
         wanted, found = [1] * 50 + [0] * 50, [1] * both + [0] * (50 - both) + [1] * (50 - both) + [0] * both
         assert metrics.f1(wanted, found) == {"f1": 2.0 * both}
-    choices = [ranking.Choice((n, place), place == 0, 1) for n in range(40) for place in (0, 1)]
+    choices = [rank_classification.Choice((n, place), place == 0, 1) for n in range(40) for place in (0, 1)]
     scores = [float(n < 23) if place == 0 else 0.5 for n in range(40) for place in (0, 1)]
-    assert ranking.rank_classification(choices, scores) == {"accuracy": 57.5}
+    assert rank_classification.rank_classification(choices, scores) == {"accuracy": 57.5}

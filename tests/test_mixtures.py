@@ -24,7 +24,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches
 from prompt_tuning_jax.batches.mixing import Mixing
 from prompt_tuning_jax.tasks.metrics import record_score
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 rates = st.lists(st.floats(0.001, 1_000), min_size=1, max_size=8)
 

@@ -18,14 +18,14 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.metrics.pairwise import cosine_distances
 
 from prompt_tuning_jax import neighbors as command
-from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.array_files.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
-from prompt_tuning_jax.prompts import neighbors
+from prompt_tuning_jax.prompts import nearest_words
 from prompt_tuning_jax.prompts import similarity as similarity_file
 from prompt_tuning_jax.prompts.files import write_prompt
 from prompt_tuning_jax.prompts.initializers import ClassLabels, word_ids
-from prompt_tuning_jax.prompts.neighbors import (
+from prompt_tuning_jax.prompts.nearest_words import (
     Neighbors,
     best_match_similarity,
     clusters,
@@ -234,7 +234,7 @@ def test_labels_are_followed_from_before_training_to_now(run, trained):
 def test_positions_nearer_to_a_word_than_chance_are_counted(run, trained):
     """Chance is what random directions have; a position that is one is no nearer, and one that is a word is."""
     report = json.loads(run(trained, "--json"))
-    drawn = neighbors.random_directions(128)
+    drawn = nearest_words.random_directions(128)
     nearest_by_chance = 1 - cosine_distances(drawn, TABLE[3 : WORDS.size - 100].astype(np.float32)).min(axis=1)
     assert report["chance"]["largest"] == pytest.approx(nearest_by_chance.max(), abs=1e-6)
     assert report["chance"]["mean"] == pytest.approx(nearest_by_chance.mean(), abs=1e-6)
@@ -344,7 +344,7 @@ def test_a_damaged_table_is_one_line(refused, trained, tmp_path):
 
 
 def test_it_starts_without_what_it_does_not_need(trained):
-    code = "import sys; from prompt_tuning_jax import neighbors; neighbors.main(); "
+    code = "import sys; from prompt_tuning_jax import neighbors; nearest_words.main(); "
     code += "print(sorted({'tensorflow', 'seqio', 'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, str(trained)], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n") and "11 of 12 positions" in done.stdout

@@ -23,8 +23,8 @@ from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import encode_once
 from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
+from prompt_tuning_jax.t5.log_likelihood import token_log_probs
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
-from prompt_tuning_jax.t5.scoring import token_log_probs
 from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_step

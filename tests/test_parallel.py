@@ -29,7 +29,7 @@ from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import logical_axes
 from prompt_tuning_jax.parallel.processes import LOST_PEER, PeerWatch, process_of
 from prompt_tuning_jax.t5.quantized import quantized
-from prompt_tuning_jax.training.layout import mesh_for
+from prompt_tuning_jax.training.mesh_choice import mesh_for
 
 KILLS = int(os.environ.get("KILL_TRIALS", "3"))
 

@@ -28,10 +28,10 @@ from prompt_tuning_jax.inference.requests import CHARACTERS, Decoding, Reader
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
+from prompt_tuning_jax.t5.log_likelihood import shift_right, token_log_probs
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
 
 LENGTHS = {"one": 2, "three": 5, "three too": 5}
 INPUTS, ANSWER, WIDTH = 24, 6, CONFIG.emb_dim

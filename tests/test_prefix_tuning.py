@@ -21,9 +21,9 @@ from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.t5.adapters import check_parameters
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right
-from prompt_tuning_jax.tasks.vocabularies import EOS
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 # What peft 0.21 asks of transformers 5, which has other names for it.
 pytestmark = [

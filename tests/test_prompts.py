@@ -20,7 +20,7 @@ from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, 
 from prompt_tuning_jax.prompts.module import SoftPrompt
 from prompt_tuning_jax.prompts.peft import write_adapter
 from prompt_tuning_jax.t5.network import prepend_prompt
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 KEY = jax.random.key(0)
 WIDTH = 4

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import greedy, likeliest, sample
-from prompt_tuning_jax.tasks.vocabularies import EOS
+from prompt_tuning_jax.tokenizers.vocabulary import EOS
 
 CONFIG = T5Config(5, 8, 2, 1, 2, 12, head_dim=3)
 LENGTH = 3

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.log_likelihood import choice_scores
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import choice_scores
 
 CONFIG = T5Config(11, 8, 2, 1, 2, 12, head_dim=3)
 

@@ -48,7 +48,7 @@ from prompt_tuning_jax.settings import (
     whole,
 )
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.training import loop, optimizer, run, score
+from prompt_tuning_jax.training import eval_run, loop, optimizer, run
 
 TRAIN, EVAL = (importlib.import_module(f"prompt_tuning_jax.{name}").main for name in ("train", "eval"))
 METHODS = sorted(f"methods/{path.name}" for path in (ROOT / "gin_configs" / "methods").glob("*.gin"))
@@ -77,7 +77,7 @@ def line_of(main, arguments, folder) -> Any:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", ["command", *arguments])
         patch.setattr(loop, "open_model", reached)
-        patch.setattr(score, "open_vocabulary", reached)
+        patch.setattr(eval_run, "open_vocabulary", reached)
         try:
             main()
             line = None

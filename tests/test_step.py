@@ -16,8 +16,8 @@ from prompt_tuning_jax.methods.model_tuning import ModelTuning, matching
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.shapes import ShapeModel
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.quantized import TABLE
-from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.step import (
     CPU_POSITIONS,

@@ -25,7 +25,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import STREAM_WINDOW, StreamedBatches
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.review_grammar import sentences
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 COUNT = 40
 NAME = "taskless_glue_sst2_v200"

@@ -14,7 +14,7 @@ from prompt_tuning_jax import eval as command
 from prompt_tuning_jax.batches.cache import CachedExamples
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, PAD, UNK
 from prompt_tuning_jax.training.evaluation import judge
 from prompt_tuning_jax.training.submission import FILES, server_file, start_submission, write_file
 

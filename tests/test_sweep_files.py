@@ -17,7 +17,7 @@ from prompt_tuning_jax.batches.cache import split_rows
 from prompt_tuning_jax.checkpoints.base import default_vocabulary
 from prompt_tuning_jax.sweeps import spec
 from prompt_tuning_jax.tasks import find, postprocessors, sources
-from prompt_tuning_jax.tasks.vocabularies import UNK, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import UNK, Vocabulary
 from prompt_tuning_jax.training import run
 
 SWEEPS = Path(__file__).parent.parent / "gin_configs" / "sweeps"

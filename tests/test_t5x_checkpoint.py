@@ -22,8 +22,8 @@ import pytest
 import tensorstore
 from fixtures.models import random_model
 
-from prompt_tuning_jax.arrays.stored import ArrayError
-from prompt_tuning_jax.arrays.t5x import INDEX, is_t5x, open_t5x
+from prompt_tuning_jax.array_files.stored import ArrayError
+from prompt_tuning_jax.array_files.t5x import INDEX, is_t5x, open_t5x
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base, open_model
 from prompt_tuning_jax.prompts.files import IN_T5X, read_prompt
@@ -616,7 +616,7 @@ def in_a_process(url: str, code: str, folder: Path) -> str:
     head = """
         import time
         import numpy as np
-        from prompt_tuning_jax.arrays import t5x
+        from prompt_tuning_jax.array_files import t5x
         from prompt_tuning_jax.checkpoints.base import load_base, open_model
         from prompt_tuning_jax.prompts.files import read_prompt
         from prompt_tuning_jax.t5.config import T5Config

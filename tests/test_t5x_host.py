@@ -38,12 +38,12 @@ from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, S
 from prompt_tuning_jax.prompts.module import SoftPrompt  # noqa: E402
 from prompt_tuning_jax.t5.config import T5Config  # noqa: E402
 from prompt_tuning_jax.t5.decoding import greedy  # noqa: E402
+from prompt_tuning_jax.t5.log_likelihood import shift_right, token_log_probs  # noqa: E402
 from prompt_tuning_jax.t5.network import Transformer  # noqa: E402
-from prompt_tuning_jax.t5.scoring import shift_right, token_log_probs  # noqa: E402
-from prompt_tuning_jax.t5x_host import checkpoints, network, start, tasks  # noqa: E402
+from prompt_tuning_jax.t5x_host import checkpoints, network, prompt_init, tasks  # noqa: E402
 from prompt_tuning_jax.t5x_host.optimizers import prompt_only  # noqa: E402
 from prompt_tuning_jax.t5x_host.partitioning import prompt_axis_rules  # noqa: E402
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary  # noqa: E402
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary  # noqa: E402
 from prompt_tuning_jax.training.optimizer import adafactor  # noqa: E402
 from prompt_tuning_jax.training.step import (  # noqa: E402
     TrainState,
@@ -542,11 +542,11 @@ def test_a_prompt_is_written_to_an_object_store_too():
 def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
     path = data_dir / "t5" / "spiece.model"
     vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=100)
-    embeddings = start.read_embeddings(str(base))
+    embeddings = prompt_init.read_embeddings(str(base))
     labels = ClassLabels(["positive", "negative"], population=50)
     for init in (RandomUniform(), SampledVocabulary(), labels):
         bound = functools.partial(
-            start.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=4
+            prompt_init.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=4
         )
         expected = start_prompt(init, embeddings, Vocabulary(path), 4)
         drawn = jax.jit(lambda key, bound=bound: bound(key, (LENGTH, 4)))
@@ -557,7 +557,7 @@ def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
 
 def test_a_prompt_without_a_seed_starts_from_t5xs_key(base):
     bound = functools.partial(
-        start.prompt_init,
+        prompt_init.prompt_init,
         init=SampledVocabulary(),
         initial_checkpoint_path=str(base),
         vocabulary=seqio.PassThroughVocabulary(32128),
@@ -572,7 +572,7 @@ def test_a_label_that_the_vocabulary_cannot_write_is_refused(base, data_dir):
     init = ClassLabels(["\u4e00"])
     vocabulary = seqio.SentencePieceVocabulary(str(data_dir / "t5" / "spiece.model"), extra_ids=100)
     bound = functools.partial(
-        start.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=0
+        prompt_init.prompt_init, init=init, initial_checkpoint_path=str(base), vocabulary=vocabulary, seed=0
     )
     with pytest.raises(ValueError, match="tokenises to <unk>: set CLASS_LABELS"):
         jax.jit(lambda key: bound(key, (LENGTH, 4)))(jax.random.PRNGKey(0))
@@ -587,7 +587,7 @@ def test_a_task_that_is_not_there_is_refused(data_dir):
 def test_a_base_without_embeddings_is_refused(tmp_path):
     writers.write(tmp_path / "checkpoint_0", {"encoder/encoder_norm/scale": np.ones(4, np.float32)})
     with pytest.raises(ValueError, match="has no token_embedder/embedding, expected a T5 checkpoint: set INITIAL_CHEC"):
-        start.read_embeddings(str(tmp_path / "checkpoint_0"))
+        prompt_init.read_embeddings(str(tmp_path / "checkpoint_0"))
 
 
 # The command line, in processes of its own: it replaces tasks in SeqIO's registry, and gin's is global.
@@ -660,7 +660,7 @@ def test_t5x_train_from_gin_files(command, base, data_dir, tmp_path, compiled_on
     run = tmp_path / "run"
     prompts = {path.name: read_prompt(path) for path in (run / "numpy_checkpoints").iterdir()}
     assert prompts.keys() == {"checkpoint_3", "checkpoint_5", "checkpoint_6"}
-    embeddings = start.read_embeddings(str(base))
+    embeddings = prompt_init.read_embeddings(str(base))
     vocabulary = Vocabulary(data_dir / "t5" / "spiece.model")
     expected = start_prompt(ClassLabels(["negative", "positive"]), embeddings, vocabulary, 0)
     np.testing.assert_array_equal(prompts["checkpoint_3"], expected)

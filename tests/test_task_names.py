@@ -17,7 +17,7 @@ from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks import TASK_MODULES, metrics, module_for, postprocessors, sources
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 _CORE = json.loads((FIXTURES / "official_core_names.json").read_text())
 TASKS, MIXTURES = _CORE["tasks"], _CORE["mixtures"]

@@ -16,7 +16,7 @@ from tiny import LENGTHS
 from prompt_tuning_jax.batches.build import build_split, find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.tasks import imdb, module_for, preprocessors, review_grammar, sources
-from prompt_tuning_jax.tasks.vocabularies import EOS, PAD, UNK, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, PAD, UNK, Vocabulary
 
 SENTINEL = 31_999  # <extra_id_0> of the noise tests; their tokens are far below
 SENTINELS = range(SENTINEL, SENTINEL - 100, -1)

@@ -10,7 +10,7 @@ import pytest
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.tasks import __main__ as command
 from prompt_tuning_jax.tasks import find, sources
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import seqio
 from task_rows import examples, register, texts
 from tiny import make_tiny
 
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
 
 register("summarization", "spot", "text")
 

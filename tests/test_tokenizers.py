@@ -33,10 +33,10 @@ from prompt_tuning_jax.prompts.initializers import ClassLabels, SampledVocabular
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.preprocessors import prepend_sentinel, sentinel_ids, span_corruption
 from prompt_tuning_jax.tasks.reviews import NAME, Reviews
-from prompt_tuning_jax.tasks.vocabularies import (
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import (
     BYTES,
     Vocabulary,
-    seqio_vocabulary,
     vocabulary_in,
     write_vocabulary,
 )

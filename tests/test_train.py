@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import default_vocabulary, load_base
 from prompt_tuning_jax.checkpoints.state import StateStore
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 from prompt_tuning_jax.training.step import TrainState

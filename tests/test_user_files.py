@@ -15,7 +15,7 @@ from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.tasks import metrics, rows
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
-from prompt_tuning_jax.tasks.vocabularies import EOS, Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
 from prompt_tuning_jax.train import main as train
 
 ROWS = [("a dull plot", "bad"), ('a lovely "score"', "good"), ("dull ", "bad"), ("the end", "good")]

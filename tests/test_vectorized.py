@@ -19,9 +19,9 @@ from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
 from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, SampledVocabulary
 from prompt_tuning_jax.sweep import shared_key
-from prompt_tuning_jax.sweeps import programs as programs_module
-from prompt_tuning_jax.sweeps.joint_step import joint_key
-from prompt_tuning_jax.sweeps.programs import fitting, padding, programs
+from prompt_tuning_jax.sweeps import run_groups as programs_module
+from prompt_tuning_jax.sweeps.run_groups import fitting, padding, programs
+from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.layers import AttentionDropout
 from prompt_tuning_jax.training.loop import program_size, train
@@ -253,20 +253,22 @@ def test_more_steps_for_runs_that_share_a_program(settings, tmp_path, capsys):
 
 
 def test_what_cannot_share_a_program_has_another_key(settings, tmp_path):
-    key = joint_key(settings(tmp_path))
+    key = program_key(settings(tmp_path))
     assert key is not None
     other = {"random_seed": 5, "rate": 0.1, "start": SampledVocabulary(), "train_steps": 7, "eval_period": 3}
-    assert joint_key(settings(tmp_path, **other, lengths={"inputs": 20, "targets": 4})) == key
-    assert joint_key(settings(tmp_path, length=7)) != key  # dropout's bits are drawn by position
-    assert joint_key(settings(tmp_path, length=7, dropout=0.0)) == joint_key(settings(tmp_path, dropout=0.0)) != key
-    assert joint_key(settings(tmp_path, z_loss=0.0)) != key
+    assert program_key(settings(tmp_path, **other, lengths={"inputs": 20, "targets": 4})) == key
+    assert program_key(settings(tmp_path, length=7)) != key  # dropout's bits are drawn by position
+    assert program_key(settings(tmp_path, length=7, dropout=0.0)) == program_key(settings(tmp_path, dropout=0.0)) != key
+    assert program_key(settings(tmp_path, z_loss=0.0)) != key
     whole = dataclasses.replace(settings(tmp_path), method=ModelTuning())
     streamed = dataclasses.replace(settings(tmp_path).train_dataset, use_cached=False)
-    assert joint_key(whole) not in (None, key)
-    assert shared_key(whole, "auto") is None and shared_key(whole, 2) == joint_key(whole), "many whole models in memory"
+    assert program_key(whole) not in (None, key)
+    assert shared_key(whole, "auto") is None and shared_key(whole, 2) == program_key(whole), (
+        "many whole models in memory"
+    )
     assert shared_key(settings(tmp_path), "auto") == key
-    assert joint_key(settings(tmp_path, initial_checkpoint_path=None)) is None
-    assert joint_key(settings(tmp_path, train_dataset=streamed)) is None
+    assert program_key(settings(tmp_path, initial_checkpoint_path=None)) is None
+    assert program_key(settings(tmp_path, train_dataset=streamed)) is None
 
 
 @given(st.integers(1, 3_000))

@@ -19,8 +19,9 @@ from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, default_vocabulary, expected_shapes, open_vocabulary
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 from prompt_tuning_jax.tasks.user_files import TaskFiles
-from prompt_tuning_jax.tasks.vocabularies import BYTES, EOS, Vocabulary, seqio_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import BYTES, EOS, Vocabulary
 from prompt_tuning_jax.training.loop import train
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig

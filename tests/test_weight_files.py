@@ -20,10 +20,10 @@ from safetensors.numpy import load_file
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax import convert
-from prompt_tuning_jax.arrays.flax_files import open_flax
-from prompt_tuning_jax.arrays.state_dict import read_state_dict
-from prompt_tuning_jax.arrays.stored import ArrayError
-from prompt_tuning_jax.arrays.torch_files import MOST_PICKLED, open_torch
+from prompt_tuning_jax.array_files.flax_files import open_flax
+from prompt_tuning_jax.array_files.state_dict import read_state_dict
+from prompt_tuning_jax.array_files.stored import ArrayError
+from prompt_tuning_jax.array_files.torch_files import MOST_PICKLED, open_torch
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import load_base
 from prompt_tuning_jax.t5.config import T5Config
@@ -193,8 +193,8 @@ def test_tensors_that_share_a_storage_or_are_strided(torch, tmp_path):
 @pytest.mark.parametrize("gap", [2**14, 20])
 def test_blocks_of_entries_that_are_not_adjacent(torch, tmp_path, monkeypatch, gap):
     """A part of large rows is read some rows at a time, or each row by itself."""
-    monkeypatch.setattr("prompt_tuning_jax.arrays.strided.BLOCK_BYTES", 200)
-    monkeypatch.setattr("prompt_tuning_jax.arrays.strided.GAP_BYTES", gap)
+    monkeypatch.setattr("prompt_tuning_jax.array_files.strided.BLOCK_BYTES", 200)
+    monkeypatch.setattr("prompt_tuning_jax.array_files.strided.GAP_BYTES", gap)
     matrix = torch.arange(23 * 17, dtype=torch.float32).reshape(23, 17)
     torch.save({"matrix": matrix, "transposed": matrix.T}, tmp_path / BIN)
     found = open_torch(tmp_path)

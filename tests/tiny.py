@@ -22,7 +22,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
-from prompt_tuning_jax.tasks.vocabularies import BESIDE, EOS, PAD, UNK
+from prompt_tuning_jax.tokenizers.vocabulary import BESIDE, EOS, PAD, UNK
 
 ROOT = Path(__file__).parent.parent
 CONFIG = T5Config(

@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 from experiments.sizes import SIZES
-from prompt_tuning_jax.arrays.stored import StoredArray
+from prompt_tuning_jax.array_files.stored import StoredArray
 from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
 

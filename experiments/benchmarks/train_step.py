@@ -68,7 +68,7 @@ def task_rows(arguments: argparse.Namespace, rounds: int) -> tuple[Rows, Rows]:
     """The first batches of a run on the task, and the same rows as others batch them: in any order, padded at need."""
     from prompt_tuning_jax.batches.dataset import DatasetConfig
     from prompt_tuning_jax.checkpoints.base import default_vocabulary
-    from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+    from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
     task, length = TASKS[arguments.lengths]
     lengths = {"inputs": length, "targets": arguments.target_length}

@@ -90,7 +90,7 @@ def step(size: str, seeds: int) -> dict[str, Any]:
     from prompt_tuning_jax.checkpoints.base import random_base
     from prompt_tuning_jax.methods.prompt_tuning import PROMPT as PATH
     from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
-    from prompt_tuning_jax.sweeps.joint_step import joint_step
+    from prompt_tuning_jax.sweeps.shared_step import shared_step
     from prompt_tuning_jax.t5.network import Transformer
     from prompt_tuning_jax.training.optimizer import adafactor
     from prompt_tuning_jax.training.step import TrainState, make_train_step
@@ -120,7 +120,7 @@ def step(size: str, seeds: int) -> dict[str, Any]:
     )
     alone = make_train_step(model, method, optimizers[0])
     at_once = 1 if jax.default_backend() == "cpu" else seeds
-    joint = joint_step(model, [method] * seeds, optimizers, [PROMPT] * seeds, at_once)
+    joint = shared_step(model, [method] * seeds, optimizers, [PROMPT] * seeds, at_once)
     jax.block_until_ready(states)
     own, many = states[-1], tuple(states[:seeds])
     seconds: dict[str, list[float]] = {"alone": [], "together": []}

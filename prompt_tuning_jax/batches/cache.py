@@ -33,7 +33,7 @@ import prompt_tuning_jax
 from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.examples import Examples, Ragged, combined
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 FORMAT = 3
 

@@ -20,7 +20,7 @@ from prompt_tuning_jax.settings import Text, Texts, as_path
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 INPUT_LENGTH, MOST_TARGETS = 512, 512  # tokens, end of sequence included
 SPLITS = frozenset(("train", "validation", "test"))  # no names of tasks: a mapping with one of these is of splits

@@ -24,7 +24,7 @@ from prompt_tuning_jax.tasks.data_check import (
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import RowSource, scoring
 from prompt_tuning_jax.tasks.user_files import TaskFiles
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 Say = Callable[[str], None]
 

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from prompt_tuning_jax.tasks.data_check import Tokens
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 CHUNK = 4096  # texts that are tokenised in one call
 PATIENCE = 2.0  # seconds before a progress bar is shown

@@ -13,7 +13,7 @@ from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.batches.examples import Examples, combined
 from prompt_tuning_jax.batches.mixing import Mixing
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks.vocabularies import trim
+from prompt_tuning_jax.tokenizers.vocabulary import trim
 
 MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
 

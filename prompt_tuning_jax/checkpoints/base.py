@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, UInt32
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
-from prompt_tuning_jax.arrays.t5x import INDEX, METADATA, STATE, is_t5x, open_t5x
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray
+from prompt_tuning_jax.array_files.t5x import INDEX, METADATA, STATE, is_t5x, open_t5x
 from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
@@ -29,7 +29,7 @@ from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import FROM_FILES, IDS, NOT_IN_SHAPES, NUMERICS, SIZE, T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
-from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, vocabulary_in
+from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary, vocabulary_in
 
 MODEL_SETTING = Setting("initial_checkpoint_path")
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}

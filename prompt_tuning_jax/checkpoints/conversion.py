@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
-from prompt_tuning_jax.arrays.t5x import is_t5x
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.array_files.t5x import is_t5x
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import (
     CHOICES,
@@ -28,7 +28,7 @@ from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import IN_T5X, OFFICIAL_NAME, read_prompt, write_prompt
 from prompt_tuning_jax.prompts.peft import is_adapter, write_adapter
 from prompt_tuning_jax.t5.config import IDS, T5Config
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 TARGET = Setting("target")
 MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft", "t5x")

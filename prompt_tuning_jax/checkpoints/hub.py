@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from prompt_tuning_jax.arrays.shards import INDEX, read_index
-from prompt_tuning_jax.arrays.stored import ArrayError, first_line
+from prompt_tuning_jax.array_files.shards import INDEX, read_index
+from prompt_tuning_jax.array_files.stored import ArrayError, first_line
 
 CONFIG = "config.json"
 # The files that describe a base model: everything but its parameters.

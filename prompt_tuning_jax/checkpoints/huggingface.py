@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from prompt_tuning_jax.arrays.flax_files import open_flax
-from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
-from prompt_tuning_jax.arrays.torch_files import open_torch
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.flax_files import open_flax
+from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.array_files.torch_files import open_torch
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
 from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
 from prompt_tuning_jax.t5.adapters import is_prefix
 from prompt_tuning_jax.t5.config import IDS, T5Config
-from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
 
 WEIGHTS, TORCH, FLAX = FORMATS
 EPSILON = 1e-6

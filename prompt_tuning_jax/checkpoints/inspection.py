@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray
 from prompt_tuning_jax.checkpoints import hub, huggingface
 from prompt_tuning_jax.checkpoints.base import (
     FLOATS,
@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints.base import (
 )
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import IDS, T5Config
-from prompt_tuning_jax.tasks.vocabularies import BYTES, Vocabulary, read_settings, vocabulary_in
+from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary, read_settings, vocabulary_in
 
 Arrays = Mapping[str, StoredArray]
 

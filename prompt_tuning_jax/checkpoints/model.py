@@ -12,7 +12,7 @@ from prompt_tuning_jax.checkpoints.base import Params, load_base, open_model, op
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_table
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from reprlib import repr as shown  # a stranger's values, cut short: an error st
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
-from prompt_tuning_jax.arrays.stored import ArrayError
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
+from prompt_tuning_jax.array_files.stored import ArrayError
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.peft import (

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from prompt_tuning_jax.arrays import t5x
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files import t5x
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.tasks.vocabularies import write_vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
 
 Arrays = Mapping[str, ArrayLike | StoredArray]
 Part = tuple[Any, ...]  # an array's name, and the start and end along each axis

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model

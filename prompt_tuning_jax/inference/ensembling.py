@@ -15,7 +15,7 @@ from prompt_tuning_jax.inference.labels import label_table, written_labels
 from prompt_tuning_jax.methods.method import Injection, Params
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks import postprocessors
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 class Ballots(NamedTuple):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from prompt_tuning_jax.arrays.t5x import is_t5x
+from prompt_tuning_jax.array_files.t5x import is_t5x
 from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, read_trained_on, summary_of
 from prompt_tuning_jax.checkpoints.tuned import LAYER_PROMPTS, folder_of_additions, read_prompts
 from prompt_tuning_jax.errors import Private, Setting, SettingError

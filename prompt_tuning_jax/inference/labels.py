@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:

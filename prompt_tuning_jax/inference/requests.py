@@ -26,7 +26,7 @@ from prompt_tuning_jax.settings import (
     fault_of,
     whole,
 )
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
 METHODS = ("greedy", "beam", "sample")
 RANK = "rank"

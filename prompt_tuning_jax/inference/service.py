@@ -45,9 +45,9 @@ from prompt_tuning_jax.inference.http import (
     rows_of,
 )
 from prompt_tuning_jax.inference.limits import Limits
-from prompt_tuning_jax.inference.metrics import Metrics
 from prompt_tuning_jax.inference.openapi import document
 from prompt_tuning_jax.inference.predictor import Predictor, asked, joined, parts_of
+from prompt_tuning_jax.inference.prometheus import Metrics
 from prompt_tuning_jax.inference.requests import Request
 from prompt_tuning_jax.settings import NotNegative, Positive, check_values
 

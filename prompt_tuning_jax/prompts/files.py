@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from prompt_tuning_jax.arrays.stored import ArrayError
-from prompt_tuning_jax.arrays.t5x import is_t5x, open_t5x
+from prompt_tuning_jax.array_files.stored import ArrayError
+from prompt_tuning_jax.array_files.t5x import is_t5x, open_t5x
 from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.prompts import peft
 

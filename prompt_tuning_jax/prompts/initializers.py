@@ -85,7 +85,7 @@ def word_ids(tokenizer: Any, rows: int) -> Integer[np.ndarray, " words"]:
     """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table, in order.
 
     Args:
-      tokenizer: one with `size`, `sentinels` and `special_ids`, as `tasks.vocabularies.Vocabulary`, or with
+      tokenizer: one with `size`, `sentinels` and `special_ids`, as `tokenizers.vocabulary.Vocabulary`, or with
         `vocab_size` and `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or
         padding, and the special tokens are T5's.
       rows: of the embedding table.

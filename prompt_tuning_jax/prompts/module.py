@@ -16,7 +16,8 @@ class SoftPrompt(nn.Module):
 
     Attributes:
       length: number of prompt positions, P.
-      prompt_init: called with (key, (P, D)); `t5x_host.start` makes one of an initialiser of `prompts.initializers`.
+      prompt_init: called with (key, (P, D)); `t5x_host.prompt_init` makes one from an initialiser of
+        `prompts.initializers`.
     """
 
     length: int

@@ -14,10 +14,10 @@ from reprlib import repr as shown  # a stranger's values, cut short: an error st
 import numpy as np
 from jaxtyping import Float
 
-from prompt_tuning_jax.arrays.safetensors import open_safetensors, write_safetensors
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
-from prompt_tuning_jax.arrays.torch_files import open_torch
-from prompt_tuning_jax.arrays.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.array_files.torch_files import open_torch
+from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting, SettingError
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"

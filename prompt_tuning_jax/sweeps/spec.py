@@ -83,7 +83,7 @@ class Sweep:
       choices: by axis and value, what that value stands for: macros, "gin_files" (a list) and "command".
       command: of the trials whose choices name none: "train" or "eval".
       vectorize: 'auto'; False for a process a trial; or how many trials are to share a forward and a backward pass,
-        however much they pad each other (see `programs.programs`).
+        however much they pad each other (see `run_groups.programs`).
       seeds: the axis that tables give the mean and standard deviation over.
       mean_over: an axis (of tasks) that tables also give the mean over; None for no such rows.
     """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from prompt_tuning_jax.batches.cache import to_stderr
 from prompt_tuning_jax.errors import spelled
-from prompt_tuning_jax.sweeps.joint_step import program_of
-from prompt_tuning_jax.sweeps.programs import programs
+from prompt_tuning_jax.sweeps.run_groups import programs
+from prompt_tuning_jax.sweeps.shared_step import program_of
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.loop import Member, open_model, say_on_stderr, take_steps
 from prompt_tuning_jax.training.progress import Stop
@@ -36,11 +36,11 @@ def leave_failure(name: str, model_dir: str, failure: str) -> None:
 def train_together(
     configs: Iterable[tuple[str, TrainConfig]], most: int | None = None, *, stop: Stop = lambda step: False
 ) -> dict[str, str]:
-    """Trains runs of one `joint_key`.
+    """Trains runs of one `program_key`.
 
     Args:
       configs: by name. Taken one at a time, each run having read all it needs of its settings before the next.
-      most: see `programs.programs`.
+      most: see `run_groups.programs`.
       stop: see `loop.train`.
 
     Returns:

@@ -9,7 +9,7 @@ from prompt_tuning_jax.batches.build import find_task
 from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.t5x_host.macros import named_by_macros
 from prompt_tuning_jax.tasks import sources
-from prompt_tuning_jax.tasks.vocabularies import BYTES
+from prompt_tuning_jax.tokenizers.vocabulary import BYTES
 
 
 @named_by_macros()

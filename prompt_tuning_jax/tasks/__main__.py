@@ -173,7 +173,7 @@ def show(options: argparse.Namespace) -> Iterator[str]:
     Raises:
       ValueError: no such task, split, vocabulary or data.
     """
-    from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+    from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
     words = Vocabulary(options.vocabulary)
     lengths = {"inputs": options.inputs_length, "targets": options.targets_length}

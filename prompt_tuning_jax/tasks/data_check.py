@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary, trim
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
 SAMPLE = 100_000  # rows of a split whose tokens and targets are looked at
 MOST_INPUTS = 500_000  # rows of a split whose inputs are compared with another's

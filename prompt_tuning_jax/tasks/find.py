@@ -9,7 +9,7 @@ import seqio
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.tasks import TASK_MODULES, module_for
-from prompt_tuning_jax.tasks.vocabularies import seqio_vocabulary
+from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 
 
 def find(name: str, modules: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from prompt_tuning_jax.tasks import glue, preprocessors, super_glue  # noqa: F401  they register what these are made of
 from prompt_tuning_jax.tasks.derived import Splits, parts_of, wrapped
-from prompt_tuning_jax.tasks.ranking import choice, rank_classification
+from prompt_tuning_jax.tasks.rank_classification import choice, rank_classification
 from prompt_tuning_jax.tasks.register import MODELS, add_mixture
 from prompt_tuning_jax.tasks.register import add_task as _add_task
 from prompt_tuning_jax.tasks.wrapped_postprocessors import of_choices

@@ -10,7 +10,7 @@ import tensorflow as tf
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.tasks.vocabularies import EXTRA_IDS
+from prompt_tuning_jax.tokenizers.vocabulary import EXTRA_IDS
 
 
 def label_text(benchmark: str, labels: Sequence[str], columns: Sequence[str] | None = None):

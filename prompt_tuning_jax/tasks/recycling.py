@@ -17,7 +17,7 @@ from prompt_tuning_jax.tasks import (
     super_glue,  # noqa: F401  it registers ReCoRD, of which one of these is made
 )
 from prompt_tuning_jax.tasks.derived import Splits, parts_of
-from prompt_tuning_jax.tasks.ranking import choice, rank_classification
+from prompt_tuning_jax.tasks.rank_classification import choice, rank_classification
 from prompt_tuning_jax.tasks.register import add_mixture, labelled
 from prompt_tuning_jax.tasks.register import add_task as _add_task
 from prompt_tuning_jax.tasks.text import as_targets

@@ -15,7 +15,7 @@ from typing import Any
 import seqio
 
 from prompt_tuning_jax.tasks import postprocessors, preprocessors
-from prompt_tuning_jax.tasks.vocabularies import EXTRA_IDS
+from prompt_tuning_jax.tokenizers.vocabulary import EXTRA_IDS
 
 # The vocabularies of the public checkpoints; they are read only when a task is used without VOCABULARY.
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"

@@ -1,12 +1,14 @@
-"""A `tokenizer.json` as a SeqIO vocabulary: the same ids as `Vocabulary` gives, in a `tf.data` pipeline."""
+"""Tokenizers as SeqIO vocabularies, with the ids that `Vocabulary` gives."""
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -72,3 +74,25 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     def __hash__(self) -> int:
         return hash(self._vocabulary.fingerprint)
+
+
+@functools.cache
+def seqio_vocabulary(path: str, eos_id: int | None = None) -> seqio.Vocabulary:
+    """Returns the tokenizer as a SeqIO vocabulary, with the ids that `Vocabulary` gives.
+
+    Args:
+      path: of the tokenizer's file, or "bytes".
+      eos_id: the model's end of sequence; None for the tokenizer's own.
+    """
+    vocabulary = Vocabulary(path, eos_id=eos_id)
+    if vocabulary.reads_json:
+        return TokenizerVocabulary(vocabulary)
+    if path == BYTES:
+        found = seqio.ByteVocabulary()
+    else:
+        found = seqio.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
+    if vocabulary.eos_id == found.eos_id:
+        return found
+    # SeqIO's preprocessors read the end of sequence here.
+    ended: Any = type(f"{type(found).__name__}WithEnd", (type(found),), {"eos_id": vocabulary.eos_id})
+    return ended() if path == BYTES else ended(path, extra_ids=vocabulary.extra_ids)

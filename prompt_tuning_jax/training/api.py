@@ -35,12 +35,12 @@ from prompt_tuning_jax.settings import (
     shown,
 )
 from prompt_tuning_jax.t5.adapters import merged
+from prompt_tuning_jax.training.eval_run import check_labelled, check_task_prompts, results_of
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig, check_run
 from prompt_tuning_jax.training.run_folder import kept_eval_period
-from prompt_tuning_jax.training.score import check_labelled, check_task_prompts, results_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.tasks import metrics, postprocessors
-from prompt_tuning_jax.tasks.vocabularies import Vocabulary
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 from prompt_tuning_jax.training.step import batch_loss
 
 

@@ -20,7 +20,7 @@ from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import PeerWatch, is_writer
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.evaluation import Evaluator
-from prompt_tuning_jax.training.layout import partitioner_for
+from prompt_tuning_jax.training.mesh_choice import partitioner_for
 from prompt_tuning_jax.training.progress import Stop, Stopped
 from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
 from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
@@ -102,7 +102,8 @@ def train(
 ) -> Run:
     """Trains one run, and leaves in MODEL_DIR what `RunFolder` lists. A run that was interrupted is resumed.
 
-    With more than one device the run lies on a mesh, see `layout`. With several processes, every process calls this.
+    With more than one device the run is sharded over a mesh, see `mesh_choice`. With several processes, every process
+    calls this.
 
     Args:
       say: shows a line of what happens; None for nothing but the progress bar.

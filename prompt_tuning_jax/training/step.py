@@ -18,8 +18,8 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.methods.method import Injection, Method, Params, merge
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
-from prompt_tuning_jax.t5.scoring import shift_right
 from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 
 # By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.

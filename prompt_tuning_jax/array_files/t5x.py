@@ -21,7 +21,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 
 CHUNK_BYTES, MOST_BYTES = 64 * 2**20, 2**34  # four times mT5 XXL's table in one piece
 INDEX, STATE, METADATA, DATABASE = "checkpoint", "state/", "_METADATA", "manifest.ocdbt"

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 
 DTYPES = {
     "float32": np.dtype(np.float32),

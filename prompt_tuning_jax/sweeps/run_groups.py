@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.methods.method import tasks_of
-from prompt_tuning_jax.sweeps.joint_step import step_of
+from prompt_tuning_jax.sweeps.shared_step import step_of
 from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, free_bytes
 from prompt_tuning_jax.training.run import Run
 

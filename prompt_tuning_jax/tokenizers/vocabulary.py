@@ -34,8 +34,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.tasks import tokenizer_json
-from prompt_tuning_jax.tasks.tokenizer_json import TokenizerFile, declared_sentinels, sentinels_in
+from prompt_tuning_jax.tokenizers import tokenizer_json
+from prompt_tuning_jax.tokenizers.tokenizer_json import TokenizerFile, declared_sentinels, sentinels_in
 
 PAD, EOS, UNK = 0, 1, 2
 EXTRA_IDS = 100
@@ -313,31 +313,6 @@ def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
     for name in (*beside, *tokenizer_json.SETTINGS):
         if (source.parent / name).is_file():
             shutil.copyfile(source.parent / name, folder / name)
-
-
-@functools.cache
-def seqio_vocabulary(path: str, eos_id: int | None = None):
-    """The same vocabulary for a SeqIO task (imports TensorFlow).
-
-    Args:
-      eos_id: the model's end of sequence; None for the tokenizer's own.
-    """
-    import seqio
-
-    vocabulary = Vocabulary(path, eos_id=eos_id)
-    if vocabulary.reads_json:
-        from prompt_tuning_jax.tasks.seqio_tokenizer import TokenizerVocabulary
-
-        return TokenizerVocabulary(vocabulary)
-    if path == BYTES:
-        found = seqio.ByteVocabulary()
-    else:
-        found = seqio.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
-    if vocabulary.eos_id == found.eos_id:
-        return found
-    # SeqIO's preprocessors read the end of sequence here.
-    ended = type(f"{type(found).__name__}WithEnd", (type(found),), {"eos_id": vocabulary.eos_id})
-    return ended() if path == BYTES else ended(path, extra_ids=vocabulary.extra_ids)
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prompt_tuning_jax.arrays.shards import open_shards
-from prompt_tuning_jax.arrays.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.array_files.shards import open_shards
+from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -39,7 +39,7 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, data_warnings, judge, takes_scores
-from prompt_tuning_jax.training.layout import partitioner_of
+from prompt_tuning_jax.training.mesh_choice import partitioner_of
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 from prompt_tuning_jax.training.submission import start_submission, write_file
 

@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prompt_tuning_jax.arrays.shards import open_shards
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
-from prompt_tuning_jax.arrays.strided import DTYPES, Run, strided_array
+from prompt_tuning_jax.array_files.shards import open_shards
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
 
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY = 1  # the type of the extension

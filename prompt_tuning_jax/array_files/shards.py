@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
 
 INDEX = ".index.json"
 

@@ -11,10 +11,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from prompt_tuning_jax.arrays.shards import open_shards
-from prompt_tuning_jax.arrays.state_dict import Tensor, read_state_dict
-from prompt_tuning_jax.arrays.stored import ArrayError, StoredArray, first_line
-from prompt_tuning_jax.arrays.strided import DTYPES, Run, strided_array
+from prompt_tuning_jax.array_files.shards import open_shards
+from prompt_tuning_jax.array_files.state_dict import Tensor, read_state_dict
+from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
 MOST_PICKLED = 2**21  # bytes; ten times those of the largest T5's

@@ -18,7 +18,7 @@ def plan(
     """The jobs that run these trials; those of one key share jobs.
 
     Args:
-      key: of a trial, None where it runs alone; see `joint_step.joint_key`.
+      key: of a trial, None where it runs alone; see `shared_step.program_key`.
       together: the command line that runs several trials.
       vectorize: the sweep's.
       processes: how many jobs are to run at once; None for as many as there are.

@@ -34,7 +34,7 @@ from prompt_tuning_jax.training.step import (
 )
 
 
-def joint_key(config: TrainConfig) -> Hashable | None:
+def program_key(config: TrainConfig) -> Hashable | None:
     """Returns a key that is equal for runs that can share a program; None if this run cannot share one.
 
     The runs may differ in all that a run has for itself: seed, optimiser, task, split, length of the inputs, number of
@@ -65,12 +65,12 @@ def joint_key(config: TrainConfig) -> Hashable | None:
         tuple(sorted(injection.task_prompts or ())),
         tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
         tuple(sorted(path for path in trained if path in base)),
-        # See `joint_step`; a prefix of the encoder would not be next to a shorter prompt that lies behind padding.
+        # See `shared_step`; a prefix of the encoder would not be next to a shorter prompt that lies behind padding.
         injection.length if config.size.dropout_rate or f"encoder/{PREFIX_KEY}" in injection.parameters else None,
     )
 
 
-def joint_step(
+def shared_step(
     model: Transformer,
     methods: Sequence[Method],
     optimizers: Sequence[optax.GradientTransformation],
@@ -187,11 +187,11 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
 
 
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
-    """Returns the `joint_step` of these runs."""
+    """Returns the `shared_step` of these runs."""
     methods, optimizers = ([getattr(run.config, name) for run in runs] for name in ("method", "optimizer"))
     lengths, first = [run.prompt_length for run in runs], runs[0].config
     model = Transformer(runs[0].size)
-    return joint_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
+    return shared_step(model, methods, optimizers, lengths, at_once, first.z_loss, first.num_microbatches)
 
 
 def stacked(

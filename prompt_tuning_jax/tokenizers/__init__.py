@@ -1,0 +1,1 @@
+"""Tokenizers of T5 models: SentencePiece, bytes, and `tokenizer.json`, without TensorFlow."""
