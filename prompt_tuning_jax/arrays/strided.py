@@ -65,7 +65,8 @@ def strided_array(
     if 0 in shape:
         raise ArrayError(f"{name} of {path} is {list(shape)}, which is empty")
     steps = c_strides(shape) if strides is None else strides
-    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))  # may be any number
+    # A file may have any stride for a dimension of size 1.
+    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))
 
     def read(index: Index) -> np.ndarray:
         spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
