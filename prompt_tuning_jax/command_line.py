@@ -1,10 +1,10 @@
-"""What every command line does with a user's error: it prints one line on stderr, and exits with code 2."""
+"""Reports a user's error as every command line does: one line on stderr, and exit code 2."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-TERMINATED = 143  # exit code of a run that SIGTERM ended: it is saved, to be started again
+TERMINATED = 143  # exit code after SIGTERM: the run was saved, and can be started again
 
 
 @contextlib.contextmanager
@@ -12,7 +12,7 @@ def one_line_errors(text: Callable[[Exception], str]) -> Iterator[None]:
     """Turns a ValueError or OSError into one line on stderr and exit code 2.
 
     Args:
-      text: returns an error's message, with settings written as this command line calls them.
+      text: returns an error's message with settings as this command line spells them.
     """
     try:
         yield
