@@ -1,4 +1,4 @@
-"""Has the parser and the one-line errors of the command lines that read flags, not gin."""
+"""Defines the parser and the one-line errors of the command lines that read flags, not gin."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def as_flag(name: str) -> str:
 
 @contextlib.contextmanager
 def flag_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turns a user's error into one line and exit code 2, and ignores that a reader of stdout stops reading.
+    """Turns a user's error into one line and exit code 2. It is no error if the reader of stdout stops reading.
 
     Args:
       names: this command line's flags that differ from those of `as_flag`, by the setting's canonical name.

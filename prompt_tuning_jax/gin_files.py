@@ -1,4 +1,4 @@
-"""Parses gin for every command line: `--gin_file=...` and `--gin.MACRO=...` as in T5X, with errors before it runs."""
+"""Parses `--gin_file=...` and `--gin.MACRO=...` for every command line, as T5X does, and reports errors first."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Has the flags for a base model and its prompts that `infer` and `serve` share, and loads their predictor."""
+"""Defines the flags for a base model and its prompts that `infer` and `serve` share, and loads their predictor."""
 
 import argparse
 import sys

@@ -302,7 +302,7 @@ def whole(least: int, most: int | None = None, which: str = "") -> Number:
 # The kinds of settings, as annotations.
 Count = Annotated[Int, whole(1)]
 Natural = Annotated[Int, whole(0)]
-Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # what NumPy takes
+Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # the seeds that NumPy accepts
 Finite = Annotated[Float, Number()]
 Positive = Annotated[Float, Number(above=0)]
 NotNegative = Annotated[Float, Number(least=0)]

@@ -1,4 +1,4 @@
-"""Computes, once after training, the injection of trained parameters: it is evaluated, saved and served."""
+"""Compiles the function from trained parameters to the injection that is evaluated, saved and served."""
 
 from collections.abc import Callable
 from typing import Any

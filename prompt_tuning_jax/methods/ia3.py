@@ -15,7 +15,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class IA3(Method):
-    """Trains scales, which start at 1, for the output features of each target, or the input features in `feedforward`.
+    """Trains a scale, from 1, per output feature of each target, and per input feature of those in `feedforward`.
 
         >>> IA3()
         IA3(targets=('k', 'v', 'wo'), feedforward=('wo',))

@@ -18,7 +18,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class LowRankPrompt(Method):
-    """Trains the two factors of the prompt, which are (P + D) r parameters.
+    """Trains the two factors of the prompt: (P + D) r parameters.
 
         >>> LowRankPrompt(length=100, rank=10)
         LowRankPrompt(length=100, rank=10)

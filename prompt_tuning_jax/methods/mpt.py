@@ -21,7 +21,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True, init=False)
 class MPT(Method):
-    """Trains a shared prompt and a low-rank mask per task, which are P D + K r (P + D) parameters.
+    """Trains a shared prompt and a low-rank mask per task: P D + K r (P + D) parameters.
 
     The masks start at 1, so every task starts with the shared prompt. PEFT draws u and v near 0, so its prompts start
     near 0, too.

@@ -22,7 +22,7 @@ Combine = Annotated[Str, OneOf((REPLACE, ADD))]
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PerLayerPrompt(Method):
-    """Trains one prompt per encoder layer, which are L P D parameters.
+    """Trains one prompt per encoder layer: L P D parameters.
 
     If the previous layer returned [e; x], layer l reads [p_l; x] with `combine` "replace", and [e + p_l; x] with "add".
     The first layer reads [p_0; x] with both. The official code has a prompt p in front of the input and L more prompts,

@@ -20,7 +20,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ScaleShiftPrompt(Method):
-    """Trains a prompt, and one scale and one shift per feature, which are P D + 2 D parameters.
+    """Trains a prompt, and one scale and one shift per feature: P D + 2 D parameters.
 
     Attributes:
       length: number of prompt positions, P.

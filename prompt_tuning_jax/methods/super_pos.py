@@ -24,7 +24,7 @@ from prompt_tuning_jax.t5.quantized import embedding_rows
 
 @dataclasses.dataclass(frozen=True)
 class SuperPos(Method):
-    """Trains, for each position, a change to m token embeddings and their weights, which are P m (D + 1) parameters.
+    """Trains, for each position, a change to m token embeddings and their weights: P m (D + 1) parameters.
 
         >>> SuperPos(length=10, tokens=128)
         SuperPos(length=10, tokens=128, population=5000, token_seed=0)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class ULPT(Method):
-    """Trains Z, and one scale and one shift per feature, which are P r + 2 D parameters.
+    """Trains Z, and one scale and one shift per feature: P r + 2 D parameters.
 
         >>> ULPT(length=100, rank=64)
         ULPT(length=100, rank=64, projection_seed=0)

@@ -1,4 +1,4 @@
-"""Arranges devices as a mesh of three axes, and has the rules that map T5X's logical axes to mesh axes.
+"""Arranges devices as a mesh of three axes, and defines which mesh axis shards each of T5X's logical axes.
 
 data    shards the batch; every device has the whole model (data parallelism)
 fsdp    shards the batch and the parameters, which are gathered when a layer needs them (fully sharded data parallelism)
@@ -78,8 +78,8 @@ def mesh_shape(mesh: MeshSizes | None, num_partitions: Count | None, devices: in
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over all devices, sorted by process and then by id.
 
-    This order keeps a model axis within a process if the process has enough devices, gives each process consecutive
-    rows of the batch, and makes several TPU slices, whose processes are numbered slice by slice, share the data axis.
+    This order keeps a model axis within a host if the host has enough devices, gives each process consecutive rows of
+    the batch, and shards the data over several TPU slices, whose processes are numbered slice by slice.
 
     Raises:
       ValueError: processes would have unequal parts of a model axis.

@@ -63,7 +63,7 @@ class Partitioner:
         return NamedSharding(self.mesh, PartitionSpec(ROWS, *[None] * (ndim - 1)))
 
     def state(self, state: Any) -> Any:
-        """Returns the shardings of a training state: a leaf with the path of a parameter is sharded as the parameter.
+        """Returns the shardings of a training state: a leaf with a parameter's path is sharded like that parameter.
 
         Leaves of another number of dimensions or of shape (1,), as Adafactor has, are replicated.
 

@@ -22,7 +22,7 @@ EXPECTED = ("a prompt, float32 [prompt length, d_model]: set ", Setting("prompt_
 
 
 def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> Float[np.ndarray, "*L P D"]:
-    """Reads a prompt in any of the formats.
+    """Reads a prompt from a file, folder or checkpoint of any format that this module knows.
 
     Args:
       path: a `.npy` file, with any name; a run's folder, whose best prompt is read; a folder with the official file; a

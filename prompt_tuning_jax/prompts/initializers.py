@@ -31,7 +31,7 @@ from prompt_tuning_jax.settings import Text as Writing
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
 UNKNOWN = 2  # T5's <unk>, for tokenizers that do not say their own
-Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # a number of first ids, special tokens included
+Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # tokens are drawn from the ids below it, but for special tokens
 
 Encode = Callable[[str], Sequence[int]]
 Initializer = Callback  # (key, length, model) -> [P, D], or one of JAX's: (key, shape, dtype) -> [P, D]

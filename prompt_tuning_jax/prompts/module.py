@@ -1,4 +1,4 @@
-"""Defines the Flax module of a soft prompt, which T5X trains (Lester et al. 2021, section 2)."""
+"""Defines the Flax module of a prompt, a learned matrix before the encoder's input (Lester et al. 2021, section 2)."""
 
 import functools
 from collections.abc import Callable

@@ -117,7 +117,7 @@ def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], b
         "inference_mode": True,
         "num_virtual_tokens": length,
         "token_dim": width,
-        "num_transformer_submodules": 1,  # the encoder alone; left out, PEFT expects 2 * length rows
+        "num_transformer_submodules": 1,  # only the encoder; without this field PEFT expects 2 * length rows
         "prompt_tuning_init": "RANDOM",  # TEXT would ask for a tokenizer
     }
     write_folder(folder, config, {TENSOR: np.asarray(prompt, np.float32)})
@@ -134,7 +134,7 @@ def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, 
     Raises:
       ValueError: the folder exists, and has other files than these two.
     """
-    folder = Path(folder).resolve()  # a link stays a link
+    folder = Path(folder).resolve()  # a link stays; the folder it points to is replaced
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
         raise ValueError(
             f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "

@@ -95,7 +95,7 @@ class T5Config:
             fused = takes and has_cudnn_attention()
             object.__setattr__(self, "attention", "cudnn" if fused else "products")
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        if self.scale_decoder_outputs == self.logits_via_embedding:  # as T5X's rule: equal models have equal fields
+        if self.scale_decoder_outputs == self.logits_via_embedding:  # as T5X's rule; equal models have equal fields
             object.__setattr__(self, "scale_decoder_outputs", None)
 
     @property

@@ -81,9 +81,9 @@ def sample(
       seeds: a row's draws depend only on its own seed, not on the batch or on the row's index in it.
       temperature: divides the logits; 0 is greedy.
       top_k: draw from the `top_k` most likely tokens; 0 for all.
-      top_p: of these tokens, draw from the fewest most likely ones whose probabilities at that temperature add up to
-        `top_p`; 1 for all, and 0 as well, as in T5X. With both settings, a token that is as likely as the last one
-        kept is kept, too.
+      top_p: of these tokens, draw from the fewest most likely ones whose probabilities, at that temperature and among
+        these tokens, add up to `top_p`; 1 for all, and 0 as well, as in T5X. With both settings, a token that is as
+        likely as the last one kept is kept, too.
 
     Returns:
       As `greedy`. The log-probabilities are the model's own: at temperature 1, over all tokens.
@@ -213,8 +213,10 @@ def _fewest(
 
 
 def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Step, Cache]:
-    """Returns `(step, cache)`: a function from the last token and a cache to the log-probabilities of the next token
-    and the new cache; and an empty cache."""
+    """Returns `(step, cache)`: a function that decodes one token, and an empty cache.
+
+    `step` maps each row's last token and a cache to the log-probabilities of the next token and the new cache.
+    """
 
     def extend(tokens: Int[Array, "B Q"], cache: Cache) -> tuple[Float[Array, "B Q V"], Cache]:
         return decode(tokens, cache, decode=True, max_decode_length=max_length, mutable=["cache"])
@@ -256,5 +258,5 @@ def _one_by_one(
 
 
 def _pick(x: Array, beams: Int[Array, "B N"]) -> Array:
-    """Returns, of each row of `x` [B, M, ...], the entries at the indices `beams`: [B, N, ...]."""
+    """Returns `x[b, beams[b, n]]` for each row b, [B, N, ...], where `x` is [B, M, ...]."""
     return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)

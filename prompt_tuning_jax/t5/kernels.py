@@ -101,7 +101,7 @@ def _attend(query, key, value, bias, mask):
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    # Normalised after the second einsum: its result is head_dim wide, and the weights have a number per key.
+    # Normalised after the second einsum: a row of its result has head_dim numbers, and a row of weights one per key.
     scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)

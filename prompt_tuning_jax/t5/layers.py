@@ -177,7 +177,8 @@ class RelativePositionBias(nn.Module):
 class Dropout(nn.Module):
     """Drops features of a row, the same ones at all positions, as T5X does.
 
-    Keys are folded from the row index, so a row's mask does not depend on the rest of the batch or on sharding.
+    Keys are folded from the row index, so a row's mask does not depend on the rest of the batch, on micro-batches or on
+    sharding.
     """
 
     rate: float

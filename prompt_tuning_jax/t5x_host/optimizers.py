@@ -30,7 +30,7 @@ class ReplicatedStateWrapper(optimizers.OptaxWrapper):
 
 
 def trained_paths(paths: Iterable[str], trainable: Sequence[str]) -> set[str]:
-    """Returns the paths that some pattern matches as a whole; see `methods.model_tuning.matching`."""
+    """Returns the paths that some pattern matches as a whole; raises ValueError as `methods.model_tuning.matching`."""
     return matching(paths, trainable)
 
 
