@@ -1,4 +1,4 @@
-"""What the command lines share: a user's error is one line on stderr and exit code 2, and flags are parsed alike."""
+"""Parses flags and reports a user's error as every command line does: one line on stderr, and exit code 2."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from prompt_tuning_jax.settings import annotations_of, check, number_in
 
-TERMINATED = 143  # exit code of a run that SIGTERM ended: it is saved, to be started again
+TERMINATED = 143  # exit code after SIGTERM: the run was saved, and can be started again
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def one_line_errors(text: Callable[[Exception], str]) -> Iterator[None]:
     """Turns a ValueError or OSError into one line on stderr and exit code 2.
 
     Args:
-      text: returns an error's message, with settings written as this command line calls them.
+      text: returns an error's message with settings as this command line spells them.
     """
     try:
         yield

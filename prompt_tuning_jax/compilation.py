@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that only a run of new shapes waits for the compiler."""
+"""Keeps compiled programs on disk, so that only runs with new shapes wait for the compiler."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from prompt_tuning_jax.batches.cache import user_cache
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in the user's cache folder, unless it is configured already.
+    """Turns on JAX's persistent compilation cache in the user's cache folder, unless a folder is configured already.
 
-    Small programs are kept as well: a start compiles dozens, which together take longer than the large ones.
+    Small programs are kept as well, because a start compiles dozens of them, which take longer than the large ones.
     """
     if jax.config.jax_compilation_cache_dir is None:
         folder = user_cache() / "compiled"
-        with contextlib.suppress(OSError):  # nothing is kept where nothing can be: JAX would warn of every program
+        with contextlib.suppress(OSError):  # without a writable folder, JAX would warn for every program
             folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             return

@@ -1,6 +1,6 @@
-"""Errors about a setting: what was found, what was expected, and which setting to change.
+"""Defines errors about a setting, which say what was found, what was expected, and which setting to change.
 
-A library file names a setting by its canonical name, T5X's macro in lower case: `Setting("prompt_file")`. Each front
+Library code refers to a setting by its canonical name, T5X's macro in lower case: `Setting("prompt_file")`. Each front
 end writes that name in its own way: Python as the argument's name, gin as the macro, a command line as the flag.
 
     >>> error = SettingError(Setting("batch_size"), " is 0, expected at least 1")
@@ -15,7 +15,7 @@ import contextvars
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
-# The arguments of the Python functions that are not called by their canonical names.
+# The names of Python arguments that differ from the canonical name of their setting.
 ARGUMENTS = {
     "initial_checkpoint_path": "where",
     "prompt_file": "prompt",
@@ -43,18 +43,18 @@ ARGUMENTS = {
 
 
 class Setting(str):
-    """The canonical name of a setting, as one part of an error's message."""
+    """A part of an error's message that is the canonical name of a setting."""
 
 
 class Private(str):
-    """A part of a message for the machine's own user alone: a path, or what a file holds."""
+    """A part of a message that only the machine's own user may see: a path, or a file's content."""
 
 
 class SettingError(ValueError):
-    """A setting, or what it names, is not as it must be.
+    """Says that a setting, or what it refers to, is invalid.
 
     Attributes:
-      parts: the message in pieces, those that are a `Setting` to be written in the front end's way.
+      parts: the parts of the message; each front end writes those that are a `Setting` in its own way.
       setting: the canonical name of the first setting that the message names; None if it names none.
     """
 
@@ -86,7 +86,7 @@ _spelling: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def spelling(spell: Callable[[str], str]) -> Iterator[None]:
-    """Makes `said` write a setting as `spell(canonical name)`, while in this context: a command line's own way."""
+    """Makes `said` write settings as `spell(canonical name)` in this context, as a command line spells them."""
     token = _spelling.set(spell)
     try:
         yield
@@ -95,7 +95,7 @@ def spelling(spell: Callable[[str], str]) -> Iterator[None]:
 
 
 def said(*parts: str) -> str:
-    """Returns a message that is no error, with each `Setting` as the front end that runs writes it.
+    """Returns a message that is not an error, with each `Setting` as the current front end spells it.
 
     >>> said("rows are truncated: raise ", Setting("batch_size"))
     'rows are truncated: raise `batch_size`'
@@ -109,7 +109,7 @@ def spelled(error: Exception, spell: Callable[[str], str]) -> str:
 
 
 def prefixed(prefix: str, error: ValueError) -> ValueError:
-    """Returns `error` with words in front of its message, its settings kept."""
+    """Returns `error` with `prefix` in front of its message; a SettingError keeps its settings."""
     return SettingError(prefix, *error.parts) if isinstance(error, SettingError) else ValueError(f"{prefix}{error}")
 
 
@@ -118,7 +118,7 @@ def renamed(**names: str) -> Iterator[None]:
     """Gives settings other canonical names in the errors that leave this context.
 
     Args:
-      names: the new name of each setting that has one.
+      names: new canonical names, by the old ones.
 
     >>> with renamed(prompt_file="source"):
     ...     raise SettingError("no prompt file x: set ", Setting("prompt_file"))
@@ -140,11 +140,11 @@ def near_misses(
     shown: Callable[[str], str] = str,
     otherwise: str | None = None,
 ) -> str:
-    """Returns what `name` may have been meant for, or what there is: the end of a message about an unknown name.
+    """Returns the end of a message about an unknown name: the known names that are similar, or else a list of them.
 
     Args:
-      few: how many names are listed if none is similar.
-      shown: writes a name; `repr` to quote it.
+      few: the largest number of names in the list.
+      shown: how a name is written; `repr` to quote it.
       otherwise: what to return if no name is similar; None for the list.
 
     >>> near_misses("sts2", ["sst2", "rte"]), near_misses("x", ["sst2", "rte"])
@@ -152,7 +152,8 @@ def near_misses(
     """
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=6)
-    near.sort(key=lambda other: sorted(other) != sorted(name))  # swapped letters, the most frequent slip, first
+    # Names with the same letters come first, because swapped letters are the most frequent slip.
+    near.sort(key=lambda other: sorted(other) != sorted(name))
     if near:
         return f"did you mean {' or '.join(map(shown, near[:3]))}?"
     if otherwise is not None:

@@ -1,4 +1,4 @@
-"""What the command lines share that read flags and no gin: how a setting is called, and errors in one line."""
+"""Names settings by their flags, and reports errors in one line, for the command lines that read flags, not gin."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from prompt_tuning_jax.command_line import one_line_errors
 from prompt_tuning_jax.errors import spelled, spelling
 
-# The flags that are not called by their setting's canonical name.
+# The flags whose names differ from the canonical name of their setting.
 FLAGS = {
     "initial_checkpoint_path": "--base",
     "prompt_file": "--prompts",
@@ -18,16 +18,16 @@ FLAGS = {
 
 
 def as_flag(name: str) -> str:
-    """Returns the flag of a setting, by its canonical name."""
+    """Returns the flag for the setting with this canonical name."""
     return FLAGS.get(name, f"--{name}")
 
 
 @contextlib.contextmanager
 def flag_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turns a user's error into one line and exit code 2; and whoever reads stdout may stop reading.
+    """Turns a user's error into one line and exit code 2. It is no error if the reader of stdout stops reading.
 
     Args:
-      names: how this command line calls a setting, where that is not `as_flag`'s.
+      names: this command line's flags that differ from those of `as_flag`, by the setting's canonical name.
     """
 
     def spell(name: str) -> str:

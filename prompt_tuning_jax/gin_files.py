@@ -1,4 +1,4 @@
-"""How every command line reads gin: `--gin_file=...` and `--gin.MACRO=...` as in T5X, errors before anything runs."""
+"""Parses `--gin_file=...` and `--gin.MACRO=...` for every command line, as T5X does, and reports errors first."""
 
 import contextlib
 import dataclasses
@@ -18,28 +18,28 @@ import gin
 from prompt_tuning_jax.command_line import one_line_errors
 from prompt_tuning_jax.errors import near_misses, spelled, spelling
 
-FLAGS = ("allow_other_config",)  # settings that are flags, and no macros
+FLAGS = ("allow_other_config",)  # settings that are flags, not macros
 
 _PACKAGE = Path(__file__).parent
-# A checkout has gin_configs beside the package, a wheel inside it.
+# A checkout has gin_configs beside the package, and a wheel has it inside.
 SEARCH_PATHS = [path for path in (_PACKAGE.parent / "gin_configs", _PACKAGE / "gin_configs") if path.is_dir()]
 
-_near = functools.partial(near_misses, few=1_000)  # all of them: they are what can be said
+_near = functools.partial(near_misses, few=1_000)  # list all names: a user can choose only from these
 
 
 def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = None) -> dict[str, str | bool]:
-    """Parses the gin files and bindings of a command line, in T5X's order: files first, then bindings.
+    """Parses the gin files and bindings of a command line, in T5X's order: first files, then bindings.
 
     Args:
-      argv: without the program's name.
-      flags: other flags the command knows, without dashes; `--name` or `--name=value`.
-      about: what the command does; `--help` prints it, the gin files and the macros of those given, and exits.
+      argv: the arguments, without the program's name.
+      flags: names of the command's other flags, without dashes; they are given as `--name` or `--name=value`.
+      about: what the command does. `--help` prints it, all gin files, and the macros of the files given, and exits.
 
     Returns:
-      The other flags that were given.
+      The other flags that were given, with their values; True for a flag without a value.
 
     Raises:
-      ValueError: an unknown flag, file, macro or binding, or a macro that must be set and is not.
+      ValueError: a flag, file, macro or binding is unknown, or a macro that must be set is not set.
     """
     bindings, given, setters = _parse_files(argv, flags, about)
     read_by_files = _read_macros(gin.config_str())
@@ -55,10 +55,10 @@ def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = No
 def split_bindings(
     argv: Sequence[str], flags: Sequence[str] = (), about: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Divides a command line: what these gin files know, and the texts "NAME=value" of macros that they do not.
+    """Splits a command line into arguments that its gin files know, and "NAME=value" texts of unknown macros.
 
     Raises:
-      ValueError: as `parse`, of the files.
+      ValueError: a flag or file is unknown, or a file is invalid, as in `parse`.
     """
     bindings, *_ = _parse_files(argv, flags, about)
     known = _macros(gin.config_str())
@@ -74,11 +74,11 @@ def _bound(binding: str) -> str:
 def _parse_files(
     argv: Sequence[str], flags: Sequence[str], about: str | None
 ) -> tuple[list[str], dict[str, str | bool], dict[str, list[str]]]:
-    """Parses the files alone.
+    """Parses only the files.
 
     Returns:
-      The bindings; the other flags; and by macro the files, of those given, that set it: the last alone, unless a later
-      file replaced what read it, which is then the second.
+      The bindings; the other flags; and, for each macro, a list with the last of the given files that sets it, followed
+      by a later file that replaced what read the macro, if there is one.
     """
     files, bindings, given = [], [], {}
     setters: dict[str, list[str]] = {}
@@ -124,9 +124,9 @@ def _parse_files(
 
 @contextlib.contextmanager
 def files_alone() -> Iterator[None]:
-    """Makes gin read files alone, while in this context.
+    """Makes gin read only files in this context.
 
-    gin would also look for runs/train.gin inside a Python package called "runs", and fails on a folder of runs.
+    Otherwise gin would also look for runs/train.gin in a Python package called "runs", and fail on a folder of runs.
     """
     readers = gin.config._FILE_READERS
     kept = readers[:]
@@ -138,12 +138,12 @@ def files_alone() -> Iterator[None]:
 
 
 def _files() -> set[str]:
-    """All gin files that can be named, `models/nano.gin`."""
+    """Returns all gin files on the search paths, with names such as `models/nano.gin`."""
     return {str(found.relative_to(path)) for path in SEARCH_PATHS for found in path.rglob("*.gin")}
 
 
 def _help(about: str, files: Sequence[str]) -> str:
-    """What `--help` prints, once these files are parsed."""
+    """Returns what `--help` prints; `files` must be parsed already."""
     lines = [about.strip(), "", "--gin_file=FILE, of --gin_search_paths=DIR,... or of the project's own:", ""]
     for folder, found in itertools.groupby(sorted(map(Path, _files())), lambda file: file.parent):
         text = " ".join(file.name for file in found)
@@ -156,13 +156,13 @@ def _help(about: str, files: Sequence[str]) -> str:
 
 
 def _macros(config: str) -> dict[str, str]:
-    """The macros that a configuration sets, each with the first line of its value."""
+    """Returns the macros that a configuration sets, each with the first line of its value."""
     return dict(re.findall(r"(?m)^([A-Za-z_]\w*) = (.*)$", config))
 
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turns gin's errors into one line: where, what, and the near misses."""
+    """Turns gin's errors into a ValueError of one line: where, what, and near misses."""
     try:
         yield
     except (ValueError, SyntaxError, OSError, ImportError, AttributeError, LookupError, TypeError) as error:
@@ -184,24 +184,25 @@ def _parameters(configurable: Callable) -> Iterable[str]:
 
 
 def _code(config: str) -> str:
-    """Returns a configuration with its texts emptied: a "%" in a text is no macro."""
+    """Returns a configuration whose string literals are empty, because a "%" in a string is not a macro."""
     return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", config)
 
 
 def _read_macros(config: str) -> set[str]:
-    """Returns the macros that something of a configuration reads."""
+    """Returns the macros that something in a configuration reads."""
     return set(re.findall(r"%([A-Za-z_]\w*)", _code(config))) - {"gin"}  # %gin.REQUIRED
 
 
 def _check_macros(config: str, setters: Mapping[str, Sequence[str]], read_by_files: set[str], bound: set[str]) -> None:
-    """Raises ValueError for a macro that nothing reads: gin takes it in silence, and a misspelt one changes nothing.
+    """Raises ValueError for a macro that nothing reads, such as a misspelt one, which gin would silently accept.
 
-    A macro of a file that a binding leaves without a reader is no mistake.
+    A macro of a file is accepted if a binding replaced what read it. Also raises ValueError if a macro is not set that
+    must be.
 
     Args:
-      setters: as of `_parse_files`.
-      read_by_files: the macros that were read before there were bindings.
-      bound: what the bindings set.
+      setters: the files of each macro, as `_parse_files` returns them.
+      read_by_files: the macros that were read before the bindings were parsed.
+      bound: the names that the bindings set.
     """
     read, macros = _read_macros(config), _macros(_code(config))
     for name in sorted(macros):
@@ -224,13 +225,13 @@ def _check_macros(config: str, setters: Mapping[str, Sequence[str]], read_by_fil
 
 
 def configured(what: Callable[..., Any], file: str) -> Callable[..., Any]:
-    """`what`, with the arguments that the parsed files give it.
+    """Returns `what` with the arguments that the parsed files give it.
 
     Args:
-      file: one that sets it up, to be named where none of those given does.
+      file: a gin file that configures `what`, for the message if none of the given files does.
 
     Raises:
-      ValueError: none does.
+      ValueError: no given file configures `what`.
     """
     try:
         return gin.get_configurable(what)
@@ -241,14 +242,17 @@ def configured(what: Callable[..., Any], file: str) -> Callable[..., Any]:
 
 
 def config_text() -> str:
-    """The parsed configuration, as gin writes it, without what says only where: MODEL_DIR is left out, and no mesh is
-    asked for, on which nothing depends but the last digits. A run goes on on another."""
+    """Returns the parsed configuration as gin writes it, for a run folder's config.gin.
+
+    MODEL_DIR is removed. MESH and NUM_PARTITIONS are set to None: they only change rounding, and a run may resume on
+    another mesh.
+    """
     text = re.sub(r"(?m)^MODEL_DIR = .*\n(?:    .*\n)*", "", gin.config_str())
     return re.sub(r"(?m)^(MESH|NUM_PARTITIONS) = .*\n(?:    .*\n)*", r"\1 = None\n", text)
 
 
 def as_macro(setting: str) -> str:
-    """Returns a setting's name as a gin command line writes it: the macro, or the parameter where none sets it."""
+    """Returns a setting's name as a gin command line writes it: a macro, or the parameter if no macro sets it."""
     if setting in FLAGS:
         return f"--{setting}"
     config, macro = gin.config_str(), setting.upper()
@@ -261,12 +265,12 @@ def as_macro(setting: str) -> str:
 
 
 def in_gin(error: Exception) -> str:
-    """Returns an error's message, with settings written as macros."""
-    return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds it to what passes through it
+    """Returns an error's message with settings written as macros."""
+    return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds this line
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a ValueError or OSError into its one line on stderr and exit code 2."""
+    """Turns a ValueError or OSError into one line on stderr and exit code 2, with settings written as macros."""
     with one_line_errors(in_gin), spelling(as_macro):
         yield

@@ -1,4 +1,4 @@
-"""Values as JSON that says what they are, so that a run folder knows its run by value.
+"""Describes values as JSON, and compares descriptions, so that a run folder can tell whether it holds the same run.
 
 >>> describe(0.1), describe({"steps": 60}), describe(("a", None))
 (0.1, {'steps': 60}, ['a', None])
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-# Their functions are described by name and by the values they enclose; of all others the constants count, too.
+# Functions of these packages are described by name and enclosed values; all other functions also by their constants.
 LIBRARIES = ("builtins", "flax", "jax", "numpy", "optax", "prompt_tuning_jax")
 
 
 def describe(value: Any) -> Any:
     """Returns `value` as JSON that is the same for equal values in any process.
 
-    Dataclasses and named tuples are their class and fields; arrays their shape, dtype and a hash of their bytes;
-    functions their name, the values they enclose and, outside libraries, their constants. So an optax optimiser, which
-    is a pair of functions, is known by its learning rate and other numbers.
+    A dataclass or named tuple is described by its class and fields; an array by its shape, its dtype and a hash of its
+    bytes; a function by its name, the values that it encloses and, outside of `LIBRARIES`, its constants. An optax
+    optimiser, which is a pair of functions, is therefore described by its learning rate and other numbers.
     """
     return _describe(value, ())
 
@@ -71,7 +71,7 @@ def _name(value: Any) -> str:
 
 
 def _enclosed(function: types.FunctionType, inner: Any) -> dict[str, Any]:
-    """The values that a function has besides its arguments: of its closure and its defaults."""
+    """Returns the values that a function has besides its arguments: those of its closure and its defaults."""
     found = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -93,12 +93,12 @@ def _constants_of(code: types.CodeType, inner: Any) -> Iterator[Any]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _constants_of(constant, inner)
-        elif constant is not None and constant != code.co_consts[0]:  # the first is most often the docstring
+        elif constant is not None and constant != code.co_consts[0]:  # the first is usually the docstring
             yield inner(constant)
 
 
 def _own_code(kind: type, inner: Any) -> dict[str, Any]:
-    """The methods of a class of the user's: a formula that changes makes another run."""
+    """Returns the methods of a class outside of `LIBRARIES`, since a run with a changed formula is another run."""
     if str(kind.__module__).partition(".")[0] in LIBRARIES:
         return {}
     functions = {name: value for name, value in vars(kind).items() if isinstance(value, types.FunctionType)}
@@ -107,7 +107,7 @@ def _own_code(kind: type, inner: Any) -> dict[str, Any]:
 
 
 def differences(kept: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields where two descriptions differ, as (path, kept, now); a value that is absent is None."""
+    """Yields (path, kept, now) for each difference of two descriptions; a missing value is None."""
     if isinstance(kept, Mapping) and isinstance(now, Mapping):
         for name in [*kept, *(name for name in now if name not in kept)]:
             yield from differences(kept.get(name), now.get(name), f"{path}.{name}" if path else name)

@@ -1,4 +1,4 @@
-"""What `infer` and `serve` share: the flags of a base model and its prompts, and the predictor that they describe."""
+"""Defines the flags for a base model and its prompts that `infer` and `serve` share, and loads their predictor."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from prompt_tuning_jax.inference.requests import Decoding
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Adds the flags of a base model, its prompts and the size of its batches."""
+    """Adds the flags for a base model, its prompts, and the sizes of its batches and answers."""
     parser.add_argument(
         "--base", default="nano", help="a base of any format, by path or hub id; the embedded one by default"
     )
@@ -45,11 +45,11 @@ def load_predictor(
 
 
 def say_broken(broken: Mapping[str, Exception]) -> None:
-    """Prints on stderr which prompts are left out, and why."""
+    """Prints to stderr which prompts are left out, and why."""
     for name, error in broken.items():
         print(f"prompt {name} is left out: {in_flags(error)}", file=sys.stderr)
 
 
 def in_flags(error: Exception) -> str:
-    """Returns an error's message, with settings written as flags."""
+    """Returns an error's message with settings written as flags."""
     return spelled(error, as_flag)

@@ -1,4 +1,4 @@
-"""What a setting must be, declared once: in the annotation of the field or argument that takes it.
+"""Declares what a setting must be, once: in the annotation of the field or argument that takes it.
 
     >>> @dataclasses.dataclass
     ... class Config:
@@ -8,8 +8,8 @@
     Traceback (most recent call last):
     prompt_tuning_jax.errors.SettingError: `batch_size` is '16', expected a whole number of at least 1; did you mean 16?
 
-No value is converted in a way that loses information: 2.0 and '2' are no whole numbers, and True is no number. NumPy's
-numbers are numbers.
+Values are checked, not converted: 2.0 and '2' are not whole numbers, and True is not a number. NumPy's numbers are
+numbers.
 """
 
 import abc
@@ -37,46 +37,47 @@ if TYPE_CHECKING:
     Sizes: TypeAlias = Mapping[str, int]
     Settings: TypeAlias = Mapping[str, Any]
     AnyFunction: TypeAlias = Callable[..., Any]
-else:  # annotations that are checked when a function is called must not refuse what `check` is to explain
+else:  # annotations that are checked when a function is called must not refuse values before `check` can explain
     Int = Float = FloatOrSchedule = Str = Bool = ListOfTexts = ListOfInts = Sizes = Settings = AnyFunction = Any
 
 
-INT32, FLOAT32 = 2**31 - 1, 3.4028234e38  # the largest numbers that computations can hold
+INT32, FLOAT32 = 2**31 - 1, 3.4028234e38  # the largest numbers that the computations' dtypes can hold
 
 
 class Kind(abc.ABC):
-    """What a value must be.
+    """Says which values are accepted.
 
     Attributes:
-      expected: what is accepted, in words.
+      expected: the accepted values in words, for the message.
     """
 
     expected: str
 
     @abc.abstractmethod
     def fault(self, value: Any, optional: bool = False) -> str | None:
-        """Returns the end of the message about a value, which begins with its setting's name; None if it is accepted.
+        """Returns the message about an invalid value, without the setting's name in front; None if it is accepted.
 
         Args:
-          optional: whether None would be accepted, too.
+          optional: whether the message says that None would be accepted, too.
         """
 
     def accepts(self, value: Any) -> bool:
         return self.fault(value) is None
 
     def refused(self, value: Any, optional: bool, hint: str = "") -> str:
-        """Returns the message's usual end: found, expected, near miss."""
+        """Returns the usual message without the setting's name: found, expected, near miss."""
         return f" is {shown(value)}, expected {self.expected}{' or None' if optional else ''}{hint}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Number(Kind):
-    """A finite number in a range.
+    """Accepts a finite number in a range.
 
     Attributes:
       whole: whether it must be a whole number.
-      least, most, above, below: the range, with or without its ends; None if there is no such end.
-      which: says what `most` is, "the width of the model", for the message.
+      least, most: ends that belong to the range; None if there is no such end.
+      above, below: ends that do not belong to the range; None if there is no such end.
+      which: says in the message what `most` is, such as "the width of the model".
       schedule: whether a function of the step is accepted, too.
     """
 
@@ -140,7 +141,7 @@ class Number(Kind):
 
 
 def _as_number(value: Any) -> int | float | None:
-    """Returns the number that a text or a float of a whole number was meant for; None if there is none."""
+    """Returns the number that a text or a float such as 2.0 was probably meant to be; None if there is none."""
     if isinstance(value, str):
         value = number_in(value)
     if isinstance(value, np.generic):
@@ -166,7 +167,7 @@ def number_in(text: str) -> int | float | None:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf(Kind):
-    """One of some values."""
+    """Accepts one of some values, of the same type."""
 
     values: tuple[Any, ...]
 
@@ -184,10 +185,10 @@ class OneOf(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Writing(Kind):
-    """A text.
+    """Accepts a text.
 
     Attributes:
-      blank: whether it may be without a character but blanks.
+      blank: whether the text may be empty or only blanks.
     """
 
     blank: bool = True
@@ -204,11 +205,11 @@ class Writing(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Listing(Kind):
-    """A list, or a tuple, of values of one kind.
+    """Accepts a list or tuple of values of one kind.
 
     Attributes:
-      of: the kind.
-      several: the kind's name for many values, "texts".
+      of: the kind of each value.
+      several: what many such values are called, such as "texts".
     """
 
     of: Kind
@@ -230,11 +231,11 @@ class Listing(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Table(Kind):
-    """A mapping with known keys.
+    """Accepts a mapping with known keys.
 
     Attributes:
       of: the kind of each key's value.
-      whole: whether no key may be left out.
+      whole: whether all keys must be present.
     """
 
     of: tuple[tuple[str, Kind], ...]
@@ -267,11 +268,11 @@ class Table(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Dictionary(Kind):
-    """A mapping of any keys.
+    """Accepts a mapping with any keys.
 
     Attributes:
-      of: the kind of its values; None for anything.
-      texts: whether its keys must be texts.
+      of: the kind of the values; None for any values.
+      texts: whether the keys must be texts.
     """
 
     of: Kind | None = None
@@ -291,7 +292,7 @@ class Dictionary(Kind):
 
 
 class Function(Kind):
-    """Something to call; a class is most often one whose parentheses were left out."""
+    """Accepts a function or callable object, but not a class: usually its parentheses were forgotten."""
 
     expected = "a function"
 
@@ -310,12 +311,12 @@ def whole(least: int, most: int | None = None, which: str = "") -> Number:
 # The kinds of settings, as annotations.
 Count = Annotated[Int, whole(1)]
 Natural = Annotated[Int, whole(0)]
-Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # what NumPy takes
+Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # the seeds that NumPy accepts
 Finite = Annotated[Float, Number()]
 Positive = Annotated[Float, Number(above=0)]
 NotNegative = Annotated[Float, Number(least=0)]
 Share = Annotated[Float, Number(least=0, below=1)]
-# Squares of the numbers that a larger rate makes do not fit float32.
+# A larger rate would give numbers whose squares overflow float32.
 Peak = Annotated[Float, Number(above=0, most=1_000_000)]
 Rate = Annotated[FloatOrSchedule, Number(above=0, most=1_000_000, schedule=True)]
 Text = Annotated[Str, Writing()]
@@ -324,16 +325,17 @@ Texts = Annotated[ListOfTexts, Listing(Writing(), "texts")]
 Counts = Annotated[ListOfInts, Listing(whole(1), "whole numbers of at least 1")]
 Switch = Annotated[Bool, OneOf((True, False))]
 Callback = Annotated[AnyFunction, Function()]
-# A target of one token is the end of sequence alone.
+# A target of one token would be only the end of sequence.
 Lengths = Annotated[Sizes, Table((("inputs", whole(1)), ("targets", whole(2))), whole=True)]
 
 
 def check(name: str, value: Any, annotation: Any) -> None:
-    """Raises SettingError if a value is not what its setting's annotation says.
+    """Raises SettingError if a setting's annotation does not accept a value.
 
     Args:
       name: the setting's canonical name.
-      annotation: a `Kind`, one of this module's annotations, or one of them or None. Any other accepts everything.
+      annotation: a `Kind`, one of this module's annotations, or such an annotation `| None`. Any other annotation
+        accepts every value.
     """
     if fault := fault_of(value, annotation):
         raise SettingError(Setting(name), fault)
@@ -348,15 +350,16 @@ def fault_of(value: Any, annotation: Any) -> str | None:
 
 
 def accepts(value: Any, annotation: Any) -> bool:
-    """Returns whether a value is what an annotation says."""
+    """Returns whether an annotation accepts a value."""
     return fault_of(value, annotation) is None
 
 
 def check_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Raises SettingError if a value is not what the field or argument of its name says.
+    """Raises SettingError if the annotation of a field or argument does not accept the value with its name.
 
     Args:
-      declared: the dataclass, or the function, that declares them. Names that it does not have are not looked at.
+      declared: the dataclass or function with these fields or arguments.
+      values: the values by name. Names that `declared` does not have are ignored.
     """
     for name, annotation in annotations_of(declared).items():
         if name in values:
@@ -364,12 +367,12 @@ def check_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> Non
 
 
 def check_fields(made: Any) -> None:
-    """Raises SettingError if a field of a dataclass's instance is not what its annotation says."""
+    """Raises SettingError if a field of a dataclass instance has a value that its annotation does not accept."""
     check_values(type(made), {field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
 
 
 def keep_plain(made: Any) -> None:
-    """Turns the numbers of NumPy and JAX among a dataclass's settings into Python's, which can be written as JSON."""
+    """Replaces NumPy and JAX numbers in a dataclass's settings by Python numbers, which can be written as JSON."""
     for name in annotations_of(type(made)):
         value = getattr(made, name)
         if isinstance(value, np.generic) or (hasattr(value, "aval") and value.shape == ()):
@@ -378,7 +381,7 @@ def keep_plain(made: Any) -> None:
 
 @functools.cache
 def annotations_of(declared: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the annotations that say what a value must be, by the name of the field or argument."""
+    """Returns the annotations that have a `Kind`, by the name of the field or argument."""
     if dataclasses.is_dataclass(declared):
         found = {field.name: field.type for field in dataclasses.fields(declared)}
     else:
@@ -387,7 +390,7 @@ def annotations_of(declared: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
-    """Returns an annotation's kind, None if it has none, and whether None is accepted, too."""
+    """Returns an annotation's kind, or None if it has none; and whether the value None is accepted, too."""
     if isinstance(annotation, Kind):
         return annotation, False
     parts = get_args(annotation)
@@ -399,7 +402,7 @@ def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
 
 
 def shown(value: Any) -> str:
-    """Returns a value in one short line."""
+    """Returns the repr of a value in one line, truncated to 60 characters."""
     try:
         text = " ".join(repr(value).split())
     except (RecursionError, ValueError):  # nested too deep, or an int of more digits than Python writes
@@ -408,10 +411,10 @@ def shown(value: Any) -> str:
 
 
 def as_path(value: Any) -> Any:
-    """Returns a path as text, and anything else as it is, for a check to refuse."""
+    """Returns a path as text, and any other value unchanged, so that a check can refuse it."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def as_tuple(value: Any) -> Any:
-    """Returns a list as a tuple, and anything else as it is, for a check to refuse."""
+    """Returns a list as a tuple, and any other value unchanged, so that a check can refuse it."""
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else value

@@ -1,1 +1,1 @@
-"""Files of named arrays, opened without reading them; what the names mean is for the floors above."""
+"""Opens files of named arrays without reading the arrays; it does not know what the names mean."""

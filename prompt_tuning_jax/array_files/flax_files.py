@@ -1,8 +1,8 @@
-"""Arrays in the files of `flax.serialization.to_bytes`: `flax_model.msgpack`, one or many shards.
+"""Opens the arrays in files of `flax.serialization.to_bytes`: `flax_model.msgpack`, as one file or in shards.
 
 Such a file is a tree of msgpack maps (github.com/msgpack/msgpack/blob/master/spec.md). A leaf is an extension of type
-1: msgpack of (shape, name of the dtype, entries). An array of more than 2^30 bytes is a map instead, whose `chunks` are
-flat arrays. The file is walked once, past the entries, which stay on disk.
+1: the msgpack of (shape, name of the dtype, entries). An array of more than 2^30 bytes is a map instead, and its
+`chunks` are flat arrays. The file is parsed once without reading the entries, which stay on disk.
 """
 
 import math
@@ -15,12 +15,12 @@ from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_
 from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
 
 CHUNKED = "__msgpack_chunked_array__"
-ARRAY = 1  # the type of the extension
-MOST_DEPTH, MOST_VALUES, MOST_DIMENSIONS, LONGEST_TEXT = 32, 500_000, 8, 1_000  # more than any model has
+ARRAY = 1  # the msgpack extension type of an array
+MOST_DEPTH, MOST_VALUES, MOST_DIMENSIONS, LONGEST_TEXT = 32, 500_000, 8, 1_000  # limits above those of any model
 
 
 class Leaf(NamedTuple):
-    """An array of the file; `runs` is where its entries lie."""
+    """Describes an array of the file; `runs` says where its entries are."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -28,12 +28,12 @@ class Leaf(NamedTuple):
 
 
 def open_flax(folder: Path, name: str = "flax_model.msgpack") -> dict[str, StoredArray]:
-    """Returns the arrays of a file of `to_bytes`, or of the shards that `<name>.index.json` lists.
+    """Opens the arrays of a file of `to_bytes`, or of the shards that `<name>.index.json` lists.
 
-    An array's name is its path in the tree, joined with slashes: "encoder/final_layer_norm/weight".
+    An array's name is its path in the tree, joined with slashes, such as "encoder/final_layer_norm/weight".
 
     Raises:
-      ArrayError: no such file, or one that is truncated, or not a tree of arrays of floating-point numbers.
+      ArrayError: there is no such file, it is truncated, or it is not a tree of floating-point arrays.
     """
     return open_shards(folder, name, _open_file)
 
@@ -77,7 +77,7 @@ def _flat(tree: Any) -> dict[str, Leaf]:
 
 
 def _joined(node: dict[str, Any]) -> Leaf:
-    """Returns the array that a map of chunks stands for."""
+    """Returns the array that a map with `chunks` describes."""
     shape, chunks = (_values(node.get(name)) for name in ("shape", "chunks"))
     leaves = [chunk for chunk in chunks if isinstance(chunk, Leaf)]
     if not chunks or len(leaves) < len(chunks) or len({leaf.dtype for leaf in leaves}) > 1:
@@ -89,7 +89,7 @@ def _joined(node: dict[str, Any]) -> Leaf:
 
 
 def _values(node: Any) -> list[Any]:
-    """Returns the values of a map with the keys "0", "1" and so on, as which Flax writes a tuple."""
+    """Returns the values of a map with the keys "0", "1" and so on, which is how Flax writes a tuple."""
     if not isinstance(node, dict) or {*node} != {str(i) for i in range(len(node))}:
         raise ValueError("an array in chunks lacks its shape or one of its chunks")
     return [node[str(i)] for i in range(len(node))]
@@ -107,7 +107,7 @@ def _kind(value: Any) -> str:
 
 
 class _Walker:
-    """Reads the values of a msgpack file one after another; of bytes, only where they lie."""
+    """Reads the values of a msgpack file one after another, but of a byte string only its position and length."""
 
     def __init__(self, file: BinaryIO, end: int):
         self.file, self.end, self.values = file, end, 0
@@ -183,7 +183,7 @@ class _Walker:
         return found
 
     def _list(self, count: int, depth: int) -> list[Any]:
-        if count > MOST_DIMENSIONS:  # the only lists are an array's shape, and its three parts
+        if count > MOST_DIMENSIONS:  # only an array's shape and its three parts are lists
             raise ValueError(f"it has a list of {count:,} values")
         return [self.value(depth + 1) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""Arrays in safetensors files, one or many shards (Hugging Face's layout)."""
+"""Opens and writes the arrays of safetensors files, as one file or in shards (Hugging Face's layout)."""
 
 import json
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ DTYPES = {
 
 
 def open_safetensors(folder: Path, stem: str = "model") -> dict[str, StoredArray]:
-    """The arrays of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
+    """Opens the arrays of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` lists.
 
     Raises:
-      ArrayError: no such file, or one that is truncated, or not of floating-point numbers.
+      ArrayError: there is no such file, it is truncated, or an array is not of floating-point numbers.
     """
     return open_shards(folder, f"{stem}.safetensors", _open_file)
 
@@ -41,14 +41,14 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
                 arrays[name] = StoredArray(tuple(tensor.get_shape()), dtype, _reader(path, name))
     except ArrayError:
         raise
-    except Exception as error:  # what safetensors and NumPy make of a damaged header is not one type
+    except Exception as error:  # safetensors and NumPy raise several types for a damaged header
         raise ArrayError(f"{path} cannot be read ({first_line(error)})") from None
     return arrays
 
 
 def _reader(path: Path, name: str):
     def read(index: Index) -> np.ndarray:
-        # Opened anew for each array: a file that stays mapped would stay in memory, page by page, as it is read.
+        # Opened again for each array: if the file stayed mapped, the pages that were read would stay in memory.
         try:
             with safe_open(path, framework="numpy") as file:
                 whole = all(part == slice(None) for part in index)
@@ -62,7 +62,7 @@ def _reader(path: Path, name: str):
 def write_safetensors(
     folder: Path, arrays: Mapping[str, np.ndarray | StoredArray], shard_bytes: int | None = None, stem: str = "model"
 ) -> None:
-    """Writes `<stem>.safetensors`, or numbered shards and their index where there is more than `shard_bytes`."""
+    """Writes `<stem>.safetensors`, or numbered shards with an index if one file would exceed `shard_bytes`."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, array in arrays.items():
@@ -80,7 +80,7 @@ def write_safetensors(
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, most likely
             raise OSError(f"{folder / file} cannot be written ({first_line(error)})") from None
-        (folder / file).chmod(0o644)  # safetensors makes it readable to its owner alone
+        (folder / file).chmod(0o644)  # safetensors makes it readable only by its owner
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},

@@ -1,4 +1,4 @@
-"""Files of arrays in one piece or in shards with an index, as Hugging Face names them."""
+"""Opens arrays that are in one file, or in shards with an index, by Hugging Face's names of files."""
 
 import json
 from collections.abc import Callable
@@ -10,19 +10,19 @@ INDEX = ".index.json"
 
 
 def open_shards(folder: Path, name: str, open_file: Callable[[Path], dict[str, StoredArray]]) -> dict[str, StoredArray]:
-    """Returns the arrays of the file `name`, or of the shards that `<name>.index.json` lists.
+    """Opens the arrays of the file `name`, or of the shards that `<name>.index.json` lists.
 
     Args:
       open_file: opens one file.
 
     Raises:
-      ArrayError: no such file, or one that cannot be opened, or lacks an array that the index says it has.
+      ArrayError: there is no such file, it cannot be opened, or a shard lacks an array that the index says it has.
     """
     whole, index = folder / name, folder / f"{name}{INDEX}"
     if whole.is_file() or not index.is_file():
         return open_file(whole)
     arrays, shard_of = {}, read_index(index)
-    # An array that lies in two shards is taken from the one that the index says.
+    # An array that is in two shards is taken from the one that the index names.
     for shard in sorted(set(shard_of.values())):
         found = open_file(folder / shard)
         arrays |= {name: array for name, array in found.items() if shard_of.get(name, shard) == shard}
@@ -36,7 +36,7 @@ def read_index(index: Path) -> dict[str, str]:
     """Returns the shard of each array, by the array's name.
 
     Raises:
-      ArrayError: the file is no index, or names a shard that does not lie beside it.
+      ArrayError: the file is not an index, or names a shard in another folder.
     """
     try:
         shard_of = json.loads(index.read_bytes())["weight_map"]

@@ -1,8 +1,8 @@
 """Reads the pickle of a PyTorch state dict without Python's unpickler, which can run any code.
 
-A pickle is a program for a stack machine (`pickletools` documents its opcodes). This module interprets the opcodes that
-`torch.save` writes for a dict of tensors, by itself: it imports nothing, calls nothing that a pickle names, and
-makes strings, numbers, tuples, lists, dicts, `Storage` and `Tensor`. What else a pickle holds is refused by name.
+A pickle is a program for a stack machine (`pickletools` documents its opcodes). This module itself interprets the
+opcodes that `torch.save` writes for a dict of tensors. It imports nothing and calls nothing that a pickle names. It
+makes only strings, numbers, tuples, lists, dicts, `Storage` and `Tensor`; anything else raises an error that names it.
 """
 
 import pickletools
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Any, NamedTuple
 
-# PyTorch's names of storages, and the dtype of each; which of these are read is for `torch_files`.
+# PyTorch's names of storages, and the dtype of each; `torch_files` decides which of them are read.
 STORAGES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -33,18 +33,18 @@ MOST_DIMENSIONS, MOST = 8, 2**63
 
 
 class Global(NamedTuple):
-    """One of `GLOBALS`, by its name; the object itself is never looked up."""
+    """Holds the name of one of `GLOBALS`; the object itself is never imported."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """Entries that one or more tensors lie in.
+    """Describes a storage, the entries of one or more tensors.
 
     Attributes:
-      key: its name in the file.
-      dtype: one of `STORAGES`.
-      count: how many entries it has.
+      key: the storage's name in the file.
+      dtype: one of the values of `STORAGES`.
+      count: the number of entries.
     """
 
     key: str
@@ -53,7 +53,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A part of a storage; `first` and `strides` are in entries."""
+    """Describes a tensor, which is a part of a storage; `first` and `strides` are in entries."""
 
     storage: Storage
     first: int
@@ -65,7 +65,7 @@ def read_state_dict(pickle: BytesIO) -> dict[str, Tensor]:
     """Returns the tensors of a pickled state dict by name.
 
     Raises:
-      ValueError: the pickle is damaged, or holds something else.
+      ValueError: the pickle is damaged, or is not of a dict of tensors.
     """
     tensors = read_value(pickle)
     if not isinstance(tensors, dict):
@@ -77,10 +77,10 @@ def read_state_dict(pickle: BytesIO) -> dict[str, Tensor]:
 
 
 def read_value(pickle: BytesIO) -> Any:
-    """Interprets one pickle, and leaves the stream behind it.
+    """Interprets one pickle, and leaves the stream at its end.
 
     Raises:
-      ValueError: it is damaged, or has what no state dict has.
+      ValueError: the pickle is damaged, or has something that no state dict has.
     """
     machine = _Machine()
     try:
@@ -93,13 +93,13 @@ def read_value(pickle: BytesIO) -> Any:
             run(machine, argument)
     except ValueError:
         raise
-    except Exception as error:  # what `pickletools` makes of damaged bytes, and stacks of the wrong depth
+    except Exception as error:  # from `pickletools` for damaged bytes, or from a stack that is too short
         raise ValueError(f"it is damaged: {type(error).__name__}") from None
     raise ValueError("it is truncated")
 
 
 class _Machine:
-    """The stack, the positions of marks in it, and the memo."""
+    """Holds the state of the stack machine: the stack, the positions of marks in it, and the memo."""
 
     def __init__(self):
         self.stack: list[Any] = []
@@ -179,7 +179,7 @@ class _Machine:
         raise ValueError(f"it calls {function.name} with other arguments than a state dict's")
 
     def ignore_attributes(self) -> None:
-        """A state dict's attributes are the versions of its modules."""
+        """Drops the attributes of a state dict, which are the versions of its modules."""
         self.pop()
         if not isinstance(self.stack[-1], dict):
             raise ValueError("it sets attributes of something that is no dict")

@@ -1,4 +1,4 @@
-"""Arrays that lie in a file as plain entries, read without what lies beside them."""
+"""Reads arrays whose entries are uncompressed in a file, or parts of them, without reading the rest of the file."""
 
 import math
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 BLOCK_BYTES = 2**24  # read at a time if the entries of an array are not adjacent
-GAP_BYTES = 2**14  # between the entries of two rows: more is skipped rather than read
+GAP_BYTES = 2**14  # a larger gap between the entries of two rows is skipped, a smaller one is read
 
 
 class Run(NamedTuple):
-    """Adjacent entries of a file.
+    """Describes adjacent entries of a file.
 
     Attributes:
-      start: the first one's byte.
-      count: how many entries.
+      start: the byte offset of the first entry.
+      count: the number of entries.
     """
 
     start: int
@@ -50,22 +50,23 @@ def strided_array(
     strides: tuple[int, ...] | None = None,
     first: int = 0,
 ) -> StoredArray:
-    """Returns an array of a file, which has entries. No more of the file is read than the part that is asked for spans.
+    """Returns an array of a file. Reading a part of it reads no more of the file than the part spans.
 
     Args:
-      name: of the array, for errors.
-      dtype: little-endian, as the file has it.
-      runs: where the entries lie, one run after the other.
-      strides: in entries, none negative; None if the rows are adjacent.
-      first: which entry of the runs is the array's first.
+      name: the array's name, for errors.
+      dtype: the dtype in the file, little-endian.
+      runs: where the entries are, one run after the other.
+      strides: strides in entries, none negative; None if the rows are adjacent.
+      first: the index, within the runs, of the array's first entry.
 
     Raises:
-      ArrayError: it has no entries.
+      ArrayError: the shape has no entries.
     """
     if 0 in shape:
         raise ArrayError(f"{name} of {path} is {list(shape)}, which is empty")
     steps = c_strides(shape) if strides is None else strides
-    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))  # any number in a file
+    # A file may have any stride for a dimension of size 1.
+    steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))
 
     def read(index: Index) -> np.ndarray:
         spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
@@ -82,7 +83,7 @@ def strided_array(
 
 
 def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, strides: Sequence[int]) -> None:
-    """Reads the entries of an array of these strides, whose first entry is number `begin` of the runs."""
+    """Fills `part` with the entries of an array with these strides; its first entry has index `begin` in the runs."""
     slowest_first = sorted(range(part.ndim), key=lambda axis: -strides[axis])
     view, steps = part.transpose(slowest_first), [strides[axis] for axis in slowest_first]
     adjacent = all(
@@ -102,7 +103,7 @@ def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, str
 
 
 def _read(flat: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int) -> None:
-    """Reads adjacent entries from number `begin` of the runs on."""
+    """Fills `flat` with adjacent entries, from index `begin` of the runs."""
     done = 0
     for start, count in runs:
         if begin < count and done < len(flat):

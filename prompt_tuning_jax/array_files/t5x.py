@@ -1,9 +1,9 @@
-"""Arrays in T5X's checkpoints, through tensorstore; on disk, or by URL in what tensorstore knows (`gs://`).
+"""Opens and writes T5X checkpoints with tensorstore; they are on disk, or at a URL that tensorstore can open (`gs://`).
 
-Two layouts (T5X checkpoints.py):
+There are two layouts (T5X checkpoints.py):
   legacy  `checkpoint`, a msgpack index with the small arrays, and a zarr array beside it for each large one;
   Orbax   `state/`, which T5X writes by default since 2024: zarr arrays in an OCDBT database, or as folders.
-Both name an array `target.<path>` with dots for slashes, and keep the optimiser's state as `state.param_states.<path>`.
+Both name an array `target.<path>`, with dots for slashes, and the optimiser's state `state.param_states.<path>`.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from jax.typing import ArrayLike
 
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 
-CHUNK_BYTES, MOST_BYTES = 64 * 2**20, 2**34  # four times mT5 XXL's table in one piece
+CHUNK_BYTES, MOST_BYTES = 64 * 2**20, 2**34  # MOST_BYTES: four times mT5 XXL's embedding table
 INDEX, STATE, METADATA, DATABASE = "checkpoint", "state/", "_METADATA", "manifest.ocdbt"
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-# A server that does not answer is given half a minute; tensorstore's own 32 attempts take a quarter of an hour.
+# Gives up after half a minute without an answer; tensorstore's default of 32 attempts takes a quarter of an hour.
 NETWORK = ts.Context({"gcs_request_retries": {"max_retries": 5, "initial_delay": "1s", "max_delay": "8s"}})
 
 
 def is_t5x(location: str | os.PathLike) -> bool:
-    """Whether a T5X checkpoint of either layout lies there.
+    """Returns whether there is a T5X checkpoint of either layout.
 
     Raises:
-      ArrayError: `location` is a URL that cannot be asked.
+      ArrayError: `location` is a URL that cannot be read.
     """
     try:
         store = _open_folder(location)
@@ -46,13 +46,13 @@ def is_t5x(location: str | os.PathLike) -> bool:
 
 
 def open_t5x(location: str | os.PathLike) -> dict[str, StoredArray]:
-    """Every parameter by its path, `encoder/layers_0/mlp/wi_0/kernel`; the optimiser's state is left out.
+    """Opens all parameters, by paths such as `encoder/layers_0/mlp/wi_0/kernel`, without the optimiser's state.
 
     Args:
-      location: the checkpoint's folder, `.../checkpoint_1100000`; a path or a URL.
+      location: the checkpoint's folder, such as `.../checkpoint_1100000`; a path or a URL.
 
     Raises:
-      ArrayError: the index or an array is missing, truncated or unreadable.
+      ArrayError: the index or an array is missing, truncated, unreadable, or not of floating-point numbers.
     """
     arrays = _open_layout(_open_folder(location), str(location))
     for name, array in arrays.items():
@@ -80,7 +80,7 @@ def _open_folder(location: str | os.PathLike) -> ts.KvStore:
         if "://" in url:
             return ts.KvStore.open(url, context=NETWORK).result()
         return ts.KvStore.open({"driver": "file", "path": os.path.abspath(url) + "/"}).result()
-    except Exception as error:  # tensorstore raises what its drivers do
+    except Exception as error:  # tensorstore raises the errors of its drivers
         raise ArrayError(f"{location} cannot be opened ({first_line(error)})") from None
 
 
@@ -99,15 +99,15 @@ def _get(store: ts.KvStore, key: str) -> bytes | None:
 def _open_legacy(store: ts.KvStore, where: str) -> dict[str, StoredArray]:
     try:
         target = msgpack_restore(_get(store, INDEX))["optimizer"]["target"]
-        # A leaf is an array, or the specification of one that lies beside the index.
+        # A leaf is an array, or the tensorstore spec of an array beside the index.
         leaves: dict[str, Any] = flatten_dict(
             target, is_leaf=lambda _, node: isinstance(node, dict) and "driver" in node, sep="/"
         )
         inline = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
         shapes = {name: tuple(leaf["metadata"]["shape"]) for name, leaf in leaves.items() if name not in inline}
-        # The last part of the path: an index may still say where the checkpoint was first written.
+        # Only the last part of the path: an index may still have the folder where the checkpoint was first written.
         told = {name: Path(leaves[name]["kvstore"]["path"]).name for name in shapes}
-    except Exception as error:  # msgpack raises many kinds on a broken file
+    except Exception as error:  # msgpack raises many types for a broken file
         raise ArrayError(f"{where}/{INDEX} is not the index of a T5X checkpoint ({type(error).__name__})") from None
     folders = {name: _folder(name) for name in shapes}
     for name, folder in folders.items():
@@ -154,7 +154,7 @@ def _open_orbax(store: ts.KvStore, folder: str, where: str) -> dict[str, StoredA
 
 
 def _open_zarr(store: ts.KvStore, folders: Mapping[str, str], where: str, driver: str) -> dict[str, StoredArray]:
-    """Opens the arrays in `folders` of `store`, all at once: over a network one after another takes minutes."""
+    """Opens the arrays in `folders` of `store`, all at once, since over a network one after another takes minutes."""
     try:
         keys = [key.decode() for key in store.list().result()]
     except Exception as error:
@@ -174,25 +174,25 @@ def _open_zarr(store: ts.KvStore, folders: Mapping[str, str], where: str, driver
             array = future.result()
             _check_chunks(array, chunks[folders[name]])
             dtype = np.dtype(array.dtype.numpy_dtype)
-        except Exception as error:  # tensorstore raises what its drivers do
+        except Exception as error:  # tensorstore raises the errors of its drivers
             raise ArrayError(f"{name} of {where} cannot be read ({first_line(error)})") from None
         arrays[name] = StoredArray(tuple(array.shape), dtype, _reader(array, name, where))
     return arrays
 
 
 def _check_chunks(array: ts.TensorStore, stored: set[str]) -> None:
-    """Raises ValueError where a chunk is not there, which tensorstore takes for zeros, or not as T5X would write it."""
+    """Raises ValueError if a chunk is missing, which tensorstore would read as zeros, or is not as T5X writes it."""
     layout, metadata = array.chunk_layout, array.spec().to_json()["metadata"]
     chunk = [part or 1 for part in layout.write_chunk.shape or ()]
     if any(part > size for part, size in zip(chunk, array.shape, strict=True)):
         raise ValueError(f"it is {list(array.shape)}, less than one of its chunks, {list(chunk)}")
-    if math.prod(chunk) * array.dtype.numpy_dtype.itemsize > MOST_BYTES:  # asked for at once; without, a process ends
+    if math.prod(chunk) * array.dtype.numpy_dtype.itemsize > MOST_BYTES:  # allocated at once: too much ends the process
         raise ValueError(f"one of its chunks is said to be {list(chunk)}")
     if layout.inner_order != tuple(range(array.rank)) or str(metadata.get("dtype")).startswith(">"):
         raise ValueError("its bytes are in another order than T5X's")
     grid = [math.ceil(size / part) for size, part in zip(array.shape, chunk, strict=True)]
     expected = math.prod(grid)
-    if expected <= len(stored):  # or else there are too many to write out, if a shape is damaged
+    if expected <= len(stored):  # if not, chunks are missing; a damaged shape may have too many to list
         separator, prefix = metadata.get("dimension_separator", "."), ""
         if "chunk_key_encoding" in metadata:  # zarr 3
             encoding = metadata["chunk_key_encoding"]
@@ -214,18 +214,18 @@ def _reader(array: Any, name: str, where: str):
 
 
 def write_legacy(folder: Path, arrays: Mapping[str, ArrayLike | StoredArray]) -> None:
-    """Writes the legacy layout into an empty folder, an array in memory at a time; the step is 0."""
+    """Writes the legacy layout into an empty folder, with one array in memory at a time; the step is 0."""
     target = {}
     for path, value in arrays.items():
         array = np.asarray(value)
         name = f"target.{path.replace('/', '.')}/"
-        # Chunks of equal size: zarr fills the last one up.
+        # Chunks of equal size, because zarr pads the last one.
         pieces = min(array.shape[0], -(-array.nbytes // CHUNK_BYTES))
         chunks = [-(-array.shape[0] // pieces), *array.shape[1:]]
         metadata = {"shape": list(array.shape), "chunks": chunks, "compressor": None}
         spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
         on_disk = {"driver": "file", "path": f"{folder.absolute() / name}/"}
-        # A chunk of zeros is written, too: a reader can tell it from one that was lost.
+        # Chunks of zeros are written, too, so that a reader can tell them from lost chunks.
         spec_on_disk = {**spec, "kvstore": on_disk, "store_data_equal_to_fill_value": True}
         with _as_os_error():
             ts.open(spec_on_disk, create=True).result().write(array).result()
@@ -236,12 +236,12 @@ def write_legacy(folder: Path, arrays: Mapping[str, ArrayLike | StoredArray]) ->
 
 
 def write_orbax(folder: Path, arrays: Mapping[str, ArrayLike | StoredArray]) -> None:
-    """Writes the Orbax layout into an empty folder, all arrays in memory; the step is 0."""
-    import orbax.checkpoint as ocp  # slow to import, and nothing else here needs it
+    """Writes the Orbax layout into an empty folder, with all arrays in memory; the step is 0."""
+    import orbax.checkpoint as ocp  # imported here because it is slow, and nothing else needs it
 
     target = unflatten_dict({path: np.asarray(value) for path, value in arrays.items()}, sep="/")
     state = {"target": target, "state": {"step": np.int32(0), "param_states": {}}}
-    written = folder.absolute() / "written"  # Orbax makes its folder itself
+    written = folder.absolute() / "written"  # Orbax creates its folder itself
     with _as_os_error(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(written, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
     for part in written.iterdir():
@@ -251,7 +251,7 @@ def write_orbax(folder: Path, arrays: Mapping[str, ArrayLike | StoredArray]) -> 
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What tensorstore and Orbax make of a full disk is a ValueError, or whatever else."""
+    """Turns any error into OSError: tensorstore and Orbax raise ValueError or others if the disk is full."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Arrays in the files of `torch.save`: `pytorch_model.bin`, one or many shards; PyTorch is not needed.
+"""Opens the arrays in files of `torch.save` without PyTorch: `pytorch_model.bin`, as one file or in shards.
 
-Such a file is a zip archive that is not compressed (PyTorch's caffe2/serialize/inline_container.h): `<root>/data.pkl`,
-the pickle of a state dict, which `state_dict` reads; `<root>/data/<key>`, the entries of each storage; and in newer
-ones `<root>/byteorder`.
+Such a file is an uncompressed zip archive (PyTorch's caffe2/serialize/inline_container.h). It has `<root>/data.pkl`,
+the pickle of a state dict, which `state_dict` reads; `<root>/data/<key>`, the entries of each storage; and, in newer
+versions, `<root>/byteorder`.
 """
 
 import struct
@@ -17,16 +17,16 @@ from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_
 from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
-MOST_PICKLED = 2**21  # bytes; ten times those of the largest T5's
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, and the lengths of the name and of what else stands before
-OLD = b"\x80"  # how a file begins that is a pickle and no archive
+MOST_PICKLED = 2**21  # bytes; ten times the pickle of the largest T5
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
+OLD = b"\x80"  # the first byte of a file that is a pickle, not an archive
 
 
 def open_torch(folder: Path, name: str = "pytorch_model.bin") -> dict[str, StoredArray]:
-    """Returns the arrays of a file of `torch.save`, or of the shards that `<name>.index.json` lists.
+    """Opens the arrays of a file of `torch.save`, or of the shards that `<name>.index.json` lists.
 
     Raises:
-      ArrayError: no such file, or one that is truncated, or not a state dict of floating-point numbers.
+      ArrayError: there is no such file, it is truncated, or it is not a state dict of floating-point numbers.
     """
     return open_shards(folder, name, _open_file)
 
@@ -40,18 +40,18 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
                 )
             tensors, runs = _read_archive(file)
         arrays: dict[Tensor, StoredArray] = {}
-        for name, tensor in tensors.items():  # tensors of the same entries are one array: copies of T5's table are
+        for name, tensor in tensors.items():  # tensors with the same entries are one array, as T5's tied tables
             if tensor not in arrays:
                 arrays[tensor] = _array(path, name, tensor, runs[tensor.storage.key])
         return {name: arrays[tensor] for name, tensor in tensors.items()}
     except ArrayError:
         raise
-    except Exception as error:  # what `zipfile` makes of a damaged archive is not one type
+    except Exception as error:  # `zipfile` raises several types for a damaged archive
         raise ArrayError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 def _read_archive(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Run]]:
-    """Returns the tensors, and where each storage lies: its first byte, and how many."""
+    """Returns the tensors by name, and the first byte and the number of bytes of each storage by key."""
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         offsets = sorted(member.header_offset for member in archive.infolist())
@@ -94,8 +94,8 @@ def _check_stored(member: zipfile.ZipInfo) -> None:
 def _locate(file: BinaryIO, member: zipfile.ZipInfo, following: int) -> Run:
     """Returns the first byte and the number of bytes of a member of the archive.
 
-    The member is not read, and its checksum is not known. It has to end where the next one begins, at byte `following`:
-    a header that is damaged cannot shift it.
+    The member is not read, so its checksum is not verified. Instead, it must end where the next member begins, at byte
+    `following`, so that a damaged header cannot shift it.
     """
     _check_stored(member)
     file.seek(member.header_offset)
@@ -104,14 +104,14 @@ def _locate(file: BinaryIO, member: zipfile.ZipInfo, following: int) -> Run:
     if signature != b"PK\x03\x04" or file.read(name) != member.orig_filename.encode():
         raise ValueError(f"{member.filename!r:.100} of the archive is not where its directory says")
     file.seek(start + member.file_size)
-    after = file.read(max(0, min(following - file.tell(), 24)))  # the longest descriptor
+    after = file.read(max(0, min(following - file.tell(), 24)))  # no data descriptor is longer
     if file.tell() != following or after not in _descriptors(member):
         raise ValueError(f"{member.filename!r:.100} of the archive does not end where its directory says")
     return Run(start, member.file_size)
 
 
 def _descriptors(member: zipfile.ZipInfo) -> list[bytes]:
-    """Returns what may stand after a member: its checksum and sizes again, if a flag says so."""
+    """Returns the bytes that may follow a member: its data descriptor (checksum and sizes) if flag bit 3 is set."""
     if not member.flag_bits & 8:
         return [b""]
     sizes = ("<4sIQQ", "<4sIII") if member.file_size < 2**32 else ("<4sIQQ",)

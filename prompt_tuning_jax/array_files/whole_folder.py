@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all, whatever happens while it is written."""
+"""Writes a folder such that it appears complete or not at all."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into, which takes `folder`'s name, and the place of what was there, once all is written."""
+    """Yields a temporary folder, which replaces `folder` on success and is removed after an error."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

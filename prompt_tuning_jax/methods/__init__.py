@@ -1,1 +1,1 @@
-"""What is trained: one file per method, each an instance of `method.Method`."""
+"""Defines what is trained: one file per method, each a subclass of `method.Method`."""

@@ -1,4 +1,4 @@
-"""From trained parameters to what the model runs with, once: what is evaluated, saved and served."""
+"""Compiles the function from trained parameters to the injection that is evaluated, saved and served."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from prompt_tuning_jax.methods.method import Injection, Method, Params
 def make_fold(
     method: Method, trained: Any, frozen: Any, jit: Callable[..., Any] = jax.jit
 ) -> Callable[[Params, Params], Injection]:
-    """Returns the compiled `method.apply`; a parameter that it passes on as it is, is not copied.
+    """Returns the compiled `method.apply`, which does not copy parameters that the method returns unchanged.
 
     Args:
-      trained, frozen: arrays or their shapes.
-      jit: `jax.jit`, or a mesh's.
+      trained, frozen: the parameters by name, or their shapes.
+      jit: `jax.jit`, or `Partitioner.jit` on a mesh.
     """
     closed, shape = jax.make_jaxpr(method.apply, return_shape=True)(trained, frozen)
     out_tree = jax.tree.structure(shape)
     places = {variable: place for place, variable in enumerate(closed.jaxpr.invars)}
-    # Literals, which are constants of the method, have no place and are computed with the rest.
+    # Literals are constants of the method: they are no inputs, and are computed with the rest.
     passed = [places.get(out) if not hasattr(out, "val") else None for out in closed.jaxpr.outvars]
     if all(place is not None for place in passed):
         compute: Callable[..., list] = lambda *_: []  # noqa: E731

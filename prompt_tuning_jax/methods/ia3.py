@@ -1,4 +1,4 @@
-"""IA3: vectors that scale activations of a frozen model (Liu et al. 2022, T-Few, section 3.3), with PEFT's names."""
+"""IA3: trains vectors that scale activations of a frozen model (Liu et al. 2022, T-Few, section 3.3; PEFT's names)."""
 
 import dataclasses
 
@@ -15,18 +15,18 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class IA3(Method):
-    """Trains one scale per feature of each target, from 1: of its output, or of its input if it is in `feedforward`.
+    """Trains a scale, from 1, per output feature of each target, and per input feature of those in `feedforward`.
 
         >>> IA3()
         IA3(targets=('k', 'v', 'wo'), feedforward=('wo',))
 
-    The defaults are the paper's definition and PEFT's for T5: the keys and values of every attention, and what the
-    feed-forward layer's last matrix reads. Google's `extended/train/ia3.py` has the same: it scales one of the two
-    projections of a gated layer, and their product is then scaled.
+    The defaults are the paper's definition and PEFT's for T5: they scale the keys and values of every attention, and
+    the input of the feed-forward layer's last matrix. Google's `extended/train/ia3.py` computes the same: it scales one
+    of the two projections of a gated layer, which scales their elementwise product.
 
     Attributes:
-      targets: matrices by PEFT's names for T5 or T5X's, see `LoRA`.
-      feedforward: those of the targets whose input is scaled.
+      targets: matrices by PEFT's names for T5, or by T5X's; see `LoRA`.
+      feedforward: the targets whose input is scaled, not their output.
     """
 
     targets: Texts = ("k", "v", "wo")

@@ -1,4 +1,4 @@
-"""Linear layers of a method's own network."""
+"""Draws the initial parameters of linear layers, for methods that train a network of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 def draw_linear(
     key: jax.Array, inputs: int, outputs: int
 ) -> tuple[Float[Array, "inputs outputs"], Float[Array, " outputs"]]:
-    """Returns weights and a bias, drawn as torch.nn.Linear draws them: uniform within inputs ** -0.5 of 0."""
+    """Returns weights and a bias, drawn as by torch.nn.Linear: uniform from -inputs ** -0.5 to inputs ** -0.5."""
     of_weights, of_bias = jax.random.split(key)
     bound = inputs**-0.5
     weights = jax.random.uniform(of_weights, (inputs, outputs), jnp.float32, -bound, bound)

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change to frozen matrices (Hu et al. 2021, section 4.1), with PEFT's names, defaults and start."""
+"""LoRA: trains a low-rank change to frozen matrices (Hu et al. 2021, section 4.1), with PEFT's names and defaults."""
 
 import dataclasses
 
@@ -15,19 +15,19 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Method):
-    """Trains A and B of W + (alpha / rank) A B for each target W; A starts random, B at zero.
+    """Trains A and B of W + (alpha / rank) A B for each target W; A starts random and B at zero, as in PEFT.
 
         >>> LoRA(rank=4, targets=("query", "value"))
         LoRA(rank=4, alpha=8.0, targets=('q', 'v'))
 
-    The defaults are PEFT's for T5. As there, `alpha` does not follow `rank`: another rank then needs no other learning
-    rate.
+    The defaults are PEFT's for T5. As in PEFT, `alpha` does not change with `rank`, so that another rank does not need
+    another learning rate.
 
     Attributes:
-      rank: columns of A and rows of B, r.
+      rank: number of columns of A and of rows of B, r.
       alpha: the change is multiplied by alpha / rank.
-      targets: matrices by PEFT's names for T5 (q k v o wi_0 wi_1 wo; `wi` in T5 1.0) or T5X's (query key value out), in
-        every attention and feed-forward layer of both stacks.
+      targets: matrices by PEFT's names for T5 (q k v o wi_0 wi_1 wo; `wi` in T5 1.0) or by T5X's (query key value out),
+        in every attention and feed-forward layer of both stacks.
     """
 
     rank: Count = 8

@@ -2,7 +2,7 @@
 
     P = A B,    A [P, r],  B [r, D]
 
-Both factors start uniform over [-0.5, 0.5), as in the authors' code (XYaoooo/DPT, modeling_t5.py).
+Both factors start uniform over [-0.5, 0.5), as in the code of DPT's authors (XYaoooo/DPT, modeling_t5.py).
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class LowRankPrompt(Method):
-    """Trains two factors of the prompt; (P + D) r parameters.
+    """Trains the two factors of the prompt: (P + D) r parameters.
 
         >>> LowRankPrompt(length=100, rank=10)
         LowRankPrompt(length=100, rank=10)
 
     Attributes:
-      length: positions, P.
-      rank: columns of A and rows of B, r: at most the smaller of P and D, which any prompt can be written with. The
+      length: number of prompt positions, P.
+      rank: number of columns of A and of rows of B, r. It is at most min(P, D), which is enough for any prompt. The
         authors use 10; ULPT's table 1 has 10 and 64.
     """
 

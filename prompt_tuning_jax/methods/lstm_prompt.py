@@ -3,7 +3,7 @@
     P' = W_2 ReLU(W_1 H + b_1) + b_2,    H [P, 2h] = BiLSTM(P)
 
 The LSTM runs over the positions, forwards and backwards, so each position of P' depends on all positions of P. After
-training P' is the prompt: the networks are folded in and gone.
+training, P' is computed once and is the prompt: the networks are no longer needed.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ DIRECTIONS = ("forwards", "backwards")
 
 @dataclasses.dataclass(frozen=True, init=False)
 class LSTMPrompt(Method):
-    """Trains P, a bidirectional LSTM over its positions and two linear layers, which start as torch's.
+    """Trains P, a bidirectional LSTM over its positions, and two linear layers; the networks start as torch's.
 
-    A gate has one bias, where torch adds two that the gradient cannot tell apart.
+    Each gate has one bias. Torch adds two biases, which always have the same gradient.
 
     Attributes:
-      length: positions, P.
+      length: number of prompt positions, P.
       hidden_size: width of the LSTM in each direction, h; the hidden linear layer is twice as wide. PEFT's example has
         128.
-      lstm_layers: layers of the LSTM. PEFT's default is 2.
+      lstm_layers: number of layers of the LSTM. PEFT's default is 2.
       initializer: how P starts; see `prompts.initializers`. PEFT draws it standard normal.
     """
 
@@ -94,7 +94,7 @@ def _draw_lstm(key: jax.Array, name: str, inputs: int, hidden: int) -> Params:
 
 
 def run_lstm(trained: Params, name: str, x: Float[Array, "P inputs"], direction: str) -> Float[Array, "P h"]:
-    """Returns the outputs of one direction of a layer, from a state of zeros; the gates' order is torch's, i f g o."""
+    """Returns the outputs of one direction of a layer, whose state starts at zero; torch's order of gates, i f g o."""
     of_hidden = trained[f"{name}_hidden"]
     of_inputs = x @ trained[f"{name}_input"] + trained[f"{name}_bias"]
 

@@ -1,7 +1,7 @@
-"""The seam between training and what is trained: a `Method` gives trainable parameters and an `Injection`.
+"""Defines `Method`, which says what is trained, and `Injection`, which says what the frozen model runs with.
 
-Training, sweeps, memory plans, checkpoints, evaluation and prediction know these two and no method by name. A new
-method is one subclass:
+Training, sweeps, memory plans, checkpoints, evaluation and prediction know only these two classes, and no method by
+name. A new method is one subclass:
 
     @dataclasses.dataclass(frozen=True)
     class ScaledPrompt(Method):
@@ -36,19 +36,19 @@ class Tokenizer(Protocol):
     """Turns text into token ids."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without an end of sequence."""
+        """Returns the ids of `text`, without an end of sequence."""
         ...
 
 
 if TYPE_CHECKING:
 
     class FrozenModel(Protocol):
-        """What a method's start may depend on: a base model, which is only read.
+        """A base model, as far as `Method.init` may read it.
 
         Attributes:
-          config: its size.
-          parameters: by path, "encoder/layers_0/mlp/wi_0/kernel".
-          tokenizer: its own.
+          config: the model's size and numerics.
+          parameters: the parameters by path, such as "encoder/layers_0/mlp/wi_0/kernel".
+          tokenizer: the model's own tokenizer.
         """
 
         @property
@@ -62,24 +62,25 @@ if TYPE_CHECKING:
             """The embedding table, in floats."""
             ...
 
-else:  # before Python 3.12 a check of a protocol reads each property, and this one's table may lie on many devices
+else:  # before Python 3.12, isinstance of a protocol reads each property, and this table may lie on many devices
     FrozenModel = Any
 
 
 class Injection(NamedTuple):
-    """What the frozen model runs with.
+    """Holds what the frozen model runs with.
 
     Attributes:
-      prompt: in front of the encoder's input.
-      layer_prompts: one for each encoder layer, L of them. Alone, the first is put in front of the encoder's input, and
-        each of the others replaces what the layer before made of those P positions. Beside a `prompt`, each is added to
-        the P positions that enter its layer.
-      parameters: by path. One of the path of a frozen parameter takes its place. Beside a kernel there may be
-        `.../lora_a` [in, r] and `.../lora_b` [r, out] (see `t5.layers.Dense`), `.../input_scale` [in] and
-        `.../output_scale` [out]: all of them change what the kernel's layer computes, and leave the kernel alone.
-        `encoder/prefix_key` and `prefix_value`, `decoder/prefix_key` and `prefix_value` [L, H, P, K] are what each
-        layer of the stack attends to before its own keys and values (see `t5.adapters`).
-      task_prompts: by task, in place of a `prompt` for all rows; all of one shape. See `of_task` and `of_rows`.
+      prompt: put in front of the encoder's input.
+      layer_prompts: one prompt for each of the L encoder layers. Without a `prompt`, the first is put in front of the
+        encoder's input, and each other one replaces the P positions that the previous layer returned. With a `prompt`,
+        each is added to the P positions that enter its layer.
+      parameters: parameters by path. One with the path of a frozen parameter replaces it. `.../lora_a` [in, r] and
+        `.../lora_b` [r, out], `.../input_scale` [in] and `.../output_scale` [out] beside a kernel change what the
+        kernel's layer computes, and do not change the kernel (see `t5.layers.Dense`). `encoder/prefix_key` and
+        `prefix_value`, `decoder/prefix_key` and `prefix_value` [L, H, P, K] are learned keys and values in front of
+        those that each layer of the stack computes (see `t5.adapters`).
+      task_prompts: a prompt for each task by name, instead of one `prompt` for all rows; all have one shape. See
+        `of_task` and `of_rows`.
     """
 
     prompt: Float[Array, "P D"] | None = None
@@ -101,34 +102,34 @@ class Injection(NamedTuple):
         return {"prompt": self.prompt, "layer_prompts": self.layer_prompts}
 
     def of_task(self, task: str) -> "Injection":
-        """Returns the injection of the rows of one task, with the task's own prompt if there is one per task."""
+        """Returns the injection for rows of one task: with the task's own prompt if there is one per task."""
         if self.task_prompts is None:
             return self
         return self._replace(prompt=self.task_prompts[task], task_prompts=None)
 
     def of_rows(self, tasks: Int[Array, " B"] | None) -> "Injection":
-        """Returns the injection of a batch, with a prompt per row, [B, P, D], if there is one per task.
+        """Returns the injection for a batch: with a prompt per row, [B, P, D], if there is one per task.
 
         Args:
-          tasks: of each row, the index of its task among the sorted names of `task_prompts`.
+          tasks: the index of each row's task among the sorted names of `task_prompts`.
         """
         if self.task_prompts is None:
             return self
         prompts = jnp.stack([self.task_prompts[task] for task in sorted(self.task_prompts)])
-        # A matmul with ones and zeros, exact in float32, in place of `prompts[tasks]`: the gradient of an index is a
-        # scatter, which adds in another order each time on a GPU.
+        # A matmul with zeros and ones, which is exact in float32, instead of `prompts[tasks]`: the gradient of indexing
+        # is a scatter, which a GPU adds up in another order each time.
         rows = jax.nn.one_hot(tasks, len(prompts), dtype=prompts.dtype)
         own = jnp.einsum("bk,kpd->bpd", rows, prompts, precision=jax.lax.Precision.HIGHEST)
         return self._replace(prompt=own, task_prompts=None)
 
 
 def tasks_of(method: "Method") -> Sequence[str] | Any:
-    """Returns the tasks that a method trains a prompt each for; None if it trains the same for all rows."""
+    """Returns the names of a method's tasks if it trains one prompt per task; None if all rows share what it trains."""
     return getattr(method, "tasks", None)
 
 
 def merge(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
-    """Returns the nested parameters that a model is applied to, `parameters` before frozen ones of the same path."""
+    """Returns the nested parameters for `Transformer.apply`; `parameters` replace frozen ones of the same path."""
     return unflatten_dict({**frozen, **parameters}, sep="/")
 
 
@@ -138,40 +139,41 @@ def start_key(seed: int) -> jax.Array:
 
 
 class Method:
-    """What is trained, and what the frozen model runs with.
+    """Says what is trained, and what the frozen model runs with.
 
-    A method is a frozen dataclass: its fields are part of a run's identity. A trained parameter that has the path of a
-    base model's parameter takes that parameter's place, and the base model's own value is not kept in memory.
+    A method is a frozen dataclass: its fields are part of a run's identity. A trained parameter with the path of a base
+    model's parameter replaces it, and the base model's own value is not kept in memory.
 
-    A method of one prompt per task has the field `tasks`, their names.
+    A method that trains one prompt per task has a field `tasks`, the names of its tasks.
     """
 
     def init(self, key: jax.Array, model: FrozenModel) -> Params:
-        """Returns the trainable parameters before the first step, by name; a function of the arguments alone."""
+        """Returns the trainable parameters before the first step, by name; they depend only on the arguments."""
         raise NotImplementedError
 
     def apply(self, trained: Params, frozen: Params) -> Injection:
-        """Returns what the frozen model is called with, as a differentiable function of the trained parameters.
+        """Returns what the frozen model is called with: a differentiable function of the trained parameters.
 
         Args:
-          trained: as `init` returned them, float32, after any number of updates.
-          frozen: the base model's parameters by path, but for those that are trained.
+          trained: the parameters that `init` returned, float32, after any number of updates.
+          frozen: the base model's parameters by path, without those that are trained.
         """
         raise NotImplementedError
 
     def check(self, config: T5Config, input_length: int) -> None:
-        """Raises `SettingError` if the method's fields are impossible for a model of this size.
+        """Raises `SettingError` if the method's fields are invalid for a model of this size.
 
-        Here: if a field is not what its annotation of `settings` says. A method that checks more calls this, too.
+        The base class checks each field against its annotation from `settings`. A subclass that checks more also calls
+        this method.
 
         Args:
-          input_length: the most tokens of inputs, end of sequence included.
+          input_length: the largest number of input tokens per row, end of sequence included.
         """
         if dataclasses.is_dataclass(self):
             with renamed(length="prompt_length", initializer="prompt_init"):
                 check_fields(self)
 
     def start_line(self) -> str | None:
-        """Returns a line that says where the start is from, if that was chosen among several."""
+        """Returns a line that says which prompt the start is, if the initialiser chose it among several; else None."""
         chosen = getattr(getattr(self, "initializer", None), "chosen", None)
         return None if chosen is None else chosen()

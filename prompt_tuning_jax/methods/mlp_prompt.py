@@ -2,7 +2,7 @@
 
     P'_i = W_3 ReLU(W_2 ReLU(W_1 P_i + b_1) + b_2) + b_3
 
-One network serves all positions. After training P' is the prompt: the network is folded in and gone.
+All positions share one network. After training, P' is computed once and is the prompt: the network is no longer needed.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from prompt_tuning_jax.t5.config import T5Config
 class MLPPrompt(Method):
     """Trains P and a network of three linear layers, which start as torch's.
 
-    Unlike `ResidualPrompt`, whose network adds to P, the model sees only the network's output.
+    The model gets only the network's output, unlike with `ResidualPrompt`, which adds the output to P.
 
     Attributes:
-      length: positions, P.
+      length: number of prompt positions, P.
       hidden_size: width of the two hidden layers. PEFT's example has 128.
       initializer: how P starts; see `prompts.initializers`. PEFT draws it standard normal.
     """

@@ -1,4 +1,4 @@
-"""Model tuning, the paper's baseline: the base model's own parameters are trained, all of them or some."""
+"""Model tuning, the paper's baseline: trains the base model's own parameters, all of them or some."""
 
 import dataclasses
 import re
@@ -14,10 +14,10 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class ModelTuning(Method):
-    """Trains the parameters whose paths match a pattern, from the base model's values.
+    """Trains the parameters whose paths match a pattern; they start at the base model's values.
 
     Attributes:
-      parameters: regular expressions of whole paths; (r".*layer_norm/scale",) trains the norms alone.
+      parameters: regular expressions, each of a whole path; (r".*layer_norm/scale",) trains only the norms.
     """
 
     parameters: Texts = (".*",)
@@ -44,7 +44,7 @@ class ModelTuning(Method):
 
 
 def matching(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """Returns the paths that a pattern matches as a whole.
+    """Returns the paths that some pattern matches as a whole (`re.fullmatch`).
 
     Raises:
       ValueError: a pattern matches none of them.

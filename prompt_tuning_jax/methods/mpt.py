@@ -2,8 +2,8 @@
 
     P_k = P * (u_k v_k^T), elementwise
 
-P is shared by all tasks of a mixture, u_k [P] and v_k [D] are task k's. After training each P_k is a prompt by itself.
-The paper first trains a prompt for each task, and has the P_k learn from these teachers: that is left out here.
+P is shared by all tasks of a mixture, u_k [P] and v_k [D] belong to task k. After training, each P_k is a prompt by
+itself. The paper first trains a prompt for each task, and distils these teachers into the P_k: that is left out here.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True, init=False)
 class MPT(Method):
-    """A shared prompt, and a mask of low rank for each task; P D + K r (P + D) parameters.
+    """Trains a shared prompt and a low-rank mask per task: P D + K r (P + D) parameters.
 
-    The masks start at 1, so that every task starts from the shared prompt. PEFT draws u and v near 0, and its prompts
-    start near 0, too.
+    The masks start at 1, so every task starts with the shared prompt. PEFT draws u and v near 0, so its prompts start
+    near 0, too.
 
     Attributes:
-      tasks: the names of the mixture's tasks, K of them. `train` fills them in from its data if there are none.
-      length: positions, P.
-      rank: r, of the masks: u_k is [P, r] and v_k [r, D]. The paper has 1; PEFT calls it `num_ranks`.
+      tasks: the names of the mixture's K tasks. `train` fills them in from its data if there are none.
+      length: number of prompt positions, P.
+      rank: rank of the masks, r: u_k is [P, r] and v_k [r, D]. The paper uses 1; PEFT calls it `num_ranks`.
       initializer: how the shared prompt starts; see `prompts.initializers`.
     """
 
@@ -54,9 +54,9 @@ class MPT(Method):
         of_prompt, of_columns = jax.random.split(key)
         prompt = start_prompt(self.initializer, of_prompt, self.length, model)
         count, width = len(self.tasks), prompt.shape[1]
-        # The first of the r columns and rows is 1, which makes every mask 1. The others have random columns and rows of
-        # 0, so that they add nothing at first: this is how LoRA starts. If they all started alike, their gradients
-        # would be alike, and a mask of rank r would stay one of rank 1.
+        # The first of the r columns and rows is 1, so that every mask is 1. The others have random columns and zero
+        # rows, as LoRA starts, so that they add nothing at first. If all of them started equal, they would have equal
+        # gradients, and the mask would keep rank 1.
         columns = 0.02 * jax.random.normal(of_columns, (count, self.length, self.rank))
         return {
             "prompt": prompt,

@@ -1,13 +1,13 @@
-"""A shared prompt and one of each task's own, combined (google-research/prompt-tuning, extended/multitask_prompts.py).
+"""Combines a shared prompt with parameters per task (google-research/prompt-tuning, extended/multitask_prompts.py).
 
-With the shared prompt S and what task k trains itself, T_k, the prompt of task k is
+S is the shared prompt, and T_k are the parameters of task k. The prompt of task k is
     add                    S [P, D] + T_k [P, D]
     concatenate            S [P_s, D], then T_k [P_t, D], along the positions
     concatenate_features   S [P, H_s] beside T_k [P, H_t], along the features: H_s + H_t = D
     project                W_k s_i + b_k for each position s_i of S [P, H_s]: T_k is W_k [D, H_s] and b_k [D]
 
-There the first token of a row's inputs says which task it is; here the data does. Shapes and starts are the same: each
-T_k is one flat row of a [K, n] table.
+In the official code, the first input token of a row says which task it belongs to; here the data says so. Shapes and
+starts are the same: each T_k is one flat row of a [K, n] table.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ OFFICIAL_START = OfficialRandomUniform()
 
 @dataclasses.dataclass(frozen=True, init=False)
 class MultitaskPrompt(Method):
-    """A shared prompt that each task's own parameters complete.
+    """Trains a shared prompt, and parameters per task that are combined with it.
 
     Attributes:
-      tasks: the names of the mixture's tasks, K of them. `train` fills them in from its data if there are none.
-      length: positions of the shared prompt.
-      combine: one of `COMBINES`.
-      task_length: positions of a task's own prompt with "concatenate"; None for `length`.
-      shared_features: H_s. None for half of D with "concatenate_features", and for D with "project".
-      scale: what is a task's own starts uniform over [0, scale): 0.5 in the official runs.
-      initializer: how the shared prompt starts; see `prompts.initializers`. If it is narrower than D it is the start's
-        first features.
+      tasks: the names of the mixture's K tasks. `train` fills them in from its data if there are none.
+      length: number of positions of the shared prompt.
+      combine: how the two are combined, one of `COMBINES`.
+      task_length: number of positions of a task's own prompt with "concatenate"; None for `length`.
+      shared_features: H_s. None means half of D with "concatenate_features", and D with "project".
+      scale: the parameters of a task start uniform over [0, scale); 0.5 in the official runs.
+      initializer: how the shared prompt starts; see `prompts.initializers`. If H_s < D, the shared prompt gets the
+        first H_s features of what the initialiser returns.
     """
 
     tasks: Texts
@@ -81,7 +81,7 @@ class MultitaskPrompt(Method):
 
     @property
     def _task_positions(self) -> int:
-        """The positions that a task adds to the shared prompt's."""
+        """The number of positions that a task adds to those of the shared prompt."""
         if self.combine != "concatenate":
             return 0
         return self.length if self.task_length is None else self.task_length
@@ -146,7 +146,7 @@ def _project(shared: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _check_used(name: str, by: tuple[str, ...], combine: str) -> None:
-    """Raises SettingError if a setting is given that this way to combine does not read."""
+    """Raises SettingError if `combine` is not one of the ways, `by`, that read the setting `name`."""
     if combine not in by:
         readers = " and ".join(map(repr, by))
         raise SettingError(Setting(name), f" is only for {readers}: leave it out, or set ", Setting("combine"))

@@ -1,6 +1,7 @@
 """Per-layer prompts: one prompt for each encoder layer (google-research/prompt-tuning, extended/train/per_layer.py).
 
-They enter each layer's input and are projected by its own frozen matrices, unlike prefix tuning's keys and values.
+A prompt is part of its layer's input, so the layer's frozen matrices project it. Prefix tuning trains the projected
+keys and values themselves.
 """
 
 import dataclasses
@@ -21,17 +22,18 @@ Combine = Annotated[Str, OneOf((REPLACE, ADD))]
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PerLayerPrompt(Method):
-    """A prompt in front of the input, and one more for each further encoder layer; L P D parameters.
+    """Trains one prompt per encoder layer: L P D parameters.
 
-    Layer l reads [p_l; x] if `combine` is "replace", and [e + p_l; x] if it is "add", where the layer before gave
-    [e; x]. The first layer reads [p_0; x] either way. The official code has a prompt p in front and L more: the first
-    of these replaces p, or is added to it, so that two matrices would do the work of one. Here p_0 stands for both.
+    If the previous layer returned [e; x], layer l reads [p_l; x] with `combine` "replace", and [e + p_l; x] with "add".
+    The first layer reads [p_0; x] with both. The official code has a prompt p in front of the input and L more prompts,
+    the first of which replaces p or is added to it: those are two matrices where one is enough. Here p_0 is both.
 
     Attributes:
-      length: positions, P, of each layer's prompt.
-      initializer: how prompts start, with a key for each; see `prompts.initializers`. With "add" it is for p_0 alone:
-        the others start at zero, so that the first step is that of prompt tuning. The official code draws them like p.
-      combine: whether each prompt replaces what the layer before made of those positions, or is added to it.
+      length: number of positions of each layer's prompt, P.
+      initializer: how the prompts start, each with its own key; see `prompts.initializers`. With "add" it is only for
+        p_0, and the others start at zero, so that the first step equals that of prompt tuning. The official code draws
+        the others like p.
+      combine: whether each prompt replaces what the previous layer returned for those positions, or is added to it.
     """
 
     length: Count

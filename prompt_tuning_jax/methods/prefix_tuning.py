@@ -1,8 +1,8 @@
-"""Prefix tuning: learned keys and values in every layer (Li and Liang 2021; P-tuning v2, Liu et al. 2022).
+"""Prefix tuning: trains keys and values for every layer (Li and Liang 2021; P-tuning v2, Liu et al. 2022).
 
     attention(x) = softmax(Q [K_prefix; K]^T + bias) [V_prefix; V]
 
-K_prefix and V_prefix are trained for each layer, without a network that makes them (P-tuning v2 and PEFT's default).
+K_prefix and V_prefix are trained directly, without a network that computes them (P-tuning v2, and PEFT's default).
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTuning(Method):
-    """Trains P keys and values for each layer of each stack, 2 L P H K parameters, from N(0, 1) as PEFT does.
+    """Trains P keys and values per layer, 2 L P H K parameters for each stack; they start from N(0, 1) as in PEFT.
 
         >>> PrefixTuning(10, stacks="decoder")
         PrefixTuning(length=10, stacks=('decoder',))
 
-    In the decoder they belong to its self-attention. A prefix lies right before the first position of its stack: T5's
-    relative positions count from there, as in `transformers` with P positions in its cache.
+    In the decoder, self-attention reads them. T5's relative positions see a prefix right in front of the first position
+    of its stack, as in `transformers` with P positions in its cache.
 
     Attributes:
-      length: positions, P.
-      stacks: "encoder", "decoder" or both. Both is the paper's method for a model of two stacks (section 4.2). PEFT
-        knows the decoder's alone: such a prefix is saved as a PEFT adapter, any other in a file of this project.
+      length: number of keys per layer, P.
+      stacks: "encoder", "decoder" or both. The paper uses both for a model with two stacks (section 4.2). PEFT only
+        has the decoder's: such a prefix is saved as a PEFT adapter, any other one in a file format of this project.
     """
 
     length: Count = 20
@@ -42,7 +42,7 @@ class PrefixTuning(Method):
         asked: Any = (self.stacks,) if isinstance(self.stacks, str) else self.stacks
         # One order, so that equal methods have equal fields; unknown names are kept for `check` to refuse.
         if not accepts(asked, Texts):
-            return  # for `check` to refuse
+            return  # `check` refuses it
         known = [stack for stack in ATTENTION if stack in asked]
         object.__setattr__(self, "stacks", (*known, *(name for name in dict.fromkeys(asked) if name not in ATTENTION)))
 

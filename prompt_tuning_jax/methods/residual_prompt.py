@@ -2,8 +2,8 @@
 
     P'_i = P_i + LayerNorm(W_up ReLU(W_down P_i + b_down) + b_up)
 
-One network serves all positions. Formula and settings are those of the authors' code (arazd/ResidualPrompts).
-After training P' is the prompt: the network is folded in and gone.
+All positions share one network. Formula and settings are those of the authors' code (arazd/ResidualPrompts). After
+training, P' is computed once and is the prompt: the network is no longer needed.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ EPSILON = 1e-5  # torch's LayerNorm
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ResidualPrompt(Method):
-    """A prompt and a residual network over its positions.
+    """Trains a prompt, and a residual network that is applied to each of its positions.
 
     Attributes:
-      length: positions, P.
-      bottleneck: width of the hidden layer, m. The authors' code uses 800; 400 fits the paper's parameter count.
+      length: number of prompt positions, P.
+      bottleneck: width of the hidden layer, m. The authors' code uses 800; 400 gives the paper's parameter count.
       initializer: how P starts; see `prompts.initializers`.
     """
 

@@ -1,9 +1,9 @@
-"""A prompt with a learned scale and shift per feature.
+"""Trains a prompt with a scale and a shift per feature.
 
     P'_ij = P_ij s_j + b_j,    s [D] from 1,  b [D] from 0
 
-P' is what ULPT (arXiv 2502.04501) makes of its projected prompt; here P itself is trained. As a function it is no more
-than prompt tuning, but s and b move all positions at once, which changes how it is optimised.
+ULPT (arXiv 2502.04501) computes P' in the same way from its projected prompt; here P itself is trained. P' can be no
+more than what prompt tuning can learn, but s and b move all positions at once, which changes the optimisation.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ScaleShiftPrompt(Method):
-    """Trains a prompt, and one scale and one shift per feature; P D + 2 D parameters.
+    """Trains a prompt, and one scale and one shift per feature: P D + 2 D parameters.
 
     Attributes:
-      length: positions, P.
+      length: number of prompt positions, P.
       initializer: how P starts; see `prompts.initializers`.
     """
 

@@ -1,4 +1,4 @@
-"""What a method makes of a base model, told from shapes alone, and whether that can be."""
+"""Computes the shapes of a method's parameters without arrays, and checks what the method gives a base model."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ Shapes = Mapping[str, Any]  # arrays, or their shapes and dtypes
 
 
 class AnyTokenizer:
-    """Stands for a tokenizer where only shapes count: every text is one token, and no special one."""
+    """Replaces a tokenizer where only shapes count: it encodes every text as one token, which is not a special one."""
 
     def encode(self, text: str) -> list[int]:
         return [SPECIAL_TOKENS]
 
 
 class ShapeModel(NamedTuple):
-    """Stands for a base model in `Method.init`, with arrays that are being traced."""
+    """Replaces a base model in `Method.init` while it is traced: its parameters are tracers."""
 
     config: T5Config
     parameters: Mapping[str, Any]
@@ -36,10 +36,13 @@ class ShapeModel(NamedTuple):
 
 
 def start_shapes(method: Method, config: T5Config, base: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns `(trained, frozen)` by name, what is trained in float32; no array is made.
+    """Returns the shapes of the trained and of the frozen parameters, both by name, without making an array.
 
     Args:
-      base: the base model's parameters by path.
+      base: the base model's parameters by path, or their shapes.
+
+    Returns:
+      `(trained, frozen)`; the trained ones are float32.
     """
 
     def start(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,14 +54,14 @@ def start_shapes(method: Method, config: T5Config, base: Shapes) -> tuple[dict[s
 
 
 def check_injection(method: Method, injection: Injection, config: T5Config, base: Shapes) -> None:
-    """Checks what a method gives the model; a network would ignore a parameter that it does not have.
+    """Raises ValueError if what a method gives does not fit the model: Flax would ignore an unknown parameter.
 
     Args:
-      injection: of arrays or their shapes.
-      base: the base model's parameters by path, those that are trained among them.
+      injection: what the method's `apply` returned: arrays or their shapes.
+      base: the base model's parameters by path, including those that are trained.
 
     Raises:
-      ValueError: a shape does not fit, or there is no such parameter.
+      ValueError: a shape does not fit, or the model has no such parameter.
     """
     name, wide = type(method).__name__, config.emb_dim
     prompt, deep = injection.prompt, injection.layer_prompts
@@ -97,7 +100,7 @@ def trains_base(trained: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
 
 
 def check_not_int8(trained: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Raises SettingError if parameters of a base model are trained whose matrices are int8: these are only read."""
+    """Raises SettingError if the base model is int8 and its own parameters are trained: int8 is only read."""
     own = sorted(path for path in trained if path in base)
     if own and scale_path(TABLE) in base:
         raise SettingError(

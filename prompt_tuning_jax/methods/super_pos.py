@@ -1,9 +1,9 @@
-"""SuperPos: prompts as superpositions of token embeddings (Sadraei Javaeri et al. 2024, arXiv 2406.05279).
+"""SuperPos: trains prompts as superpositions of token embeddings (Sadraei Javaeri et al. 2024, arXiv 2406.05279).
 
     p_i = (E + dE_i) w_i,    E [D, m] frozen,  dE_i [D, m],  w_i [m]
 
-The columns of E are the embeddings of m sampled tokens, the same ones for every position; each position i has its own
-change dE_i, which starts at 0, and its own weights w_i, which no softmax bounds.
+The columns of E are the embeddings of m sampled tokens, the same ones for every position. Each position i has its own
+change dE_i, which starts at 0, and its own weights w_i, without a softmax.
 """
 
 import dataclasses
@@ -24,21 +24,22 @@ from prompt_tuning_jax.t5.quantized import embedding_rows
 
 @dataclasses.dataclass(frozen=True)
 class SuperPos(Method):
-    """Trains, for each position, a change to m token embeddings and their weights; P m (D + 1) parameters.
+    """Trains, for each position, a change to m token embeddings and their weights: P m (D + 1) parameters.
 
         >>> SuperPos(length=10, tokens=128)
         SuperPos(length=10, tokens=128, population=5000, token_seed=0)
 
-    E is read from the base model's embedding table in every step, and is neither trained nor stored: weight decay takes
-    dE to 0, not E. A trained prompt no longer depends on it. The weights start normal with variance 1 / m, so that a
-    position starts at the scale of an embedding. No code of the authors was found; this start is our own choice.
+    E is read from the base model's embedding table in every step, and is neither trained nor stored: weight decay pulls
+    dE to 0, not E. The prompt that training returns no longer depends on E. The weights start normal with variance
+    1 / m, so that a position starts at the scale of an embedding. No code of the authors was found; this start is our
+    own choice.
 
     Attributes:
-      length: positions, P. The trained parameters are m + m / D times those of prompt tuning of the same length.
-      tokens: how many embeddings are superposed, m. The paper finds no gain above 128.
-      population: the tokens are drawn from the first ids up to here, the most common ones, without special tokens; none
-        of them may be a sentinel or a padding row of the embedding table.
-      token_seed: of the draw. It does not follow the run's seed, so that the tokens are a function of the fields alone.
+      length: number of prompt positions, P. Prompt tuning of the same length trains m + m / D times fewer parameters.
+      tokens: the number of superposed embeddings, m. The paper finds no gain above 128.
+      population: the tokens are drawn from the ids below it, which are the most common ones, without special tokens.
+        None of these ids may be that of a sentinel or of a padding row of the embedding table.
+      token_seed: seed of the draw. It does not follow the run's seed, so that the tokens depend only on the fields.
     """
 
     length: Count = 10
@@ -64,14 +65,14 @@ class SuperPos(Method):
         return Injection(prompt=superposed + jnp.einsum("pm,pmd->pd", weights, change))
 
     def token_ids(self) -> np.ndarray:
-        """Returns the ids of the sampled tokens, [m], all different."""
-        # NumPy promises that these numbers never change with its version (NEP 19): a run may resume under another.
+        """Returns the ids of the sampled tokens, int32 [m], all different."""
+        # NumPy keeps the numbers of RandomState in all versions (NEP 19), so a run can resume under another version.
         draw = np.random.RandomState(self.token_seed)
         ids = SPECIAL_TOKENS + draw.permutation(self.population - SPECIAL_TOKENS)[: self.tokens]
         return ids.astype(np.int32)
 
     def embeddings(self, frozen: Params) -> Float[Array, "m D"]:
-        """Returns the transpose of E in float32, of a base model's parameters in any dtype."""
+        """Returns the transpose of E in float32, from a base model's parameters of any dtype."""
         return embedding_rows(frozen, self.token_ids()).astype(jnp.float32)
 
     def check(self, config: T5Config, input_length: int) -> None:

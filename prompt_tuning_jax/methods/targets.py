@@ -1,4 +1,4 @@
-"""Which matrices a parameter method changes: by PEFT's names for T5, or T5X's, in every layer of both stacks."""
+"""Finds the matrices that LoRA and IA3 change, by PEFT's names for T5 or by T5X's, in every layer of both stacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,28 +8,28 @@ from prompt_tuning_jax.settings import Texts, accepts, check
 from prompt_tuning_jax.t5.adapters import split_path
 from prompt_tuning_jax.t5.config import T5Config
 
-# PEFT's names, which are Hugging Face's, and T5X's. `wi` is the one projection of T5 1.0, `wi_0` and `wi_1` are the two
-# of T5 1.1. Neither the logits' matrix nor the embedding table is among them.
+# PEFT's names, which are Hugging Face's, to T5X's. `wi` is the one projection of T5 1.0, `wi_0` and `wi_1` are the two
+# of T5 1.1. The logits' matrix and the embedding table cannot be targets.
 T5X_NAMES = {"q": "query", "k": "key", "v": "value", "o": "out", "wi": "wi", "wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
 PEFT_NAMES = {ours: theirs for theirs, ours in T5X_NAMES.items()}
 
 
 def as_peft_names(targets: Any) -> Any:
-    """Returns targets in PEFT's spelling and one order, so that equal methods have equal fields.
+    """Returns targets by PEFT's names and in one order, so that equal methods have equal fields.
 
-    Names that no T5 has are kept for `check_targets` to refuse.
+    Unknown names are kept: `check_targets` refuses them.
     """
     if isinstance(targets, str):
         targets = (targets,)
     if not accepts(targets, Texts):
-        return targets  # for `check_targets` to refuse
+        return targets  # `check_targets` refuses it
     names = [str(PEFT_NAMES.get(str(name), name)) for name in targets]
     known = [name for name in T5X_NAMES if name in names]
     return (*known, *(name for name in dict.fromkeys(names) if name not in T5X_NAMES))
 
 
 def matrix_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
-    """Returns the [in, out] of every matrix that can be a target, by PEFT's name."""
+    """Returns the shape [in, out] of every matrix that can be a target, by PEFT's name."""
     width, joined, hidden = config.emb_dim, config.num_heads * config.head_dim, config.mlp_dim
     branches = len(config.mlp_activations)
     projections = ["wi"] if branches == 1 else [f"wi_{i}" for i in range(branches)]
@@ -38,7 +38,7 @@ def matrix_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
 
 
 def check_targets(targets: Texts, config: T5Config) -> None:
-    """Raises SettingError if `targets` is empty or has a name that this model has not."""
+    """Raises SettingError if `targets` is empty, or names a matrix that this model does not have."""
     shapes = matrix_shapes(config)
     setting = Setting("targets")
     check("targets", targets, Texts)
@@ -54,7 +54,7 @@ def check_targets(targets: Texts, config: T5Config) -> None:
 
 
 def targeted_modules(targets: Texts, parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Returns the [in, out] of every module whose kernel is a target, by the module's path, sorted."""
+    """Returns the shape [in, out] of every kernel that is a target, by its module's path, sorted."""
     names = {T5X_NAMES[target] for target in targets}
     modules = {}
     for path in sorted(parameters):

@@ -1,4 +1,4 @@
-"""What the methods of one prompt per task share: the tasks by name, and what these must be."""
+"""Sets and checks the task names of methods that train one prompt per task."""
 
 import copy
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from prompt_tuning_jax.settings import Texts, check
 
 
 def with_tasks(method: Method, tasks: Iterable[str]) -> Method:
-    """Returns the method with these tasks in its field of that name."""
+    """Returns a copy of the method with the field `tasks` set."""
     named = copy.copy(method)
     object.__setattr__(named, "tasks", tuple(tasks))
     return named
 
 
 def check_tasks(tasks: Texts) -> None:
-    """Raises SettingError if these are not two tasks or more, whose names can be those of files."""
+    """Raises SettingError unless there are two or more different tasks, and each name can be that of a file."""
     setting = Setting("tasks")
     check("tasks", tasks, Texts)
     if len(tasks) < 2:

@@ -1,4 +1,4 @@
-"""ULPT: prompt tuning with ultra-low-dimensional optimisation (Wu et al. 2025, arXiv 2502.04501).
+"""ULPT: trains a prompt in very few dimensions, by a frozen random projection (Wu et al. 2025, arXiv 2502.04501).
 
     P_ij = (sum_k Z_ik R_kj) s_j + b_j,    Z [P, r],  R [r, D] random and frozen,  s [D],  b [D]
 
@@ -20,19 +20,20 @@ from prompt_tuning_jax.t5.config import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class ULPT(Method):
-    """Trains Z, and one scale and one shift per feature; P r + 2 D parameters.
+    """Trains Z, and one scale and one shift per feature: P r + 2 D parameters.
 
         >>> ULPT(length=100, rank=64)
         ULPT(length=100, rank=64, projection_seed=0)
 
-    R is a function of `projection_seed` alone. It is neither trained nor stored: it is drawn again wherever it is
-    needed, and a trained prompt no longer depends on it. The paper draws R standard normal, the authors' code Xavier
-    uniform, within sqrt(6 / (r + D)) of 0. It is drawn here as in their code; s can learn another scale.
+    R depends only on `projection_seed`, r and D. It is neither trained nor stored: it is drawn again when it is needed,
+    and the prompt that training returns no longer depends on it. The paper draws R standard normal; the authors' code
+    draws it Xavier uniform, within sqrt(6 / (r + D)) of 0. Here it is drawn as in their code; s can learn another
+    scale.
 
     Attributes:
-      length: positions, P.
-      rank: columns of Z and rows of R, r: at most D.
-      projection_seed: of R. It does not follow the run's seed, so that runs of several seeds share one projection.
+      length: number of prompt positions, P.
+      rank: number of columns of Z and of rows of R, r; at most D.
+      projection_seed: seed of R. It does not follow the run's seed, so that runs with several seeds share one R.
     """
 
     length: Count = 100
@@ -49,8 +50,8 @@ class ULPT(Method):
         return Injection(prompt=projected * trained["scale"] + trained["shift"])
 
     def projection(self, width: int) -> Float[np.ndarray, "r D"]:
-        """Returns R for a model of this d_model."""
-        # NumPy promises that these numbers never change with its version (NEP 19): a run may resume under another.
+        """Returns R, [r, D], for a model with d_model `width`."""
+        # NumPy keeps the numbers of RandomState in all versions (NEP 19), so a run can resume under another version.
         draw = np.random.RandomState(self.projection_seed)
         limit = (6 / (self.rank + width)) ** 0.5
         return draw.uniform(-limit, limit, (self.rank, width)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""One program over many devices and processes: the mesh, what lies where on it, and how processes meet and part."""
+"""Runs one program on many devices and processes: the mesh, the shardings, and the start and end of processes."""

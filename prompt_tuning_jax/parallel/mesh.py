@@ -1,8 +1,8 @@
-"""Devices as a mesh of three axes, and the rules by which T5X's logical axes are divided over them.
+"""Arranges devices as a mesh of three axes, and defines which mesh axis shards each of T5X's logical axes.
 
-data    divides the batch; each device has the whole model
-fsdp    divides the batch and the parameters, which are gathered where a layer needs them (fully sharded)
-model   divides the parameters and what is computed with them (tensor parallelism; T5X's `num_partitions`)
+data    shards the batch; every device has the whole model (data parallelism)
+fsdp    shards the batch and the parameters, which are gathered when a layer needs them (fully sharded data parallelism)
+model   shards the parameters and the computations with them (tensor parallelism; T5X's `num_partitions`)
 """
 
 import math
@@ -19,8 +19,8 @@ from prompt_tuning_jax.settings import Count, Sizes, Table, check_values, whole
 AXES = ("data", "fsdp", "model")
 MeshSizes = Annotated[Sizes, Table(tuple((name, whole(1)) for name in AXES), whole=False)]
 
-# A mesh axis divides one axis of an array: where two name it, the rule that stands first has it. An activation
-# ("batch", "length", "embed") is then divided by rows, and a kernel ("embed", "mlp") by both of its axes.
+# A mesh axis can shard only one axis of an array: if the rules of two axes name it, the first rule wins. An activation
+# ("batch", "length", "embed") is therefore sharded by rows, and a kernel ("embed", "mlp") by both of its axes.
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
     ("vocab", "model"),
@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 class MeshShape(NamedTuple):
-    """Devices along each axis."""
+    """Holds the number of devices along each axis."""
 
     data: int = 1
     fsdp: int = 1
@@ -48,14 +48,15 @@ class MeshShape(NamedTuple):
 
 
 def mesh_shape(mesh: MeshSizes | None, num_partitions: Count | None, devices: int) -> MeshShape:
-    """The mesh that is asked for, over all devices.
+    """Returns the shape of the mesh that the settings ask for, over all devices.
 
     Args:
-      mesh: MESH, sizes by axis; an axis that it does not name is 1, but data, which has the devices left over.
-      num_partitions: NUM_PARTITIONS, the size of the model axis where `mesh` does not name it.
+      mesh: MESH, sizes by axis. An axis that it does not name has size 1; data, if not named, has the devices left.
+      num_partitions: NUM_PARTITIONS, the size of the model axis if `mesh` does not name it.
+      devices: number of devices of all processes.
 
     Raises:
-      ValueError: there is no such mesh of so many devices.
+      ValueError: the sizes do not multiply to the number of devices.
     """
     check_values(mesh_shape, locals())
     sizes, said = dict(mesh or {}), Setting("mesh" if mesh else "num_partitions")
@@ -75,13 +76,13 @@ def mesh_shape(mesh: MeshSizes | None, num_partitions: Count | None, devices: in
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices, those of a process side by side, the processes in their order.
+    """Returns the mesh over all devices, sorted by process and then by id.
 
-    A model axis then stays within a host as long as the host has enough devices, the rows of a process are consecutive
-    rows of the batch, and several slices, whose processes are numbered slice by slice, divide the data.
+    This order keeps a model axis within a host if the host has enough devices, gives each process consecutive rows of
+    the batch, and shards the data over several TPU slices, whose processes are numbered slice by slice.
 
     Raises:
-      ValueError: processes would share a model axis unequally.
+      ValueError: processes would have unequal parts of a model axis.
     """
     found = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     own = len(found) // len({device.process_index for device in found})

@@ -1,4 +1,4 @@
-"""One device in place of a mesh: a `Partitioner` of nothing, so that no caller asks whether there is a mesh."""
+"""Defines `OneDevice`, which replaces `Partitioner` on one device, so that no caller asks whether there is a mesh."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from prompt_tuning_jax.t5.quantized import embedding_table
 
 
 class OneDevice:
-    """Has `Partitioner`'s methods, and leaves every array where it is.
+    """Has the methods of `Partitioner`, and leaves every array where it is.
 
-    Not a mesh of one device: its programs would be compiled by the SPMD partitioner, for nothing.
+    This is not a mesh of one device, whose programs would go through the SPMD partitioner without any use.
     """
 
     mesh = replicated = parameter = None
@@ -20,7 +20,7 @@ class OneDevice:
     on_batch: Callable[[], None] = staticmethod(lambda: None)
 
     def state(self, state: Any) -> None:
-        """Returns None: the state lies on the device."""
+        """Returns None, for no shardings: the state is on the one device."""
 
     def own_rows(self, batch_size: int) -> tuple[int, int]:
         return 0, 1

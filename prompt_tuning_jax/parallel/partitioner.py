@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: parameters by the rules, batches by rows, all else whole on every device."""
+"""Places arrays on a mesh: parameters are sharded by the rules, batches by rows, and all else is replicated."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,13 +22,15 @@ ROWS = ("data", "fsdp")
 
 
 class Partitioner:
-    """The rules of `mesh.RULES`, for one model on one mesh.
+    """Applies the rules of `mesh.RULES` to one model on one mesh.
 
     Attributes:
-      mesh: with the axes data, fsdp and model. One without devices gives shardings, and nothing can be placed on it.
-      replicated: whole on every device.
-      rules: over what each logical axis is divided; one that the devices cannot share equally is whole.
-      on_batch: called before a batch is spread.
+      mesh: a mesh with the axes data, fsdp and model. An abstract mesh has no devices: it gives shardings, but no array
+        can be placed on it.
+      replicated: the sharding of an array that is whole on every device.
+      rules: the mesh axis of each logical axis; None if it is not sharded, as when its size is not a multiple of the
+        mesh axis.
+      on_batch: called before a batch is placed on the devices.
     """
 
     def __init__(self, mesh: Mesh | AbstractMesh, config: T5Config):
@@ -36,7 +38,7 @@ class Partitioner:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.on_batch: Callable[[], None] = lambda: None
         self._axes = logical_axes(config)
-        # A head is not divided: its features meet in every product of the attention.
+        # A head is never sharded, because both matmuls of attention need all of its features together.
         sizes = {"vocab": config.vocab_size, "mlp": config.mlp_dim, "embed": config.emb_dim}
         sizes |= {"heads": config.num_heads, "joined_kv": config.num_heads}
         self.rules = [
@@ -46,22 +48,24 @@ class Partitioner:
 
     @property
     def batch_shards(self) -> int:
-        """Parts that a batch is divided into."""
+        """The number of parts that a batch is sharded into."""
         return int(np.prod([self.mesh.shape[axis] for axis in ROWS]))
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Of the parameter at `path`, int8 scales included."""
-        axes = self._axes.get(path, (None,) * len(shape))  # the prompt is in no base: whole
+        """Returns the sharding of the parameter at `path`, int8 scales included."""
+        axes = self._axes.get(path, (None,) * len(shape))  # a prompt is not in the base model: replicated
         return NamedSharding(self.mesh, PartitionSpec(*(dict(self.rules).get(axis or "") for axis in axes)))
 
     def batch(self, batch_size: int, ndim: int = 2) -> NamedSharding:
-        """Of an array with a row for each of a batch's; whole where its rows cannot be shared equally."""
+        """Returns the sharding of an array with a batch's rows; replicated if the rows do not divide equally."""
         if batch_size % self.batch_shards:
             return self.replicated
         return NamedSharding(self.mesh, PartitionSpec(ROWS, *[None] * (ndim - 1)))
 
     def state(self, state: Any) -> Any:
-        """The shardings of a training state: what has a parameter's path and shape lies where that parameter does.
+        """Returns the shardings of a training state: a leaf with a parameter's path is sharded like that parameter.
+
+        Leaves of another number of dimensions or of shape (1,), as Adafactor has, are replicated.
 
         Args:
           state: a tree of arrays or shapes, with the parameters in flat dictionaries by path.
@@ -75,12 +79,12 @@ class Partitioner:
         return jax.tree_util.tree_map_with_path(sharding, state)
 
     def own_rows(self, batch_size: int) -> tuple[int, int]:
-        """`(index, count)`: this process has the rows of the index-th of `count` equal, consecutive parts of a batch.
+        """Returns `(index, count)`: this process has part `index` of the `count` equal, consecutive parts of a batch.
 
-        Processes that share the devices of one part of a batch have the same index.
+        Processes whose devices have the same rows get the same index.
 
         Raises:
-          ValueError: the devices of the mesh's batch axes cannot share the rows equally.
+          ValueError: the rows do not divide equally over the data and fsdp axes.
         """
         if batch_size % self.batch_shards:
             raise SettingError(
@@ -95,11 +99,11 @@ class Partitioner:
         return first // (last - first), batch_size // (last - first)
 
     def spread(self, rows: Any, batch_size: int) -> Any:
-        """A batch on the devices.
+        """Places a batch on the devices, sharded by rows.
 
         Args:
           rows: a tree of arrays on the host: the whole batch, or this process's own rows of it.
-          batch_size: rows of the whole.
+          batch_size: number of rows of the whole batch.
         """
         self.on_batch()
 
@@ -110,7 +114,7 @@ class Partitioner:
         return jax.tree.map(place, rows)
 
     def replicate(self, tree: Any) -> Any:
-        """Arrays on the host, the same in every process, on every device."""
+        """Places arrays on every device. They are on the host, and must be the same in every process."""
 
         def place(array: Any) -> jax.Array:
             array = np.asarray(array)
@@ -119,7 +123,7 @@ class Partitioner:
         return jax.tree.map(place, tree)
 
     def place(self, parameters: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Parameters by path, each where the rules put it; what lies on the mesh already is not moved."""
+        """Places parameters by path, each sharded by the rules; one that has this sharding already is not copied."""
 
         def placed(path: str, value: Any) -> jax.Array:
             sharding = self.parameter(path, value.shape)
@@ -130,21 +134,21 @@ class Partitioner:
         return {path: placed(path, value) for path, value in parameters.items()}
 
     def gather(self, tree: Any) -> Any:
-        """Arrays that may lie on devices of other processes, on the host. All processes call this together."""
+        """Returns NumPy copies of arrays that may be on other processes' devices. All processes call this together."""
         return jax.tree.map(np.asarray, self.jit(lambda x: x, out_shardings=self.replicated)(tree))
 
     def gather_table(self, params: Mapping[str, jax.Array]) -> jax.Array:
-        """The embedding table, in floats, on this process's first device."""
+        """Returns the whole embedding table in floats, on this process's first device."""
         of_table = {path: params[path] for path in (TABLE, scale_path(TABLE)) if path in params}
         return jnp.asarray(np.asarray(self.jit(embedding_table, out_shardings=self.replicated)(of_table)))
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """`jax.jit`, with activations held to the rules by the names that the layers give them."""
+        """Returns `jax.jit(function)`, in which the rules shard activations by their logical axes."""
         return _OnMesh(self, jax.jit(function, **options))
 
 
 class _OnMesh:
-    """A jitted function that is called, and lowered, with the mesh and the rules at hand."""
+    """Wraps a jitted function, which is called and lowered in the context of the mesh and the rules."""
 
     def __init__(self, partitioner: Partitioner, jitted: Any):
         self._mesh, self._rules, self._jitted = partitioner.mesh, partitioner.rules, jitted
@@ -160,7 +164,7 @@ class _OnMesh:
 
 @functools.lru_cache
 def logical_axes(config: T5Config) -> Mapping[str, tuple[str | None, ...]]:
-    """The logical axes of every parameter, ("embed", "mlp"), by path; those of an int8 base's scales too."""
+    """Returns the logical axes of every parameter by path, such as ("embed", "mlp"), including those of int8 scales."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     init = functools.partial(Transformer(config).init, enable_dropout=False)
     tree = get_axis_names(jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params_axes"])

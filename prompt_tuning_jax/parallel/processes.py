@@ -1,7 +1,7 @@
-"""Many processes as one program: how they find each other, who writes, and how one leaves that the others have left.
+"""Runs many processes as one program: connects them, names the one that writes, and ends those that lost another.
 
-A process is found by flags, by JAX_COORDINATOR_ADDRESS and its neighbours (docs/gpu.md), by Slurm's variables of a
-job step, or by the TPU machine that it runs on; else there is one.
+Processes are found by flags, by JAX_COORDINATOR_ADDRESS and its related variables (docs/gpu.md), by Slurm's variables
+of a job step, or by the TPU machine that they run on. Otherwise there is one process.
 """
 
 import contextlib
@@ -16,26 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import distributed  # the one way to wait for processes that may not come
+from jax._src import distributed  # the only barrier with a time limit, for processes that may not come
 from jax.experimental import multihost_utils
 
 FLAGS = ("coordinator_address", "process_count", "process_index")
-START_SECONDS = 300  # to wait for all processes
-HEARTBEAT_SECONDS = 60  # without a sign of life a process is taken for dead, and JAX ends the others
-LAST_SECONDS = 20  # that a process which ends with an error waits for the others to do the same
-STUCK_SECONDS = 1_800  # without a batch a run is taken for stuck: more than any compilation or pause between two takes
+START_SECONDS = 300  # how long a process waits for the others to start
+HEARTBEAT_SECONDS = 60  # a process without a heartbeat for so long counts as dead, and JAX ends the others
+LAST_SECONDS = 20  # how long a process that ends with an error waits for the others to do the same
+STUCK_SECONDS = 1_800  # a run without a batch for so long counts as stuck: longer than any compilation or pause
 OF_PEERS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
-LOST_PEER = 75  # exit code: another process is gone, start all of them again (EX_TEMPFAIL)
+LOST_PEER = 75  # exit code (EX_TEMPFAIL): another process is gone; start all of them again
 
 
 def start_processes(flags: Mapping[str, str | bool], environment: Mapping[str, str] = os.environ) -> None:
-    """Meets the other processes, where there are any. Before anything that asks JAX for a device.
+    """Connects to the other processes, if there are any. Must be called before anything asks JAX for a device.
 
     Args:
-      flags: of the command line; those of `FLAGS` are read, T5X's of the same names.
+      flags: the flags of the command line; only those in `FLAGS` are read, which have T5X's names.
 
     Raises:
-      ValueError: the flags or variables are not complete, or the others did not come.
+      ValueError: the flags or variables are incomplete, or the other processes did not come.
     """
     found = process_of(flags, environment)
     if found is None:
@@ -57,10 +57,10 @@ def start_processes(flags: Mapping[str, str | bool], environment: Mapping[str, s
 
 
 def process_of(flags: Mapping[str, str | bool], environment: Mapping[str, str]) -> dict | None:
-    """The arguments of `jax.distributed.initialize`: none where JAX finds them itself; None for one process alone.
+    """Returns the arguments of `jax.distributed.initialize`, {} if JAX finds them itself; None for a single process.
 
     Raises:
-      ValueError: the flags or variables are not complete.
+      ValueError: the flags or variables are incomplete.
     """
     given = {name: flags[name] for name in FLAGS if name in flags}
     variables = {
@@ -84,10 +84,10 @@ def process_of(flags: Mapping[str, str | bool], environment: Mapping[str, str]) 
         if not 0 <= index < count:
             raise ValueError(f"{names['process_index']} is {index}, expected 0 to {count - 1}, one less than the count")
         return {"coordinator_address": address, "num_processes": count, "process_id": index} if count > 1 else None
-    # Slurm sets SLURM_NTASKS in a batch script too; the nodes of a step are known only to what `srun` started.
+    # Slurm sets SLURM_NTASKS in a batch script, too; it sets SLURM_STEP_NODELIST only in what `srun` started.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return {}
-    if "TPU_VISIBLE_CHIPS" in environment:  # chips of a host that another process has the rest of
+    if "TPU_VISIBLE_CHIPS" in environment:  # the host's other chips belong to another, independent process
         return None
     on_tpu = importlib.util.find_spec("libtpu") is not None and any(map(_any_file, ("/dev/accel*", "/dev/vfio/[0-9]*")))
     return {} if on_tpu and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") else None
@@ -104,26 +104,26 @@ def _any_file(pattern: str) -> bool:
 
 
 def is_writer() -> bool:
-    """Whether this is the process that writes what is written once: process 0."""
+    """Returns whether this is process 0, which writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes to come here."""
+    """Waits until all processes have called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def preempted(step: int) -> bool:
-    """Whether the processes agreed to end after this step: SIGTERM, or a notice of maintenance, came to one of them.
+    """Returns whether the processes agreed to end after this step, because one got SIGTERM or a maintenance notice.
 
-    All processes ask, at every step. The first that is told names a step that none of them has passed.
+    All processes must call this at every step. They agree on a step that none of them has passed.
     """
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 def leave(code: int, line: str = "") -> None:
-    """Ends this process at once, without the meeting at the end, which the others would not come to."""
+    """Ends this process at once, without JAX's barrier at shutdown, to which the other processes would not come."""
     print(line, end="\n" if line else "", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
@@ -131,16 +131,16 @@ def leave(code: int, line: str = "") -> None:
 
 @contextlib.contextmanager
 def leaving_alone() -> Iterator[None]:
-    """Lets one of several processes end with exit code 2 while the others go on, who then lose it.
+    """Lets one of several processes end with exit code 2 while the others run on; they then find it gone.
 
-    Most often what is wrong is wrong for all, and each is to say so itself: it waits for the others to come here, too.
-    JAX's service, which process 0 has, ends a process whose peers are gone; so process 0 leaves last.
+    Most often all processes have the same error, and each should print it. So this one first waits for the others to
+    end, too. JAX's coordination service runs in process 0, and a process that loses it is ended: process 0 leaves last.
     """
     try:
         yield
     except SystemExit as ended:
         if ended.code == 2 and jax.process_count() > 1:
-            with contextlib.suppress(Exception):  # of the barrier: the others do not come, or are gone
+            with contextlib.suppress(Exception):  # the barrier fails if the others do not come or are gone
                 client: Any = distributed.global_state.client
                 client.wait_at_barrier("leaving", LAST_SECONDS * 1_000)
                 time.sleep(1 if is_writer() else 0)
@@ -149,15 +149,15 @@ def leaving_alone() -> Iterator[None]:
 
 
 class PeerWatch:
-    """While in this context, a peer that is gone or stuck ends this process with a line that says so.
+    """A context that ends this process, with a line that says why, if another process is gone or stuck.
 
-    The death of a peer shows as an error of the program that waits for it, or, where its machine says nothing, as
-    missing heartbeats, upon which JAX itself ends this process. A peer that lives and does nothing is told by time.
-    With one process there is nothing to watch.
+    A dead process shows as an error of the program that waits for it. If its machine is gone as well, heartbeats are
+    missing, and JAX itself ends this process. A process that lives but does nothing is found by the time since the last
+    batch. With one process, nothing is watched.
 
     Attributes:
-      saved_step: that another start goes on from; None where nothing is saved.
-      last_work: when there was something to do, by `time.monotonic`.
+      saved_step: the step that a restart resumes from; None if nothing is saved.
+      last_work: when this process last had work, by `time.monotonic`.
     """
 
     def __init__(self):
@@ -171,7 +171,7 @@ class PeerWatch:
         return self
 
     def work(self) -> None:
-        """Notes that this process has something to do: a batch, say."""
+        """Notes that this process has work, such as a batch."""
         self.last_work = time.monotonic()
 
     def _watch(self) -> None:
@@ -186,7 +186,7 @@ class PeerWatch:
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         self._over.set()
-        # Of JAX's errors some arrive as ValueErrors.
+        # Some of JAX's errors arrive as ValueErrors.
         if self._watches and isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and OF_PEERS.match(str(error)):
             reason = str(error).strip().splitlines()[0][:200]
             self._leave(f"process {jax.process_index()} of {jax.process_count()} lost another ({reason})")

@@ -1,1 +1,1 @@
-"""The soft prompt: the learned matrix, how it starts, and its files."""
+"""Initialises, reads, writes and compares soft prompts."""

@@ -1,4 +1,4 @@
-"""Prompt files: `.npy`, PEFT's adapter folder, the official file without suffix, a run's folder, a T5X checkpoint."""
+"""Reads and writes prompts: `.npy`, PEFT adapter folders, the official file, run folders, T5X checkpoints."""
 
 import io
 import os
@@ -15,23 +15,26 @@ from prompt_tuning_jax.prompts import peft
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
 PROMPT, TASK_PROMPTS = "prompt.npy", "prompts"
-# Where a run's folder keeps what it trained: one prompt, or a folder with a file TASK.npy for each task.
+# The paths in a run's folder of what it trained: one prompt, or a folder with a file TASK.npy for each task.
 RUN_PROMPT, RUN_PROMPTS = Path("best", PROMPT), Path("best", TASK_PROMPTS)
-# Where a prompt lies in a T5X checkpoint: under this project's module, and under the official one.
+# The paths of a prompt in a T5X checkpoint: with this project's module, and with the official one.
 IN_T5X = ("encoder/prompt/prompt", "encoder/prompt/prompt/prompt")
 EXPECTED = ("a prompt, float32 [prompt length, d_model]: set ", Setting("prompt_file"))
 
 
 def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> Float[np.ndarray, "*L P D"]:
-    """Reads a prompt, whatever its format.
+    """Reads a prompt from a file, folder or checkpoint of any format that this module knows.
 
     Args:
-      dimensions: 2 for a prompt [P, D], 3 for one per encoder layer [L, P, D]; (2, 3) takes either.
-      path: a `.npy` file, under any name; a run's folder, whose best prompt is read; a folder with the official file;
-        a PEFT adapter folder; or a T5X checkpoint, by path or URL.
+      path: a `.npy` file, with any name; a run's folder, whose best prompt is read; a folder with the official file; a
+        PEFT adapter folder; or a T5X checkpoint, by path or URL.
+      dimensions: (2,) for a prompt [P, D], (3,) for one per encoder layer [L, P, D]; (2, 3) accepts both.
+
+    Returns:
+      The prompt in float32, whatever float dtype the file has.
 
     Raises:
-      ValueError: nothing is there, or it is truncated, not an array of two dimensions, or not of finite floats.
+      ValueError: there is no prompt, it is truncated, has another number of dimensions, or is not of finite floats.
     """
     folder = Path(path)
     if "://" in str(path):
@@ -55,7 +58,7 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
     else:
         held = f"{RUN_PROMPT} (a run), {OFFICIAL_NAME}, adapter_config.json (PEFT) or a T5X checkpoint"
         raise SettingError(f"no prompt file in {path}, which has no {held}; expected ", *EXPECTED)
-    floats = prompt.dtype.kind == "f" or prompt.dtype == ml_dtypes.bfloat16  # which is no type of NumPy's own
+    floats = prompt.dtype.kind == "f" or prompt.dtype == ml_dtypes.bfloat16  # NumPy gives bfloat16 the kind "V"
     if prompt.ndim not in dimensions or not floats or not prompt.size:
         found = f"holds {str(prompt.dtype):.40} {list(prompt.shape)}; expected "
         raise SettingError(Private(f"{path} "), found, *EXPECTED)
@@ -67,10 +70,10 @@ def read_prompt(path: str | os.PathLike, dimensions: tuple[int, ...] = (2,)) -> 
 
 
 def prompts_in(folder: str | os.PathLike) -> dict[str, Path]:
-    """Returns the paths of a folder's prompts by name, for `read_prompt`; nothing is read.
+    """Returns the paths of a folder's prompts by name, for `read_prompt`, without reading them.
 
-    A prompt is a `.npy` file, or a folder that `read_prompt` reads. A run with one prompt per task has each of these
-    prompts, called RUN/TASK; it may also be `folder` itself.
+    A prompt is a `.npy` file, or a folder that `read_prompt` reads. A run with one prompt per task gives one prompt per
+    task, with the name RUN/TASK. `folder` may also be such a run itself; its names are then TASK.
     """
     folder = Path(folder)
     if (folder / RUN_PROMPTS).is_dir():
@@ -92,10 +95,11 @@ def prompts_in(folder: str | os.PathLike) -> dict[str, Path]:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.array(np.lib.format.open_memmap(path, mode="r"))  # never unpickles, nor trusts a shape
+        # Never unpickles, and does not trust the header's shape.
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError:
         raise SettingError(f"no prompt file {path}; expected ", *EXPECTED) from None
-    except Exception as error:  # any: NumPy lets through what Python's tokenizer makes of a damaged header
+    except Exception as error:  # of any type: NumPy passes on the errors of Python's tokenizer for a damaged header
         why = (str(error) or type(error).__name__).splitlines()[0]
         found = (Private(f"{path} "), "is not a readable prompt", Private(f" ({why})"), "; expected ")
         raise SettingError(*found, *EXPECTED) from None
@@ -113,11 +117,11 @@ def _read_t5x(location: str | os.PathLike) -> np.ndarray:
 
 
 def write_prompt(path: str | os.PathLike, prompt: Float[np.ndarray, "*L P D"]) -> None:
-    """Writes a prompt, or one per encoder layer, whole or not at all."""
+    """Writes a prompt, or one per encoder layer, as a float32 `.npy`; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # Into memory first: np.save into a file lets its last bytes fall without a word where the disk is full.
+    # Into memory first: on a full disk, np.save to a file can lose the last bytes without an error.
     file = io.BytesIO()
     np.save(file, np.asarray(prompt, np.float32))
     try:

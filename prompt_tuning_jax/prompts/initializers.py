@@ -1,8 +1,8 @@
-"""How a prompt starts (section 2.1): random, sampled vocabulary, class labels, a text, or a prompt trained before.
+"""Initialises prompts (section 2.1): random, sampled vocabulary, class labels, a text, or a prompt trained before.
 
-Each is a frozen dataclass that is called with `(key, length, model)` and returns a prompt, float32 [P, D]. `model` is
-the frozen base model, of which it may read `config`, `embeddings` [V, D] and `tokenizer`. A function of these three
-arguments is an initialiser, too, and so is one of `jax.nn.initializers`.
+An initialiser here is a frozen dataclass that is called with `(key, length, model)` and returns a prompt, float32
+[P, D]. `model` is the frozen base model; an initialiser may read its `config`, `embeddings` [V, D] and `tokenizer`. Any
+function of these three arguments is an initialiser, too, and so is one of `jax.nn.initializers`.
 
     >>> from types import SimpleNamespace
     >>> model = SimpleNamespace(config=SimpleNamespace(emb_dim=4))
@@ -30,8 +30,8 @@ from prompt_tuning_jax.settings import Callback, Finite, Int, Name, Texts, as_pa
 from prompt_tuning_jax.settings import Text as Writing
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
-UNKNOWN = 2  # T5's <unk>, of a tokenizer that does not say its own
-Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # ids of tokens, the special ones among them
+UNKNOWN = 2  # T5's <unk>, for tokenizers that do not say their own
+Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # tokens are drawn from the ids below it, but for special tokens
 
 Encode = Callable[[str], Sequence[int]]
 Initializer = Callback  # (key, length, model) -> [P, D], or one of JAX's: (key, shape, dtype) -> [P, D]
@@ -39,7 +39,7 @@ Initializer = Callback  # (key, length, model) -> [P, D], or one of JAX's: (key,
 
 @dataclasses.dataclass(frozen=True)
 class RandomUniform:
-    """Uniform over [minval, maxval): the paper's random initialisation is over [-0.5, 0.5)."""
+    """Draws uniformly over [minval, maxval); the paper's random initialisation is over [-0.5, 0.5)."""
 
     minval: Finite = -0.5
     maxval: Finite = 0.5
@@ -55,17 +55,18 @@ class RandomUniform:
 
 @dataclasses.dataclass(frozen=True)
 class OfficialRandomUniform(RandomUniform):
-    """Uniform over [0, 0.5): what the official runs used, since Flax's `uniform(scale)` starts at 0."""
+    """Draws uniformly over [0, 0.5), as the official runs do, because Flax's `uniform(scale)` starts at 0."""
 
     minval: Finite = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of distinct tokens, drawn from the `population` first ids: the most common ones, no special ones.
+    """Takes the embeddings of distinct tokens, drawn from the first `population` ids, which are the most common ones.
 
-    Sentinels and padding rows of the table are never drawn, however large the population. Tokens are drawn with
-    replacement only if the prompt is longer than the population. The official code also draws <pad>, </s> and <unk>.
+    Special tokens, sentinels and padding rows of the table are never drawn, however large the population is. Tokens are
+    drawn with replacement only if the prompt is longer than the population. The official code also draws <pad>, </s>
+    and <unk>.
     """
 
     population: Population = 5_000
@@ -82,13 +83,13 @@ class SampledVocabulary:
 
 
 def word_ids(tokenizer: Any, rows: int) -> Integer[np.ndarray, " words"]:
-    """Returns the ids that are no special tokens, sentinels or padding rows of the embedding table, in order.
+    """Returns the ids of ordinary tokens in order: no special tokens, sentinels or padding rows of the table.
 
     Args:
-      tokenizer: one with `size`, `sentinels` and `special_ids`, as `tokenizers.vocabulary.Vocabulary`, or with
-        `vocab_size` and `extra_ids`, as SeqIO's. For any other, no row of the table is known to be a sentinel or
-        padding, and the special tokens are T5's.
-      rows: of the embedding table.
+      tokenizer: has `size`, `sentinels` and `special_ids`, as `tokenizers.vocabulary.Vocabulary`, or `vocab_size` and
+        `extra_ids`, as SeqIO's. If it has none of them, no id is taken for a sentinel or padding, and the special
+        tokens are T5's.
+      rows: number of rows of the embedding table.
     """
     size = getattr(tokenizer, "size", getattr(tokenizer, "vocab_size", rows))
     sentinels = getattr(tokenizer, "sentinels", getattr(tokenizer, "extra_ids", 0))  # the last ids below `size`
@@ -97,20 +98,20 @@ def word_ids(tokenizer: Any, rows: int) -> Integer[np.ndarray, " words"]:
 
 
 def start_prompt(initializer: Initializer, key: jax.Array, length: int, model: Any) -> Float[Array, "P D"]:
-    """Returns the prompt that an initialiser gives.
+    """Returns the prompt that an initialiser returns, after a check of its shape.
 
     Args:
       initializer: called with `(key, length, model)`; or with `(key, (length, d_model), float32)` if its second
         argument is called `shape`, as in `jax.nn.initializers`.
 
     Raises:
-      SettingError: it takes other arguments, or gives no prompt of this length.
+      SettingError: it takes other arguments, or does not return floats of shape [length, d_model].
     """
     setting, shape = Setting("prompt_init"), (length, model.config.emb_dim)
     arguments: tuple[Any, ...] = (key, length, model)
     try:
         signature = inspect.signature(initializer)
-    except (TypeError, ValueError):  # a built-in function has none
+    except (TypeError, ValueError):  # a built-in function has no signature
         signature = None
     if signature is not None:
         if [*signature.parameters][1:2] == ["shape"]:
@@ -134,9 +135,9 @@ SAMPLED_VOCABULARY = SampledVocabulary()  # the default of every method that sta
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """Position i is label i, the mean over its subwords' embeddings; sampled vocabulary fills the other positions.
+    """Starts position i at label i, the mean of its subwords' embeddings; sampled vocabulary fills other positions.
 
-    Called raises SettingError if a label is empty or has a subword that the tokenizer does not know.
+    The call raises SettingError if a label is empty or has a subword that the tokenizer does not know.
     """
 
     labels: Texts
@@ -158,7 +159,7 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Position j is the embedding of subword j of `text`; sampled vocabulary fills the other positions."""
+    """Starts position j at the embedding of subword j of `text`; sampled vocabulary fills the other positions."""
 
     text: Writing
     population: Population = 5_000
@@ -174,7 +175,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class FromFile:
-    """The prompt in a file of any format that `prompts.files.read_prompt` knows, of the shape asked for."""
+    """Starts at the prompt in a file that `prompts.files.read_prompt` reads; its shape must be [length, d_model]."""
 
     path: Name
 
@@ -192,15 +193,16 @@ class FromFile:
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
-    """The prompt of a folder that is nearest to a prompt of the target task (SPoT, Vu et al. 2022, section 3).
+    """Starts at the prompt in a folder that is most similar to a prompt of the target task (SPoT, Vu et al. 2022).
 
-    Prompts stand for their tasks: near is a large cosine of two prompts' average vectors. `similarities` gives them.
+    A prompt is the embedding of its task, and similarity is the cosine of the mean vectors of two prompts (section 3).
+    `similarities` returns the cosines.
 
     Attributes:
-      folder: of the source prompts, all of the shape asked for: files and folders as `read_prompt` takes them, so that
-        a folder of runs is one. It must not change while a run that starts from it is under way.
-      like: a prompt of the target task, trained for a short while: a file or folder, as `read_prompt` takes it. In
-        `folder` itself it is no candidate.
+      folder: a folder of source prompts, all of shape [length, d_model]: files and folders that `read_prompt` reads, so
+        it may be a folder of runs. It must not change before a run that starts from it has ended.
+      like: a prompt of the target task, trained for a short time: a file or folder that `read_prompt` reads. If it is
+        in `folder`, it is not a candidate.
     """
 
     folder: Name
@@ -221,19 +223,19 @@ class Nearest:
         return jnp.asarray(sources[nearest])
 
     def similarities(self) -> dict[str, float]:
-        """Returns the cosine of each source prompt to `like`, by path, the nearest first."""
+        """Returns the cosine of each source prompt and `like`, by the source's path, in decreasing order."""
         target, sources = self._read()
         found = {path: mean_vector_similarity(prompt, target) for path, prompt in sources.items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def chosen(self) -> str:
-        """Returns a line that says which prompt the start is."""
+        """Returns a line that says which prompt was chosen as the start."""
         found = self.similarities()
         path, cosine = next(iter(found.items()))
         return f"the prompt starts from {path}, the nearest of {len(found)} to {self.like} (cosine {cosine:.3f})"
 
     def _read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns `like` and the source prompts by path, all of one width."""
+        """Returns `like` and the source prompts by path; raises SettingError unless all have one d_model."""
         with renamed(prompt_file="prompt_like"):
             target = read_prompt(self.like)
         folder = Setting("prompt_folder")
@@ -253,13 +255,13 @@ class Nearest:
 
 
 def _real(path: str | os.PathLike) -> str:
-    """Returns where a prompt lies, the same for a run's folder and for the prompt in it."""
+    """Returns the real path of a prompt, which is the same for a run's folder and for the prompt in it."""
     inner = Path(path) / RUN_PROMPT
     return os.path.realpath(inner if inner.is_file() else path)
 
 
 def _check_shape(path: str, prompt: np.ndarray, length: int, width: int) -> None:
-    """Raises SettingError if a prompt to start from is longer, shorter, wider or narrower than the one asked for."""
+    """Raises SettingError unless the shape of a prompt to start from is [length, width]."""
     if prompt.shape != (length, width):
         raise SettingError(
             f"prompt {path} is [{prompt.shape[0]}, {prompt.shape[1]}], expected [{length}, {width}]: set ",
@@ -271,12 +273,12 @@ def _check_shape(path: str, prompt: np.ndarray, length: int, width: int) -> None
 
 
 def written_prompt(text: str, model: Any) -> Float[Array, "n D"]:
-    """Returns the prompt whose positions are the subwords of a text: in front of the inputs it is that text."""
+    """Returns a text's subword embeddings as a prompt, which does the same as the text in front of the inputs."""
     return _embed(text, model, "prompt_text")
 
 
 def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
-    # Without what a tokenizer puts in front of every text, such as CodeT5's <s>.
+    # `subwords` omits what a tokenizer puts in front of every text, such as CodeT5's <s>.
     encode = getattr(model.tokenizer, "subwords", model.tokenizer.encode)
     ids = np.asarray(encode(text), np.int32)
     if not len(ids) or getattr(model.tokenizer, "unk_id", UNKNOWN) in ids:

@@ -1,10 +1,10 @@
-"""What a prompt's positions lie near (section 7): words of the frozen vocabulary, class labels, one another.
+"""Finds what a prompt's positions are near to (section 7): tokens of the frozen vocabulary, class labels, each other.
 
-Everything is measured by cosine. The paper names no measures beyond "nearest neighbours"; those here are:
-  chance: how near the nearest word is to a random direction. A position no nearer than that lies near no word.
-  tightness: the mean cosine over the pairs of one position's k nearest words; by chance, that of a random direction's.
-  overlap: the share of their k nearest words that two positions have in common.
-  cluster: positions connected by overlaps of at least a half.
+Everything is measured by cosine. The paper names no measure but "nearest neighbours"; the measures here are:
+  chance: the cosine of a random direction and its nearest token. A position that is no nearer has no near token.
+  tightness: the mean cosine over the pairs of a position's k nearest tokens; for chance, those of a random direction.
+  overlap: the share of their k nearest tokens that two positions have in common.
+  cluster: positions that are connected by overlaps of at least a half.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,14 @@ from prompt_tuning_jax.prompts.similarity import (
 
 
 class Lexicon(NamedTuple):
-    """Vectors that have a name: the words of a vocabulary, and after them the class labels that are no word of it.
+    """Holds vectors with names: the tokens of a vocabulary, and after them the class labels that are not one token.
 
     Attributes:
-      words: rows of the base's table, in its dtype and not copied.
-      others: the vectors of the labels that take several pieces: the mean of these, as at initialisation.
-      names: of all of them, in this order.
-      labels: each label's place in that order; a label of one piece is a word.
+      words: the tokens' rows of the base model's embedding table, in its dtype; a view of the table if their ids are
+        consecutive.
+      others: the vectors of labels with several subwords: the mean of the subwords' embeddings, as in `ClassLabels`.
+      names: the names of `words`, then those of `others`.
+      labels: the index in `names` of each class label; a label of one subword has the index of that token.
     """
 
     words: Float[np.ndarray, "W D"]
@@ -40,14 +41,14 @@ class Lexicon(NamedTuple):
     labels: dict[str, int]
 
     def vectors(self, places: Sequence[int] | Int[np.ndarray, " m"]) -> Float[np.ndarray, "m D"]:
-        """The vectors at `places`, float32."""
+        """Returns the vectors with the indices `places`, in float32."""
         words = len(self.words)
         rows = [self.words[place] if place < words else self.others[place - words] for place in places]
         return np.array(rows, np.float32).reshape(-1, self.words.shape[1])
 
 
 class Neighbors(NamedTuple):
-    """For each prompt position the places in a lexicon of its nearest vectors, the nearest first, and their cosines."""
+    """Holds the lexicon indices of each prompt position's k nearest vectors, nearest first, and their cosines."""
 
     places: Int[np.ndarray, "P k"]
     cosines: Float[np.ndarray, "P k"]
@@ -61,17 +62,17 @@ def make_lexicon(
     labels: Sequence[str] = (),
     unknown: int | None = UNKNOWN,
 ) -> Lexicon:
-    """The words of a vocabulary and `labels`.
+    """Returns the lexicon of a vocabulary's tokens and of `labels`.
 
     Args:
-      embeddings: the frozen base's table. It may have rows that no id has.
-      words: the ids of the vocabulary's words, in order: no special tokens, sentinels or padding rows.
-      piece: how an id is written.
-      encode: turns a label into its pieces' ids.
+      embeddings: the frozen base model's embedding table. It may have more rows than there are ids.
+      words: the ids of the vocabulary's ordinary tokens, in order: no special tokens, sentinels or padding rows.
+      piece: returns the text of an id.
+      encode: returns the ids of a label's subwords.
       unknown: the id of <unk>; None if there is none.
 
     Raises:
-      ValueError: a label is empty or has a piece that the vocabulary does not know.
+      ValueError: a label is empty or has a subword that the vocabulary does not know.
     """
     names, place_of = [piece(token) for token in words.tolist()], {token: at for at, token in enumerate(words.tolist())}
     others, places = [], {}
@@ -90,7 +91,7 @@ def make_lexicon(
             places[label] = len(names)
             names.append(label)
             others.append(embeddings[ids].astype(np.float32).mean(axis=0))
-    # A view of the table if no word's id is left out between the first and the last.
+    # A view of the table, not a copy, if the ids are consecutive.
     whole = slice(int(words[0]), int(words[-1]) + 1) if len(words) == words[-1] + 1 - words[0] else words
     own = embeddings[whole]
     others = np.array(others, np.float32).reshape(-1, embeddings.shape[1])
@@ -100,12 +101,12 @@ def make_lexicon(
 def describe(
     prompts: Mapping[str, Prompt], befores: Mapping[str, Prompt], lexicon: Lexicon, top: int
 ) -> dict[str, Any]:
-    """All measures of some prompts, ready for JSON.
+    """Returns all measures of some prompts, ready for JSON.
 
     Args:
-      prompts: of one width; lengths may differ.
-      befores: the same prompts at an earlier time, of the same shapes, for those names that have one.
-      top: how many neighbours of a position are looked at, k.
+      prompts: prompts by name, all with one D; lengths may differ.
+      befores: earlier versions of some of the prompts, by the same names and of the same shapes.
+      top: number of neighbours per position, k.
     """
     drawn = random_directions(lexicon.words.shape[1])
     chance = nearest(drawn, lexicon, top)
@@ -162,7 +163,7 @@ def _describe(prompt: Prompt, before: Prompt | None, lexicon: Lexicon, top: int)
 
 
 def name_neighbors(found: Neighbors, lexicon: Lexicon) -> list[list[dict[str, Any]]]:
-    """Each position's neighbours; one that is a class label says which."""
+    """Returns the neighbours of each position with name and cosine; a neighbour that is a class label also names it."""
     labels = {place: {"label": label} for label, place in lexicon.labels.items()}
     return [
         [
@@ -174,7 +175,7 @@ def name_neighbors(found: Neighbors, lexicon: Lexicon) -> list[list[dict[str, An
 
 
 def nearest(prompt: Prompt, lexicon: Lexicon, k: int = 5) -> Neighbors:
-    """The `k` vectors of `lexicon` with the largest cosine to each position; of equal ones the first."""
+    """Returns the `k` vectors of `lexicon` with the largest cosine to each position; the first ones in a tie."""
     parts = [part for part in (lexicon.words, lexicon.others) if len(part)]
     to_all = np.concatenate([cosines(prompt, part) for part in parts], axis=1)
     places = np.array([_largest(row, k) for row in to_all])
@@ -182,23 +183,23 @@ def nearest(prompt: Prompt, lexicon: Lexicon, k: int = 5) -> Neighbors:
 
 
 def random_directions(d_model: int, number: int = 100) -> Float[np.ndarray, "n D"]:
-    """Drawn evenly over the sphere, the same ones each time."""
+    """Returns random vectors whose directions are uniform over the sphere; the same ones in every call."""
     return np.random.default_rng(0).normal(size=(number, d_model)).astype(np.float32)
 
 
 def tightness(found: Neighbors, lexicon: Lexicon) -> list[float]:
-    """Of each position the mean cosine over the pairs of its neighbours, which must be two or more."""
+    """Returns, per position, the mean cosine over the pairs of its neighbours, which must be two or more."""
     k = found.places.shape[1]
     tight = []
     for places in found.places:
         unit = np.concatenate(list(unit_blocks(lexicon.vectors(places)))).astype(np.float64)
-        # Of k unit vectors the squared length of the sum is that of each, and each pair's cosine twice.
+        # The squared norm of a sum of unit vectors is the sum of their squared norms plus twice each pair's cosine.
         tight.append(float(np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
     return tight
 
 
 def overlaps(places: Int[np.ndarray, "P k"]) -> Float[np.ndarray, "P P"]:
-    """The share of their `k` neighbours that two positions have in common."""
+    """Returns, for each two positions, the share of their `k` neighbours that both have."""
     distinct, column = np.unique(places, return_inverse=True)
     has = np.zeros((len(places), len(distinct)), np.float32)
     np.put_along_axis(has, column.reshape(places.shape), 1.0, axis=1)
@@ -206,10 +207,10 @@ def overlaps(places: Int[np.ndarray, "P k"]) -> Float[np.ndarray, "P P"]:
 
 
 def clusters(overlap: Float[np.ndarray, "P P"], least: float = 0.5) -> list[list[int]]:
-    """The groups of two positions and more that overlaps of at least `least` connect."""
+    """Returns the groups of two or more positions that are connected by overlaps of at least `least`."""
     linked = (overlap >= least) | np.eye(len(overlap), dtype=bool)
     group = np.arange(len(overlap))
-    # Each takes the lowest number among those it is linked to, until no number changes.
+    # Each position takes the lowest group number of the positions it is linked to, until no number changes.
     while ((lowest := np.where(linked, group, len(group)).min(axis=1)) != group).any():
         group = lowest
     members = [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
@@ -217,14 +218,14 @@ def clusters(overlap: Float[np.ndarray, "P P"], least: float = 0.5) -> list[list
 
 
 def shared(places: Int[np.ndarray, "P k"]) -> dict[int, list[int]]:
-    """The positions of each vector that is a neighbour of several, those of most positions first."""
+    """Returns the positions of each vector that is a neighbour of several; vectors with most positions come first."""
     positions = {int(place): np.flatnonzero((places == place).any(axis=1)).tolist() for place in np.unique(places)}
     several = {place: where for place, where in positions.items() if len(where) > 1}
     return dict(sorted(several.items(), key=lambda item: -len(item[1])))
 
 
 def _largest(row: np.ndarray, k: int) -> np.ndarray:
-    """Where the `k` largest values stand, in falling order; of equal ones the first."""
+    """Returns the indices of the `k` largest values, in decreasing order; the first ones in a tie."""
     least = np.partition(row, -k)[-k]
     candidates = np.flatnonzero(row >= least)
     return candidates[np.argsort(-row[candidates], kind="stable")][:k]

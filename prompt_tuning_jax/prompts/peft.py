@@ -1,7 +1,6 @@
-"""Prompts in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
+"""Reads and writes PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors` (peft 0.21).
 
-In place of `adapter_model.safetensors` there may be `adapter_model.bin`: what older versions of PEFT wrote, and what it
-still writes with `safe_serialization=False`.
+An `adapter_model.bin` is read, too: older versions of PEFT wrote it, and `safe_serialization=False` still does.
 """
 
 import json
@@ -9,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+from reprlib import repr as shown  # truncates values from files of others, so that an error stays one line
 
 import numpy as np
 from jaxtyping import Float
@@ -28,7 +27,7 @@ EXPECTED = ("a PEFT prompt tuning adapter of a T5: set ", Setting("prompt_file")
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
-    """Whether the folder is a PEFT adapter, of any kind."""
+    """Returns whether the folder is a PEFT adapter of any kind."""
     return Path(folder, CONFIG).is_file()
 
 
@@ -36,13 +35,13 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     """Reads a prompt that PEFT trained, or that `write_adapter` wrote.
 
     Returns:
-      float32 [num_virtual_tokens, token_dim], whatever float the file holds. A file of twice the rows
-      (`num_transformer_submodules` 2, PEFT's default for T5) gives the first half: PEFT's own forward pass puts
-      `prompts[:, :num_virtual_tokens]` before the encoder's input and never reads the others.
+      float32 [num_virtual_tokens, token_dim], whatever float dtype the file has. If the file has twice as many rows
+      (`num_transformer_submodules` 2, PEFT's default for T5), this is the first half: PEFT's own forward pass puts
+      `prompts[:, :num_virtual_tokens]` before the encoder's input and never reads the other rows.
 
     Raises:
       ValueError: the folder is no adapter, or one of another kind; its two files are damaged or disagree; or its
-        weights hold more than the prompt, no floats, NaN or infinity.
+        weights have more arrays than the prompt, are not floats, or have NaN or infinity.
     """
     folder = Path(folder)
     rows, (length, width) = _read_shape(folder / CONFIG)
@@ -67,10 +66,10 @@ def base_name(folder: str | os.PathLike) -> str | None:
 
 
 def open_weights(folder: Path, expected: Sequence[str]) -> dict[str, StoredArray]:
-    """Opens the weights of an adapter of any kind; nothing is read yet.
+    """Opens the weights of an adapter of any kind, without reading them.
 
     Args:
-      expected: what the error says that the folder should be, in the parts of a `SettingError`.
+      expected: the parts of a `SettingError` that say what the folder should be.
 
     Raises:
       ValueError: they are absent, damaged, or no floats.
@@ -91,10 +90,10 @@ def weights_in(folder: Path) -> Path:
 
 
 def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads the opened weights of the adapter in `folder` as float32, whatever float the file holds.
+    """Reads the opened weights of the adapter in `folder` as float32, whatever float dtype the file has.
 
     Raises:
-      ValueError: they cannot be read, or hold NaN or infinity.
+      ValueError: the weights cannot be read, or have NaN or infinity.
     """
     floats = {}
     for name, array in arrays.items():
@@ -110,14 +109,14 @@ def read_floats(folder: Path, arrays: Mapping[str, StoredArray], expected: Seque
 
 
 def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], base: str | None = None) -> None:
-    """Writes a folder that `PeftModel.from_pretrained` loads, whole or not at all.
+    """Writes a folder that `PeftModel.from_pretrained` loads; the folder appears whole or not at all.
 
     Args:
-      prompt: written as float32.
-      base: the base model's path or name on Hugging Face's hub, for `AutoPeftModelForSeq2SeqLM`.
+      prompt: the prompt, which is written as float32.
+      base: the base model's path or its name on Hugging Face's hub, for `AutoPeftModelForSeq2SeqLM`.
 
     Raises:
-      ValueError: the folder is there and holds anything but an earlier prompt from here.
+      ValueError: the folder exists, and has other files than the two of an adapter.
     """
     length, width = prompt.shape
     config = {
@@ -127,22 +126,24 @@ def write_adapter(folder: str | os.PathLike, prompt: Float[np.ndarray, "P D"], b
         "inference_mode": True,
         "num_virtual_tokens": length,
         "token_dim": width,
-        "num_transformer_submodules": 1,  # the encoder alone; left out, PEFT expects 2 * length rows
+        "num_transformer_submodules": 1,  # only the encoder; without this field PEFT expects 2 * length rows
         "prompt_tuning_init": "RANDOM",  # TEXT would ask for a tokenizer
     }
     write_folder(folder, config, {TENSOR: np.asarray(prompt, np.float32)})
 
 
 def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes the two files of an adapter of any kind, whole or not at all.
+    """Writes the two files of an adapter of any kind; the folder appears whole or not at all.
 
     Args:
-      config: of adapter_config.json. A base model's hub id with @REVISION becomes PEFT's two fields.
+      config: the content of adapter_config.json. A base model's hub id with @REVISION is split into PEFT's two fields,
+        `base_model_name_or_path` and `revision`.
+      tensors: the content of adapter_model.safetensors, by name.
 
     Raises:
-      ValueError: the folder is there and holds anything but an earlier adapter from here.
+      ValueError: the folder exists, and has other files than these two.
     """
-    folder = Path(folder).resolve()  # a link stays a link
+    folder = Path(folder).resolve()  # a link stays; the folder it points to is replaced
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
         raise ValueError(
             f"{folder} is there already and holds more than {CONFIG} and {WEIGHTS}; expected a new folder for the "
@@ -161,7 +162,7 @@ def read_config(path: Path, expected: Sequence[str]) -> dict:
     """Reads the `adapter_config.json` of an adapter of any kind.
 
     Raises:
-      ValueError: it is absent, or no JSON object.
+      ValueError: the file is missing, or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -175,12 +176,12 @@ def read_config(path: Path, expected: Sequence[str]) -> dict:
 
 
 def refusal(found: str, expected: Sequence[str]) -> SettingError:
-    """Returns the error that an adapter's folder is not what was expected."""
+    """Returns the error which says that an adapter's folder is not what was expected."""
     return SettingError(f"{found}; expected ", *expected)
 
 
 def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
-    """The rows that the weights must have, and the prompt's (P, D)."""
+    """Returns how many rows the weights must have, and the prompt's (P, D)."""
     config = read_config(path, EXPECTED)
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != PROMPT_TUNING:
@@ -203,10 +204,10 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
 
 
 def _oddity(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
-    """What is wrong with the arrays of a file; None where they are a prompt of that shape."""
+    """Returns what is wrong with the arrays of a file; None if they are a prompt of shape [rows, width]."""
     if TENSOR not in arrays:
         return f"lacks {TENSOR} (it holds {shown(sorted(arrays))})"
-    if len(arrays) > 1:  # an embedding table that was resized or trained: the base would be another model
+    if len(arrays) > 1:  # an embedding table that was resized or trained: that is another base model
         return f"holds more than {TENSOR} ({shown(sorted(arrays))})"
     if arrays[TENSOR].shape != (rows, width):
         return f"holds {shown(list(arrays[TENSOR].shape))}, not [{rows}, {width}] as {CONFIG} says"

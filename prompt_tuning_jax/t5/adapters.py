@@ -1,15 +1,15 @@
-"""Adapters beside a frozen kernel: low-rank matrices (LoRA, Hu et al. 2021) and scales (IA3, Liu et al. 2022).
+"""Names, checks and merges adapters and prefixes: parameters that change what a frozen layer computes.
 
-An adapter is a float32 parameter of the kernel's own module, at ".../query/lora_a" beside ".../query/kernel". `Dense`
-computes with those that it finds
+An adapter is a float32 parameter of a kernel's own module, such as ".../query/lora_a" beside ".../query/kernel": a
+low-rank matrix (LoRA, Hu et al. 2021) or a scale (IA3, Liu et al. 2022). `layers.Dense` uses the adapters it finds:
 
     y = ((x * input_scale) @ kernel + ((x * input_scale) @ lora_a) @ lora_b) * output_scale
 
-where LoRA's factor alpha / rank is part of `lora_b`.
+`lora_b` already includes LoRA's factor alpha / rank.
 
-A prefix (Li and Liang 2021) stands in a stack, at "decoder/prefix_key" and "decoder/prefix_value", both [L, H, P, K]:
-layer l attends to the P keys and values of its own before those that it computes. In the decoder this is its
-self-attention.
+A prefix (Li and Liang 2021) is a pair of parameters of a whole stack, such as "decoder/prefix_key" and
+"decoder/prefix_value", both [L, H, P, K]. They put P learned keys and values per layer in front of the keys and values
+that the layer computes. In the decoder, only self-attention reads them.
 """
 
 import re
@@ -27,7 +27,7 @@ LORA_A, LORA_B, INPUT_SCALE, OUTPUT_SCALE = ADAPTERS = ("lora_a", "lora_b", "inp
 
 PREFIX_KEY, PREFIX_VALUE = PREFIX = ("prefix_key", "prefix_value")
 PAIRS = {LORA_A: LORA_B, LORA_B: LORA_A, PREFIX_KEY: PREFIX_VALUE, PREFIX_VALUE: PREFIX_KEY}
-ATTENTION = {"encoder": "attention", "decoder": "self_attention"}  # the module of each layer that a prefix enters
+ATTENTION = {"encoder": "attention", "decoder": "self_attention"}  # a layer's module that reads the prefix
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -37,18 +37,18 @@ def split_path(path: str) -> tuple[str, str]:
 
 
 def is_adapter(path: str) -> bool:
-    """Returns whether the parameter at `path` stands beside a kernel and changes what its layer computes."""
+    """Returns whether `path` is that of an adapter, which stands beside a kernel and changes the layer's output."""
     return split_path(path)[1] in ADAPTERS
 
 
 def is_prefix(path: str) -> bool:
-    """Returns whether the parameter at `path` is a stack's prefix of keys or values."""
+    """Returns whether `path` is that of a stack's prefix of keys or of values."""
     stack, name = split_path(path)
     return stack in ATTENTION and name in PREFIX
 
 
 def adapted_modules(parameters: Mapping[str, ArrayLike]) -> dict[str, dict[str, ArrayLike]]:
-    """Returns the adapters among `parameters` by their module's path, each module's by their own names."""
+    """Returns the adapters among `parameters`, as `{module path: {adapter name: array}}`."""
     modules: dict[str, dict[str, ArrayLike]] = {}
     for path in sorted(filter(is_adapter, parameters)):
         module, name = split_path(path)
@@ -57,15 +57,16 @@ def adapted_modules(parameters: Mapping[str, ArrayLike]) -> dict[str, dict[str, 
 
 
 def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Refuses parameters that the model would not read, which Flax ignores in silence.
+    """Raises ValueError for parameters that the model would not read: Flax would ignore them silently.
 
     Args:
-      parameters: an injection's, by path: arrays, or anything with a shape.
-      base: all parameters of the base model by path, with those that are replaced.
+      parameters: an injection's parameters by path: arrays, or anything with a shape.
+      base: all parameters of the base model by path, including those that `parameters` replaces.
 
     Raises:
-      ValueError: a path is neither a base model's parameter, nor an adapter beside a kernel, nor a stack's prefix; an
-        adapter or a prefix is half of a pair; or a shape does not fit. The message names near misses.
+      ValueError: a path is neither that of a base model's parameter, nor of an adapter beside a kernel, nor of a
+        stack's prefix; an adapter or a prefix lacks the other half of its pair; or a shape does not fit. The message
+        names near misses.
     """
     for path, value in parameters.items():
         module, name = split_path(path)
@@ -99,11 +100,11 @@ def check_parameters(parameters: Mapping[str, Any], base: Mapping[str, Any]) -> 
 
 
 def prefix_shape(stack: str, length: int, base: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Returns the shape [L, H, P, K] of a stack's prefix of keys, which is that of the values, too.
+    """Returns [L, H, P, K], the shape of a stack's `prefix_key` and of its `prefix_value`.
 
     Args:
       stack: "encoder" or "decoder".
-      length: P.
+      length: number of learned keys per layer, P.
       base: a base model's parameters by path, or their shapes.
     """
     matrices = [path for path in base if re.fullmatch(rf"{stack}/layers_\d+/{ATTENTION[stack]}/key/kernel", path)]
@@ -113,11 +114,12 @@ def prefix_shape(stack: str, length: int, base: Mapping[str, Any]) -> tuple[int,
 
 
 def merged(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters of the plain model that computes what `frozen` with `parameters` does.
+    """Returns the parameters with which the plain model computes what `frozen` and `parameters` compute together.
 
-    Adapters are folded into their kernels in float32, and such kernels are float32 whatever they were: rounded to
-    bfloat16 they would lose what was learned. Replaced parameters are taken as they are, all others are `frozen`'s own
-    arrays, not copied. A prefix changes no matrix: it stays a parameter beside them, which the model reads.
+    Adapters are folded into their kernels in float32. These kernels stay float32, whatever dtype they had: rounding
+    them to bfloat16 would lose what was learned. Parameters that replace others are taken as they are. All other
+    arrays are those of `frozen`, not copies. A prefix cannot be folded into a matrix: it stays a parameter of its own,
+    which the model reads.
 
         >>> frozen = {"a/kernel": jnp.ones((2, 3)), "b/scale": jnp.ones(2)}
         >>> merged({"a/output_scale": jnp.arange(3.0)}, frozen)["a/kernel"]
@@ -125,11 +127,11 @@ def merged(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str
                [0., 1., 2.]], dtype=float32)
 
     Args:
-      parameters: an injection's, by path.
-      frozen: the base model's, by path; those that are replaced may be absent.
+      parameters: an injection's parameters by path.
+      frozen: the base model's parameters by path; those that `parameters` replaces may be absent.
 
     Raises:
-      SettingError: an adapter's kernel is int8, which has no room for what was learned.
+      SettingError: an adapter's kernel is int8, which is too coarse to hold what was learned.
     """
     whole = {**frozen, **{path: value for path, value in parameters.items() if not is_adapter(path)}}
     for module, adapters in adapted_modules(parameters).items():
@@ -148,7 +150,7 @@ def merged(parameters: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str
 def _merge(kernel: Float[Array, "d_in d_out"], adapters: dict[str, Any]) -> Float[Array, "d_in d_out"]:
     kernel = kernel.astype(jnp.float32)
     if LORA_A in adapters:
-        # Accelerators multiply float32 matrices in fewer bits unless told otherwise.
+        # By default, accelerators multiply float32 matrices in a lower precision.
         kernel = kernel + jnp.dot(adapters[LORA_A], adapters[LORA_B], precision=jax.lax.Precision.HIGHEST)
     if INPUT_SCALE in adapters:
         kernel = kernel * adapters[INPUT_SCALE][:, None]

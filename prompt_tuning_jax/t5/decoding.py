@@ -1,4 +1,4 @@
-"""From inputs to answers, one token a step until every row has ended: greedily, with beams, or drawn at random.
+"""Generates answers, one token per step until every row has ended: greedily, by beam search or by sampling.
 
 All three encode once, project the encoder's output to keys and values once, and extend a cache.
 """
@@ -14,18 +14,18 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
 
-COLDEST = 1e-4  # T5X's: a temperature below it is 0
+COLDEST = 1e-4  # a lower temperature counts as 0, as in T5X
 
 Cache = Any
 Step = Callable[[Int[Array, " B"], Cache], tuple[Float[Array, "B V"], Cache]]
 
 
 def encode_once(model: Transformer, params: Any, inputs: Int[Array, "B T"], **prompts: Any) -> Callable[..., Any]:
-    """The decoder of these inputs, `Transformer.decode` with all but its tokens given.
+    """Encodes `inputs`, and returns `Transformer.decode` with all of its arguments set but the decoder's tokens.
 
     Args:
-      params: of the model, without the "params" level.
-      inputs: tokens, padded with the model's padding id.
+      params: the model's parameters, without the "params" level.
+      inputs: token ids, padded with the model's padding id.
       prompts: `prompt`, `layer_prompts`, `prompt_mask` and `layers_replace`, as `Transformer.encode` takes them.
 
     Returns:
@@ -49,14 +49,14 @@ def greedy(
     max_length: int,
     **prompts: Any,
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
-    """The most likely next token, again and again.
+    """Generates the most likely token at each step.
 
     Args:
       model, params, inputs, prompts: see `encode_once`.
-      max_length: U, the number of tokens a row gets, end of sequence included.
+      max_length: the largest number of tokens per row, U, end of sequence included.
 
     Returns:
-      Tokens int32, padding after a row's end of sequence, and the sum of the log-probabilities of each row's tokens.
+      The tokens, int32, with padding after a row's end of sequence; and each row's summed log-probability of them.
     """
     step, cache = _begin(encode_once(model, params, inputs, **prompts), inputs.shape[0], max_length)
     shape = (inputs.shape[0], max_length)
@@ -74,18 +74,19 @@ def sample(
     top_p: Float[Array, " B"],
     **prompts: Any,
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
-    """Tokens drawn at random, each row by its own settings. All settings are traced: no value compiles anew.
+    """Samples tokens, with settings per row. All settings are traced: another value does not recompile.
 
     Args:
       model, params, inputs, max_length, prompts: see `greedy`.
-      seeds: a row's draws depend on its own seed alone, not on the batch, nor on the row's place in it.
+      seeds: a row's draws depend only on its own seed, not on the batch or on the row's index in it.
       temperature: divides the logits; 0 is greedy.
-      top_k: draw from the `top_k` likeliest tokens; 0 for all.
-      top_p: of those, from the fewest whose probabilities, at that temperature, add up to `top_p`; 1, or 0 as in T5X,
-        for all. A token as likely as the last one kept is kept too.
+      top_k: draw from the `top_k` most likely tokens; 0 for all.
+      top_p: of these tokens, draw from the fewest most likely ones whose probabilities, at that temperature and among
+        these tokens, add up to `top_p`; 1 for all, and 0 as well, as in T5X. With both settings, a token that is as
+        likely as the last one kept is kept, too.
 
     Returns:
-      As `greedy`; the log-probabilities are the model's own, at temperature 1 with nothing left out.
+      As `greedy`. The log-probabilities are the model's own: at temperature 1, over all tokens.
     """
     keys = jax.vmap(jax.random.key)(seeds.astype(jnp.uint32))
     cold = temperature < COLDEST
@@ -95,7 +96,7 @@ def sample(
             return jax.random.gumbel(jax.random.fold_in(key, index), log_probs.shape[1:])
 
         heated = log_probs / jnp.where(cold, 1.0, temperature)[:, None]
-        # The largest of logits with Gumbel noise is a draw from their softmax.
+        # The Gumbel-max trick: the argmax of logits plus Gumbel noise is a draw from their softmax.
         noisy = jnp.where(likeliest(heated, top_k, top_p), heated + jax.vmap(draw)(keys), -jnp.inf)
         return jnp.argmax(jnp.where(cold[:, None], log_probs, noisy), axis=-1)
 
@@ -104,7 +105,7 @@ def sample(
 
 
 class Beams(NamedTuple):
-    """The state of a beam search, K beams a row, the best first. A score of -inf marks an empty place."""
+    """Holds the state of a beam search with K beams per row, the best first. A score of -inf marks an empty slot."""
 
     index: Int[Array, ""]
     token: Int[Array, "B K"]
@@ -125,22 +126,23 @@ def beam_search(
     brevity: float = 0.6,
     **prompts: Any,
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
-    """T5X's beam search (its decoding.py).
+    """Generates with T5X's beam search (decoding.py).
 
     Args:
       model, params, inputs, max_length, prompts: see `greedy`.
-      beams: K, how many beginnings go on in each step, and how many answers a row gets.
-      brevity: an answer's score is its log-probability over ((5 + length) / 6) ** brevity; at least 0.
+      beams: the number of live beams per row in each step, and of answers per row, K.
+      brevity: exponent of the length penalty, at least 0: an answer's score is its log-probability divided by
+        ((5 + length) / 6) ** brevity.
 
     Returns:
-      Tokens int32, padding after an end of sequence, and scores, the best first. A row that ended fewer than K answers
-      has padding and -inf in the places left (T5X: -1e7); one that ended none, its beginnings and their
-      log-probabilities.
+      The tokens, int32, with padding after an end of sequence; and the scores. The best answer is first. If a row has
+      fewer than K finished answers, its other slots have padding and a score of -inf (T5X: -1e7). If it has none, it
+      gets its live beams and their log-probabilities.
     """
     batch, shape = inputs.shape[0], (inputs.shape[0], beams, max_length)
     pad, end, start = model.config.pad_token_id, model.config.eos_token_id, model.config.decoder_start_token_id
     step, cache = _begin(encode_once(model, params, inputs, **prompts), batch, max_length)
-    # Mapped over the beams, which are so many more queries of one row's keys: nothing of the encoder's is repeated.
+    # Vmapped over beams: the beams of a row share its encoder keys and values, which are not repeated.
     axes = jax.tree.map(lambda x: 1 if x.ndim else None, cache)
     step = jax.vmap(step, in_axes=(1, axes), out_axes=(1, axes))
 
@@ -150,7 +152,7 @@ def beam_search(
     def extend(state: Beams) -> Beams:
         log_probs, cache = step(state.token, state.cache)
         totals = (state.live_scores[:, :, None] + log_probs).reshape(batch, -1)
-        # Twice as many as go on: even if one from each beam is an end, K are none.
+        # 2 K candidates leave K live ones, because each of the K beams gives at most one candidate that ends.
         scores, places = lax.top_k(totals, 2 * beams)
         parent, token = places // log_probs.shape[-1], (places % log_probs.shape[-1]).astype(jnp.int32)
         tokens = _pick(state.live, parent).at[:, :, state.index].set(token)
@@ -165,14 +167,15 @@ def beam_search(
         return Beams(state.index + 1, _pick(token, best), _pick(tokens, best), live_scores, ended, ended_scores, cache)
 
     def unfinished(state: Beams) -> Bool[Array, ""]:
-        # T5X's bound, a token longer than any answer: no beginning can still pass a row's worst answer.
+        # A row is finished when no live beam can still beat its worst answer. T5X's bound: the length penalty of an
+        # answer that is one token longer than `max_length`.
         hope = state.live_scores[:, 0] / penalty(max_length + 1)
         return (state.index < max_length) & ~jnp.all(state.ended_scores[:, -1] > hope)
 
     nothing, empty = jnp.full((batch, beams), -jnp.inf), jnp.full(shape, pad, jnp.int32)
     begin = jnp.full((batch, beams), start, jnp.int32)
     cache = jax.tree.map(lambda x: jnp.repeat(x[:, None], beams, axis=1) if x.ndim else x, cache)
-    # All beams begin alike, so only the first counts.
+    # All beams start with the same token, so only the first may count.
     first = Beams(jnp.int32(0), begin, empty, nothing.at[:, 0].set(0.0), empty, nothing, cache)
     last = lax.while_loop(unfinished, extend, first)
     answered = last.ended_scores[:, :1] > -jnp.inf
@@ -181,7 +184,7 @@ def beam_search(
 
 
 def likeliest(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:
-    """The tokens that `sample` draws from."""
+    """Returns True for the tokens that `sample` may draw."""
     wanted = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
     among = _fewest(logits, jnp.ones_like(logits), wanted)
     shares = jax.nn.softmax(jnp.where(among, logits, -jnp.inf))
@@ -191,13 +194,13 @@ def likeliest(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float
 def _fewest(
     logits: Float[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, " B"]
 ) -> Bool[Array, "B V"]:
-    """The fewest of the largest logits, equal ones together, whose weights add up to `wanted`; else all of them.
+    """Returns True for the fewest largest logits whose weights add up to `wanted`, ties included; else for all.
 
-    The bar is found bit by bit, from the highest down: 32 sums, where a sort of a vocabulary takes longer.
+    The smallest logit to keep is found bit by bit, from the highest bit: 32 sums are faster than sorting a vocabulary.
     """
     bits = lax.bitcast_convert_type(logits, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    order = jnp.where(bits < sign, bits | sign, ~bits)  # as unsigned numbers these are ordered as the logits are
+    order = jnp.where(bits < sign, bits | sign, ~bits)  # as unsigned integers, these sort like the logits
 
     def add_bit(place: Int[Array, ""], bar: Integer[Array, " B"]) -> Integer[Array, " B"]:
         higher = bar | (sign >> place.astype(jnp.uint32))
@@ -210,7 +213,10 @@ def _fewest(
 
 
 def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Step, Cache]:
-    """One step, from the token before and a cache to the log-probabilities of the next token, and an empty cache."""
+    """Returns `(step, cache)`: a function that decodes one token, and an empty cache.
+
+    `step` maps each row's last token and a cache to the log-probabilities of the next token and the new cache.
+    """
 
     def extend(tokens: Int[Array, "B Q"], cache: Cache) -> tuple[Float[Array, "B Q V"], Cache]:
         return decode(tokens, cache, decode=True, max_decode_length=max_length, mutable=["cache"])
@@ -226,7 +232,11 @@ def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Ste
 def _one_by_one(
     config: T5Config, step: Step, cache: Cache, shape: tuple[int, int], choose: Callable[[Array, Array], Array]
 ) -> tuple[Int[Array, "B U"], Float[Array, " B"]]:
-    """The tokens, of `shape` [B, U], that `choose(log_probs [B, V], index)` chooses, and their log-probabilities."""
+    """Generates the tokens, of `shape` [B, U], that `choose(log_probs [B, V], index)` picks.
+
+    Returns:
+      The tokens, and each row's summed log-probability of them.
+    """
 
     def extend(carry):
         index, token, tokens, score, ended, cache = carry
@@ -248,5 +258,5 @@ def _one_by_one(
 
 
 def _pick(x: Array, beams: Int[Array, "B N"]) -> Array:
-    """Of `x` [B, M, ...] the `beams` of each row."""
+    """Returns `x[b, beams[b, n]]` for each row b, [B, N, ...], where `x` is [B, M, ...]."""
     return jnp.take_along_axis(x, beams.reshape(*beams.shape, *[1] * (x.ndim - 2)), axis=1)

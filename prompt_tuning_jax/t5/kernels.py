@@ -1,7 +1,7 @@
-"""A layer's three computations, written so that forward and backward passes are products and little else.
+"""Computes matmuls, attention and the gated GELU, with backward passes that keep few intermediate results.
 
-JAX's own derivatives of attention and GELU keep every intermediate result and pass over each again. These keep what
-the backward pass needs and no more; what they return is the same.
+JAX's own derivatives of attention and GELU keep every intermediate result and read each of them again. The derivatives
+here keep only what the backward pass needs; the values are the same.
 """
 
 import functools
@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int8
 
-MASKED = -1e10  # T5X's value for a hidden position: its softmax weight is exactly 0 in float32
+MASKED = -1e10  # T5X's logit of a masked position: its softmax weight is exactly 0 in float32
 
 
 def product(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
-    """`x @ kernel` in `dtype`, summed in float32."""
-    # A CPU's own product of two bfloat16 matrices has a float32 result: asked for another, XLA converts them first.
+    """Returns `x @ kernel` in `dtype`, summed in float32."""
+    # A CPU's matmul of two bfloat16 matrices gives float32. Asked for another dtype, XLA would convert both first.
     if x.dtype == kernel.dtype == jnp.bfloat16 and (dtype == jnp.float32 or jax.default_backend() == "cpu"):
         return _rounded_product(x, kernel).astype(dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
@@ -49,9 +49,9 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 def quantized_product(
     x: Float[Array, "*B d_in"], kernel: Int8[Array, "d_in d_out"], scale: Float[Array, " d_out"], dtype: Any
 ) -> Float[Array, "*B d_out"]:
-    """`x @ (kernel * scale)` in `dtype`, summed in float32. Kernel and scale are frozen: they have no gradient.
+    """Returns `x @ (kernel * scale)` in `dtype`, summed in float32. Kernel and scale are frozen: they get no gradient.
 
-    Every int8 is exact in bfloat16: the products are those of the kernel as it is, and are scaled once they are summed.
+    The matmul reads the kernel's int8 values, which are exact in bfloat16 as well. The sums are scaled afterwards.
     """
     x, kernel = _when_needed(x, kernel)
     sums = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -59,8 +59,11 @@ def quantized_product(
 
 
 def _when_needed(x: Float[Array, "*B d"], kernel: Int8[Array, "d_in d_out"]) -> tuple[Array, Array]:
-    """Both as they are, the kernel not before `x`: XLA would else convert the kernels of a loop's body before the loop,
-    or keep those of the forward pass for the backward pass, and so hold all of them in floats at once."""
+    """Returns both unchanged, but makes the kernel wait for `x`.
+
+    Otherwise XLA would convert the kernels in a loop's body before the loop, or keep the converted kernels of the
+    forward pass for the backward pass. Then all of them would be in memory as floats at once.
+    """
     return lax.optimization_barrier((x, kernel))
 
 
@@ -87,7 +90,7 @@ def attend(
     bias: Float[Array, "1 H Q K"] | None,
     mask: Bool[Array, "#B 1 #Q K"] | None,
 ) -> Float[Array, "B H Q head_dim"]:
-    """The mean of `value` under the softmax, in float32, of `query @ key + bias`, hidden where `mask` is false."""
+    """Returns `softmax(query @ key + bias) @ value`, with float32 softmax; keys are masked where `mask` is false."""
     return _attend(query, key, value, bias, mask)[0]
 
 
@@ -98,7 +101,7 @@ def _attend(query, key, value, bias, mask):
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    # Divided after the product, which has so many fewer numbers to divide.
+    # Normalised after the second einsum: a row of its result has head_dim numbers, and a row of weights one per key.
     scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
@@ -114,7 +117,7 @@ def _attend_backward(kept, gradient):
     query, key, value, bias, weights, scale, mixed = kept
     dtype = value.dtype
     gradient = gradient * scale
-    # What each row of softmax weights has in common: the sum over keys of weight and gradient, by its few features.
+    # delta = rowsum(dO * O), the softmax backward term, as in FlashAttention; here it is multiplied by `scale`.
     common = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
     gradient = gradient.astype(dtype)
     of_value = jnp.einsum("bhqk,bhqd->bhkd", weights, gradient, preferred_element_type=jnp.float32)
@@ -132,7 +135,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 @jax.custom_vjp
 def gated_gelu(gate: Float[Array, "*B F"], linear: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """`gelu(gate) * linear`, with GELU's approximation by tanh (Hendrycks and Gimpel 2016), as T5 has it."""
+    """Returns `gelu(gate) * linear`, with GELU's tanh approximation (Hendrycks and Gimpel 2016), as in T5."""
     return jax.nn.gelu(gate) * linear
 
 

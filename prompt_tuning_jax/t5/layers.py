@@ -1,10 +1,10 @@
-"""The parts of a T5 1.1 layer: RMSNorm, attention with relative position bias, gated feed-forward (T5X layers.py).
+"""Defines the parts of a T5 1.1 layer: RMSNorm, attention, relative position bias, gated feed-forward (T5X layers.py).
 
-Shapes: B batch, Q and K query and key positions, H heads, D d_model, F d_ff. No biases anywhere, and attention logits
-are not scaled: the query's initialiser carries the 1/sqrt(head_dim), as in T5.
+Shapes: B batch, Q and K query and key positions, H heads, D d_model, F d_ff. No layer has a bias vector, and attention
+logits are not scaled: the query's initialiser has the factor 1/sqrt(head_dim), as in T5.
 
-Parameters and activations have the names of T5X's logical axes. On a mesh, under rules that say over what each is
-divided, they are held to these; elsewhere the names mean nothing.
+The axes of parameters and activations are named as T5X's logical axes. On a mesh, logical axis rules turn these names
+into shardings (see `parallel.mesh`); on one device the names have no effect.
 """
 
 import functools
@@ -26,19 +26,19 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.kernels import attend, gated_gelu, product, quantized_product
 
 Initializer = Any  # (key, shape, dtype) -> Array
-RESIDUAL = ("batch", "length", "embed")  # the logical axes of what passes from layer to layer
-Rows = Int[Array, " B"] | None  # the numbers of a batch's rows, by which dropout is drawn; None for no dropout
+RESIDUAL = ("batch", "length", "embed")  # the logical axes of the residual stream
+Rows = Int[Array, " B"] | None  # row indices, which dropout keys are folded from; None: no dropout
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of one attention."""
+    """Holds the projected keys and values of one attention."""
 
     key: Float[Array, "B H K head_dim"]
     value: Float[Array, "B H K head_dim"]
 
 
 class Prefix(NamedTuple):
-    """Learned keys and values of one attention (Li and Liang 2021), the same for all rows."""
+    """Holds the learned keys and values of one attention (Li and Liang 2021), the same for all rows."""
 
     key: Float[Array, "H P head_dim"]
     value: Float[Array, "H P head_dim"]
@@ -59,11 +59,11 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """A matrix, `[in, features]`; with its scales if the base model is int8 (see `quantized`).
+    """Multiplies by a kernel [in, features], and by its scales if the base model is int8 (see `quantized`).
 
-    Adapters beside the matrix change what it computes: see `adapters` for the formula. They are float32 parameters.
-    The low-rank matrices are rounded to the activations' dtype, as all matrices are (PEFT turns the activations to
-    float32 there); a scale multiplies in float32, as in PEFT, because bfloat16 has nothing between 1 and 1.008.
+    Adapters beside the kernel change the result: see `adapters` for the formula. They are float32 parameters. The
+    low-rank matrices are cast to the activations' dtype, as all matrices are (PEFT casts the activations to float32
+    there). A scale multiplies in float32, as in PEFT, because bfloat16 has no number between 1 and 1.008.
     """
 
     features: int
@@ -87,7 +87,7 @@ class Dense(nn.Module):
         scale = self.get_variable("params", "kernel_scale")
         if scale is not None:
             return quantized_product(x, kernel, scale, self.dtype)
-        # Logits are float32, but a bfloat16 kernel is not copied for them: products of bfloat16 are exact in float32.
+        # Logits are float32, but a bfloat16 kernel is not cast for them: float32 holds a product of bfloat16 exactly.
         operands = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype == jnp.float32 else self.dtype
         return product(x.astype(operands), kernel.astype(operands), self.dtype)
 
@@ -97,7 +97,7 @@ def _scaled(x: Float[Array, "*B d"], scale: Float[Array, " d"]) -> Float[Array, 
 
 
 class Embed(nn.Module):
-    """The table shared by encoder and decoder inputs (T5 1.1 has a matrix of its own for the logits)."""
+    """Embeds the tokens of encoder and decoder with one table (T5 1.1 has a separate matrix for the logits)."""
 
     vocab_size: int
     features: int
@@ -106,10 +106,10 @@ class Embed(nn.Module):
     def setup(self):
         shape, init = (self.vocab_size, self.features), nn.initializers.normal(1.0)
         self.embedding = param_with_axes("embedding", init, shape, jnp.float32, axes=("vocab", "embed"))
-        self.scale = self.get_variable("params", "embedding_scale")  # of an int8 base
+        self.scale = self.get_variable("params", "embedding_scale")  # None unless the base model is int8
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Rows of a table that is divided by features would have to change places with those of the batch.
+        # Gathers the features first: rows from a table that is sharded by features would have to be resharded by batch.
         table = with_logical_constraint(self.embedding, ("vocab", None))
         embedded = jnp.take(table, tokens, axis=0, mode="clip")
         if self.scale is not None:
@@ -117,7 +117,7 @@ class Embed(nn.Module):
         return with_logical_constraint(embedded.astype(self.dtype), RESIDUAL)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits through the transposed table (T5 1.0), in float32."""
+        """Returns the logits of T5 1.0, `x` times the transposed table, in float32."""
         if self.scale is not None:
             return quantized_product(x, self.embedding.T, self.scale, jnp.float32)
         return jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
@@ -126,9 +126,9 @@ class Embed(nn.Module):
 def relative_position_bucket(
     relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """The bucket of each key position minus query position: exact when near, logarithmic when far.
+    """Returns the bucket of each relative position, key minus query: exact if near, logarithmic if far.
 
-    Half of the buckets of a bidirectional stack are for keys to the right; a causal stack puts those in bucket 0.
+    In a bidirectional stack, half of the buckets are for keys to the right. In a causal stack, such keys get bucket 0.
     """
     bucket = np.zeros_like(relative_position)
     distance = -relative_position
@@ -147,19 +147,22 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-    """One learned number a bucket and head, added to the attention logits of every layer of a stack."""
+    """Learns one number per bucket and head, which is added to attention logits.
+
+    All layers of a stack share these numbers, unless `config.relative_bias_per_layer` is set.
+    """
 
     config: T5Config
     bidirectional: bool
 
     @nn.compact
     def __call__(self, queries: int, keys: int, first_query: Int[Array, ""] | int = 0) -> Float[Array, "1 H Q K"]:
-        """The bias of query positions first_query .. first_query + queries - 1 against key positions 0 .. keys - 1."""
+        """Returns the bias of queries at first_query .. first_query + queries - 1 for keys at 0 .. keys - 1."""
         cfg = self.config
         shape, axes = (cfg.num_heads, cfg.relative_attention_num_buckets), ("heads", "relpos_buckets")
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = param_with_axes("rel_embedding", init, shape, jnp.float32, axes=axes)
-        # Every distance that can occur has one bucket, fixed when the program is built.
+        # `first_query` may be traced: the buckets of all possible distances are computed while tracing, then indexed.
         bucket_of = relative_position_bucket(
             np.arange(-keys + 1, keys, dtype=np.int32),
             bidirectional=self.bidirectional,
@@ -172,9 +175,10 @@ class RelativePositionBias(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Drops features of a row, the same at all its positions, as T5X does.
+    """Drops features of a row, the same ones at all positions, as T5X does.
 
-    A row draws by its number: its bits are the same whatever else is in its batch, and wherever the batch is divided.
+    Keys are folded from the row index, so a row's mask does not depend on the rest of the batch, on micro-batches or on
+    sharding.
     """
 
     rate: float
@@ -188,9 +192,9 @@ class Dropout(nn.Module):
 
 
 class AttentionDropout(nn.Module):
-    """Drops key positions of an attention, the same for all queries, as T5X does: their values, then, are dropped.
+    """Drops key positions of each head, the same ones for all queries, as T5X does: the values there become zero.
 
-    The bits are drawn position by position: those of a row do not change where longer rows pad the batch further.
+    The mask is drawn position by position, so a row's mask does not change if longer rows add padding to the batch.
     """
 
     rate: float
@@ -204,13 +208,13 @@ class AttentionDropout(nn.Module):
 
 
 def _kept(key: Array, rate: float, rows: Int[Array, " B"], shape: tuple[int, ...]) -> Array:
-    """True where each row keeps what it has, [B, *shape]."""
+    """Returns True where a row keeps its value, [B, *shape]."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Parameters `query key value out`, each one matrix, as T5X stores them."""
+    """Computes multi-head attention. `query`, `key`, `value` and `out` are one matrix each, as T5X stores them."""
 
     config: T5Config
 
@@ -226,21 +230,21 @@ class Attention(nn.Module):
         self.dropout = AttentionDropout(cfg.dropout_rate)
 
     def _heads(self, x: Float[Array, "B T joined"]) -> Float[Array, "B H T head_dim"]:
-        # Heads before positions: both products of the attention are then plain batched matrix products.
+        # Heads come before positions, so that both einsums of attention are plain batched matmuls.
         heads = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim).swapaxes(1, 2)
         return with_logical_constraint(heads, ("batch", "heads", "length", "kv"))
 
     def project(self, x: Float[Array, "B K D"]) -> KeyValue:
-        """Keys and values of `x`."""
+        """Returns the keys and values of `x`."""
         return KeyValue(self._heads(self.key(x)), self._heads(self.value(x)))
 
     def after(self, prefix: Prefix | None, key_value: KeyValue) -> KeyValue:
-        """Puts a prefix in front of keys and values."""
+        """Returns `key_value` with the learned keys and values of `prefix`, if there is one, in front."""
         if prefix is None:
             return key_value
 
         def put_before(rest: Float[Array, "B H K head_dim"], own: Float[Array, "H P head_dim"]) -> Array:
-            # Broadcast before it is cast: the rows' gradients are then summed in the prefix's own float32.
+            # Broadcast before the cast, so that the gradients of all rows are summed in the prefix's float32.
             rows = jnp.broadcast_to(own, (rest.shape[0], *own.shape)).astype(rest.dtype)
             rows = with_logical_constraint(rows, ("batch", "heads", "length", "kv"))
             return jnp.concatenate([rows, rest], axis=2)
@@ -260,12 +264,13 @@ class Attention(nn.Module):
         """Attends from `x` to `key_value` where `mask` is true; `bias` is added to the logits.
 
         Args:
-          lengths: of each row the number of keys that `mask` shows, where these are the row's first.
+          lengths: the number of keys of each row that `mask` shows, if these are its first keys; None if not.
+          rows: see `Rows`.
         """
         key, value = key_value.key, self.dropout(key_value.value, rows)
         query = self._heads(self.query(x))
-        # A fused kernel takes lengths and reads one bias for all rows; a mask would make it a bias for each. cuDNN's
-        # wants even numbers of positions.
+        # A fused kernel takes lengths, and reads one bias for all rows; a mask would need a bias per row. cuDNN needs
+        # even numbers of positions.
         if self.config.attention == "products" or lengths is None or key.shape[2] % 2 or query.shape[2] % 2:
             mixed = attend(query, key, value, bias, mask).swapaxes(1, 2)
         else:
@@ -277,9 +282,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def extend_cache(self, x: Float[Array, "B Q D"], index: Int[Array, ""]) -> KeyValue:
-        """Writes the keys and values of `x` at position `index` of the "cache" collection and returns all of them.
+        """Writes the keys and values of `x` at position `index` of the "cache" collection; returns the whole cache.
 
-        The first call, without a cache, creates an empty one as long as `x` and returns `x`'s own.
+        The first call finds no cache. It creates an empty one, as long as `x`, and returns the keys and values of `x`.
         """
         new = self.project(x)
         exists = self.has_variable("cache", "cached_key")
@@ -293,7 +298,10 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Feed-forward: the product of its activated projections (`wi_0`, `wi_1`; one, `wi`, in T5 1.0), then `wo`."""
+    """Computes the feed-forward layer: `wo` of the elementwise product of the activated `wi_0` and `wi_1`.
+
+    T5 1.0 has a single projection, `wi`.
+    """
 
     config: T5Config
 

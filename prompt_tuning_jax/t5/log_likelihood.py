@@ -1,4 +1,4 @@
-"""How likely a model finds given answers."""
+"""Scores given answers by their log-probability under a model."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from prompt_tuning_jax.t5.network import Transformer
 
 
 def shift_right(targets: Int[Array, "B U"], start: int) -> Int[Array, "B U"]:
-    """Decoder inputs: the targets after the model's start token, `decoder_start_token_id`."""
+    """Returns the decoder's inputs: `start`, the model's `decoder_start_token_id`, then all targets but the last."""
     return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
 def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int) -> Float[Array, "B U"]:
-    """The log-probability of each target token; 0 where the target is `pad`, the model's padding id."""
+    """Returns the log-probability of each target token; 0 where the target is `pad`, the model's padding id."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.where(targets != pad, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
@@ -25,7 +25,7 @@ def token_log_probs(logits: Float[Array, "B U V"], targets: Int[Array, "B U"], p
 def target_scores(
     model: Transformer, params: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B U"], **prompts: Any
 ) -> Float[Array, " B"]:
-    """The log-probability of each row's targets; `prompts` as of `decoding.encode_once`."""
+    """Returns the log-probability of each row's targets; for `prompts` see `decoding.encode_once`."""
     shifted = shift_right(targets, model.config.decoder_start_token_id)
     logits = model.apply({"params": params}, inputs, shifted, targets, enable_dropout=False, **prompts)
     return jnp.sum(token_log_probs(logits, targets, model.config.pad_token_id), axis=1)
@@ -39,15 +39,15 @@ def choice_scores(
     count: Int[Array, ""] | None = None,
     **prompts: Any,
 ) -> Float[Array, "B C"]:
-    """The log-likelihood of each choice after each input: one pass of the encoder, then choice by choice.
+    """Returns the log-likelihood of each choice given each input: encodes once, then scores choice by choice.
 
     Args:
       model, params, inputs, prompts: see `decoding.encode_once`.
-      choices: tokens, end of sequence included, padding after it; the same for all rows, or each row's own.
-      count: how many are scored, C where it is None. Traced: programs for 3 and for 4 choices can be the same one.
+      choices: token ids, end of sequence included, with padding after it; the same for all rows, or per row.
+      count: how many choices are scored; None for all C. It is traced, so one executable can score 3 or 4 choices.
 
     Returns:
-      Nats, float32; -inf for the choices from `count` on, and for those without a token.
+      Nats, float32; -inf for choices with an index of `count` or more, and for choices without a token.
     """
     decode = encode_once(model, params, inputs, **prompts)
     pad, start = model.config.pad_token_id, model.config.decoder_start_token_id

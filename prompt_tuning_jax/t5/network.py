@@ -1,4 +1,4 @@
-"""T5 1.1, top to bottom: encoder, decoder, and the whole (parameter names and call signature of T5X network.py)."""
+"""Defines T5 1.1: encoder, decoder and `Transformer`, with the parameter names and call signature of T5X network.py."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ LayerPrompts = Float[Array, "L P D"] | Float[Array, "B L P D"] | None
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then feed-forward, each on a normalised input and added to the residual stream."""
+    """Applies self-attention, then feed-forward; each reads a normalised input and adds to the residual stream."""
 
     config: T5Config
 
@@ -67,7 +67,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder's output, feed-forward."""
+    """Applies causal self-attention, then attention to the encoder's output, then feed-forward."""
 
     config: T5Config
 
@@ -112,11 +112,11 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder stack. Prompts enter here and nowhere else.
+    """Runs the encoder's layers. Prompts enter here and nowhere else.
 
     Attributes:
-      prompt_factory: builds the module that owns a prompt, called as `module(embedded [B, T, D]) -> [P, D]`; None for a
-        model that is given its prompts.
+      prompt_factory: builds the module that owns a prompt, called as `module(embedded [B, T, D]) -> [P, D]`; None if
+        prompts are arguments of the call.
     """
 
     config: T5Config
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack and the logits."""
+    """Runs the decoder's layers, and has the matrix of the logits."""
 
     config: T5Config
 
@@ -223,12 +223,13 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """An encoder-decoder T5 1.1, which runs with the prompts it is given.
+    """Runs a T5 1.1 encoder-decoder with the prompts that it is called with.
 
-    `encode`, `decode` and `__call__` take what T5X's models pass to its own network, and prompts by keyword.
+    `encode`, `decode` and `__call__` take the arguments that T5X's models pass to T5X's own network, and prompts as
+    keyword arguments.
 
     Attributes:
-      prompt_factory: see `Encoder`; under T5X, where the prompt is a parameter of the model:
+      prompt_factory: see `Encoder`. It is set under T5X, where the prompt is a parameter of the model:
         `network.Transformer.prompt_factory = @module.SoftPrompt`.
     """
 
@@ -253,20 +254,21 @@ class Transformer(nn.Module):
         layers_replace: Bool[Array, " B"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """The encoder's output over prompt and inputs, [B, P+T, D].
+        """Returns the encoder's output for prompt and inputs, [B, P+T, D].
 
         Args:
-          encoder_input_tokens: `config.pad_token_id` is padding, and never attended to.
-          encoder_segment_ids: of packed examples; only without a prompt.
-          prompt: in front of the inputs, in place of the model's own if it has one; one for all rows or one per row.
-          layer_prompts: one for each encoder layer, for all rows or per row. With a `prompt` each is added to the
-            prompt's positions as they enter the layer; without one it takes their place (Google's
+          encoder_input_tokens: token ids; `config.pad_token_id` is padding, which is never attended to.
+          encoder_segment_ids: the segment of each token in packed examples, which cannot have a prompt.
+          prompt: put in front of the inputs, and replaces the model's own prompt if it has one; [P, D] for all rows,
+            or [B, P, D] with one per row.
+          layer_prompts: one prompt per encoder layer; [L, P, D] for all rows, or [B, L, P, D] per row. With a `prompt`,
+            each is added to the prompt's positions as they enter the layer. Without one, it replaces them (Google's
             extended/train/per_layer.py).
-          prompt_mask: false where a prompt position is padding, which belongs in front of a shorter prompt: T5's
-            positions are relative, so the row is then what it would be with the shorter prompt alone.
-          layers_replace: true for each row whose layer prompts replace what they would be added to: rows of both kinds
-            share a batch. A row without layer prompts has additions of zero.
-          row_numbers: of the rows in a batch that was divided, for dropout; 0 to B - 1 where it was not.
+          prompt_mask: false where a prompt position is padding. Padding belongs in front of a shorter prompt: T5's
+            positions are relative, so the row's output is the same as with the shorter prompt alone.
+          layers_replace: true for rows whose layer prompts replace the prompt's positions, false for rows whose layer
+            prompts are added to them; one batch can have both. A row without layer prompts adds zeros.
+          row_numbers: the index of each row in the whole batch, for dropout; None for 0 to B - 1.
         """
         pad = self.config.pad_token_id
         mask = (encoder_input_tokens != pad)[:, None, None, :]
@@ -280,7 +282,7 @@ class Transformer(nn.Module):
         return self.encoder(embedded, mask, prompt, layer_prompts, prompt_mask, layers_replace, lengths, rows)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
-        """Keys and values of every decoder layer's attention to `encoded`: computed once, read at each step."""
+        """Returns each decoder layer's keys and values of `encoded`, which are computed once and read in every step."""
         return self.decoder.project_encoded(encoded)
 
     def decode(
@@ -299,16 +301,17 @@ class Transformer(nn.Module):
         prompt_mask: Bool[Array, "B P"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B Q V"]:
-        """Logits, float32, of the token after each decoder input.
+        """Returns the float32 logits of the token after each decoder input.
 
         Args:
           encoded: the output of `encode`, or `project_encoded` of it.
-          encoder_input_tokens: what was encoded, for its padding mask; the prompt's length is the difference.
-          decode: one position a call, reading and writing the "cache" collection; see `decoding.greedy`.
+          encoder_input_tokens: the tokens that were encoded, for their padding mask. The prompt's length is the length
+            of `encoded` minus theirs.
+          decode: whether to decode one position per call, with the "cache" collection; see `decoding.greedy`.
           max_decode_length: length of the cache.
-          prompt_mask, row_numbers: what `encode` was given.
+          prompt_mask, row_numbers: as `encode` was called with.
         """
-        del decoder_positions  # T5 has relative positions alone
+        del decoder_positions  # T5's positions are relative
         keys = encoded if isinstance(encoded, tuple) else self.project_encoded(encoded)
         encoded_mask = (encoder_input_tokens != self.config.pad_token_id)[:, None, None, :]
         mask = None
@@ -344,7 +347,7 @@ class Transformer(nn.Module):
         prompt_mask: Bool[Array, "B P"] | None = None,
         row_numbers: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B U V"]:
-        """Teacher-forced logits, float32."""
+        """Returns teacher-forced logits in float32."""
         del encoder_positions
         own = {"prompt_mask": prompt_mask, "row_numbers": row_numbers}
         prompts = {"prompt": prompt, "layer_prompts": layer_prompts}
@@ -364,7 +367,7 @@ class Transformer(nn.Module):
 
 
 def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
-    """The layer, computing again in the backward pass what `config.remat_policy` does not keep."""
+    """Returns the layer such that its backward pass recomputes what `config.remat_policy` does not keep."""
     if config.remat_policy == "none":
         return layer
     policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -374,14 +377,14 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
 def position_biases(
     stack: "Encoder | Decoder", queries: int, keys: int, first_query: Int[Array, ""] | int
 ) -> Sequence[Bias]:
-    """Returns the relative position bias of each of a stack's layers: the stack's own for all, or each layer's."""
+    """Returns the relative position bias of each layer of a stack: the stack's one for all layers, or each layer's."""
     if stack.config.relative_bias_per_layer:
         return [layer.relpos_bias(queries, keys, first_query) for layer in stack.layers]
     return [stack.relpos_bias(queries, keys, first_query)] * len(stack.layers)
 
 
 class Prefixes(NamedTuple):
-    """Learned keys and values of a stack's layers; see `adapters`."""
+    """Holds the learned keys and values of all layers of a stack; see `adapters`."""
 
     key: Float[Array, "L H P head_dim"]
     value: Float[Array, "L H P head_dim"]
@@ -394,7 +397,7 @@ def prefixes_of(stack: nn.Module) -> Prefixes | None:
 
 
 def prefix_of_layer(prefixes: Prefixes | None, number: int) -> Prefix | None:
-    """Returns the prefix of a stack's layer."""
+    """Returns the prefix of the stack's layer with index `number`; None if the stack has none."""
     return None if prefixes is None else Prefix(prefixes.key[number], prefixes.value[number])
 
 
@@ -410,7 +413,7 @@ def change_prompt(
     layer_prompt: Float[Array, "P D"] | Float[Array, "B P D"],
     replaces: bool | Bool[Array, " B"],
 ) -> Float[Array, "B S D"]:
-    """Puts `layer_prompt` in place of each row's first P positions if it replaces them, and else adds it to them."""
+    """Replaces the first P positions of each row by `layer_prompt`, or adds it to them where `replaces` is false."""
     before, rest = x[:, : layer_prompt.shape[-2]], x[:, layer_prompt.shape[-2] :]
     own = _per_row(layer_prompt, x)
     if isinstance(replaces, bool):
@@ -421,14 +424,14 @@ def change_prompt(
 
 
 def _per_row(prompt: Float[Array, "P D"] | Float[Array, "B P D"], x: Float[Array, "B _ D"]) -> Float[Array, "B P D"]:
-    # Broadcast before it is cast: the rows' gradients are then summed in the prompt's own float32.
+    # Broadcast before the cast, so that the gradients of all rows are summed in the prompt's float32.
     return jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape[-2:])).astype(x.dtype)
 
 
 def extend_over_prompt(
     mask: Bool[Array, "B 1 Q T"], prompt_length: int, prompt_mask: Bool[Array, "B {prompt_length}"] | None = None
 ) -> Bool[Array, "B 1 Q {prompt_length}+T"]:
-    """The mask with `prompt_length` positions in front: visible, or where `prompt_mask` is true."""
+    """Returns `mask` with `prompt_length` keys in front: all visible, or only those where `prompt_mask` is true."""
     if prompt_mask is None:
         return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prompt_length, 0)), constant_values=True)
     shape = (*mask.shape[:3], prompt_length)
@@ -442,7 +445,7 @@ def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> 
 
 
 def _lengths(tokens: Int[Array, "B T"], pad: int) -> Int[Array, " B"]:
-    """Up to the padding at the end; 1 where all is padding, since a softmax over nothing is no number."""
+    """Returns each row's length without the padding at its end; at least 1, as a softmax over no keys is NaN."""
     places = jnp.where(tokens != pad, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
     return 1 + jnp.max(places, axis=1)
 

@@ -1,12 +1,12 @@
-"""A frozen base in 8 bits: every matrix as int8, with one float32 scale for each of its outputs.
+"""Stores a frozen base model in 8 bits: every matrix as int8, with one float32 scale per output.
 
-A matrix stays at its path, and its scales stand beside it: `.../kernel` [in, out] and `.../kernel_scale` [out], or
-`token_embedder/embedding` [V, D] and `token_embedder/embedding_scale` [V]. Norms and position biases stay floats.
-A product turns its matrix into the activations' dtype where it is needed; see `kernels.quantized_product`.
+A matrix keeps its path, and its scales are beside it: `.../kernel` [in, out] and `.../kernel_scale` [out], or
+`token_embedder/embedding` [V, D] and `token_embedder/embedding_scale` [V]. Norms and position biases stay floats. A
+matmul casts its matrix to the activations' dtype just before it needs it; see `kernels.quantized_product`.
 
-Not by Qwix, whose product turns the whole matrix to float32 and keeps that for the backward pass, a float copy of the
-base in every step, and which leaves embedding tables as they are; nor by AQT, which renames the parameters and converts
-a model that is there in floats first.
+Two libraries were not used. Qwix's matmul casts the whole matrix to float32 and keeps that for the backward pass, so
+that every step has a float copy of the base model in memory; and it leaves embedding tables as they are. AQT renames
+the parameters, and first needs the whole model in floats.
 """
 
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ LARGEST = 127  # symmetric: -128 is not used
 
 
 def output_axis(path: str) -> int | None:
-    """The axis of the outputs of the matrix at `path`: the words of the embedding table; None for what stays float."""
+    """Returns the axis of the outputs of the matrix at `path` (of the table: tokens); None for what stays float."""
     if path == TABLE:
         return 0
     return 1 if path.endswith("/kernel") else None
 
 
 def scale_path(path: str) -> str:
-    """Where the scales of the matrix at `path` stand."""
+    """Returns the path of the scales of the matrix at `path`."""
     return f"{path}_scale"
 
 
 def quantized(path: str, array: Array) -> dict[str, Array]:
-    """The parameter at `path` as an int8 base holds it: a matrix and its scales, or the array as it is.
+    """Returns what an int8 base model stores for the parameter at `path`: a matrix and its scales, or the array itself.
 
-    A scale is the largest magnitude of its output over 127; every entry is then within half a scale of its own value.
+    The scale of an output is its largest magnitude divided by 127, so the error of an entry is at most half a scale.
     """
     axis = output_axis(path)
     if axis is None:
@@ -47,7 +47,7 @@ def quantized(path: str, array: Array) -> dict[str, Array]:
 @jax.jit(static_argnames="axis")
 def _quantize(matrix: Float[Array, "a b"], axis: int) -> tuple[Int8[Array, "a b"], Float[Array, " outputs"]]:
     matrix = matrix.astype(jnp.float32)
-    # No output without a weight divides by 0.
+    # An output whose weights are all 0 must not divide by 0.
     largest = jnp.max(jnp.abs(matrix), axis=1 - axis, keepdims=True)
     scale = jnp.maximum(largest / LARGEST, jnp.finfo(jnp.float32).tiny)
     values = jnp.clip(jnp.round(matrix / scale), -LARGEST, LARGEST)
@@ -55,7 +55,7 @@ def _quantize(matrix: Float[Array, "a b"], axis: int) -> tuple[Int8[Array, "a b"
 
 
 def embedding_table(params: Mapping[str, Array]) -> Float[Array, "V D"]:
-    """The embedding table of a base, in floats: of an int8 base, in float32."""
+    """Returns the embedding table of a base model in floats; in float32 if the base model is int8."""
     table = params[TABLE]
     scale = params.get(scale_path(TABLE))
     return table if scale is None else table.astype(jnp.float32) * scale[:, None]

@@ -1,5 +1,6 @@
-"""This project's prompts under T5X: what its trainer, checkpoints and partitioner are given.
+"""Trains this project's prompts with T5X: what T5X's trainer, checkpoints and partitioner need.
 
-Importable only where T5X is, which is not on PyPI; nothing else in the package imports it. Each module is named after
-the file of T5X (github.com/google-research/t5x, `t5x/`) that it plugs into; `gin_configs/t5x` puts them together.
+It can be imported only if T5X is installed, which is not on PyPI; nothing else in the package imports it. A module that
+extends a file of T5X (github.com/google-research/t5x, `t5x/`) has that file's name in its docstring;
+`gin_configs/t5x` puts the modules together.
 """

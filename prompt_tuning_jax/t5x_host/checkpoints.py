@@ -1,6 +1,6 @@
-"""What goes in and out of T5X's checkpoints, Orbax or its own layout alike (t5x/checkpoints.py).
+"""Restores a base model from T5X's checkpoints, and writes the prompt beside them (t5x/checkpoints.py).
 
-Both are state transformations, the hook that T5X's two checkpointers share.
+Both functions are state transformations, which T5X calls for its Orbax checkpoints and for its own layout.
 """
 
 import tempfile
@@ -26,18 +26,20 @@ def restore_base(
     is_resuming: bool = False,
     trainable: Sequence[str] = TRAINABLE,
 ) -> Mapping[str, Any]:
-    """The base's parameters and the step from a checkpoint; prompt and optimiser state are left to be made anew.
+    """Returns the base model's parameters and the step of a checkpoint; T5X initialises prompt and optimiser state.
 
     For `utils.RestoreCheckpointConfig(fallback_to_scratch=True, state_transformation_fns=[restore_base])`. The official
-    runs make anew whatever the file lacks, under any name; here only what is trained may be lacking.
+    runs initialise every parameter that the checkpoint lacks, whatever its name. Here only trained parameters may be
+    missing.
 
     Args:
-      state_dict: what the checkpoint has: arrays, or what stands for them until they are read.
-      target_state_dict: what the run has, arrays or their shapes.
-      is_resuming: of the same run: everything is taken.
+      state_dict: the checkpoint's state: arrays, or T5X's placeholders for arrays that are not read yet.
+      target_state_dict: the run's state: arrays or their shapes.
+      is_resuming: whether the checkpoint is the run's own; all of it is then restored.
+      trainable: patterns of whole paths, see `methods.model_tuning.matching`.
 
     Raises:
-      ValueError: the checkpoint lacks a parameter of the base, or has one of another shape.
+      ValueError: the checkpoint lacks a parameter of the base model, or has it with another shape.
     """
     if is_resuming:
         return state_dict
@@ -48,7 +50,7 @@ def restore_base(
     odd += [
         f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
         for name, value in sorted(base.items())
-        if getattr(found.get(name), "shape", value.shape) != value.shape  # T5X checks what it has yet to read
+        if getattr(found.get(name), "shape", value.shape) != value.shape  # T5X checks those that it has not read yet
     ]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
@@ -60,14 +62,14 @@ def restore_base(
 def save_prompt(
     state_dict: Mapping[str, Any], parameter_infos: Mapping[str, Any], *, folder: str
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Writes the prompt beside the checkpoint that is about to be written, which it leaves as it is.
+    """Writes the prompt beside the checkpoint that is about to be written; returns its arguments unchanged.
 
-    For `utils.SaveCheckpointConfig(state_transformation_fns=[...])`. The file is the official one, float32 [P, D] for
-    `prompts.files.read_prompt`: `numpy_checkpoints/checkpoint_<step>/encoder.prompt.prompt.prompt`. All of them stay,
-    however many checkpoints T5X keeps.
+    For `utils.SaveCheckpointConfig(state_transformation_fns=[...])`. The file is the official one, float32 [P, D]:
+    `numpy_checkpoints/checkpoint_<step>/encoder.prompt.prompt.prompt`, which `prompts.files.read_prompt` reads. These
+    files are never deleted, however few checkpoints T5X keeps.
 
     Args:
-      folder: MODEL_DIR, a path or a URL that TensorFlow can write.
+      folder: MODEL_DIR, a path or a URL to which TensorFlow can write.
     """
     if jax.process_index() == 0:
         step = int(_local(state_dict["state"]["step"]))
@@ -77,7 +79,7 @@ def save_prompt(
 
 
 def _local(value: Any) -> np.ndarray:
-    # T5X's own checkpointer reads an array from the device when it is asked to, and Orbax passes it as it is.
+    # T5X's own checkpointer gives a LazyArray, which reads from the device; with Orbax it is the array itself.
     value = value.get() if isinstance(value, checkpoints.LazyArray) else value
     return np.asarray(checkpoints.get_local_data(value))
 
@@ -85,7 +87,7 @@ def _local(value: Any) -> np.ndarray:
 def _write(path: str, prompt: np.ndarray) -> None:
     if "://" not in path:
         return write_prompt(path, prompt)
-    with tempfile.TemporaryDirectory() as scratch:  # an upload is whole or not at all
+    with tempfile.TemporaryDirectory() as scratch:  # an uploaded file appears whole or not at all
         write_prompt(Path(scratch, OFFICIAL_NAME), prompt)
         tf.io.gfile.makedirs(path.rpartition("/")[0])
         tf.io.gfile.copy(f"{scratch}/{OFFICIAL_NAME}", path, overwrite=True)

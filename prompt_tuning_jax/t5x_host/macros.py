@@ -1,4 +1,4 @@
-"""Errors as T5X's users read them: T5X prints an exception as it is, and its settings are gin's macros."""
+"""Writes errors for users of T5X: T5X prints an exception unchanged, and its settings are gin macros."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from prompt_tuning_jax.errors import SettingError
 
 @contextlib.contextmanager
 def named_by_macros() -> Iterator[None]:
-    """Names settings by their macros in the errors that leave this context."""
+    """Turns a SettingError in this context into a ValueError that names settings by their macros."""
     try:
         yield
     except SettingError as error:

@@ -1,4 +1,4 @@
-"""A soft prompt in T5X's own network (t5x/examples/t5/network.py), by inheritance alone."""
+"""Adds a soft prompt to T5X's own network (t5x/examples/t5/network.py) by a subclass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from prompt_tuning_jax.t5.network import prepend_prompt
 
 
 class Transformer(network.Transformer):
-    """T5X's minimal T5, prompted: its parameters keep their names, the prompt's is `encoder/prompt/prompt`.
+    """T5X's minimal T5 with a prompt, the parameter `encoder/prompt/prompt`; other parameters keep their names.
 
-    The prompt's places are tokens to T5X, which makes its masks from them; only what they are embedded as is new.
+    T5X gets tokens for the prompt's positions too, and computes its masks from them. Only their embedding is replaced.
 
     Attributes:
       prompt_factory: builds a `prompts.module.SoftPrompt`, given Flax's `parent` and `name`.
@@ -28,7 +28,7 @@ class Transformer(network.Transformer):
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         enable_dropout: bool = True,
     ) -> Float[Array, "B S D"]:
-        """The encoder's output over prompt and inputs, [B, P+T, D]; ValueError for packed examples."""
+        """Returns the encoder's output for prompt and inputs, [B, P+T, D]; raises ValueError for packed examples."""
         if encoder_segment_ids is not None:
             raise ValueError("packed examples (encoder_segment_ids) cannot share one prompt: set pack=False")
         length = self.prompt_factory(parent=None).length
@@ -47,7 +47,7 @@ class Transformer(network.Transformer):
     def decode(
         self, encoded: Float[Array, "B S D"], encoder_input_tokens: Int[Array, "B T"], *args: Any, **kwargs: Any
     ) -> Float[Array, "B Q V"]:
-        """T5X's `decode`, with the prompt's places in the encoder's output attended to."""
+        """Calls T5X's `decode`, with a mask that also shows the prompt's positions in the encoder's output."""
         length = encoded.shape[1] - encoder_input_tokens.shape[1]
         return super().decode(encoded, _with_prompt(encoder_input_tokens, length), *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Prompt-only training under T5X (t5x/optimizers.py): one optax optimiser for the prompt, none for the rest."""
+"""Trains only the prompt under T5X (t5x/optimizers.py): an optax optimiser for the prompt, none for the rest."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,38 +16,39 @@ TRAINABLE = ("encoder/prompt/.*",)
 
 
 class ReplicatedStateWrapper(optimizers.OptaxWrapper):
-    """T5X's wrapper of optax, for an optimiser whose state is small enough to lie whole on every device.
+    """T5X's wrapper of optax, for an optimiser whose state is small enough to be replicated on every device.
 
-    T5X knows the layout of only some of optax's states, and Adafactor's is not among them.
+    T5X knows the axes of only some of optax's states, and not of Adafactor's.
     """
 
     def derive_logical_axes(
         self, optimizer: optimizers.Optimizer, param_logical_axes: FrozenDict | dict[str, Any]
     ) -> optimizers.Optimizer:
-        """The parameters' axes as they are; none, which means replicated, for every array of the state."""
+        """Returns the axes of the parameters unchanged, and None, which means replicated, for all of the state."""
         axes = jax.tree.map(lambda _: None, optimizer.state_dict())
         return optimizer.restore_state(axes | {"target": unfreeze(param_logical_axes)})
 
 
 def trained_paths(paths: Iterable[str], trainable: Sequence[str]) -> set[str]:
-    """Returns the paths that a pattern matches as a whole, as `methods.model_tuning.matching`, and raises its error."""
+    """Returns the paths that some pattern matches as a whole; raises ValueError as `methods.model_tuning.matching`."""
     return matching(paths, trainable)
 
 
 def prompt_only(
     optimizer: optax.GradientTransformation, trainable: Sequence[str] = TRAINABLE
 ) -> optimizers.OptimizerDef:
-    """`optimizer` for the prompt and nothing for the frozen base: for `models.EncoderDecoderModel(optimizer_def=...)`.
+    """Returns the `optimizer_def` of `models.EncoderDecoderModel`: `optimizer` for the prompt, none for the base model.
 
-    T5X differentiates every parameter and takes its learning rate from `Trainer.learning_rate_fn`. Here the frozen
-    gradients are never read, so that XLA drops them, and the rate is `optimizer`'s own: T5X's is only logged.
+    T5X differentiates every parameter, and has its learning rate in `Trainer.learning_rate_fn`. Here the gradients of
+    frozen parameters are never read, so XLA removes them. The learning rate is that of `optimizer`; T5X's is only
+    logged.
 
     Args:
-      optimizer: of optax, `training.optimizer.adafactor` for the paper's settings.
-      trainable: patterns of whole paths, as of `methods.model_tuning.matching`.
+      optimizer: an optax optimiser; `training.optimizer.adafactor` has the paper's settings.
+      trainable: patterns of whole paths, see `methods.model_tuning.matching`.
 
     Raises:
-      ValueError: when T5X makes its state, a pattern matches no parameter.
+      ValueError: a pattern matches no parameter; raised when T5X creates the optimiser's state.
     """
 
     def labels(params: Any) -> Any:

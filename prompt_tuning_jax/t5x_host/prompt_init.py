@@ -1,4 +1,4 @@
-"""The prompt before its first update: T5X gives an initialiser a key and a shape, ours want the base, too."""
+"""Initialises the prompt under T5X, which gives an initialiser a key and a shape; ours also need the base model."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,10 +19,10 @@ EMBEDDINGS = "token_embedder/embedding"
 
 @named_by_macros()
 def read_embeddings(path: str) -> Float[Array, "V D"]:
-    """The table of the base at `path`, INITIAL_CHECKPOINT_PATH; no other array is read.
+    """Reads the embedding table of the base model at `path`, INITIAL_CHECKPOINT_PATH, and no other array.
 
     Raises:
-      ValueError: no base is there, or it has no such table.
+      ValueError: there is no base model, or it has no such table.
     """
     arrays = open_model(path).arrays
     if EMBEDDINGS not in arrays:
@@ -40,16 +40,17 @@ def prompt_init(
     vocabulary: Any,
     seed: int | None,
 ) -> Float[Array, "P D"]:
-    """`SoftPrompt.prompt_init` for any of `prompts.initializers`.
+    """Returns the initial prompt; use it as `SoftPrompt.prompt_init` with any initialiser of `prompts.initializers`.
 
     Args:
-      key: T5X's, used only where `seed` is None.
+      key: T5X's key, which is used only if `seed` is None.
+      shape: (P, D).
       init: an initialiser, see `prompts.initializers.start_prompt`.
-      initial_checkpoint_path: of the base.
-      vocabulary: the model's, SeqIO's or any with `encode`.
-      seed: RANDOM_SEED; the prompt is then the one that `prompt_tuning_jax.train` starts from with the same seed.
+      initial_checkpoint_path: path of the base model.
+      vocabulary: the model's vocabulary, SeqIO's or any object with `encode`.
+      seed: RANDOM_SEED. With the same seed, `prompt_tuning_jax.train` starts from the same prompt.
     """
-    # T5X initialises inside a compiled function: computed there, the whole table would be a constant of the program.
+    # T5X initialises in a jitted function, of which the whole table would become a constant if it were computed there.
     with jax.ensure_compile_time_eval():
         if seed is not None:
             key = start_key(seed)

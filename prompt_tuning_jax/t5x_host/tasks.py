@@ -1,4 +1,4 @@
-"""This project's SeqIO tasks with the vocabulary of T5X's model (t5x/utils.py, `DatasetConfig`)."""
+"""Gives this project's SeqIO tasks the vocabulary of T5X's model (t5x/utils.py, `DatasetConfig`)."""
 
 import dataclasses
 import importlib
@@ -17,17 +17,17 @@ def with_vocabulary(
     mixture_or_task_name: str, vocabulary: seqio.Vocabulary, module: str | None = None,
     data_dir: str | None = None,
 ) -> str:  # fmt: skip
-    """The name for `DatasetConfig.mixture_or_task_name`, whose task from now on uses `vocabulary`.
+    """Registers the task again with `vocabulary`, and returns its name for `DatasetConfig.mixture_or_task_name`.
 
-    T5X reads tasks by name and refuses one whose vocabulary is not the model's. A task of this project names the public
-    one of T5 1.1, which not every machine can read. A mixture's tasks keep their own.
+    T5X reads tasks by name, and refuses a task whose vocabulary is not the model's. A task of this project has the
+    public vocabulary of T5 1.1, which not every machine can read. The tasks of a mixture keep their vocabularies.
 
     Args:
-      module: MIXTURE_OR_TASK_MODULE, imported first.
-      data_dir: the benchmark's own files; None for TFDS.
+      module: MIXTURE_OR_TASK_MODULE, which is imported first.
+      data_dir: folder of the benchmark's own files; None for TFDS.
 
     Raises:
-      ValueError: no such task, with near misses; or no such module.
+      ValueError: there is no such task (the message has near misses), or no such module.
     """
     sources.set_data_dir(data_dir)
     if module:
