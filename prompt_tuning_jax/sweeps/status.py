@@ -29,8 +29,8 @@ class TrialState(NamedTuple):
         started again; or "waiting".
       step: the step of the newest record; None before the first.
       steps: TRAIN_STEPS.
-      score: the best evaluation's score so far, by the measure with which the run chooses its best step: in per cent, or
-        a negated loss.
+      score: the score of the best evaluation so far, by the measure with which the run chooses its best step: in per
+        cent, or a negated loss.
       seconds_left: the estimated remaining time of a running trial, at its speed so far.
       last_line: the last line of a failed trial's failed.txt.
     """
