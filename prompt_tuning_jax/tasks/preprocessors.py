@@ -181,7 +181,10 @@ def prepend_sentinel(field: str, index: int):
 
 
 def split_documents(length_of):
-    """Splits tokenised documents into parts of about equal length, at most `length_of(sequence_length)` tokens each."""
+    """Returns a preprocessor that splits tokenised documents into parts of about equal length.
+
+    Each part has at most `length_of(sequence_length)` tokens.
+    """
 
     def preprocess(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
         limit = length_of(sequence_length)
@@ -443,10 +446,10 @@ def choices_last(example):
 
 
 def concatenate_documents(length_of, documents: int = 128):
-    """Joins groups of `documents` tokenised documents and splits each into `length_of(sequence_length)` tokens.
+    """Returns a preprocessor that joins groups of tokenised documents and splits each group into parts of equal length.
 
-    As in T5's span corruption (`reduce_concat_tokens`), there is no marker between documents. Only the last part of
-    each group is shorter.
+    A group has `documents` documents, and a part `length_of(sequence_length)` tokens. As in T5's span corruption
+    (`reduce_concat_tokens`), there is no marker between documents. Only the last part of each group is shorter.
     """
 
     def preprocess(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
