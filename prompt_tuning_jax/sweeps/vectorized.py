@@ -107,7 +107,7 @@ def failing(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[Non
 
 
 def open_all(members: Sequence[Member]) -> None:
-    """Opens the runs' folders, and restores each run from its last checkpoint that fits the others."""
+    """Opens the runs' folders, and restores each run at the step that `common_steps` chooses."""
     for member in members:
         with member.failing_alone():
             for line in member.run.open():

@@ -76,8 +76,8 @@ class FilesOrTfds(seqio.DataSource):
       files: the file of each split under DATA_DIR, which may be compressed and then has .gz or .xz after its name. None
         for a split that only TFDS has.
       read: yields the rows of the file at a path.
-      read_test: does so for splits whose name begins with "test", which benchmarks publish without labels; None for
-        `read`.
+      read_test: like `read`, for splits whose name begins with "test", which benchmarks publish without labels; None
+        for `read`.
       benchmark: the name of the folder that has the files. DATA_DIR is this folder, or the one that contains it.
     """
 

@@ -100,7 +100,10 @@ def _tpu_environment(chip: str) -> dict[str, str]:
 
 
 def _share(all_of_them: Sequence[Any], place: int, count: int) -> Sequence[Any]:
-    """Returns part `place` of `count` contiguous, nearly equal parts; if there are too few items, parts share them."""
+    """Returns part `place` of the items, which are divided into `count` contiguous and nearly equal parts.
+
+    If there are fewer items than parts, each part has one item, and several parts share it.
+    """
     if 0 < len(all_of_them) < count:
         return [all_of_them[place % len(all_of_them)]]
     return all_of_them[len(all_of_them) * place // count : len(all_of_them) * (place + 1) // count]
