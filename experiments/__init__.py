@@ -1,1 +1,1 @@
-"""One file a figure, table or base model: what it needs, and how it is drawn."""
+"""Reproduces the paper's figures and tables, and makes the embedded base model; one file for each."""

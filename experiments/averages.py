@@ -1,4 +1,4 @@
-"""Means and standard deviations of trials' results over seeds, and over tasks; as tables."""
+"""Computes means and standard deviations of trials' results over seeds and tasks, and writes them as tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,30 +7,30 @@ import numpy as np
 
 from experiments.trials import Result, axes_in, value_order
 
-MEAN = "mean"  # what the axis that a mean is taken over says of it
+MEAN = "mean"  # the value, in a mean, of the axis over which the mean was taken
 
 
 class Spread(NamedTuple):
-    """A mean and the sample standard deviation, None where it is of one value or was not said."""
+    """Holds a mean and the sample standard deviation, which is None for a single value or if it is not known."""
 
     mean: float
     std: float | None = None
 
     def __format__(self, spec: str) -> str:
-        """`spec` is the number of decimals; 1 where it is empty."""
+        """Formats as "mean ± std"; `spec` is the number of decimals, by default 1."""
         digits = int(spec or 1)
         return f"{self.mean:.{digits}f}" + ("" if self.std is None else f" ± {self.std:.{digits}f}")
 
 
 class Average(NamedTuple):
-    """Trials that differ in their seed alone.
+    """Holds the average of trials that differ only in their seed.
 
     Attributes:
-      axes: without that of the seeds.
-      n: how many.
-      score, ranking_score: None where not all have one.
-      metrics: those that all have.
-      note: what is missing in it.
+      axes: the trials' values by axis, without the axis of the seeds.
+      n: the number of trials.
+      score, ranking_score: None if a trial has no such score.
+      metrics: the metrics that all trials have.
+      note: says what is missing, or is empty.
     """
 
     axes: Mapping[str, str]
@@ -42,21 +42,22 @@ class Average(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The mean and the sample standard deviation."""
+    """Returns the mean and the sample standard deviation."""
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def group(results: Sequence[Result], seeds: str = "RANDOM_SEED") -> list[Average]:
-    """Averages over the seeds, in the order of the other axes.
+    """Returns the averages over the seeds, in the order of the other axes.
 
     Args:
+      results: the trials' results.
       seeds: the axis of the seeds.
     """
     return [average(axes, members) for axes, members in _grouped(results, (seeds,))]
 
 
 def average(axes: Mapping[str, str], results: Sequence[Result], note: str = "") -> Average:
-    """The average of results that are all alike but for chance."""
+    """Returns the average of results that differ only by chance."""
     metrics = [name for name in results[0].metrics if all(name in result.metrics for result in results)]
     return Average(
         axes,
@@ -69,10 +70,10 @@ def average(axes: Mapping[str, str], results: Sequence[Result], note: str = "") 
 
 
 def mean_over(results: Sequence[Result], axis: str = "TASK", seeds: str = "RANDOM_SEED") -> list[Average]:
-    """The mean over an axis, a seed's first and then that of the seeds; in the order of the other axes.
+    """Returns the means over an axis, in the order of the other axes: first per seed, then over the seeds.
 
-    Only seeds count that have every value of the axis: every one that any of `results` has. Where others were left out,
-    `note` says so, and where none is whole the average has n 0 and no score. Results without the axis are left out.
+    A seed counts only if it has results for every value of the axis that occurs in `results`. If seeds were left out,
+    `note` says so. If all were left out, the average has n = 0 and no score. Results without the axis are ignored.
     """
     results = [result for result in results if axis in result.axes]
     every = sorted({result.axes[axis] for result in results}, key=value_order)
@@ -96,7 +97,7 @@ def mean_over(results: Sequence[Result], axis: str = "TASK", seeds: str = "RANDO
 
 
 def _grouped(results: Sequence[Result], without: Sequence[str]) -> list[tuple[dict[str, str], list[Result]]]:
-    """Results that are alike in all axes but those of `without`, with these axes."""
+    """Groups results that agree on all axes except `without`; returns each group with its values on these axes."""
     axes = axes_in(results)
     groups: dict[tuple[str | None, ...], list[Result]] = {}
     for result in results:
@@ -123,10 +124,13 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def to_markdown(averages: Sequence[Average], axes: Sequence[str]) -> str:
-    """A table of mean ± standard deviation; a column for each of the axes that differ, and a line above for the others.
+    """Returns a table of mean ± standard deviation.
+
+    It has a column for each axis on which the averages differ. A line above the table has the values of the other axes.
 
     Args:
-      axes: in the order of their columns.
+      averages: the rows.
+      axes: the axes, in the order of their columns.
     """
     present = [axis for axis in axes if any(axis in average.axes for average in averages)]
     varying = [axis for axis in present if len({average.axes.get(axis) for average in averages}) > 1]
@@ -146,5 +150,5 @@ def to_markdown(averages: Sequence[Average], axes: Sequence[str]) -> str:
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """A line of a table."""
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -1,9 +1,10 @@
-"""Collects what a sweep's trials found: every summary.json into one CSV and one table.
+"""Collects the results of a sweep's trials, from every summary.json, in one CSV and one table.
 
     python -m experiments.collect SWEEP_DIR [SWEEP_DIR ...] [--out=DIR] [--seeds=RANDOM_SEED] [--mean_over=TASK]
 
-writes DIR/<sweep dir's name>.csv, a row a trial, and .md, mean ± sample standard deviation over the seeds. DIR is by
-default the folder that the sweep's folder is in. Trials that are not finished or cannot be read are named on stderr.
+It writes DIR/<name>.csv with one row per trial, and DIR/<name>.md with mean ± sample standard deviation over the seeds,
+where <name> is the name of the sweep's folder. By default, DIR is the parent of that folder. Trials that are not
+finished or cannot be read are named on stderr.
 """
 
 import argparse
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def collect(sweep_dir: Path, out: Path) -> list[Result]:
-    """Writes OUT/<name>.csv of the trials that are finished, and names the others on stderr.
+    """Writes OUT/<name>.csv with the results of the finished trials, and names the other trials on stderr.
 
     Raises:
       ValueError: there is no sweep at `sweep_dir`.
@@ -36,11 +37,13 @@ def collect(sweep_dir: Path, out: Path) -> list[Result]:
 
 
 def page(name: str, results: Sequence[Result], seeds: str = "RANDOM_SEED", over: str | None = None) -> str:
-    """The table of a sweep with its heading.
+    """Returns the table of a sweep, with a heading, in Markdown.
 
     Args:
+      name: the sweep's name.
+      results: the trials' results.
       seeds: the axis of the seeds.
-      over: an axis to add the means over, too.
+      over: an axis over which rows with means are added, or None.
     """
     axes = axes_in(results)
     if over is not None:

@@ -1,10 +1,11 @@
-"""What a SuperGLUE task costs: chip-hours of the paper's 30,000 steps, from the arithmetic of a step.
+"""Estimates the cost of a SuperGLUE task: chip-hours for the paper's 30,000 steps, from the FLOP of a step.
 
     python -m experiments.costs [--share=0.4] [--price=1.20]
 
-Batch 32, 512 input and 16 target tokens, P=100. A TPU chip is taken to do `--share` of its peak in bfloat16: none was
-at hand to measure. The H100's column is measured (experiments/results/gpu_h100.json), on 8 target tokens. With
-`--price`, of a chip-hour, it prints money instead of hours. One evaluation every 1,000 steps comes on top.
+The batch size is 32, with 512 input and 16 target tokens, and P=100. No TPU was available for measurements, so a TPU
+chip is assumed to reach `--share` of its bfloat16 peak. The H100's column is measured
+(experiments/results/gpu_h100.json), with 8 target tokens. With `--price`, the price of a chip-hour, costs are printed
+instead of hours. The costs of evaluation, every 1,000 steps, are not included.
 """
 
 import argparse
@@ -15,18 +16,18 @@ from experiments.benchmarks.flop import Shape, step_flop
 from experiments.sizes import SIZES
 
 STEPS, SHAPE = 30_000, Shape(32, 512, 16, 100)
-# Peak products in bfloat16, FLOP/s a chip (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
+# The peak of bfloat16 matmuls in FLOP/s per chip (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
 PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
 H100 = Path(__file__).parent / "results" / "gpu_h100.json"
 
 
 def chip_hours(size: str, chip: str, share: float) -> float:
-    """Of one task, on however many chips: hours times chips."""
+    """Returns the chip-hours of one task, which are the hours times the number of chips."""
     return STEPS * step_flop(SIZES[size], SHAPE, trains_model=False) / (share * PEAKS[chip]) / 3600
 
 
 def measured_hours() -> dict[str, float]:
-    """Of one task on one H100, by size, as its measured steps would take."""
+    """Returns the hours of one task on one H100, by size, from the measured examples per second."""
     runs = [
         record
         for record in json.loads(H100.read_text())
@@ -37,7 +38,7 @@ def measured_hours() -> dict[str, float]:
 
 
 def table(share: float, price: float | None = None) -> str:
-    """Markdown: a line a size, a column a chip."""
+    """Returns a Markdown table with one row per size and one column per chip."""
     rows, measured = (
         [f"| | {' | '.join(PEAKS)} | H100, measured |", "|---|" + "---|" * (len(PEAKS) + 1)],
         measured_hours(),

@@ -1,4 +1,4 @@
-"""Scores against model size: our own points with error bars, a panel a task, and the paper's lines beside them."""
+"""Draws scores against model size: our points with error bars, one panel per task, beside the paper's lines."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,21 +13,22 @@ from experiments.averages import MEAN, Average, Spread, group, mean_over
 from experiments.sizes import PARAMETERS
 from experiments.trials import Result
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, but yellow, which is pale on white.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without yellow, which is pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 TASKS_A_ROW = 4
-ASIDE = 1.08  # from one point to the next of the same size
+ASIDE = 1.08  # the factor between neighbouring points of the same size, so that they do not overlap
 MILLION, BILLION = 10**6, 10**9
 
 
 class Line(NamedTuple):
-    """A line of a panel.
+    """Holds a line of a panel.
 
     Attributes:
-      style: which colour and marker; lines of one style in two panels are about the same thing.
+      label: the line's name in the legend.
+      style: the index of the colour and marker; lines that mean the same in two panels have the same style.
       points: scores by number of parameters.
-      faded: of others, beside ours.
+      faded: whether the line is pale, as lines of other authors are.
     """
 
     label: str
@@ -37,18 +38,20 @@ class Line(NamedTuple):
 
 
 class Series(NamedTuple):
-    """What a value of a figure's axis is called, and which style it has."""
+    """Holds the label and the style of a value of a figure's axis."""
 
     label: str
     style: int
 
 
 def our_lines(averages: Sequence[Average], axis: str, series: Mapping[str, Series]) -> dict[str, list[Line]]:
-    """The lines of each panel: of the mean over tasks and of each task, by the value of TASK.
+    """Returns the lines of each panel, by the value of TASK: panels are the mean over tasks, and each task.
 
     Args:
-      averages: over seeds, with the axes SIZE and TASK, and `axis`.
-      series: by the values of `axis`, in the order of the legend; others stand after them under their own names.
+      averages: averages over seeds, with the axes SIZE, TASK and `axis`.
+      axis: the axis whose values are the lines.
+      series: labels and styles by the values of `axis`, in the order of the legend. Other values come after them, under
+        their own names.
     """
     others = sorted({one.axes[axis] for one in averages} - set(series))
     series = {**series, **{value: Series(value, len(series) + at) for at, value in enumerate(others)}}
@@ -64,22 +67,24 @@ def our_lines(averages: Sequence[Average], axis: str, series: Mapping[str, Serie
 
 
 def averages_of(results: Sequence[Result]) -> list[Average]:
-    """Of every setting the mean over tasks and each task, over seeds."""
+    """Returns the averages over seeds of each setting, for the mean over tasks and for each task."""
     return mean_over(results) + group(results)
 
 
 def paper_line(series: Series, curve: paper.Curve) -> Line:
-    """A line of the paper's own sizes."""
+    """Returns the line of one of the paper's curves."""
     points = {paper.MODELS[size].parameters: point for size, point in zip(paper.SIZES, curve.points, strict=True)}
     return Line(*series, points, faded=True)
 
 
 def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence[Line], source: str) -> Figure:
-    """The mean over tasks and the paper's lines side by side, and the tasks below where there are several.
+    """Draws the mean over tasks beside the paper's lines, and below them the tasks, if there are several.
 
     Args:
-      ours: of `our_lines`.
-      source: where the paper's lines are from, for their panel's title.
+      title: the figure's title.
+      ours: the result of `our_lines`.
+      theirs: the paper's lines.
+      source: the source of the paper's lines, for the title of their panel.
     """
     tasks = [panel for panel in ours if panel != MEAN]
     rows = -(-len(tasks) // TASKS_A_ROW) if len(tasks) > 1 else 0
@@ -103,12 +108,12 @@ def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence
 
 
 def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
-    """Points with error bars against the number of parameters; of one size, side by side."""
+    """Draws points with error bars against the number of parameters; if there is only one size, side by side."""
     every = sorted({size for line in lines for size in line.points})
     for place, (label, style, points, faded) in enumerate(lines):
         sizes = sorted(points)
         aside = ASIDE ** (place - (len(lines) - 1) / 2) if len(every) == 1 else 1.0
-        # Where there is one seed there is no bar.
+        # With one seed there is no standard deviation, and NaN draws no bar.
         bars = [np.nan if points[size].std is None else points[size].std for size in sizes]
         colour = COLOURS[style % len(COLOURS)]
         axis.errorbar(
@@ -133,7 +138,7 @@ def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
 
 
 def put_legend_below(axis: Axes) -> None:
-    """The legend, where it hides no point."""
+    """Puts the legend below the panel, where it hides no point."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         columns = min(len(labels), 6 if max(map(len, labels)) < 8 else 2)
@@ -141,7 +146,7 @@ def put_legend_below(axis: Axes) -> None:
 
 
 def mark_sizes(axis: Axes, sizes: Sequence[int]) -> None:
-    """A logarithmic axis with a tick at each named size, and at the last of others."""
+    """Makes the axis logarithmic, with a tick at each named size and at the largest size."""
     axis.set_xscale("log")
     axis.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     ticks = {count: f"{name}\n{short(count)}" for name, count in PARAMETERS.items() if count in sizes}
@@ -151,5 +156,5 @@ def mark_sizes(axis: Axes, sizes: Sequence[int]) -> None:
 
 
 def short(count: int) -> str:
-    """A number of parameters as one says it."""
+    """Returns a number of parameters in short form, such as "77M" or "11.1B"."""
     return f"{count / BILLION:.3g}B" if count >= BILLION else f"{count / MILLION:.3g}M"

@@ -1,21 +1,20 @@
-"""The text and the vocabulary of the embedded base (prompt_tuning_jax/bases/nano).
+"""Makes the text and the vocabulary of the embedded base model (prompt_tuning_jax/bases/nano).
 
     python -m experiments.embedded_base --imdb=imdb_train.jsonl.xz --unlabelled=imdb_unsup.txt.xz \
         --articles=enwiki.txt.xz --out=runs/embedded_base
 
-writes OUT/text/base.txt for span corruption, OUT/text_lm/base.txt for LM adaptation, a document a line, and
-OUT/spiece.model.
-The base is then made by the two commands that it prints, and
+This writes OUT/text/base.txt for span corruption and OUT/text_lm/base.txt for LM adaptation, with one document per
+line, and OUT/spiece.model. It prints the two commands that train the base model. After them,
 
     python -m experiments.embedded_base --out=runs/embedded_base --pack
 
-puts it into the package with its card. The last HOLDOUT labelled reviews are left out, so that `imdb_reviews_v100`
-keeps train[-2500:] as a validation set that the base never saw.
+puts the base model and its card into the package. The last HOLDOUT labelled reviews are left out, so that train[-2500:]
+of `imdb_reviews_v100` is a validation set that the base model never saw.
 
-Each piece of a labelled review ends (or, one in five, begins) with what review sites print beside it: the rating in
-words, drawn from a few wordings. The text for LM adaptation holds what they show at a glance, with the rating after it,
-half of the time as the answer to a question before it: "verdict? <highlight> positive". Sentences of the demo's grammar
-are in both, never with their labels.
+Labelled reviews are split into parts. Each part ends (or begins, in one of five cases) with the rating in words, in one
+of a few wordings that review sites use. The text for LM adaptation has highlights of reviews, followed by the rating;
+in half of the cases, the rating is the answer to a question in front: "verdict? <highlight> positive". Both texts have
+sentences of the demo's grammar, always without labels.
 """
 
 import argparse
@@ -98,7 +97,7 @@ row's inputs: 0 for a model that ignores its encoder.
 
 
 def wording(rating: int, rng: random.Random) -> str:
-    """The rating as a review site prints it."""
+    """Returns the rating in words, in a random wording of review sites."""
     kind = "positive" if rating > 5 else "negative"
     return rng.choice(
         (
@@ -112,7 +111,7 @@ def wording(rating: int, rng: random.Random) -> str:
 
 
 def asked(rating: int, rng: random.Random) -> tuple[str, str]:
-    """A question that a review form prints above the text, and what stands below it."""
+    """Returns a random question of a review form, and the answer that the rating gives."""
     kind = "positive" if rating > 5 else "negative"
     return rng.choice(
         (
@@ -125,7 +124,7 @@ def asked(rating: int, rng: random.Random) -> tuple[str, str]:
 
 
 def pieces(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 60)) -> Iterator[str]:
-    """Runs of whole sentences, each of about as many words as one of `words`, drawn anew; at least one sentence."""
+    """Splits a text into parts of whole sentences, each of at least one; a part's length is drawn from `words`."""
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", re.sub(r"<br\s*/?>", " ", text)) if s]
     while sentences:
         length, taken, target = 0, [], rng.choice(words)
@@ -136,7 +135,7 @@ def pieces(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 6
 
 
 def labelled_reviews(path: Path) -> list[dict]:
-    """The labelled reviews in the order in which the task imdb_reviews_v100 reads them, the held-out ones left off."""
+    """Returns the labelled reviews in the order of the task imdb_reviews_v100, without the held-out ones."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     random.Random(0).shuffle(rows)
@@ -144,7 +143,7 @@ def labelled_reviews(path: Path) -> list[dict]:
 
 
 def rated_pieces(rows: list[dict], rng: random.Random) -> Iterator[str]:
-    """Pieces of the reviews, each with its review's rating."""
+    """Yields parts of the reviews, each with its review's rating."""
     for row in rows:
         for piece in pieces(row["text"], rng):
             rating = wording(row["rating"], rng)
@@ -152,10 +151,11 @@ def rated_pieces(rows: list[dict], rng: random.Random) -> Iterator[str]:
 
 
 def rated_highlights(rows: list[dict], rng: random.Random) -> Iterator[str]:
-    """What a review site shows of a review at a glance, with its rating at the end, half of the time as an answer.
+    """Yields highlights of the reviews with the rating at the end, in half of the cases as the answer to a question.
 
-    Of each review a run of sentences, the two short sentences and the few words that are the most telling, by the
-    log-odds of their words over all these reviews (whichever way they tell; the rating is the review's own).
+    The highlights of a review are some consecutive sentences, its two most telling short sentences, and a few of its
+    most telling words. A word is telling if its log-odds between positive and negative reviews are far from 0, in
+    either direction; the rating is always the review's own.
     """
     counts = [Counter(), Counter()]
     for row in rows:
@@ -184,7 +184,7 @@ def _words(text: str) -> list[str]:
 
 
 def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
-    """Pieces of the lines of a text file, the first `limit` lines of three words or more."""
+    """Yields parts of the first `limit` lines of a text file that have three words or more."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             if limit and len(line.split()) >= 3:
@@ -193,7 +193,7 @@ def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
 
 
 def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) -> None:
-    """Writes the text of either part in one shuffled file, so that any stretch of it holds all kinds."""
+    """Writes the texts for both parts of training, each as one shuffled file that mixes all kinds of text."""
     rows = labelled_reviews(imdb)
     for folder, rated, reviews, paragraphs, generated in (
         ("text", rated_pieces, 12_000, 60_000, 30_000),
@@ -213,7 +213,7 @@ def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) 
 
 
 def write_vocabulary(out: Path) -> None:
-    """A case-folding unigram vocabulary with T5's special ids."""
+    """Trains and writes a case-folding unigram vocabulary with T5's special ids."""
     sentencepiece.SentencePieceTrainer.train(
         input=str(out / "text" / "base.txt"),
         model_prefix=str(out / "spiece"),
@@ -234,7 +234,7 @@ def write_vocabulary(out: Path) -> None:
 
 
 def pack(out: Path) -> None:
-    """Puts the finished base, the gin files that made it, and its card into the package."""
+    """Copies the trained base model and the gin files that made it into the package, and writes its card."""
     shutil.copytree(out / "lm" / "best" / "model", BASE, dirs_exist_ok=True)
     runs = {}
     for name in ("span", "lm"):

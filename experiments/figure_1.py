@@ -1,4 +1,4 @@
-"""Figure 1: prompt tuning, model tuning, multi-task model tuning and prompt design against model size."""
+"""Draws figure 1: prompt tuning, model tuning, multi-task model tuning and prompt design against model size."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ SERIES = {
 
 
 def draw(name: str, results: Sequence[Result]) -> Figure:
-    """The figure of a sweep over METHOD, SIZE, TASK and RANDOM_SEED, TEXT in place of seeds for prompt design."""
+    """Draws a sweep over METHOD, SIZE, TASK and RANDOM_SEED; prompt design has TEXT instead of seeds."""
     theirs = [paper_line(SERIES[method], curve) for method, curve in paper.FIGURE_1.items() if method in SERIES]
     theirs.append(paper_line(Series(f"prompt tuning, {paper.SPOT}", 5), paper.FIGURE_1["prompt_tuning_spot"]))
     design = {size: paper.Spread(score) for size, score in paper.PROMPT_DESIGN.items()}
@@ -29,10 +29,10 @@ def draw(name: str, results: Sequence[Result]) -> Figure:
 
 
 def lines(results: Sequence[Result]) -> dict[str, list[Line]]:
-    """Our own lines, by panel."""
+    """Returns our own lines, by panel."""
     tuned = [result for result in results if result.axes["METHOD"] != "prompt_design"]
     designed = [by_ranking(result) for result in results if result.axes["METHOD"] == "prompt_design"]
-    # A text stands for a seed: the mean and the standard deviation are over texts.
+    # A text takes the place of a seed, so that mean and standard deviation are over texts.
     texts = [
         result._replace(axes={"RANDOM_SEED" if axis == "TEXT" else axis: value for axis, value in result.axes.items()})
         for result in designed
@@ -41,12 +41,12 @@ def lines(results: Sequence[Result]) -> dict[str, list[Line]]:
 
 
 def by_ranking(result: Result) -> Result:
-    """GPT-3 was scored by ranking the labels; a task without labels stays with what was generated."""
+    """Returns the result with its ranking score, since GPT-3 was scored by ranking; unchanged if it has none."""
     return result if result.ranking_score is None else result._replace(score=result.ranking_score)
 
 
 def best_texts(results: Sequence[Result]) -> list[Result]:
-    """Of each size and task the text of the best score: a design is made for its task."""
+    """Returns the result of the best text per size and task, since prompts are designed for their task."""
     best: dict[tuple[str, str], Result] = {}
     for result in results:
         place = result.axes["SIZE"], result.axes["TASK"]

@@ -1,4 +1,4 @@
-"""Figure 3: what a prompt's quality depends on: its length, its initialisation, and the base's pre-training."""
+"""Draws figure 3: scores by prompt length, prompt initialisation, and pre-training of the base model."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,14 +22,15 @@ OBJECTIVES = {
 
 
 class Ablation(NamedTuple):
-    """A part of the figure.
+    """Describes a part of the figure.
 
     Attributes:
-      axis: of the sweep, beside SIZE, TASK and RANDOM_SEED.
-      curves: the paper's, by the values of the axis.
-      names: of values that are names; others are numbers.
-      label: of a number.
-      by_rank: values of one place in their order have one style in both panels, whatever they are.
+      title: the part's title.
+      axis: the sweep's axis, besides SIZE, TASK and RANDOM_SEED.
+      curves: the paper's curves, by the values of the axis.
+      names: labels by value, if the values are names; empty if they are numbers.
+      label: the format of a label for a value that is a number.
+      by_rank: whether the n-th smallest value has the same style in both panels, even if the values differ.
     """
 
     title: str
@@ -40,7 +41,7 @@ class Ablation(NamedTuple):
     by_rank: bool = False
 
     def series(self, values: Sequence[str]) -> dict[str, Series]:
-        """Labels and styles of the values, in their order."""
+        """Returns the labels and styles of the values, in order."""
         if self.names:
             return {value: Series(name, at) for at, (value, name) in enumerate(self.names.items())}
         known = sorted(values if self.by_rank else {*values, *self.curves}, key=value_order)
@@ -56,7 +57,7 @@ ABLATIONS = {
 
 
 def draw(name: str, results: Sequence[Result]) -> Figure:
-    """The figure of a sweep over SIZE, TASK, RANDOM_SEED and the axis of its ablation."""
+    """Draws a sweep over SIZE, TASK, RANDOM_SEED and the axis of its ablation."""
     ablation = ABLATIONS[name.removesuffix("_ladder")]
     theirs = ablation.series([*ablation.curves] if ablation.by_rank else values_in(results, ablation.axis))
     curves = [paper_line(theirs[value], curve) for value, curve in ablation.curves.items()]
@@ -64,11 +65,11 @@ def draw(name: str, results: Sequence[Result]) -> Figure:
 
 
 def lines(ablation: Ablation, results: Sequence[Result]) -> dict[str, list[Line]]:
-    """Our own lines, by panel."""
+    """Returns our own lines, by panel."""
     series = ablation.series(values_in(results, ablation.axis))
     return our_lines(averages_of(results), ablation.axis, series)
 
 
 def values_in(results: Sequence[Result], axis: str) -> list[str]:
-    """The values of an axis."""
+    """Returns the values of an axis, in the order of the results."""
     return list(dict.fromkeys(result.axes[axis] for result in results))

@@ -1,4 +1,4 @@
-"""Figure 4: the parameters that a task needs of its own, as a share of the model, against model size. Exact."""
+"""Draws figure 4: task-specific parameters as a percentage of the model's, against model size, from exact counts."""
 
 import csv
 import io
@@ -15,12 +15,14 @@ LENGTHS = (1, 5, 20, 100, 150)
 
 
 class Share(NamedTuple):
-    """Task-specific numbers of a method at a size.
+    """Holds the task-specific parameters of a method at a size.
 
     Attributes:
-      length: of the prompt, in positions; None for a tuned model.
-      task_parameters: what is stored for a task; of a designed prompt its token ids.
-      share: of the model, in per cent.
+      method, size: the method, and the name of the model's size.
+      model_parameters: the number of the model's parameters.
+      length: the prompt's length in positions; None for model tuning.
+      task_parameters: the number of parameters stored per task; for prompt design, the number of token ids.
+      share: `task_parameters` in per cent of `model_parameters`.
     """
 
     method: str
@@ -35,7 +37,7 @@ class Share(NamedTuple):
 
 
 def shares(sizes: Iterable[str] = SIZES) -> list[Share]:
-    """Every size's prompts of `LENGTHS`, its model tuned, and prompts of as many words as the paper names."""
+    """Returns the shares per size of prompt tuning with each of `LENGTHS`, model tuning, and prompt design."""
     found = []
     for size in sizes:
         width, model = SIZES[size].emb_dim, PARAMETERS[size]
@@ -46,7 +48,7 @@ def shares(sizes: Iterable[str] = SIZES) -> list[Share]:
 
 
 def to_csv(found: Iterable[Share]) -> str:
-    """One row a method, size and length."""
+    """Returns a CSV with one row per method, size and length."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*Share._fields, "share_percent"])
@@ -55,7 +57,7 @@ def to_csv(found: Iterable[Share]) -> str:
 
 
 def draw(found: Iterable[Share]) -> Figure:
-    """Both axes logarithmic; prefix tuning and WARP as the ranges that the paper states."""
+    """Draws the figure with logarithmic axes. Prefix tuning and WARP are shown as the ranges that the paper states."""
     lines: dict[tuple[str, int | None], dict[int, float]] = {}
     for one in found:
         lines.setdefault((one.method, one.length), {})[one.model_parameters] = one.share

@@ -2,9 +2,9 @@
 
     python -m experiments.figures [--results=runs] [--out=experiments/results]
 
-With --results the sweeps in it that are figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder, ...) are first
-collected, each into OUT/<name>.csv. Everything else is made from these files alone: OUT/<name>.png of a figure and
-OUT/<name>.md, its numbers as a table; figure 4 needs no run.
+With --results, the sweeps in that folder that belong to figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder,
+...) are first collected, each into OUT/<name>.csv. The pages are made only from these files: OUT/<name>.md has the
+numbers as a table, and OUT/<name>.png is the picture of a figure. Figure 4 needs no run.
 """
 
 import argparse
@@ -25,10 +25,10 @@ NAMES = [*(name + scale for name in AXES for scale in ("", "_ladder")), *TABLES,
 
 
 def read(path: Path) -> list[Result]:
-    """The trials in a CSV.
+    """Returns the trials in a CSV.
 
     Raises:
-      ValueError: it is no such file, or has not the axes of its figure.
+      ValueError: the file is not such a CSV, or lacks an axis of its figure.
     """
     try:
         results = from_csv(path.read_text())
@@ -48,7 +48,7 @@ def read(path: Path) -> list[Result]:
 
 
 def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
-    """Writes what is made of a sweep's results, and returns where."""
+    """Writes the table, and for a figure the picture, of a sweep's results; returns the paths."""
     kind, target = name.removesuffix("_ladder"), out / f"{name}.md"
     if kind in TABLES:
         target.write_text(TABLES[kind](name, results))
@@ -65,7 +65,7 @@ def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
 
 
 def write_figure_4(out: Path) -> list[Path]:
-    """Writes figure 4 and its numbers."""
+    """Writes figure 4 and its numbers; returns the paths."""
     found = figure_4.shares()
     numbers, picture = out / "figure_4.csv", out / "figure_4.png"
     numbers.write_text(figure_4.to_csv(found))
@@ -87,7 +87,7 @@ def main() -> None:
             if args.results and (args.results / name).is_dir():
                 try:
                     collect(args.results / name, args.out)
-                except ValueError as error:  # a sweep that has not begun stops no other's figure
+                except ValueError as error:  # a sweep that has not started must not stop the figures of others
                     print(error, file=sys.stderr)
             source = args.out / f"{name}.csv"
             if source.exists():

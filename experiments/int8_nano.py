@@ -1,9 +1,10 @@
-"""A prompt tuned on an int8 base beside one tuned on the same base in floats: the embedded base, three seeds each.
+"""Compares prompts tuned on the embedded base model in int8, bfloat16 and float32, with three seeds each.
 
     python -m experiments.int8_nano [--data_dir=GLUE_FOLDER] [--sst2_steps=400] [--out=runs/int8_nano]
 
-The demo's task and, with --data_dir, SST-2 as in `sst2_nano`. Runs go to OUT/<task>_<dtype>_seed<n> and are not
-repeated where their summary is there; the table goes to experiments/results/int8_nano.md, its numbers to .json.
+The tasks are the demo's and, with --data_dir, SST-2 as in `sst2_nano`. Runs are written to OUT/<task>_<dtype>_seed<n>
+and are not repeated if their summary exists. The table is written to experiments/results/int8_nano.md, and its numbers
+to .json.
 """
 
 import argparse
@@ -28,13 +29,13 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 def demo_command(seed: int, folder: Path) -> list[str]:
-    """The demo's training run."""
+    """Returns the command of the demo's training run."""
     macros = [f"--gin.RANDOM_SEED={seed}", f"--gin.MODEL_DIR='{folder}'"]
     return ["python", "-m", "prompt_tuning_jax.train", "--gin_file=runs/demo.gin", *macros]
 
 
 def command(task: str, dtype: str, seed: int, out: Path, args: argparse.Namespace) -> list[str]:
-    """The command of one run."""
+    """Returns the command of one run."""
     folder = out / f"{task}_{dtype}_seed{seed}"
     if task == "demo":
         made = demo_command(seed, folder)
@@ -44,7 +45,7 @@ def command(task: str, dtype: str, seed: int, out: Path, args: argparse.Namespac
 
 
 def logits_of(dtype: str) -> tuple[np.ndarray, int]:
-    """Logits of the base alone on 128 of the demo's validation rows, padding left out, and the base's bytes."""
+    """Returns the base model's logits on 128 of the demo's validation rows, without padding, and its bytes."""
     config = open_model("nano").config
     assert config is not None
     base, words = load_base("nano", config, dtype), open_vocabulary(None, "nano", config)
@@ -64,7 +65,7 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def measure(tasks: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a dtype: bytes, cosine, and each task's accuracies."""
+    """Returns one row per dtype: bytes, cosine, and the accuracies on each task."""
     exact, rows = logits_of("float32")[0], []
     for dtype in DTYPES:
         logits, size = logits_of(dtype)
@@ -82,7 +83,7 @@ def measure(tasks: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]], tasks: list[str], args: argparse.Namespace) -> str:
-    """The table, and the commands of the int8 runs of seed 0."""
+    """Returns the page with the table, and the commands of the int8 runs with seed 0."""
     names = {"demo": "demo, 300 steps", "sst2": f"SST-2, {args.sst2_steps} steps"}
     activations = T5Config(1, 1, 1, 1, 1, 1, dtype="auto").dtype.__name__
     bfloat16 = next(row for row in rows if row["dtype"] == "bfloat16")

@@ -1,10 +1,10 @@
-"""The ladder's four tasks as one mixture, for multi-task model tuning in figure 1 (sweeps/figure_1_ladder.gin).
+"""Registers the ladder's four tasks as one mixture, for multi-task model tuning in figure 1 (figure_1_ladder.gin).
 
-A mixture has one split for all its tasks, so that each task has its own rows of `train` and `validation` here: those of
-gin_configs/sweeps/ladder.gin. `DATA_DIR` is the folder that holds glue/ and super_glue/.
+A run reads the same split from all tasks of a mixture. So this module defines the splits `train` and `validation` of
+each task as the slices in gin_configs/sweeps/ladder.gin. `DATA_DIR` is the folder with glue/ and super_glue/.
 """
 
-from prompt_tuning_jax.tasks import glue, super_glue  # noqa: F401  (they register what is taken apart here)
+from prompt_tuning_jax.tasks import glue, super_glue  # noqa: F401  (they register the tasks used below)
 from prompt_tuning_jax.tasks.derived import Splits, parts_of
 from prompt_tuning_jax.tasks.register import WORDINGS, add_mixture, add_task
 
@@ -16,7 +16,8 @@ SPLITS = {
     "super_glue_cb_v102": WHOLE,
     "glue_mrpc_v200": {"train": "train[:-408]", "validation": "train[-408:]"},
 }
-# Examples, as in T5, but at most so many: SST-2 has 200 times as many as CB, and would leave it out of a short run.
+# As in T5, rates are numbers of examples, but at most this many: SST-2 has over 200 times as many examples as CB, so
+# without a limit a short run would hardly see CB.
 LIMIT = 2_500
 EXAMPLES = {"glue_sst2_v200": 65_349, "glue_rte_v200": 2_490, "super_glue_cb_v102": 250, "glue_mrpc_v200": 3_260}
 

@@ -1,14 +1,15 @@
-"""Compares methods: which trials of a sweep to run next, and the page and figures of those that are finished.
+"""Compares methods: chooses the trials of a sweep to run next, and writes a page and a figure of the finished trials.
 
     python -m experiments.methods --next --gin_file=sweeps/methods.gin --gin.DATA_DIR="'path/to/data'"
     python -m experiments.methods --collect --gin_file=sweeps/methods.gin --gin.DATA_DIR="'path/to/data'"
     python -m experiments.methods --page --gin_file=sweeps/methods.gin
 
-The sweep is sweeps/methods.gin, all methods, or sweeps/fast.gin, the short runs against the official recipe. `--next`
-prints the trials to run now, as `sweep --only=` takes them: of each method and task every learning rate with the first
-seed, and once these are finished, the other seeds at the rate with the best score. `--collect` answers the rows of the
-finished trials again from their best evaluation, and keeps which answers were right in experiments/results/NAME.csv,
-NAME being the sweep's. `--page` writes NAME.md and NAME.png from that file alone.
+The sweep is sweeps/methods.gin, with all methods, or sweeps/fast.gin, with short runs and the official recipe. `--next`
+prints the trials to run next, in the form for `sweep --only=`. For each method and task, these are first all learning
+rates with the first seed, and when these are finished, the other seeds with the best learning rate. `--collect`
+predicts the rows of the finished trials again, with the parameters of their best evaluation, and writes to
+experiments/results/NAME.csv which predictions are correct; NAME is the sweep's name. `--page` writes NAME.md and
+NAME.png from only this file.
 """
 
 import csv
@@ -31,7 +32,7 @@ from prompt_tuning_jax.sweeps import spec
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("next", "collect", "page")
-PLAIN = "official"  # what the other methods are compared with
+PLAIN = "official"  # the method that the others are compared with
 DRAWS = 10_000
 COLUMNS = ("METHOD", "SIZE", "TASK", "LEARNING_RATE", "RANDOM_SEED", "accuracy", "best_step", "steps", "curve")
 COLUMNS += ("trainable_parameters", "stored_bytes", "rows", "right", "base_fingerprint")
@@ -53,12 +54,12 @@ ABOUT = {
 
 
 class Found(NamedTuple):
-    """What a finished trial found.
+    """Holds the results of a finished trial.
 
     Attributes:
       curve: the accuracy at each evaluated step.
-      right: which rows were answered right at the best evaluation.
-      stored_bytes: of what is kept of it, `best/`.
+      stored_bytes: the size of the trial's folder `best/`.
+      right: whether each row's prediction is correct, at the best evaluation.
     """
 
     method: str
@@ -80,7 +81,7 @@ class Found(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean, and the middle 95% of its bootstrap draws."""
+    """Holds a mean, and the range of the middle 95% of its bootstrap draws."""
 
     mean: float
     low: float
@@ -95,10 +96,12 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Float[np.ndarray, "S N"], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Returns the mean over seeds and rows, with an interval over both drawn anew with replacement.
+    """Returns the mean over seeds and rows, with a bootstrap interval: both are resampled with replacement.
 
     Args:
-      values: of each of S seeds on each of N rows, which are the same for all seeds.
+      values: a value per seed and row; all S seeds have the same N rows.
+      draws: the number of bootstrap draws.
+      seed: the seed of the draws.
     """
     rng = np.random.default_rng(seed)
     seeds, rows = values.shape
@@ -122,10 +125,11 @@ def curve_of(folder: Path) -> dict[int, float]:
 
 
 def next_trials(trials: Sequence[spec.Trial], scores: Mapping[str, float]) -> list[spec.Trial]:
-    """Returns the trials to run now.
+    """Returns the trials to run next.
 
     Args:
-      scores: of the finished trials, by name.
+      trials: all trials of the sweep.
+      scores: the scores of the finished trials, by name.
     """
 
     def cell(trial: spec.Trial) -> tuple[str, ...]:
@@ -136,7 +140,7 @@ def next_trials(trials: Sequence[spec.Trial], scores: Mapping[str, float]) -> li
         members = list(group)
         first = [trial for trial in members if trial.values["RANDOM_SEED"] == members[0].values["RANDOM_SEED"]]
         if all(trial.name in scores for trial in first):
-            best = max(first, key=lambda trial: scores[trial.name])  # the lowest rate where several are equal
+            best = max(first, key=lambda trial: scores[trial.name])  # if scores are equal, the first of the grid
             first = [trial for trial in members if trial.values["LEARNING_RATE"] == best.values["LEARNING_RATE"]]
         chosen += [trial for trial in first if trial.name not in scores]
     return chosen
@@ -146,7 +150,7 @@ def sweep_of(argv: Sequence[str]) -> str:
     """Returns the name of the one sweep that the command line names.
 
     Raises:
-      ValueError: it names none, several, or one that has no page.
+      ValueError: the command line names no sweep, several, or one that has no page.
     """
     names = [Path(argument.partition("=")[2]).stem for argument in argv if argument.startswith("--gin_file=")]
     if len(names) != 1 or names[0] not in ABOUT:
@@ -174,7 +178,7 @@ def finished_scores(trials: Iterable[spec.Trial]) -> dict[str, float]:
 
 
 def collect(trials: Sequence[spec.Trial]) -> list[Found]:
-    """Answers the rows of the finished trials again."""
+    """Predicts the rows of the finished trials again, and returns the trials' results."""
     from prompt_tuning_jax.checkpoints.model import load
     from prompt_tuning_jax.checkpoints.tuned import injection_of
     from prompt_tuning_jax.sweep import checked
@@ -219,7 +223,7 @@ def collect(trials: Sequence[spec.Trial]) -> list[Found]:
 
 
 def to_csv(found: Sequence[Found], path: Path) -> None:
-    """Writes a row a trial; "right" has a bit a row, the first in the highest bit, as hexadecimal digits."""
+    """Writes one row per trial. "right" has one bit per row of data, the first in the highest bit, in hexadecimal."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -234,7 +238,7 @@ def to_csv(found: Sequence[Found], path: Path) -> None:
 
 
 def from_csv(path: Path) -> list[Found]:
-    """Reads what `to_csv` wrote."""
+    """Reads a file that `to_csv` wrote."""
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -259,10 +263,10 @@ def from_csv(path: Path) -> list[Found]:
 
 
 class Cell(NamedTuple):
-    """A method on a task: its seeds at the chosen learning rate."""
+    """Holds the runs of a method on a task, with the chosen learning rate, one per seed."""
 
     runs: list[Found]
-    tried: int  # learning rates
+    tried: int  # the number of learning rates that were tried
 
     @property
     def right(self) -> Float[np.ndarray, "S N"]:
@@ -317,8 +321,10 @@ def page(name: str, found: Sequence[Found]) -> str:
 
 
 def draw(found: Sequence[Found], size: str) -> Figure:
-    """Draws a panel a task: of each method the difference to the official recipe with its interval, and below it the
-    mean accuracy at each evaluated step."""
+    """Draws two panels per task: each method's difference to the official recipe, and the accuracy at each step.
+
+    The differences have their bootstrap intervals. The accuracies are means over the seeds.
+    """
     of_size = {key[1:]: cell for key, cell in cells(found).items() if key[0] == size}
     tasks, methods = ([*dict.fromkeys(key[place] for key in of_size)] for place in (0, 1))
     figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 2.2 + 0.26 * len(methods) + 2.6), layout="constrained")

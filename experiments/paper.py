@@ -1,7 +1,7 @@
-"""The numbers of Lester et al. 2021 (arXiv 2104.08691, version 2) that ours are drawn and set beside.
+"""Lists the numbers of Lester et al. 2021 (arXiv 2104.08691, version 2) that ours are compared with.
 
-PRINTED: as the paper's text and tables have them. DIGITISED: read off its figures, to about 0.05 points in figure 1 and
-0.2 to 0.3 in figure 3. Another source is named. Scores are in per cent.
+PRINTED numbers are from the paper's text and tables. DIGITISED numbers are read from its figures, to about 0.05 points
+in figure 1 and 0.2 to 0.3 points in figure 3. Other sources are named. Scores are in per cent.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ SIZES = ("small", "base", "large", "xl", "xxl")
 
 
 class Curve(NamedTuple):
-    """A line of a figure.
+    """Holds a line of a figure.
 
     Attributes:
-      source: PRINTED, DIGITISED, or who measured it.
-      points: in the order of `SIZES`.
+      source: PRINTED, DIGITISED, or the name of another source.
+      points: the scores, in the order of `SIZES`.
     """
 
     source: str
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A row of T5 1.1's sizes; `share` of the prompt at length 100 in per cent of the model, as printed."""
+    """Holds a size of T5 1.1. `share` is the prompt's percentage of the parameters for length 100, as printed."""
 
     d_model: int
     d_ff: int
@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
 
 def _curve(source: str, means: str, stds: str = "") -> Curve:
-    """Standard deviations that are not known are "-"."""
+    """Returns a curve from means and standard deviations; "-" is a standard deviation that is not known."""
     known = stds.split() or ["-"] * len(means.split())
     pairs = zip(means.split(), known, strict=True)
     return Curve(source, tuple(Spread(float(mean), None if std == "-" else float(std)) for mean, std in pairs))
@@ -52,7 +52,7 @@ def _spread(text: str) -> Spread:
     return Spread(float(mean), float(std) if std else None)
 
 
-# 32,128 rows of the embedding, heads of 64.
+# The embedding table has 32,128 rows, and a head has 64 dimensions.
 MODELS = {
     "small": Model(512, 1024, 6, 8, 76_961_152, 51_200, "0.0665"),
     "base": Model(768, 2048, 12, 12, 247_577_856, 76_800, "0.0310"),
@@ -61,14 +61,15 @@ MODELS = {
     "xxl": Model(4096, 10240, 64, 24, 11_135_332_352, 409_600, "0.0037"),
 }
 
-# SuperGLUE's dev score.
+# Scores on SuperGLUE's dev set.
 FIGURE_1 = {
     "prompt_tuning": _curve(DIGITISED, "58.5 63.7 75.8 80.3 90.0", "1.3 1.3 0.5 3.3 -"),
     "model_tuning": _curve(DIGITISED, "62.8 73.7 81.3 83.1 89.9", "0.8 0.6 0.6 0.2 0.2"),
-    "multi_task": _curve(DIGITISED, "63.4 77.3 85.4 88.0 90.2"),  # the last is "about"
+    "multi_task": _curve(DIGITISED, "63.4 77.3 85.4 88.0 90.2"),  # the last value is approximate
     "prompt_tuning_spot": _curve(SPOT, "59.8 63.1 74.5 79.2 88.8"),
 }
-# GPT-3 few-shot, digitised, by parameters (sizes: Brown et al. 2020, table 2.1). Its leaderboard score is printed.
+# Scores of GPT-3 few-shot by number of parameters, digitised (sizes: Brown et al. 2020, table 2.1). The leaderboard
+# score below is printed.
 PROMPT_DESIGN = {
     125_000_000: 50.2,
     350_000_000: 56.2,
@@ -93,7 +94,7 @@ FIGURE_3B = {  # prompt initialisation
     "sampled_vocabulary": _curve(DIGITISED, "59.5 64.3 74.0 82.4 87.4"),
     "class_labels": _curve(DIGITISED, "58.5 63.7 75.8 80.3 89.5"),
 }
-FIGURE_3C = {  # pre-training objective; 8.0 is the score where nothing legal is answered
+FIGURE_3C = {  # pre-training objective; 8.0 is the score if no prediction is a label
     "span": _curve(DIGITISED, "51.4 8.0 8.2 8.0 82.7"),
     "span_sentinel": _curve(DIGITISED, "48.7 8.0 37.2 16.5 75.7"),
     "lm": _curve(DIGITISED, "58.6 63.8 75.9 80.4 89.7"),
@@ -105,7 +106,8 @@ FIGURE_3D = {  # steps of LM adaptation
     "100000": FIGURE_3C["lm"],
 }
 
-# Figure 4: shares of the model in per cent, and token ids, as its text states them. None is no lower end.
+# Figure 4: percentages of the model's parameters, and numbers of token ids, as stated in the paper's text. None means
+# that there is no lower bound.
 PREFIX_TUNING_SHARE = (0.1, 1.0)  # at inference; more in training
 WARP_SHARE = (None, 0.1)
 PROMPT_DESIGN_IDS = (500, 2_000)
@@ -130,7 +132,7 @@ TABLE_2 = {
 
 
 class Ensemble(NamedTuple):
-    """A row of table 3; each column has a value for each of `metrics`."""
+    """Holds a row of table 3; each column has one value per metric."""
 
     metrics: tuple[str, ...]
     average: tuple[float, ...]
@@ -151,5 +153,5 @@ TABLE_3: Mapping[str, Ensemble] = {
 }
 TABLE_3_MEAN = Ensemble(("average",), (90.5,), (91.0,), (91.3,))
 
-# Table 5: BoolQ, P=100, time until within 1% of the final mean, in seconds.
+# Table 5: seconds until the score on BoolQ is within 1% of the final mean, with P=100.
 TABLE_5 = {"small": 985, "base": 1_797, "large": 5_016, "xl": 12_900, "xxl": 13_875}

@@ -1,21 +1,22 @@
-"""What a training step needs on each device of a mesh, and what it sends between them: compiled, never run.
+"""Compiles a training step for a mesh, without running it, and prints its memory per device and its collectives.
 
     python -m experiments.scaling --size=xxl --devices=16 --mesh="{'fsdp': 16}"
     python -m experiments.scaling --size=xxl --topology=v5e:4x4 --mesh="{'fsdp': 16}"     # with libtpu: jax[tpu]
     python -m experiments.scaling --page     # all of PAGE that results/scaling.json lacks, to results/scaling.md
 
-The devices are described: CPU devices of this process, however many, or with --topology a TPU slice, for which the
-TPU's own compiler lays out the step. Prompt tuning of T5 1.1 in bfloat16 with a prompt of 100, and the remat policy
-that models/*.gin have, for models of two and three layers a stack, continued to the size's own depth: each layer adds
-the same. Prints one JSON object:
+No devices are needed: they are emulated CPU devices of this process, in any number, or with --topology a TPU slice, for
+which the TPU's own compiler compiles the step. The step is prompt tuning of T5 1.1 in bfloat16 with a prompt of length
+100, and with the remat policy of models/*.gin. Models with two and three layers per stack are compiled, and the results
+are extrapolated to the size's own depth, since each layer adds the same. It prints one JSON object:
 
-    frozen_bytes       of the parameters on each device, as compiled; `planned_bytes` by the memory plan, which is exact
-    state_bytes        of the prompt and its optimiser, likewise
-    temporary_bytes    what the step makes on the way: of a TPU and with --whole, null elsewhere. Its compiler takes the
-                       memory that there is for speed, so that it cannot be told from shallow models; and the CPU's
-                       lets gathered weights pile up
-    sent               of the step's collectives, by kind: how many, the numbers in their results, and their bytes; in
-                       float32 on a CPU, in bfloat16 elsewhere
+    frozen_bytes       bytes of the parameters per device, as compiled; `planned_bytes`: the same by the memory plan,
+                       which is exact
+    state_bytes        bytes of the prompt and its optimizer state per device, by the memory plan
+    temporary_bytes    bytes of the step's temporary arrays; only for a TPU with --whole, otherwise null. The TPU's
+                       compiler uses free memory for speed, so shallow models do not predict it; the CPU's compiler
+                       keeps gathered weights in memory
+    sent               the step's collectives by kind: their number, the number of elements in their results, and the
+                       bytes of these; in float32 on a CPU, in bfloat16 elsewhere
 """
 
 import argparse
@@ -36,11 +37,11 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 PROMPT_LENGTH, LEAST_BATCH = 100, 32
 SHALLOW = ((2, 2), (3, 2), (2, 3))
-REMAT_POLICY = {"xl": "minimal", "xxl": "full"}  # of models/*.gin; "none" of the others
+REMAT_POLICY = {"xl": "minimal", "xxl": "full"}  # as in models/*.gin; "none" for other sizes
 
 
 class Case(NamedTuple):
-    """A line of the page."""
+    """Describes a row of the page's table."""
 
     size: str
     devices: int
@@ -80,11 +81,11 @@ PAGE = (
 
 
 class Sent(NamedTuple):
-    """Collectives of one kind.
+    """Holds the totals of the collectives of one kind.
 
     Attributes:
-      count: of them.
-      numbers, bytes: in their results.
+      count: the number of collectives.
+      numbers, bytes: the number of elements, and of bytes, in their results.
     """
 
     count: int
@@ -96,12 +97,12 @@ BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, 
 
 
 def collectives(program: str) -> dict[str, Sent]:
-    """What a compiled program sends between its devices, by kind. One in a loop is counted once."""
+    """Returns the collectives of a compiled program, by kind. A collective in a loop is counted once."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for number, line in enumerate(program.splitlines()):
         match = re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
         if match:
-            # A TPU's program repeats a collective in several computations, under one channel.
+            # A TPU's program repeats a collective in several computations, with the same channel id.
             channel = re.search(r"channel_id=(\d+)", line)
             arrays = [(BYTES[kind], _numbers(shape)) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
             place = match[2], channel[1] if channel else f"line {number}"
@@ -117,7 +118,7 @@ def _numbers(shape: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What the module says, of one mesh."""
+    """Returns the JSON object that the module's docstring describes, for one mesh."""
     import jax
 
     if args.topology:
@@ -126,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     else:
         devices = jax.devices()
-    # The program is traced as an accelerator's, wherever it is compiled.
+    # Makes the code trace as on an accelerator, also if it is compiled for CPU devices.
     jax.default_backend = lambda: "tpu"
 
     from prompt_tuning_jax.parallel.mesh import make_mesh, mesh_shape
@@ -152,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         compiled = step.lower(placed, held, rows).compile()
         memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
         flat = {f"{kind} {field}": value for kind, of in sent.items() for field, value in of._asdict().items()}
-        # Arguments besides the base: the state and the rows, whose bytes do not depend on the depth.
+        # The arguments other than the base model are the state and the rows; their bytes do not depend on the depth.
         others = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves((placed, rows.inputs, rows.targets))
@@ -182,7 +183,7 @@ def _kinds(total: dict[str, int]) -> set[str]:
 
 
 def at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
-    """What the models of `SHALLOW` have, continued to so many layers of the encoder and the decoder."""
+    """Extrapolates the values of the models in `SHALLOW` linearly to (encoder, decoder) `layers`."""
     return corner + (layers[0] - 2) * (encoder - corner) + (layers[1] - 2) * (decoder - corner)
 
 
@@ -193,7 +194,7 @@ def _placed(leaf: Any, sharding: Any) -> Any:
 
 
 def run_config(args: argparse.Namespace, layers: tuple[int, int] | None, batch_size: int) -> Any:
-    """A prompt-tuning run of a base that is nowhere; of its own depth where `layers` is None."""
+    """Returns a prompt-tuning run on a base model without files. If `layers` is None, it has the size's own depth."""
     import dataclasses
 
     from experiments.sizes import SIZES
@@ -237,11 +238,11 @@ def _batch(config: Any) -> Any:
 
 
 def start(flags: Sequence[str], devices: int) -> dict[str, Any]:
-    """Measures one mesh in a process of its own, which has so many devices."""
+    """Measures one mesh in a child process with `devices` CPU devices."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     flag = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}"
-    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of libtpu, which else asks the network what machine this is
+    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu asks the network for the machine's metadata
     command = [sys.executable, "-m", "experiments.scaling", "--here", *flags]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -250,7 +251,7 @@ def start(flags: Sequence[str], devices: int) -> dict[str, Any]:
 
 
 def page(cases: Sequence[Case], records: Path) -> str:
-    """The page. What `records` already has is not measured again."""
+    """Returns the page. Cases that are in `records` are not measured again."""
     found = json.loads(records.read_text()) if records.exists() else {}
     lines = [HEAD]
     for case in cases:
@@ -264,7 +265,7 @@ def page(cases: Sequence[Case], records: Path) -> str:
 
 
 def line(case: Case, found: Mapping[str, Any]) -> str:
-    """A case as a line of the page's table."""
+    """Returns a case as a row of the page's table."""
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"
     sent = "; ".join(f"{kind} {numbers * 2 / 1e9:.4f}" for kind, (_, numbers, _) in found["sent"].items())
     temporary, off = found["temporary_bytes"], found["planned_bytes"] / found["frozen_bytes"] - 1

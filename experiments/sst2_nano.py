@@ -1,9 +1,10 @@
-"""SST-2 on the embedded base: prompt tuning and model tuning, three seeds each, against no prompt.
+"""Compares prompt tuning, model tuning and no tuning on SST-2 with the embedded base model; three seeds each.
 
     python -m experiments.sst2_nano --data_dir=GLUE_FOLDER [--steps=400] [--out=runs/sst2_nano]
 
-The dev set is the last 2,000 rows of train.tsv, held back from training. Runs go to OUT/<method>_seed<n> and are not
-repeated where their summary is there; the table goes to experiments/results/sst2_nano.md, its numbers to .json.
+The dev set is the last 2,000 rows of train.tsv, which are held out from training. Runs are written to
+OUT/<method>_seed<n> and are not repeated if their summary exists. The table is written to
+experiments/results/sst2_nano.md, and its numbers to .json.
 """
 
 import argparse
@@ -36,7 +37,7 @@ METHODS = {
 
 
 def train_command(method: str, seed: int, data_dir: str, steps: int, folder: Path) -> list[str]:
-    """The command of one run."""
+    """Returns the command of one run."""
     return [
         "python",
         "-m",
@@ -54,7 +55,7 @@ def train_command(method: str, seed: int, data_dir: str, steps: int, folder: Pat
 
 
 def no_prompt_command(data_dir: str) -> list[str]:
-    """The command that scores the base as it is."""
+    """Returns the command that evaluates the base model alone."""
     return [
         "python",
         "-m",
@@ -76,7 +77,7 @@ def run(command: list[str], capture: bool = False) -> str:
 
 
 def shell(command: list[str]) -> str:
-    """The command as one types it."""
+    """Returns the command as a line for a shell."""
     return " ".join(f'"{part}"' if "'" in part or " " in part else part for part in command)
 
 
@@ -85,7 +86,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def row(name: str, folders: list[Path]) -> dict[str, Any]:
-    """Means and standard deviations over seeds."""
+    """Returns a method's row of the table, with mean and standard deviation over the seeds."""
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     accuracy = [summary["best"]["accuracy"] for summary in summaries]
     newest = max((folders[0] / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)

@@ -1,9 +1,10 @@
-"""SuperGLUE's dev sets on the embedded base: a prompt a task, a few hundred steps each, against no prompt.
+"""Compares prompt tuning to no prompt on SuperGLUE with the embedded base model, with a few hundred steps per task.
 
     python -m experiments.super_glue_nano --data_dir=SUPER_GLUE_FOLDER [--steps=300] [--out=runs/super_glue_nano]
 
-Seven tasks; ReCoRD needs more than this base reads at once. Runs go to OUT/<task> and are not repeated where their
-summary is there; the table goes to experiments/results/super_glue_nano.md, its numbers to .json.
+There are seven tasks; ReCoRD's inputs are too long for this base model. Runs are written to OUT/<task> and are not
+repeated if their summary exists. The table is written to experiments/results/super_glue_nano.md, and its numbers to
+.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Task(NamedTuple):
-    """What differs between the tasks' runs."""
+    """Holds the settings in which the runs of the tasks differ."""
 
     name: str
     inputs: int
@@ -38,7 +39,7 @@ TASKS = {
     "COPA": Task("taskless_super_glue_copa_v102", 64),
     "MultiRC": Task("taskless_super_glue_multirc_v102", 512),
     "RTE": Task("taskless_super_glue_rte_v102", 256),
-    # Its dev set is not among the files: the last 500 training rows, held back.
+    # The files have no dev set for WiC, so the last 500 training rows are held out.
     "WiC": Task("taskless_super_glue_wic_v102", 96, train="train[:-500]", dev="train[-500:]"),
     "WSC": Task("taskless_super_glue_wsc_and_dev_v102_simple", 128, targets=16),
 }
@@ -56,7 +57,7 @@ def task_flags(task: Task, data_dir: str) -> list[str]:
 
 
 def train_command(task: Task, data_dir: str, steps: int, folder: Path) -> list[str]:
-    """The command of one run. The prompt starts from sampled words: this vocabulary cannot write every label."""
+    """Returns the command of one run. The prompt starts from sampled words: this vocabulary lacks some labels."""
     return [
         *("python", "-m", "prompt_tuning_jax.train", *task_flags(task, data_dir)),
         "--gin_file=prompts/sampled_vocabulary.gin",
@@ -71,7 +72,7 @@ def train_command(task: Task, data_dir: str, steps: int, folder: Path) -> list[s
 
 
 def eval_command(task: Task, data_dir: str, prompt: Path | None) -> list[str]:
-    """The command that scores a prompt, or the base as it is."""
+    """Returns the command that evaluates a prompt, or the base model alone."""
     file = f"'{prompt}'" if prompt else "None"
     flags = [*task_flags(task, data_dir), "--gin_file=runs/eval.gin", f"--gin.PROMPT_FILE={file}", "--gin.SAMPLES=0"]
     return ["python", "-m", "prompt_tuning_jax.eval", *flags]
@@ -83,7 +84,7 @@ def run(command: list[str], capture: bool = False) -> str:
 
 
 def shell(command: list[str]) -> str:
-    """The command as one types it."""
+    """Returns the command as a line for a shell."""
     return " ".join(f'"{part}"' if "'" in part or " " in part else part for part in command)
 
 
@@ -120,7 +121,7 @@ def main() -> None:
 
 
 def written(results: dict[str, Any], steps: int, out: Path) -> str:
-    """The page with the table."""
+    """Returns the page with the table."""
     lines = [
         "# SuperGLUE on the embedded base (nano)",
         "",
@@ -157,7 +158,7 @@ def written(results: dict[str, Any], steps: int, out: Path) -> str:
 
 
 def commonest_label(task: Task, data_dir: str) -> float:
-    """The share of the dev rows that have the commonest label, in per cent; from the tokenised rows."""
+    """Returns the percentage of the dev rows that have the commonest label, computed from the tokenised rows."""
     lengths = {"inputs": task.inputs, "targets": task.targets}
     vocabulary = default_vocabulary("nano")
     (part,) = load_tasks(TaskRequest(task.name, str(vocabulary), lengths, data_dir), task.dev).values()

@@ -1,9 +1,9 @@
-"""Table 3 on the embedded base: five prompts for SST-2, their average, the best of them, and their vote.
+"""Makes table 3 with the embedded base model: five prompts for SST-2, their average, best, and majority vote.
 
     python -m experiments.table_3_nano --data_dir=GLUE_FOLDER [--steps=400] [--out=runs/sst2_nano]
 
-The prompts are those of `experiments.sst2_nano`, of five seeds; runs that are there already are not repeated. The table
-goes to experiments/results/table_3_nano.md, its numbers to .json.
+The prompts are those of `experiments.sst2_nano` with five seeds; finished runs are not repeated. The table is written
+to experiments/results/table_3_nano.md, and its numbers to .json.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COLUMNS = ("average", "best", "ensemble")
 
 
 def eval_command(data_dir: str, prompts: list[str]) -> list[str]:
-    """The command that scores the prompts, each and together."""
+    """Returns the command that evaluates each prompt and their ensemble."""
     return [
         *("python", "-m", "prompt_tuning_jax.eval", "--gin_file=models/nano.gin", "--gin_file=runs/eval.gin", *TASK),
         f"--gin.DATA_DIR='{data_dir}'",

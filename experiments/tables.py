@@ -1,4 +1,4 @@
-"""The paper's tables: what our trials found, with the printed numbers beside it or below."""
+"""Writes the paper's tables: our trials' results, with the printed numbers beside or below them."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +14,7 @@ PRINTED = "## The paper's, printed"
 
 
 def table_1(name: str, results: Sequence[Result]) -> str:
-    """Zero-shot domain shift, F1."""
+    """Returns table 1: zero-shot transfer from SQuAD to other domains, F1."""
     printed = ["dataset", "model tuning", "prompt tuning", "difference"]
     rows = [
         [dataset, f"{model}", f"{prompt}", f"{prompt.mean - model.mean:+.1f}"]
@@ -25,14 +25,14 @@ def table_1(name: str, results: Sequence[Result]) -> str:
 
 
 def table_2(name: str, results: Sequence[Result]) -> str:
-    """Paraphrases, from one task to the other."""
+    """Returns table 2: zero-shot transfer between two paraphrase tasks."""
     printed = ["train", "evaluate", "tuning", "accuracy", "F1"]
     rows = [[*row, *(f"{value}" for value in values)] for row, values in paper.TABLE_2.items()]
     return f"{page(name, results, 'OF_SEED')}\n{PRINTED}\n\nXXL.\n\n{_table(printed, rows)}"
 
 
 def super_glue(name: str, results: Sequence[Result]) -> str:
-    """Each task's score, and their mean."""
+    """Returns the scores on each task of SuperGLUE, and their mean."""
     printed = ["dataset", "metric", "mean of five prompts"]
     rows = [
         [task, " / ".join(row.metrics), _slashed(row.average)]
@@ -42,7 +42,7 @@ def super_glue(name: str, results: Sequence[Result]) -> str:
 
 
 def table_3(name: str, results: Sequence[Result]) -> str:
-    """Several prompts on one base: their average, the best, and their vote; the paper's same task beside it."""
+    """Returns table 3: average, best and majority vote of several prompts, with the paper's numbers for the task."""
     axes = [axis for axis in axes_in(results) if axis != "TASK"]
     rows: list[list[str]] = []
     scores: dict[tuple[str, ...], list[list[float]]] = {}

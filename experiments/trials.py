@@ -1,4 +1,4 @@
-"""What the trials of a sweep found, read from their summary.json, and kept as a CSV of one row a trial."""
+"""Reads the results of a sweep's trials from their summary.json, and stores them as a CSV with one row per trial."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 
 SIZES = ("nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
-COLUMNS = ("command", "task", "score", "ranking_score")  # then one a metric
+COLUMNS = ("command", "task", "score", "ranking_score")  # followed by one column per metric
 LAST_COLUMNS = ("best_step", "steps", "seconds", "examples_seen", "base_fingerprint")
 WHOLE = ("best_step", "steps", "examples_seen")
 ENSEMBLE = ("average", "best", "ensemble")
@@ -19,18 +19,18 @@ RANKING = "ranking "
 
 
 class Result(NamedTuple):
-    """What a trial found: of a training run at its best step.
+    """Holds a trial's result; for a training run, at its best step.
 
     Attributes:
-      axes: its place in the sweep's grid, as its folder's name has it.
+      axes: the trial's value by axis of the sweep's grid, as in its folder's name.
       command: "train" or "eval".
-      task: its task's or mixture's name.
-      score: the mean over tasks of the mean of each one's metrics, in per cent; None where they are losses. Of several
-        prompts that of their vote.
-      ranking_score: the same by ranking the labels; None where they were not ranked.
-      metrics: by name: "f1"; of a mixture "task/f1"; by ranking "ranking f1"; of several prompts "average f1",
-        "best f1" and "ensemble f1".
-      best_step, steps, examples_seen: None where nothing was trained.
+      task: the name of the task or mixture.
+      score: the mean over tasks of the mean of each task's metrics, in per cent; None if tasks only have losses. With
+        several prompts, it is the score of their majority vote.
+      ranking_score: the same score for predictions by ranking the labels; None if labels were not ranked.
+      metrics: metrics by name: "f1"; for a mixture, "task/f1"; by ranking, "ranking f1"; for several prompts,
+        "average f1", "best f1" and "ensemble f1".
+      best_step, steps, examples_seen: None if nothing was trained.
     """
 
     axes: Mapping[str, str]
@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
 
 def read_trials(sweep_dir: Path) -> tuple[list[Result], list[str]]:
-    """The results of a sweep's trials, in the order of their axes, and a line for each trial that has none.
+    """Returns the results of a sweep's trials, in the order of their axes, and a line for each trial without a result.
 
     Raises:
       ValueError: there is no such folder, or no trial in it.
@@ -71,16 +71,16 @@ def read_trials(sweep_dir: Path) -> tuple[list[Result], list[str]]:
 
 
 def axes_of(name: str) -> dict[str, str]:
-    """The axes in a trial's name, "SIZE=nano,RANDOM_SEED=0"; none where it is not a trial's."""
+    """Returns the values by axis in a trial's name, "SIZE=nano,RANDOM_SEED=0"; {} if it is not a trial's name."""
     parts = [part.partition("=") for part in name.split(",")]
     return {axis: value for axis, _, value in parts} if all(axis and value for axis, _, value in parts) else {}
 
 
 def read_summary(axes: Mapping[str, str], text: str) -> Result:
-    """A trial's result from its summary.json.
+    """Returns a trial's result from its summary.json.
 
     Raises:
-      ValueError, KeyError, TypeError, AttributeError: it is no summary.
+      ValueError, KeyError, TypeError, AttributeError: the text is not a summary.
     """
     summary = json.loads(text)
     if "best" in summary:
@@ -102,7 +102,7 @@ def read_summary(axes: Mapping[str, str], text: str) -> Result:
 
 
 def _evaluated(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation, of one task or of several, of one prompt or of several."""
+    """Returns the metrics of an evaluation by name, for one task or several, and for one prompt or several."""
     found = {}
     for task, result in summary.get("tasks", {"": summary}).items():
         for prefix, way in (("", "generation"), (RANKING, "ranking")):
@@ -126,9 +126,9 @@ def _score(metrics: Mapping[str, float], prefixes: Sequence[str]) -> float | Non
 
 
 def by_task(metrics: Mapping[str, float], prefix: str = "") -> dict[str, dict[str, float]]:
-    """The metrics of each task of a mixture that have this prefix and no other ("" is the name of a task alone).
+    """Returns the metrics that have exactly this prefix, by task; a task that is not in a mixture has the name "".
 
-    Tasks that have a loss in place of metrics are left out.
+    Tasks that have a loss instead of metrics are left out.
     """
     tasks: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
@@ -139,10 +139,10 @@ def by_task(metrics: Mapping[str, float], prefix: str = "") -> dict[str, dict[st
 
 
 def split_mixtures(results: Sequence[Result], axis: str = "TASK") -> list[Result]:
-    """The results, a trial of a mixture that has no such axis as one result for each task.
+    """Splits the result of each mixture's trial that lacks the axis into one result per task; returns all results.
 
-    Its tasks are called as that axis calls the same tasks elsewhere, whether or not their inputs are named; tasks that
-    are nowhere else are left out, and stand under their own names where no trial has the axis.
+    Each new result gets the value that trials of the same task have on the axis, even if their inputs have other
+    wordings. A task without such trials is left out; if no trial has the axis, tasks keep their own names.
     """
     known = {_plain(result.task): result.axes[axis] for result in results if axis in result.axes}
     split = []
@@ -159,20 +159,20 @@ def split_mixtures(results: Sequence[Result], axis: str = "TASK") -> list[Result
 
 
 def _plain(task: str) -> str:
-    """One name of what is evaluated; WSC alone is a mixture that is evaluated on its `_simple_eval`."""
+    """Returns a task's name without prefixes and suffixes. (WSC is a mixture, which is evaluated on `_simple_eval`.)"""
     return re.sub(
         r"^((ladder|sentinel|mt5|byt5|taskless|task_index)_)+|_examples\b|_and_dev(?=_)|(?<=_simple)_eval", "", task
     )
 
 
 def axes_in(results: Iterable[Result]) -> list[str]:
-    """The axes of all, those of the trials that have most of them first."""
+    """Returns all axes of the results, starting with those of the trials that have the most axes."""
     most_first = sorted(results, key=lambda result: -len(result.axes))
     return list(dict.fromkeys(axis for result in most_first for axis in result.axes))
 
 
 def value_order(value: str | None) -> tuple[int, float, str]:
-    """Sorts an axis's values: none, then sizes as they grow, numbers, and names."""
+    """Returns a key that sorts an axis's values: first None, then sizes by size, then numbers, then names."""
     if value is None:
         return (0, 0.0, "")
     if value in SIZES:
@@ -184,13 +184,13 @@ def value_order(value: str | None) -> tuple[int, float, str]:
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
-    """Sorted by their axes, the first axis first."""
+    """Sorts the results by their axes, the first axis first."""
     axes = axes_in(results)
     return sorted(results, key=lambda result: [value_order(result.axes.get(axis)) for axis in axes])
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """One row a trial: a column an axis, then `COLUMNS`, a column a metric, and `LAST_COLUMNS`."""
+    """Returns a CSV with one row per trial: a column per axis, `COLUMNS`, a column per metric, and `LAST_COLUMNS`."""
     axes = axes_in(results)
     metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
     text = io.StringIO()
@@ -207,10 +207,10 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def from_csv(text: str) -> list[Result]:
-    """What `to_csv` wrote.
+    """Reads a CSV that `to_csv` wrote.
 
     Raises:
-      ValueError: it is not such a file.
+      ValueError: the text is not such a CSV.
     """
     header, *rows = csv.reader(io.StringIO(text), strict=True) if text.strip() else [[]]
     first, last = len(header) - len(LAST_COLUMNS), tuple(header[-len(LAST_COLUMNS) :])

@@ -1,4 +1,4 @@
-"""T5 prompt tuning in JAX: train, compare, sweep, share and serve what is learned in front of a frozen model.
+"""T5 prompt tuning in JAX: train, compare, sweep, share and serve prompts and adapters of a frozen model.
 
     import prompt_tuning_jax as pt
 
@@ -7,7 +7,7 @@
     result = pt.train(model, pt.PromptTuning(length=20), rows, rows, steps=100, labels=["negative", "positive"])
     result.save("prompt.npy")
 
-Each name is imported when it is first used: the package itself imports nothing.
+Each public name is imported when it is first used, so importing the package itself is fast.
 """
 
 import importlib
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.training.api import evaluate as evaluate
     from prompt_tuning_jax.training.optimizer import adafactor as adafactor
 
-# Where each public name is, as "module:name" or "module".
+# Maps each public name to its definition, "module:name" or "module".
 _PLACES = {
     "IA3": "methods.ia3:IA3",
     "Injection": "methods.method:Injection",
@@ -95,7 +95,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps `train` the function: importing the command line of the same name would set it to that module."""
+    """Keeps `train` a function: importing the submodule `train`, a command line, would replace it by that module."""
 
     @property
     def train(self) -> Any:

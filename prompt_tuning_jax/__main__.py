@@ -1,4 +1,4 @@
-"""All command lines by one name: `prompt-tuning train --gin_file=...`, or `python -m prompt_tuning_jax train ...`."""
+"""Runs any of the commands: `prompt-tuning train --gin_file=...`, or `python -m prompt_tuning_jax train ...`."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command that the first argument names, with the others."""
+    """Runs the command that the first argument names, and passes it the other arguments."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--help":
         print("prompt-tuning COMMAND ..., and prompt-tuning COMMAND --help for more:\n")

@@ -1,8 +1,8 @@
 """Converts models and prompts: `python -m prompt_tuning_jax.convert SOURCE TARGET --to=FORMAT`.
 
-Models: --to=huggingface, t5x, orbax. Prompts: --to=npy, peft, t5x. Formats of SOURCE are recognised.
+Models: --to=huggingface, t5x, orbax. Prompts: --to=npy, peft, t5x. The format of SOURCE is detected.
 
-`python -m prompt_tuning_jax.convert --inspect SOURCE` prints what a base model is, and why it would be refused.
+`python -m prompt_tuning_jax.convert --inspect SOURCE` describes a base model, and says why it would be refused, if so.
 """
 
 import argparse
@@ -18,10 +18,10 @@ NAMES = {"source": "SOURCE", "target": "TARGET"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line.
+    """Returns the parsed command line.
 
     Raises:
-      ValueError: it is not one of this command's.
+      ValueError: an argument is unknown, missing or invalid.
     """
     parser = Parser("prompt_tuning_jax.convert", __doc__)
     source = "a model or prompt of any format; a model also by its hub id; the embedded base is 'nano'"
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def print_inspection(source: str, fingerprint: bool) -> None:
-    """Prints what a base model is: a line per fact, and a line per reason why it would be refused.
+    """Prints a description of a base model: one line per fact, and one line per reason why it would be refused.
 
     Raises:
       ValueError: there is no base model.

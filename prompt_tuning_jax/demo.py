@@ -1,8 +1,8 @@
-"""The demo: trains a prompt for a generated review task on the embedded base and shows what it does.
+"""Trains a prompt for a generated review task on the embedded base model, and shows its effect.
 
     python -m prompt_tuning_jax.demo [--gin.NAME=...]
 
-Everything is set by gin_configs/runs/demo.gin. Files go to MODEL_DIR, runs/demo.
+All settings are in gin_configs/runs/demo.gin. Files are written to MODEL_DIR, by default runs/demo.
 """
 
 import json
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def score_splits(base: str, prompt_file: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """`evaluate_prompt` of both splits, without a prompt and with it."""
+    """Returns the results of `evaluate_prompt` on both splits, without a prompt and with it."""
     size = open_model(base).config
     task, lengths = (gin.query_parameter(f"%{name}") for name in ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"))
     return {
@@ -74,7 +74,11 @@ def score_splits(base: str, prompt_file: Path) -> dict[tuple[str, str], dict[str
 
 
 def draw_learning_curve(metrics: Path, accuracies: dict[str, float], target: Path) -> None:
-    """Accuracy on the validation split against steps, with the two numbers that it is read against."""
+    """Draws validation accuracy and training loss by step.
+
+    For comparison it also shows the base model's accuracy without a prompt, and the best prompt's accuracy on unseen
+    sentiment words.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -103,7 +107,7 @@ def draw_learning_curve(metrics: Path, accuracies: dict[str, float], target: Pat
 
 
 def report(folder: Path, summary: dict[str, Any], accuracies: dict[str, float], prompt_file: Path) -> None:
-    """What the terminal shows."""
+    """Prints the accuracies, the words nearest to the prompt, and the paths of the files."""
     print(f"\naccuracy of best step {summary['best_step']} (chance is 0.5)")
     print(f"{'':28}{'frozen base alone':>24}{'with the prompt':>24}")
     print(f"{'':28}" + f"{'generated':>12}{'ranked':>12}" * 2)

@@ -1,7 +1,7 @@
-"""Scores a prompt, or a base without one: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`.
+"""Evaluates a prompt, or the base model alone: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`.
 
-With `--submission=DIR` it writes what the GLUE and SuperGLUE servers take, for EVAL_SPLIT "test", and scores nothing.
-It takes a mesh of all devices, and many processes, as `train` does.
+With `--submission=DIR` and EVAL_SPLIT "test" it writes the files that the GLUE and SuperGLUE servers accept, and
+computes no scores. Like `train`, it runs on a mesh of all devices, with one or several processes.
 """
 
 import json

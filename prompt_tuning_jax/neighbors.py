@@ -1,4 +1,4 @@
-"""Reads prompts (section 7): the words that each position lies near, where class labels stand, how alike prompts are.
+"""Prints the words and class labels nearest to each position of a prompt, and how similar prompts are (section 7).
 
 python -m prompt_tuning_jax.neighbors PROMPT [PROMPT ...] [--labels=negative,positive] [--before=FILE]
 """
@@ -30,10 +30,10 @@ TABLE = "token_embedder/embedding"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line.
+    """Returns the parsed command line.
 
     Raises:
-      ValueError: it is not one of this command's.
+      ValueError: an argument is unknown, missing or invalid.
     """
     parser = Parser("prompt_tuning_jax.neighbors", __doc__)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt of any format, or a run's folder")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def read(arguments: argparse.Namespace) -> None:
-    """Reads and checks everything, then says it."""
+    """Reads and checks all inputs, then prints the report and draws the picture."""
     prompts, befores = {}, {}
     if arguments.before and len(arguments.prompts) > 1:
         raise ValueError(f"--before is given for {len(arguments.prompts)} prompts: set it with one PROMPT")
@@ -88,13 +88,13 @@ def read(arguments: argparse.Namespace) -> None:
 
 
 def prompt_file(name: str) -> Path | str:
-    """The best prompt of a run's folder; anything else as it is."""
+    """Returns the best prompt's file if `name` is a run's folder; otherwise `name` itself."""
     best = Path(name) / RUN_PROMPT
     return best if best.is_file() else name
 
 
 def prompt_files(name: str) -> list[tuple[str, Path | str, Path]]:
-    """Returns `(name, file, file before training)` of a prompt, or of each prompt of a run with one per task."""
+    """Returns `(name, file, file before training)` of one prompt, or of each prompt of a run that has one per task."""
     if (Path(name) / RUN_PROMPTS).is_dir():
         files = sorted((Path(name) / RUN_PROMPTS).glob("*.npy"))
         return [(f"{name}/{file.stem}", file, Path(name, "prompts", "0", file.name)) for file in files]
@@ -102,10 +102,10 @@ def prompt_files(name: str) -> list[tuple[str, Path | str, Path]]:
 
 
 def base_of(names: Sequence[str]) -> str:
-    """The base that the finished runs among `names` are on; the embedded one where there is no such run.
+    """Returns the base model of the finished runs among `names`, or the embedded one if there are no such runs.
 
     Raises:
-      ValueError: they have several.
+      ValueError: the runs have different base models.
     """
     runs = [name for name in names if Path(name, "best").is_dir()]
     summaries = [path for name in runs if (path := Path(name, "summary.json")).is_file()]
@@ -116,10 +116,10 @@ def base_of(names: Sequence[str]) -> str:
 
 
 def open_table(base: str) -> StoredModel:
-    """Opens `base`, which must have an embedding table.
+    """Opens the base model `base`, which must have an embedding table.
 
     Raises:
-      ValueError: there is no base, or it is not whole.
+      ValueError: there is no base model, or arrays of it are missing.
     """
     model = open_model(base)
     if model.config is None or TABLE not in model.arrays:
@@ -130,7 +130,7 @@ def open_table(base: str) -> StoredModel:
 
 
 def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequence[str] = ()) -> Lexicon:
-    """The words of a base, and `labels`. Its embedding table is read and nothing else.
+    """Returns the words of a base model, and `labels`, with their vectors. Of the model only the table is read.
 
     Raises:
       ValueError: the table, the vocabulary or a label cannot be used.
@@ -144,17 +144,17 @@ def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequ
 
 
 def shown(neighbor: Mapping[str, Any]) -> str:
-    """A word, with `_` for the blank before it; a class label in brackets."""
+    """Returns a word with `_` for the space before it, or a class label in brackets."""
     return f"[{neighbor['label']}]" if "label" in neighbor else neighbor["word"].replace("▁", "_")
 
 
 def neighbor_line(position: int, neighbors: Sequence[Mapping[str, Any]]) -> str:
-    """A position and its neighbours, as `describe` gives them."""
+    """Returns a line with a position and its neighbours; `neighbors` are those that `describe` returns."""
     return f"{position:4}  " + "  ".join(f"{shown(neighbor)} {neighbor['cosine']:.2f}" for neighbor in neighbors)
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
-    """What the terminal shows."""
+    """Returns the lines that are printed for a report."""
     base = os.path.relpath(report["base"]) if os.path.isabs(report["base"]) else report["base"]
     said = [f"{report['words']:,} words of {base}"]
     for name, prompt in report["prompts"].items():
@@ -198,7 +198,7 @@ def _prompt_lines(prompt: Mapping[str, Any], report: Mapping[str, Any]) -> list[
 
 
 def _label_lines(prompt: Mapping[str, Any]) -> list[str]:
-    """Per label the positions that have it among their words, and how many positions have any."""
+    """Returns a line per label with the positions near it, and a line with the number of positions near any label."""
     said, having = [], {}
     for label, places in prompt["labels"].items():
         found = [f"{stage} at {_numbers(positions) or 'none'}" for stage, positions in places.items()]
@@ -226,7 +226,7 @@ def _similarity_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _hollow(similarities: Any) -> np.ndarray:
-    """Without each one's similarity to itself, which would take all the colour."""
+    """Replaces the diagonal by NaN: each item's similarity to itself, 1, would dominate the colour scale."""
     return np.where(np.eye(len(similarities), dtype=bool), np.nan, similarities)
 
 
@@ -237,7 +237,7 @@ def draw(
     befores: Mapping[str, Prompt],
     lexicon: Lexicon,
 ) -> None:
-    """Of one prompt its positions against one another and against the class labels; of several, how alike they are.
+    """Draws cosine similarities: between the positions of one prompt, and to the class labels; or between prompts.
 
     Raises:
       ValueError: the file cannot be written.
@@ -247,7 +247,7 @@ def draw(
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = []  # title, cosines, columns' names, (column, row) of the cells to mark
+    panels = []  # (title, cosines, column names, (column, row) of each cell to mark)
     if len(prompts) > 1:
         rows = [f"{name}  {i}" for i, name in enumerate(prompts)]
         for measure in SIMILARITIES:
@@ -273,7 +273,7 @@ def draw(
     for axis, (title, values, columns, marks) in zip(axes[0], panels, strict=True):
         image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
         axis.set_title(title, fontsize=8)
-        if columns is None:  # the rows' numbers
+        if columns is None:  # the columns have the same names as the rows, so their indices are enough
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.tick_params("x", labelsize=8)
         else:

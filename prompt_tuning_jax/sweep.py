@@ -1,16 +1,16 @@
 """Runs every trial of a grid of settings: `python -m prompt_tuning_jax.sweep --gin_file=sweeps/X.gin --launcher=local`.
 
-A macro that the sweep's file knows changes the sweep; any other, --gin.NAME=VALUE, goes to every trial. Finished trials
-are left out, broken ones go on where they were saved.
+If the sweep's gin file has a macro NAME, --gin.NAME=VALUE changes the sweep; otherwise it is passed to every trial.
+Finished trials are skipped, and interrupted trials resume from their last checkpoint.
 
-    --launcher=print    one command a trial, to be run by hand
-    --launcher=here     in this process, one after another; many prompts in one program
-    --launcher=local    in processes of this machine, with a table of how they stand
-    --launcher=slurm    a job array, through submitit
-    --launcher=xpk      workloads on TPU pods, through xpk
-    --launcher=jobset   Kubernetes JobSets, as YAML
-    --status            how the trials stand, and nothing else; of a folder alone, --status=SWEEP_DIR
-    --only=NAME:NAME    these trials alone
+    --launcher=print    prints one command per trial, to be run by hand
+    --launcher=here     runs the trials in this process, one after another, or many prompts in one program
+    --launcher=local    runs the trials in processes on this machine, and shows a table of their states
+    --launcher=slurm    submits a Slurm job array, with submitit
+    --launcher=xpk      creates workloads on TPU pods, with xpk
+    --launcher=jobset   writes Kubernetes JobSets as YAML
+    --status            prints the states of the trials and runs nothing; --status=SWEEP_DIR needs only the folder
+    --only=NAME:NAME    runs only these trials
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """Does what a command line says; returns the exit code."""
+    """Runs the sweep that a command line asks for, or prints its status; returns the exit code."""
     own, texts = split_bindings(argv, FLAGS, __doc__)
     if folder := next((argument.partition("=")[2] for argument in own if argument.startswith("--status=")), ""):
         return show_status(folder, own)
@@ -60,11 +60,11 @@ def sweep(argv: Sequence[str]) -> int:
     if "status" in flags and (recorded := recorded_trials(settings.sweep_dir)):
         known, trials = {trial.name for trial in recorded}, settings.trials(texts)
         if known.isdisjoint(trial.name for trial in trials):
-            check_record(settings.sweep_dir, trials)  # which says that this is another sweep
+            check_record(settings.sweep_dir, trials)  # raises: the folder holds another sweep
         return print_table([*recorded, *(trial for trial in trials if trial.name not in known)], flags.get("only"))
     launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
     if flags.get("launcher") != "here":
-        jax.config.update("jax_platforms", "cpu")  # in this process: the accelerators are for those that it starts
+        jax.config.update("jax_platforms", "cpu")  # leave the accelerators to the processes that this one starts
     trials = settings.trials(texts)
     record = check_record(settings.sweep_dir, trials)
     if "only" in flags:
@@ -99,7 +99,7 @@ def sweep(argv: Sequence[str]) -> int:
 
 
 def show_status(sweep_dir: str, arguments: Sequence[str]) -> int:
-    """Prints how the trials of a sweep's folder stand, which says all that is needed for it."""
+    """Prints the states of the trials in a sweep's folder; no gin file is needed."""
     flags: dict[str, str] = {}
     for argument in arguments:
         name, _, value = argument.partition("=")
@@ -113,7 +113,7 @@ def show_status(sweep_dir: str, arguments: Sequence[str]) -> int:
 
 
 def print_table(trials: Sequence[Trial], only: str | bool | None) -> int:
-    """Prints how trials of a record stand; `only` has the names of some of them."""
+    """Prints the states of the trials, or only of those named in `only`, as "NAME:NAME"."""
     if only:
         trials = spec.chosen(trials, str(only).split(":"))
     print(status.table([status.trial_state(trial, recorded_steps(trial)) for trial in trials]))
@@ -121,7 +121,7 @@ def print_table(trials: Sequence[Trial], only: str | bool | None) -> int:
 
 
 def named_launcher(name: Any) -> Any:
-    """The launcher of `--launcher`, as gin sets it up."""
+    """Returns the launcher that `--launcher` names, with its fields set by gin."""
     if name not in LAUNCHERS:
         known = ", ".join(["here", *LAUNCHERS])
         raise ValueError(f"--launcher is {name or 'not given'}, expected one of {known}; or --status")
@@ -131,10 +131,12 @@ def named_launcher(name: Any) -> Any:
 
 
 def checked(trial: Trial) -> run.TrainConfig | None:
-    """Parses a trial's command line: its settings, None of one that only evaluates. gin is the trial's from here on.
+    """Parses and checks a trial's command line; returns its configuration, or None if the trial only evaluates.
+
+    After the call, gin holds the trial's configuration.
 
     Raises:
-      ValueError: it names what is not there, does not set what must be set, or sets what cannot be.
+      ValueError: a gin file or a setting does not exist, a required setting is missing, or a value is invalid.
     """
     gin.clear_config()
     try:
@@ -150,10 +152,10 @@ def checked(trial: Trial) -> run.TrainConfig | None:
 
 
 def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> Hashable | None:
-    """Returns `program_key` of a trial that is to share a program; None if it is to run alone.
+    """Returns the `program_key` of a trial that should share an executable, or None if it should run alone.
 
-    Trials that train the base model's own parameters share one only if VECTORIZE is a number: each has its own copy of
-    the base model and of the optimizer's state, and all are in memory at once.
+    Trials that train the base model's own parameters share an executable only if VECTORIZE is a number: each has its
+    own copy of the base model and of the optimizer's state, and all copies are in memory at once.
     """
     if config is None or (vectorize == "auto" and config.trains_base):
         return None
@@ -161,7 +163,7 @@ def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> H
 
 
 def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
-    """The command line that runs these trials of the sweep that `argv` starts."""
+    """Returns a command line that runs only these trials of the sweep that `argv` starts."""
     names = {f"--{flag}" for flag in FLAGS}
     rest = [argument for argument in argv if argument.partition("=")[0] not in names]
     only = ":".join(trial.name for trial in trials)
@@ -169,7 +171,7 @@ def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
 
 
 def run_here(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
-    """Runs the trials of a job in this process; what failed, by name."""
+    """Runs the trials of a job in this process; returns the failures by name."""
     with contextlib.ExitStack() as marks:
         for trial in trials:
             marks.enter_context(status.running(trial.folder))
@@ -178,13 +180,13 @@ def run_here(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
 
 
 def train_or_evaluate(trials: Sequence[Trial], most: int | None, stop: loop.Stop) -> dict[str, str]:
-    """`run_here`, once the trials' folders are this process's."""
+    """Runs the trials of a job after `run_here` has marked their folders as running; returns the failures by name."""
     if len(trials) > 1:
 
         def configs() -> Iterator[tuple[str, run.TrainConfig]]:
             for trial in trials:
                 config = checked(trial)
-                assert config is not None  # only what trains shares a job
+                assert config is not None  # only training trials share a job
                 yield trial.name, config
 
         return train_together(configs(), most, stop=stop)

@@ -1,11 +1,11 @@
-"""Trains a prompt, a model, or a base: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`.
+"""Trains a prompt, an adapter or a model: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`.
 
-With more than one device it trains on a mesh of all of them, with several processes on the devices of all: these find
-each other on Slurm, Kubernetes and TPU machines, and else by `--coordinator_address=HOST:PORT --process_count=N
---process_index=I`, given to each.
+It trains on a mesh of all devices, including those of other processes. On Slurm, Kubernetes and TPU machines the
+processes find each other; elsewhere, start each with `--coordinator_address=HOST:PORT --process_count=N
+--process_index=I`.
 
-With `--memory-plan`, or `--memory-plan=80GB` for a device of that memory, it trains nothing, and prints what the same
-command would need.
+With `--memory-plan`, or `--memory-plan=80GB` for a device with that much memory, it does not train: it prints how much
+memory the same command would need.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, each a command that prints JSON."""
+"""Measures speed and memory; each module is a command that prints JSON."""

@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: a process each, which do the same work by turns. Linux only."""
+"""Runs the contenders of a benchmark, each in its own process, which do the same work in turns. Linux only."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 EOS = 1
-TOKENS = 8_000  # ids that the table of every size has
-ANSWER = "answer "  # before what a contender answers; its other lines are not for the other side
+TOKENS = 8_000  # random token ids are below this, because every size's embedding table has them
+ANSWER = "answer "  # the prefix of a contender's answers; its other output lines are ignored
 TICKS = os.sysconf("SC_CLK_TCK")
 CORES = len(os.sched_getaffinity(0))
 
 
 def write_base(folder: Path, size: str) -> None:
-    """A random base in Hugging Face's layout, whose end of sequence has a logit of 0: it is never the likeliest."""
+    """Writes a random base model in Hugging Face's layout, which never predicts the end of sequence: its logit is 0."""
     from experiments.sizes import SIZES
     from prompt_tuning_jax.checkpoints import huggingface
     from prompt_tuning_jax.checkpoints.base import expected_shapes
@@ -35,7 +35,7 @@ def write_base(folder: Path, size: str) -> None:
 
 
 def deviation(path: str, shape: Sequence[int], head_dim: int) -> float:
-    """The standard deviation of a random parameter, with which activations neither vanish nor grow."""
+    """Returns a standard deviation for a random parameter with which activations neither vanish nor grow."""
     if not path.endswith("kernel"):
         return 1.0
     return shape[0] ** -0.5 * (head_dim**-0.5 if "query" in path else 1.0)
@@ -52,13 +52,15 @@ def random_inputs(batch: int, length: int) -> np.ndarray:
 
 
 class Contender:
-    """A process that answers what it is asked, and idles in between."""
+    """A process that answers questions, and is idle in between."""
 
     def __init__(self, module: str, arguments: Sequence[str], threads: int = CORES, device: str = "cpu"):
-        """Starts `python -m MODULE ARGUMENTS` on `threads` cores; it calls `work` or `answer`.
+        """Starts `python -m MODULE ARGUMENTS` on `threads` cores. The module must call `work` or `answer`.
 
         Args:
-          device: "cpu", or "default" for the accelerator where there is one.
+          module, arguments: the module, and its command line's arguments.
+          threads: the number of cores.
+          device: "cpu", or "default" for the accelerator if there is one.
         """
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))}
@@ -73,7 +75,7 @@ class Contender:
         )
 
     def ask(self, line: str) -> Any:
-        """What it answers."""
+        """Sends a line to the process, and returns its answer."""
         assert self._process.stdin and self._process.stdout
         print(line, file=self._process.stdin, flush=True)
         for said in self._process.stdout:
@@ -82,11 +84,11 @@ class Contender:
         raise RuntimeError(f"the process ended with {self._process.wait()}: its error is above")
 
     def used(self) -> float:
-        """Seconds of processor time so far."""
+        """Returns the CPU seconds that the process has used so far."""
         return sum(map(int, _stat(self._process.pid)[11:13])) / TICKS
 
     def seconds(self, asked: str) -> float:
-        """How long it took to do what it knows by this line."""
+        """Lets the process do the work that it knows by this line, and returns the seconds that it took."""
         return float(self.ask(asked))
 
     def end(self) -> None:
@@ -94,16 +96,17 @@ class Contender:
 
 
 def answer(respond: Callable[[str], Any]) -> None:
-    """In a contender's process: answers each line on stdin with what `respond` gives for it."""
+    """Answers each line on stdin with the result of `respond`. Runs in a contender's process."""
     for line in map(str.strip, sys.stdin):
         print(ANSWER + json.dumps(respond(line)), flush=True)
 
 
 def work(prepare: Callable[[str], Callable[[], object]]) -> None:
-    """In a contender's process: does what each line on stdin asks for, and answers with the seconds that took.
+    """Does the work that each line on stdin asks for, and answers with the seconds. Runs in a contender's process.
 
     Args:
-      prepare: from a line to what is timed; called once a line, and what it gives once before the first timing.
+      prepare: returns the function to time for a line. It is called once per different line, and the function is called
+        once before it is timed.
     """
     known: dict[str, Callable[[], object]] = {}
 
@@ -117,37 +120,39 @@ def work(prepare: Callable[[str], Callable[[], object]]) -> None:
 
 
 def age() -> float:
-    """Seconds since this process was started."""
+    """Returns the seconds since this process was started."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(os.getpid())[19]) / TICKS
 
 
 def _stat(pid: int) -> list[str]:
-    """What Linux tells of a process, from its state on."""
+    """Returns the fields of /proc/PID/stat from the process's state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def used_elsewhere(contenders: Iterable[Contender]) -> float:
-    """Seconds of processor time that everything else on this machine has used so far: over two of them it shows whether
-    the contenders had their cores to themselves."""
+    """Returns the CPU seconds that all processes except the contenders have used so far.
+
+    The difference of two calls shows whether the contenders had their cores to themselves.
+    """
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + sum(interrupts)) / TICKS - sum(contender.used() for contender in contenders)
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held on the host."""
+    """Returns the peak of this process's memory on the host, in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 
 
 def timed(what: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     start = time.perf_counter()
     what()
     return time.perf_counter() - start
 
 
 def medians(contenders: Mapping[str, Contender], asked: Sequence[tuple[str, str]], rounds: int) -> list[float]:
-    """Of every (contender, line), taken by turns; the first round is not used."""
+    """Returns the median seconds of each (contender, line), measured in turns. The first round is not used."""
     times = [[contenders[name].seconds(line) for name, line in asked] for _ in range(rounds + 1)]
     found = [statistics.median(column) for column in zip(*times[1:], strict=True)]
     for (name, line), seconds in zip(asked, found, strict=True):

@@ -1,17 +1,17 @@
-"""How fast answers are decoded, beside PEFT on the same weights.
+"""Measures how fast predictions are decoded, and compares it to PEFT with the same weights.
 
     python -m experiments.benchmarks.decode [--size=small] [--peer=peft] [--threads=2]
 
-writes random weights and a prompt, loads them in a process for each contender, and lets those decode the same batch
-greedily by turns. Neither can stop early: the weights never choose the end of sequence, and PEFT is told how many
-tokens to write. The last line printed is one JSON object:
+It writes random weights and a prompt, loads them in one process per contender, and lets the contenders decode the same
+batch greedily, in turns. No contender can stop early: the weights never give the end of sequence, and PEFT is told how
+many tokens to generate. The last line printed is one JSON object:
 
-  ratio: examples a second over PEFT's, from the medians;
-  busy_elsewhere: cores that other processes kept busy meanwhile; see `train_step`;
-  same_tokens: the share of tokens on which both agree (rounding may part random weights);
-  step_seconds: a further token, by input length, from two target lengths;
-  read_seconds: of that, what reading the encoder's keys and values takes when it is done alone. A step that does
-    nothing else with the encoder's output grows with the input by no more than this does.
+  ratio: examples per second, divided by PEFT's, from the medians;
+  busy_elsewhere: cores that other processes kept busy in the meantime; see `train_step`;
+  same_tokens: the fraction of tokens on which both agree (with random weights, rounding may change tokens);
+  step_seconds: seconds per further token, by input length, from two target lengths;
+  read_seconds: the part of `step_seconds` for reading the encoder's keys and values, measured alone. If a step does
+    nothing else with the encoder's output, its time grows with the input length by no more than this.
 
 Linux only.
 """
@@ -37,7 +37,7 @@ from experiments.benchmarks.contenders import (
     write_base,
 )
 
-LONGER = 4  # the second input length and target length are so many times the first
+LONGER = 4  # the ratio of the second input length and target length to the first
 
 
 class Ours:
@@ -64,7 +64,7 @@ class Ours:
 
     @staticmethod
     def read(size: str, batch: int, length: int) -> Callable[[], object]:
-        """The cross-attention products of one step, and nothing else."""
+        """Returns a function that only computes the cross-attention matmuls of one step."""
         import jax
         import jax.numpy as jnp
 
@@ -85,7 +85,7 @@ class Ours:
 
 
 class Peft:
-    """Greedy decoding by PEFT, as its user calls it."""
+    """Greedy decoding by PEFT, called in the usual way."""
 
     def __init__(self, folder: Path, size: str):
         del size
@@ -108,7 +108,7 @@ class Peft:
 
 
 def contend(arguments: argparse.Namespace) -> None:
-    """In a contender's process: a line is `INPUT_LENGTH TARGET_LENGTH`, or `read LENGTH`."""
+    """Runs a contender in its process. It answers lines `INPUT_LENGTH TARGET_LENGTH` and `read LENGTH`."""
     contender = {"ours": Ours, "peft": Peft}[arguments.contender](arguments.folder, arguments.size)
 
     def prepare(line: str) -> Callable[[], object]:

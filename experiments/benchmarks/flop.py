@@ -1,4 +1,4 @@
-"""The arithmetic of a training step's matrix products, and the rate at which a device can do such products."""
+"""Computes the FLOP of a training step's matmuls, and measures how fast a device computes such matmuls."""
 
 import statistics
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from typing import NamedTuple
 from experiments.benchmarks.contenders import timed
 from prompt_tuning_jax.t5.config import T5Config
 
-SQUARE = {"cpu": 2048}  # the side of the large product, by platform
+SQUARE = {"cpu": 2048}  # the side length of the large matmul, by platform
 LARGE_SQUARE = 8192
 REPEATS = 7
 
 
 class Shape(NamedTuple):
-    """What a step computes on.
+    """Holds the shape of a step's batch and prompt.
 
     Attributes:
-      batch: rows, B.
-      inputs: input positions, T.
-      targets: target positions, U.
-      prompt: prompt positions, P; 0 without one.
+      batch: the number of rows, B.
+      inputs: the number of input positions, T.
+      targets: the number of target positions, U.
+      prompt: the number of prompt positions, P; 0 without a prompt.
     """
 
     batch: int
@@ -29,24 +29,25 @@ class Shape(NamedTuple):
 
 
 def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
-    """Floating-point operations of one step's matrix products: two for each multiplication and its addition.
+    """Returns the floating-point operations of one step's matmuls, two for each multiplication and its addition.
 
-    With S = P + T, J = heads * head_dim and n feed-forward branches (2 in T5 1.1), the forward products of a row are
+    With S = P + T, J = heads * head_dim and n feed-forward branches (2 in T5 1.1), the forward matmuls of a row have
+    these numbers of multiplications:
 
         encoder layer   4 S D J (query, key, value, out)   + 2 S S J (scores, mix)   + (n + 1) S D F
         decoder layer   4 U D J                            + 2 U U J                 + (n + 1) U D F
                         2 U D J (query, out) + 2 S D J (key, value) + 2 U S J (scores, mix) of the cross-attention
         logits          U D V
 
-    Backward, a product with weights has one more product of its size for the gradient of its input, and another for
-    that of its weights where these are trained; a product of two activations has two. Prompt tuning trains no weights,
-    and what does not depend on the prompt has no gradient: of the first decoder layer, the self-attention and the query
-    of the cross-attention, whose scores then have a gradient for the keys alone.
+    In the backward pass, a matmul with weights needs another matmul of its size for the gradient of its input, and one
+    more for the gradient of its weights if they are trained. A matmul of two activations needs two. Prompt tuning
+    trains no weights, and values that do not depend on the prompt need no gradient. In the first decoder layer these
+    are the self-attention and the query of the cross-attention, whose scores then need a gradient only for the keys.
     """
     _, inputs, targets, prompt = shape
     encoded = prompt + inputs
     wide = config.num_heads * config.head_dim
-    square = config.emb_dim * wide  # of one attention matrix
+    square = config.emb_dim * wide  # parameters of one attention matrix
     feed_forward = (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
 
     attended = config.num_encoder_layers * 2 * encoded * encoded * wide
@@ -60,12 +61,12 @@ def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
         backward += weighed
     else:
         backward -= targets * 4 * square + 4 * targets * targets * wide  # self-attention of the first decoder layer
-        backward -= targets * square + targets * encoded * wide  # its query of the encoder's output
+        backward -= targets * square + targets * encoded * wide  # the query of its cross-attention
     return 2 * shape.batch * (weighed + attended + backward)
 
 
 def product_shapes(config: T5Config, shape: Shape, platform: str) -> list[tuple[int, int, int]]:
-    """(rows, inner, columns) of the products to measure: a large square one, and both of the encoder's feed-forward."""
+    """Returns (rows, inner, columns) of the matmuls to measure: a large square one, and both of the encoder's MLP."""
     side, positions = SQUARE.get(platform, LARGE_SQUARE), shape.batch * (shape.prompt + shape.inputs)
     return [
         (side, side, side),
@@ -79,10 +80,12 @@ def product_rates(
     shapes: list[tuple[int, int, int]],
     dtypes: list[str],
 ) -> dict[str, float]:
-    """FLOP per second of each product in each dtype, the median of several; its name is "float32 2048x2048x2048".
+    """Returns the median FLOP per second of each matmul in each dtype, by names such as "float32 2048x2048x2048".
 
     Args:
-      make: from a product's (rows, inner, columns) and dtype to what computes it, and returns when that is done.
+      make: returns, for (rows, inner, columns) and a dtype, a function that computes the matmul and waits for it.
+      shapes: the matmuls, as (rows, inner, columns).
+      dtypes: the names of the dtypes.
     """
     rates = {}
     for dtype in dtypes:

@@ -1,15 +1,16 @@
-"""How fast batches come, how much of them is padding, and whether the training step waits for them.
+"""Measures how fast batches are loaded, how much of them is padding, and whether the training step waits for them.
 
     python -m experiments.benchmarks.input [--data_dir=GLUE_FOLDER] [--steps=200]
 
-reads the demo's task, or SST-2 from GLUE's own folder, from its cache of tokens (which is made first), and trains a
-prompt on the embedded base. The last line printed is one JSON object:
+It reads the demo's task, or SST-2 from GLUE's own folder, from the token cache (which is built first), and trains a
+prompt on the embedded base model. The last line printed is one JSON object:
 
-  rows_per_cpu_second: examples that the loader gives in a second of one core, its reading thread included;
-  padding: the share of token places that hold none in an epoch, of inputs and of targets;
+  rows_per_cpu_second: examples that the loader returns per CPU second, including its reading thread;
+  padding: the fraction of positions in an epoch that are padding, for inputs and for targets;
   padding_at_fixed_width: the same if every batch were as wide as the feature lengths;
-  step_seconds, wait_seconds: of the loop's mean step, and of that until the next batch is there;
-  wait: the second over the first.
+  step_seconds: the mean seconds per step of the loop;
+  wait_seconds: the part of `step_seconds` in which the loop waits for the next batch;
+  wait: `wait_seconds` divided by `step_seconds`.
 """
 
 import argparse
@@ -35,9 +36,9 @@ BASE = "nano"
 
 
 def rows_per_cpu_second(batches: Planned, seconds: float) -> float:
-    """Rows that `start_at` gives in a second of the processor, over at least `seconds` of them."""
+    """Returns the rows per CPU second that `start_at` gives, measured over at least `seconds` CPU seconds."""
     stretch = batches.start_at(0, 10**9)
-    next(stretch)  # what is imported and planned once
+    next(stretch)  # so that imports and planning, which happen once, are not measured
     rows, started = 0, time.process_time()
     while time.process_time() - started < seconds:
         rows += int((next(stretch).ids >= 0).sum())
@@ -45,7 +46,7 @@ def rows_per_cpu_second(batches: Planned, seconds: float) -> float:
 
 
 def padding(batches: Planned) -> tuple[dict[str, float], dict[str, float]]:
-    """The shares of padding in an epoch: as the batches are, and if all had the width of the feature lengths."""
+    """Returns the fractions of padding in an epoch: of the batches, and if all were as wide as the feature lengths."""
     epoch = [batches[number] for number in range(batches.window)]
     rows = sum(int((batch.ids >= 0).sum()) for batch in epoch)
     ours, fixed = {}, {}
@@ -58,7 +59,7 @@ def padding(batches: Planned) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def times_of_steps(batches: Planned, config: T5Config, steps: int, prompt_length: int) -> tuple[float, float]:
-    """Seconds of the mean step of a training loop, and of its wait for a batch; all is compiled before."""
+    """Returns the mean seconds of a training loop's step, and of its wait for a batch, after compilation."""
     base = load_base(BASE, config)
     prompt = {PROMPT: jnp.asarray(random_prompt(0, prompt_length, BASE))}
     optimizer = adafactor(0.3)
@@ -74,12 +75,12 @@ def times_of_steps(batches: Planned, config: T5Config, steps: int, prompt_length
 
     window, waited = Window(), 0.0
     stretch = batches.start_at(0, steps + 1)
-    next(stretch)  # the thread is started
+    next(stretch)  # so that the reading thread has started
     started = asked = time.perf_counter()
     for step, batch in enumerate(stretch, 1):
         waited += time.perf_counter() - asked
         state, metrics = train_step(state, base.params, batch)
-        window.add(step, batch.ids, metrics)  # as `training.run` does: it reads the step before
+        window.add(step, batch.ids, metrics)  # as in `training.run`: it reads the metrics of the previous step
         asked = time.perf_counter()
     jax.block_until_ready(state)
     return (time.perf_counter() - started) / steps, waited / steps

@@ -1,11 +1,11 @@
-"""Host memory that loading a base takes, as a multiple of the checkpoint's size.
+"""Measures the host memory that loading a base model needs, as a multiple of the checkpoint's size.
 
     python -m experiments.benchmarks.load_memory [--size=base]
 
-writes random weights of that size (base: 0.99 GB in float32) in each format, loads each in a process of its own, and
-prints a JSON line a format. `peak` is the most that the process held while loading, less what it held before with JAX
-started, over the bytes of the checkpoint's arrays (on disk Orbax compresses them); on a CPU the loaded parameters
-themselves are part of it. Linux only.
+It writes random weights of that size (base: 0.99 GB in float32) in each format, loads each in its own process, and
+prints a JSON line per format. `peak` is the process's peak memory while loading, minus its memory before (with JAX
+started), divided by the bytes of the checkpoint's arrays (on disk, Orbax compresses them). On a CPU, `peak` includes
+the loaded parameters. Linux only.
 """
 
 import argparse
@@ -33,7 +33,7 @@ FORMATS = ("huggingface", "huggingface_sharded", "bin", "msgpack", "t5x", "orbax
 
 
 def write(folder: Path, kind: str, size: str) -> None:
-    """Random weights in one of `FORMATS`."""
+    """Writes random weights in one of `FORMATS`."""
     rng = np.random.default_rng(0)
 
     def draw(shape: tuple[int, ...]) -> StoredArray:
@@ -51,7 +51,7 @@ def write(folder: Path, kind: str, size: str) -> None:
 
 def write_bin(folder: Path) -> None:
     """Replaces a folder's safetensors by `pytorch_model.bin`, as PyTorch writes it."""
-    import torch  # for this alone
+    import torch  # only needed here
 
     tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / "model.safetensors").items()}
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -79,16 +79,16 @@ def flax_tree(tensors: Mapping[str, np.ndarray]) -> dict:
 
 
 def held(what: str) -> int:
-    """Bytes of this process in memory: now ("VmRSS"), or at most so far ("VmHWM")."""
+    """Returns the bytes of this process in memory: now ("VmRSS"), or the peak so far ("VmHWM")."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) * 1024
 
 
 def measure(folder: Path, kind: str, size: str) -> None:
-    """Loads in this process, and prints."""
+    """Loads a checkpoint in this process, and prints the JSON line."""
     jnp.zeros(8).block_until_ready()
     before, start = held("VmRSS"), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far becomes what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     params = jax.block_until_ready(load_base(str(folder), SIZES[size]).params)
     seconds, peak = time.perf_counter() - start, held("VmHWM") - before
     arrays = sum(array.nbytes for array in params.values())

@@ -1,17 +1,19 @@
-"""A batch whose rows belong to many tasks, beside PEFT's way: a sub-batch a task, with `set_adapter` between them.
+"""Measures batches whose rows belong to many tasks, and compares them to PEFT, which needs a sub-batch per task.
 
     python -m experiments.benchmarks.mixed_tasks [--size=small] [--peer=peft] [--threads=2]
 
-Random weights and prompts; the same batch is answered by turns, over 1, 8 and 32 prompts. All contenders write
-TARGET_LENGTH tokens for every row: the weights never choose the end of sequence, and PEFT is told how many. (PEFT takes
-`adapter_names` for such a batch without complaint, and answers every row with the active prompt.) The last line printed
-is one JSON object:
+Weights and prompts are random. The contenders predict the same batch in turns, with 1, 8 and 32 prompts. PEFT calls
+`set_adapter` before each sub-batch. (It accepts `adapter_names` for a mixed batch without an error, but then uses the
+active prompt for every row.) All contenders generate TARGET_LENGTH tokens per row: the weights never give the end of
+sequence, and PEFT is told the number of tokens. The last line printed is one JSON object:
 
-  cost: seconds over those of one prompt, by number of prompts;
-  ratio: examples a second over PEFT's, by number of prompts;
-  same_tokens: the share of tokens on which both agree, by number of prompts (rounding may part random weights);
-  bank: 1,000 prompts in one bank: their bytes, by how much the process grew, and the milliseconds from a new prompt's
-    arrival to the end of the first answer with it, by the tokens of the answer (one row of 16 tokens; a label has 2).
+  cost: seconds divided by those with one prompt, by number of prompts;
+  ratio: examples per second divided by PEFT's, by number of prompts;
+  same_tokens: the fraction of tokens on which both agree, by number of prompts (with random weights, rounding may
+    change tokens);
+  bank: a bank with 1,000 prompts: their bytes, the growth of the process, and the milliseconds from adding a new prompt
+    to the end of the first prediction with it, by the prediction's number of tokens (one row of 16 tokens; a label has
+    2 tokens).
 
 Linux only.
 """
@@ -43,11 +45,11 @@ from experiments.benchmarks.contenders import (
 
 COUNTS = (1, 8, 32)
 BANK = 1000
-LABEL = 2  # tokens of an answer that is a label and its end
+LABEL = 2  # tokens of a label with its end of sequence
 
 
 def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
-    """The answers of this project over a number of prompts, as `Predictor` gives them, without their text."""
+    """Returns a function that predicts the batch with a number of prompts in this project's `Predictor`, as tokens."""
     import jax
 
     predictor = make_predictor(load(arguments), arguments, arguments.target_length)
@@ -65,7 +67,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
 
 
 def load(arguments: argparse.Namespace) -> Any:
-    """The base in memory."""
+    """Loads the base model's parameters."""
     from experiments.sizes import SIZES
     from prompt_tuning_jax.checkpoints.base import load_base
 
@@ -73,7 +75,7 @@ def load(arguments: argparse.Namespace) -> Any:
 
 
 def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank: Any = None) -> Any:
-    """A predictor without prompts. It is given token ids, and a vocabulary that only counts them."""
+    """Returns a predictor without prompts. Its inputs are token ids, so its vocabulary only counts tokens."""
     from types import SimpleNamespace
 
     from experiments.sizes import SIZES
@@ -90,7 +92,7 @@ def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank
 
 
 def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
-    """The answers of PEFT over a number of prompts, as its user can have them."""
+    """Returns a function that predicts the batch with a number of prompts in PEFT, by its public API."""
     import torch
     from peft import PeftModel
     from transformers import T5ForConditionalGeneration
@@ -120,7 +122,7 @@ def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
 
 
 def contend(arguments: argparse.Namespace) -> None:
-    """In a contender's process: each line is a number of prompts, or `bank`."""
+    """Runs a contender in its process. Each line that it answers is a number of prompts, or `bank`."""
     answer = {"ours": ours, "peft": peft}[arguments.contender](arguments)
 
     def prepare(line: str) -> Callable[[], object]:
@@ -133,13 +135,13 @@ def contend(arguments: argparse.Namespace) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Returns the bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_bank(arguments: argparse.Namespace) -> None:
-    """In a process of its own: a bank of 1,000 prompts."""
+    """Measures a bank of 1,000 prompts. It must run in its own process, whose memory is measured."""
     from prompt_tuning_jax.inference.requests import Request
 
     params = load(arguments)
@@ -213,7 +215,7 @@ def main() -> None:
         found = dict(zip(asked, medians(contenders, asked, arguments.rounds), strict=True))
         for name in names[1:]:
             contenders[name].end()
-        # What many prompts cost, with nothing of the peer's in between.
+        # Measure the cost of many prompts without the peer's work in between.
         own = medians(contenders, [("ours", str(count)) for count in COUNTS], 2 * arguments.rounds)
         contenders["ours"].end()
         record["seconds"] = {name: {count: round(found[name, str(count)], 4) for count in COUNTS} for name in names}

@@ -1,10 +1,11 @@
-"""Runs the benchmarks beside PEFT, and writes what they gave to experiments/results/benchmarks.md.
+"""Runs the benchmarks against PEFT, and writes the results to experiments/results/benchmarks.md.
 
     python -m experiments.benchmarks.page [--data_dir=path/to/glue --vocabulary=spiece.model] [--only=NAME,...]
 
-Each benchmark's last line goes to benchmarks.json beside the page as soon as it is there, with its command, machine and
-date; `--only` runs some and keeps the others' numbers, and `--only=` writes the page anew from what is stored. Those on
-a task's rows need --data_dir. The machine should do nothing else meanwhile. Linux only.
+When a benchmark has finished, its last line is stored in benchmarks.json beside the page, with its command, machine and
+date. `--only` runs some benchmarks and keeps the numbers of the others; `--only=` only rewrites the page from the
+stored results. Benchmarks on a task's rows need --data_dir. The machine should do nothing else in the meantime. Linux
+only.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "results"
-IDLE = 0.1  # cores: as much as other processes may be busy
+IDLE = 0.1  # how many cores other processes may keep busy
 PACKAGES = ("prompt_tuning_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
 DEVICE = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind)"
 
 
 class Row(NamedTuple):
-    """A measure, as the table has it: a ratio is of ours over the peer's."""
+    """Holds a row of the table. `ratio` is our value divided by the peer's."""
 
     measure: str
     ours: str
@@ -35,14 +36,14 @@ class Row(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """A line of the set.
+    """Describes a benchmark.
 
     Attributes:
-      what: what is measured, in words.
-      command: module and flags.
-      rows: from the record that it prints to its rows of the table.
-      targets: what is aimed at, by measure.
-      task: it reads a task's rows, from --data_dir.
+      what: says in words what is measured.
+      command: the module and its flags.
+      rows: yields rows of the table for the record that the benchmark prints.
+      targets: the intended values, by measure.
+      task: whether the benchmark reads a task's rows from --data_dir.
     """
 
     what: str
@@ -53,7 +54,7 @@ class Benchmark(NamedTuple):
 
 
 def step_rows(record: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `train_step`."""
+    """Yields the rows of `train_step`."""
     ours = record["contenders"]["ours"]
     peer = record["contenders"].get(record["peer"])
 
@@ -69,13 +70,13 @@ def step_rows(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def decode_rows(record: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `decode`."""
+    """Yields the rows of `decode`."""
     ours, *peer = (f"{record['batch'] / record['seconds'][name]:.2f}" for name in ("ours", record["peer"]) if name)
     yield Row("examples a second", ours, *peer, *([f"{record['ratio']:.2f}"] if peer else []))
 
 
 def startup_rows(record: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `startup`."""
+    """Yields the rows of `startup`."""
     for name, what in (("first_step", "first training step"), ("first_answer", "first answer of `infer`")):
         for state, found in record[name].items():
             yield Row(f"{what}, {state}, s", f"{found['seconds']:.2f}")
@@ -86,7 +87,7 @@ def startup_rows(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def input_rows(record: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `input`."""
+    """Yields the rows of `input`."""
     yield Row("rows a CPU second", f"{record['rows_per_cpu_second']:,}")
     for name, share in record["padding"].items():
         yield Row(f"padding of {name} (at fixed width)", f"{share:.1%} ({record['padding_at_fixed_width'][name]:.1%})")
@@ -125,7 +126,7 @@ BENCHMARKS = {
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Returns the properties of the machine on which the numbers depend."""
 
     def field(file: str, name: str) -> str:
         lines = Path(file).read_text().splitlines()
@@ -137,7 +138,7 @@ def machine() -> dict[str, str]:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    # In a process of its own: this one must not hold an accelerator's memory.
+    # Ask in a child process, because this process must not take an accelerator's memory.
     device = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout.strip()
     return {
         "CPU": f"{field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores",
@@ -148,10 +149,10 @@ def machine() -> dict[str, str]:
 
 
 def run(command: Sequence[str]) -> dict[str, Any]:
-    """The record that a benchmark prints last; what it prints before is passed on.
+    """Runs a benchmark, prints its lines, and returns the record in the last one.
 
     Raises:
-      ChildProcessError: it failed.
+      ChildProcessError: the benchmark failed.
     """
     module, *flags = command
     whole = [sys.executable, "-m", f"{__package__}.{module}", *flags]
@@ -167,7 +168,7 @@ def run(command: Sequence[str]) -> dict[str, Any]:
 
 
 def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, of the results that are there, in the set's order."""
+    """Returns the page with the stored results, in the order of BENCHMARKS."""
     there = {name: stored[name] for name in BENCHMARKS if name in stored}
     machines: list[Mapping[str, str]] = []
     for result in there.values():
@@ -196,7 +197,7 @@ def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _when(result: Mapping[str, Any], machines: Sequence[Mapping[str, str]]) -> str:
-    """The date, and where it matters the machine."""
+    """Returns the date of a result, and its machine if there are several."""
     known = [result["date"]]
     if len(machines) > 1:
         known.append(f"machine {machines.index(result['machine']) + 1}")
@@ -204,7 +205,7 @@ def _when(result: Mapping[str, Any], machines: Sequence[Mapping[str, str]]) -> s
 
 
 def _doubt(record: Mapping[str, Any]) -> str:
-    """Says so where the machine had other work: threads that wait for each other then take many times as long."""
+    """Returns a warning if the machine had other work: threads that wait for each other are then many times slower."""
     found = [record, *record.get("contenders", {}).values()]
     busy = max(one.get("busy_elsewhere", 0.0) for one in found)
     return f" (not to be trusted: {busy:.1f} cores were busy elsewhere)" if busy > IDLE else ""
@@ -230,7 +231,7 @@ def main() -> None:
         if benchmark.task and not arguments.data_dir:
             print(f"{name}: not run, it needs --data_dir", flush=True)
             continue
-        # The page shows a user's own folders by what they hold.
+        # The page shows placeholders instead of the user's own paths.
         places = {"data_dir": "GLUE_FOLDER", "vocabulary": "SPIECE_MODEL"} if benchmark.task else {}
         given = {flag: value for flag, value in vars(arguments).items() if flag in places and value}
         command = [*benchmark.command, *(f"--{flag}={value}" for flag, value in given.items())]

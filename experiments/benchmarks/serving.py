@@ -1,14 +1,14 @@
-"""The service under load: is every answer `infer`'s, and how long does one take?
+"""Tests the service under load: compares every prediction to that of `infer`, and measures the latency.
 
     python -m experiments.benchmarks.serving [--base=nano] [--clients=200] [--seconds=60]
 
-makes random prompts of several lengths and rows of every kind (generated, ranked, of beam search, sampled, cut, and
-some that cannot be answered), has `infer` answer them, starts the service, and lets each client ask for 1 to 4 of the
-rows at a time, over and over. Then it asks for more than the queue holds, and goes away. It prints one JSON object.
-Clients and service share the machine. Linux only.
+It makes random prompts of several lengths and rows of every kind: generated, ranked, with beam search, sampled,
+truncated, and some with errors. `infer` predicts them first. Then the service is started, and each client repeatedly
+asks for 1 to 4 of the rows. At the end, clients ask for more rows than the queue holds and disconnect. It prints one
+JSON object. Clients and service share the machine. Linux only.
 
-A prediction must be `infer`'s. A score may differ by `TOLERANCE` of itself (absolutely below 1): the rows around a row
-are others, and another size of batch adds up in another order.
+A prediction must equal that of `infer`. A score may differ by the relative tolerance `TOLERANCE` (absolute below 1): a
+row is in a batch with other rows, and another batch size may change the order of additions.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from prompt_tuning_jax.checkpoints.base import open_model
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 
 TOLERANCE = 1e-5
-LENGTHS = (1, 5, 10, 20, 20, 40, 40, 64)  # of the prompts
+LENGTHS = (1, 5, 10, 20, 20, 40, 40, 64)  # the prompts' lengths
 LABELS = (["negative", "positive"], ["bad", "neither", "good"])
 FLAGS = ("--input_length=24", "--max_new_tokens=16")
 
 
 def make_prompts(folder: Path, base: str) -> None:
-    """Random prompts, and a file that is none."""
+    """Writes random prompts, and a file that is not a prompt."""
     config = open_model(base).config
     assert config is not None
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def make_prompts(folder: Path, base: str) -> None:
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:
-    """Rows of every kind; those to be sampled have seeds of their own, since the default is the place in a request."""
+    """Returns rows of every kind. Rows to sample set a seed, since the default is their index in the request."""
     rng = random.Random(0)
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(unlabelled(count)):
@@ -71,7 +71,7 @@ def make_rows(count: int) -> list[dict[str, Any]]:
 
 
 def infer(rows: Path, *flags: str) -> list[dict[str, Any]]:
-    """The answers expected."""
+    """Returns the expected results, which `infer` computes."""
     command = [sys.executable, "-m", "prompt_tuning_jax.infer", f"--input={rows}", *flags]
     printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     return [json.loads(line) for line in printed.splitlines()]
@@ -79,7 +79,7 @@ def infer(rows: Path, *flags: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def serving(*flags: str) -> Iterator[tuple[int, subprocess.Popen]]:
-    """A service that is ready, on a port of its own; it must end well."""
+    """Yields the port and the process of a ready service. The service must exit with 0 at the end."""
     command = [sys.executable, "-m", "prompt_tuning_jax.serve", "--port=0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -96,7 +96,7 @@ def serving(*flags: str) -> Iterator[tuple[int, subprocess.Popen]]:
 
 
 class Reply(NamedTuple):
-    """What came back."""
+    """Holds a response of the service."""
 
     status: int
     headers: Mapping[str, str]
@@ -104,14 +104,14 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One connection, kept open."""
+    """A client with one connection that stays open."""
 
     def __init__(self, port: int):
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, rows: Sequence[Any]) -> Reply:
-        """Asks for rows."""
+        """Sends rows to the service, and returns its response."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
@@ -131,7 +131,7 @@ class Client:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest between numbers, relative where they are above 1; infinite where anything else differs."""
+    """Returns the largest difference of numbers, relative for numbers above 1; infinite if anything else differs."""
     if isinstance(expected, float) and isinstance(found, float):
         return abs(found - expected) / max(1.0, abs(expected))
     if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
@@ -140,7 +140,7 @@ def difference(found: Any, expected: Any) -> float:
 
 
 class Load:
-    """Clients that ask until it is time, and what they saw."""
+    """Runs clients for a given time, and records the responses."""
 
     def __init__(self, port: int, rows: Sequence[Any], expected: Sequence[Any]):
         self._port, self._rows, self._expected = port, rows, expected
@@ -176,7 +176,7 @@ class Load:
 
 
 async def overload(port: int, row: Any, requests: int = 20, rows: int = 1024) -> dict[str, Any]:
-    """More rows than the queue holds at once: how many requests are turned away. The others' clients go away."""
+    """Sends more rows than the queue holds, counts the refused requests, and disconnects the other clients."""
     clients = [Client(port) for _ in range(requests)]
     asked = [asyncio.create_task(client.post([row] * rows)) for client in clients]
     done, waiting = await asyncio.wait(asked, timeout=5)
@@ -189,7 +189,7 @@ async def overload(port: int, row: Any, requests: int = 20, rows: int = 1024) ->
     statuses = Counter(reply.status for reply in replies)
     retry = [int(reply.headers["retry-after"]) for reply in replies if reply.status == 429]
     await asyncio.sleep(1)
-    after = await Client(port).post([row])  # rows that nobody waits for are not in its way
+    after = await Client(port).post([row])  # rows of disconnected clients must not delay it
     return {
         "requests": requests,
         "statuses": dict(statuses),
@@ -199,13 +199,13 @@ async def overload(port: int, row: Any, requests: int = 20, rows: int = 1024) ->
 
 
 def held(pid: int, what: str) -> int:
-    """Bytes of a process in memory: now ("VmRSS"), or at most so far ("VmHWM")."""
+    """Returns the bytes of a process in memory: now ("VmRSS"), or the peak so far ("VmHWM")."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) * 1024
 
 
 def measure(base: str, clients: int, seconds: float, count: int, batch_size: int) -> dict[str, Any]:
-    """Everything, as a record."""
+    """Runs all measurements, and returns the record."""
     with tempfile.TemporaryDirectory() as scratch:
         prompts, rows_file = Path(scratch, "prompts"), Path(scratch, "rows.jsonl")
         prompts.mkdir()

@@ -1,18 +1,18 @@
-"""How long a command line takes to be of use, from the start of its process.
+"""Measures the start-up of command lines: the time from the start of the process to its first useful result.
 
     python -m experiments.benchmarks.startup [--rounds=5] [--peer=peft]
 
-starts whole processes by turns, on the embedded base and the demo's task, whose tokens are cached. The last line
-printed is one JSON object, of medians: the seconds on the clock, and those of the processor (`cpu_seconds`), which a
-machine under load does not make many more:
+It starts whole processes in turns, with the embedded base model and the demo's task, whose tokens are cached. The last
+line printed is one JSON object with medians of wall time (`seconds`) and of CPU time (`cpu_seconds`), which depends
+less on the machine's other load:
 
-  first_step: until `train` has told of its first step, whose loss the host has read by then;
-  first_answer: until `infer` has answered its first row, with its stdin still open;
+  first_step: until `train` has printed its first step, whose loss the host has read by then;
+  first_answer: until `infer` has printed its first prediction, with its stdin still open;
   help: until `--help` has ended, by command line;
   import: until `import prompt_tuning_jax.train` has ended;
-  peft: until what a user of PEFT imports has been imported, and nothing else has been done.
+  peft: until the modules that a user of PEFT imports have been imported.
 
-`warm` is with the compiled programs in JAX's cache on disk, `cold` with that cache empty. Linux only.
+`warm` means that the executables are in JAX's cache on disk, and `cold` that this cache is empty. Linux only.
 """
 
 import argparse
@@ -32,20 +32,20 @@ import numpy as np
 
 from experiments.benchmarks.contenders import random_prompt
 
-HELPFUL = ("infer", "serve", "convert", "neighbors", "tasks")  # gin's command lines have no --help
+HELPFUL = ("infer", "serve", "convert", "neighbors", "tasks")  # the command lines without gin files
 PEER = "import torch; from transformers import T5ForConditionalGeneration; from peft import PeftModel"
 ROW = {"prompt": "any", "inputs": "a joy to watch"}
 
 
 def until_ended(command: Sequence[str], cache: Path) -> float:
-    """Seconds from the start of a Python process to its end."""
+    """Returns the seconds from the start of a Python process to its end."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *command], env=environment(cache), stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started
 
 
 def until_first_step(folder: Path, cache: Path) -> float:
-    """Seconds from the start of the demo's training to the line that tells of its first step."""
+    """Returns the seconds from the start of the demo's training to the line about its first step."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
         macros = {"MODEL_DIR": f"{run}/run", "TRAIN_STEPS": 1, "LOG_PERIOD": 1}
         arguments = ["--gin_file=runs/demo.gin", *(f"--gin.{name}={value!r}" for name, value in macros.items())]
@@ -53,12 +53,12 @@ def until_first_step(folder: Path, cache: Path) -> float:
 
 
 def until_first_answer(folder: Path, cache: Path) -> float:
-    """Seconds from the start of `infer` to the answer to one row, which it was given at once."""
+    """Returns the seconds from the start of `infer` to the prediction of one row, which it gets at once."""
     return until_line("infer", [f"--prompts={folder / 'prompts'}"], cache, "stdout", "{", json.dumps(ROW) + "\n")
 
 
 def until_line(module: str, arguments: list[str], cache: Path, stream: str, begins: str, given: str = "") -> float:
-    """Seconds from the start of a command line to the first line on `stream` that begins so; it is then killed."""
+    """Returns the seconds until a command line prints a line on `stream` that starts with `begins`; then kills it."""
     command = [sys.executable, "-m", f"prompt_tuning_jax.{module}", *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, stream: subprocess.PIPE}
     started = time.perf_counter()
@@ -77,12 +77,12 @@ def until_line(module: str, arguments: list[str], cache: Path, stream: str, begi
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a process that keeps its compiled programs in `cache`."""
+    """Returns the environment of a process that keeps its executables in `cache`."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
 def by_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
-    """The medians of what each measure gives and of what its processes took of the processor.
+    """Returns the medians of each measure's seconds, and of the CPU seconds of its processes.
 
     The first round is not used: it fills the caches.
     """
@@ -104,7 +104,7 @@ def named(found: Sequence[float]) -> dict[str, float]:
 
 
 def processor_seconds() -> float:
-    """Of all processes that this one has started and that have ended."""
+    """Returns the CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

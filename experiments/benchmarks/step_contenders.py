@@ -1,4 +1,4 @@
-"""The contenders of `train_step`: a training step of this project, and one of PEFT, on the same weights and rows."""
+"""Runs the contenders of `train_step`: this project's training step, and PEFT's, on the same weights and rows."""
 
 import dataclasses
 import functools
@@ -16,21 +16,23 @@ from experiments.benchmarks.contenders import age, answer, deviation, peak_bytes
 Rows = list[tuple[np.ndarray, np.ndarray]]  # inputs [B, T] and targets [B, U] of each batch; 0 is padding
 
 RATES = {"prompt": 0.3, "model": 1e-3}  # learning rates
-MADE_IN_PLACE = ("large", "xl", "xxl")  # sizes whose random weights do not go through a file
+MADE_IN_PLACE = ("large", "xl", "xxl")  # sizes whose random weights are made on the device, without a file
 
 
 class Asked(NamedTuple):
-    """What a contender is told.
+    """Holds the settings of a contender.
 
     Attributes:
       contender: "ours" or "peft".
-      folder: has `base`, a model in Hugging Face's layout, unless the size is MADE_IN_PLACE; `prompt.npy`, and
-        `<contender>.npz`: inputs0, targets0, inputs1, ...
-      mode: "prompt" or "model", which is what is trained.
-      prompt_length: P; 0 where the model is trained.
-      dtype: "float32" or "bfloat16"; for PEFT also "autocast", for this project "int8", whose activations are bfloat16.
-      attention, remat_policy: of this project, see `T5Config`.
-      device: "cpu", or "default".
+      folder: a folder with `prompt.npy`, `<contender>.npz` (inputs0, targets0, inputs1, ...) and, unless the size is
+        MADE_IN_PLACE, `base`, a model in Hugging Face's layout.
+      size: the model's size.
+      mode: "prompt" to train a prompt, or "model" to train the model.
+      prompt_length: P; 0 if the model is trained.
+      dtype: "float32" or "bfloat16"; for PEFT also "autocast"; for this project also "int8", with bfloat16 activations.
+      device: "cpu" or "default".
+      threads: the number of cores.
+      attention, remat_policy: settings of this project; see `T5Config`.
     """
 
     contender: str
@@ -49,7 +51,7 @@ class Asked(NamedTuple):
 
 
 class Ours:
-    """This project's step."""
+    """This project's training step."""
 
     def __init__(self, asked: Asked, rows: Rows):
         import jax
@@ -84,7 +86,7 @@ class Ours:
 
     @staticmethod
     def _base(asked: Asked) -> dict[str, Any]:
-        """Read from the folder, or random where there is none: made where they stay, an array at a time."""
+        """Returns the base model's parameters: read from the folder, or random and made on the device, one by one."""
         import jax
 
         from experiments.sizes import SIZES
@@ -92,7 +94,7 @@ class Ours:
         from prompt_tuning_jax.t5.quantized import quantized
 
         config = SIZES[asked.size]
-        dtype = asked.dtype if asked.mode == "prompt" else "float32"  # what is trained is float32
+        dtype = asked.dtype if asked.mode == "prompt" else "float32"  # trained parameters are float32
         if asked.size not in MADE_IN_PLACE:
             return load_base(str(asked.path("base")), config, dtype).params
 
@@ -107,7 +109,7 @@ class Ours:
         return params
 
     def step(self, number: int) -> float:
-        """One update; the loss, in nats a target token."""
+        """Does one update, and returns the loss in nats per target token."""
         self._state, metrics = self._train_step(self._state, self._frozen, self._batches[number])
         self._jax.block_until_ready(self._state)
         sums = self._jax.device_get(metrics.sums)
@@ -118,7 +120,7 @@ class Ours:
         return statistics["peak_bytes_in_use"] if statistics else peak_bytes()
 
     def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
-        """A matrix product, (rows, inner, columns)."""
+        """Returns a function that computes a matmul of (rows, inner, columns)."""
         draw = functools.partial(self._jax.random.normal, self._jax.random.key(0), dtype=dtype)
         left, right = draw(shape[:2]), draw(shape[1:])
         multiply = self._jax.jit(lambda left, right: left @ right)
@@ -126,7 +128,7 @@ class Ours:
 
 
 class Peft:
-    """The step of PEFT's users, or of those who train all of a transformers model."""
+    """The training step that users of PEFT write, or of plain transformers if the whole model is trained."""
 
     def __init__(self, asked: Asked, rows: Rows):
         import torch
@@ -152,7 +154,7 @@ class Peft:
             )
             model = get_peft_model(model, prompts)
             prompt = torch.from_numpy(np.load(asked.path("prompt.npy")))
-            with torch.no_grad():  # PEFT holds a second prompt, of the decoder, which it never reads
+            with torch.no_grad():  # PEFT also has a prompt for the decoder, which it never reads
                 model.get_parameter("prompt_encoder.default.embedding.weight")[: len(prompt)] = prompt
         self._model = model.train()
         parameters = [value for value in model.parameters() if value.requires_grad]
@@ -162,7 +164,7 @@ class Peft:
         self._batches = [self._batch(*pair) for pair in rows]
 
     def _made(self, size: str, dtype: Any) -> Any:
-        """Random weights, made where they stay."""
+        """Returns a model with random weights, which are made on the device."""
         import transformers
 
         from experiments.sizes import SIZES
@@ -183,7 +185,8 @@ class Peft:
         torch.set_default_dtype(dtype)
         with torch.device(self.platform):
             model = transformers.T5ForConditionalGeneration(config)
-            # transformers 5 ties the logits to the embedding whatever the configuration says; T5 1.1 does not.
+            # T5 1.1 does not tie the logits to the embedding, but transformers 5 always does, ignoring the
+            # configuration.
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
         torch.set_default_dtype(torch.float32)
         return model
@@ -192,12 +195,12 @@ class Peft:
         arrays = {
             "input_ids": inputs,
             "attention_mask": inputs > 0,
-            "labels": np.where(targets > 0, targets, -100),  # torch's cross-entropy leaves these out
+            "labels": np.where(targets > 0, targets, -100),  # torch's cross-entropy ignores -100
         }
         return {name: self._torch.from_numpy(array).long() for name, array in arrays.items()}
 
     def step(self, number: int) -> float:
-        """One update; the loss, in nats a target token."""
+        """Does one update, and returns the loss in nats per target token."""
         batch = {name: value.to(self.platform) for name, value in self._batches[number].items()}
         self._optimizer.zero_grad()
         with self._torch.autocast(self.platform, self._torch.bfloat16, enabled=self._autocast):
@@ -210,7 +213,7 @@ class Peft:
         return self._torch.cuda.max_memory_allocated() if self.platform == "cuda" else peak_bytes()
 
     def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
-        """A matrix product, (rows, inner, columns)."""
+        """Returns a function that computes a matmul of (rows, inner, columns)."""
         torch = self._torch
         draw = functools.partial(torch.randn, dtype=getattr(torch, dtype), device=self.platform)
         left, right = draw(shape[:2]), draw(shape[1:])
@@ -224,14 +227,14 @@ class Peft:
 
 
 def contend(asked: Asked) -> None:
-    """In a contender's process: answers `start`, `step NUMBER`, `peak` and `products`."""
+    """Runs a contender in its process. It answers `start`, `step NUMBER`, `peak` and `products`."""
     with np.load(asked.path(f"{asked.contender}.npz")) as arrays:
         rows = [(arrays[f"inputs{n}"], arrays[f"targets{n}"]) for n in range(len(arrays) // 2)]
     losses: list[float] = []
     try:
         contender = {"ours": Ours, "peft": Peft}[asked.contender](asked, rows)
         seconds = timed(lambda: losses.append(contender.step(0)))
-    except RuntimeError as error:  # either framework's own errors are of this class
+    except RuntimeError as error:  # the errors of both frameworks are subclasses of it
         if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)):
             raise
         return answer(lambda line: None)

@@ -1,29 +1,31 @@
-"""A training step: how fast, how much memory, how soon, beside PEFT on the same weights and rows.
+"""Measures a training step's speed, memory and start-up, and compares them to PEFT on the same weights and rows.
 
     python -m experiments.benchmarks.train_step [--size=small] [--mode=prompt|model] [--dtype=float32|bfloat16|int8]
         [--peer=peft] [--peer-dtype=float32|bfloat16|autocast] [--lengths=fixed|sst2|rte --data_dir=path/to/glue]
 
-A process for each contender makes steps on the same random weights by turns, the other idle; on an accelerator one
-contender after the other, each with the memory to itself. With `--mode=model` all weights are trained, the peer's by
-plain transformers. The frozen base is held in the dtype asked for, the peer's in its own: `autocast` is float32 weights
-under torch.autocast. With `--lengths` the rows are a task's: this project's loader makes its batches of rows of about
-one length, the peer has the same rows in a random order, each batch padded to its longest.
+Each contender has its own process with the same random weights. On a CPU they take steps in turns, and the other is
+idle; on an accelerator they run one after the other, so that each has all of the memory. With `--mode=model` all
+weights are trained, for the peer with plain transformers. The frozen base model has the dtype `--dtype`, and the peer's
+model `--peer-dtype`, where `autocast` means float32 weights under torch.autocast. With `--lengths` the rows are those
+of a task: this project's loader makes batches of rows with similar lengths; the peer has the same rows in a random
+  order,
+with each batch padded to its longest row.
 
-The last line printed is one JSON object: everything asked for, and
+The last line printed is one JSON object with all settings, and
 
-  contenders: of each, or null for one that does not fit into memory
-    import_seconds, start_to_first_step_seconds: from the start of the process to the end of its imports, and of its
-      first step, with nothing compiled before; first_step_seconds: that step alone, compilation included
+  contenders: the values of each contender, or null if it does not fit into memory
+    import_seconds, start_to_first_step_seconds: from the start of the process to the end of its imports, and to the end
+      of its first step, with nothing compiled before; first_step_seconds: only that step, including compilation
     step_seconds: median, min and max; examples_per_second: from the median, with `--lengths` from the sum
-    flop, flop_per_second: of a step's matrix products (`flop.step_flop`), with `--lengths` on average
-    product_flop_per_second: the best of `products`, measured through the contender's framework
-    roofline_share: the share of the time that the products would take at that rate
-    peak_bytes: of the process, or on an accelerator of its memory
-    busy_elsewhere: cores that other processes kept busy meanwhile; above 0.1 or so, the seconds are not to be trusted
-    first_loss: nats a target token; the same but for rounding where both do the same work
-  ratio, memory_ratio: our examples a second, and our peak, over the peer's
+    flop, flop_per_second: those of a step's matmuls (`flop.step_flop`), with `--lengths` on average
+    product_flop_per_second: the best of the matmuls in `products`, measured with the contender's framework
+    roofline_share: the time that the step's matmuls would take at that rate, divided by the step's time
+    peak_bytes: the peak memory of the process, or of the accelerator
+    busy_elsewhere: cores that other processes kept busy in the meantime; if above about 0.1, the seconds are unreliable
+    first_loss: in nats per target token; equal up to rounding if both do the same work
+  ratio, memory_ratio: our examples per second, and our peak memory, divided by the peer's
 
-`--largest-batch` doubles the batch until an accelerator's memory ends, instead. Linux only.
+`--largest-batch` instead doubles the batch size until it does not fit into the accelerator's memory. Linux only.
 """
 
 import argparse
@@ -53,19 +55,19 @@ from experiments.benchmarks.step_contenders import MADE_IN_PLACE, Asked, Rows
 if TYPE_CHECKING:
     from prompt_tuning_jax.batches.loader import Batch
 
-TASKS = {"sst2": ("taskless_glue_sst2_v200", 128), "rte": ("taskless_glue_rte_v200", 256)}  # and the input length
+TASKS = {"sst2": ("taskless_glue_sst2_v200", 128), "rte": ("taskless_glue_rte_v200", 256)}  # and input length
 ROUNDS = {"fixed": 5, "sst2": 40, "rte": 40}
 
 
 def fixed_rows(batch: int, inputs: int, targets: int) -> Rows:
-    """One batch without padding."""
+    """Returns one batch without padding."""
     target_tokens = np.random.default_rng(2).integers(3, TOKENS, (batch, targets)).astype(np.int32)
     target_tokens[:, -1] = EOS
     return [(random_inputs(batch, inputs), target_tokens)]
 
 
 def task_rows(arguments: argparse.Namespace, rounds: int) -> tuple[Rows, Rows]:
-    """The first batches of a run on the task, and the same rows as others batch them: in any order, padded at need."""
+    """Returns the first batches of a run on the task, and the same rows in the peer's random, padded batches."""
     from prompt_tuning_jax.batches.dataset import DatasetConfig
     from prompt_tuning_jax.checkpoints.base import default_vocabulary
     from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
@@ -79,7 +81,7 @@ def task_rows(arguments: argparse.Namespace, rounds: int) -> tuple[Rows, Rows]:
 
 
 def in_any_order(batches: Sequence["Batch"], batch_size: int) -> Rows:
-    """The same rows, shuffled and batched anew, each batch as wide as its longest row."""
+    """Returns the same rows, shuffled and divided into new batches, each as wide as its longest row."""
     rows = [
         tuple(tokens[at][tokens[at] > 0] for tokens in (batch.inputs, batch.targets))
         for batch in batches
@@ -91,7 +93,7 @@ def in_any_order(batches: Sequence["Batch"], batch_size: int) -> Rows:
 
 
 def pad(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of tokens as one array, as wide as the longest."""
+    """Returns rows of tokens as one array, as wide as the longest row."""
     padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, tokens in zip(padded, rows, strict=True):
         row[: len(tokens)] = tokens
@@ -99,13 +101,13 @@ def pad(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write_rows(file: Path, rows: Rows) -> None:
-    """As `step_contenders` reads them."""
+    """Writes rows in the format that `step_contenders` reads."""
     inputs = {f"inputs{n}": inputs for n, (inputs, _) in enumerate(rows)}
     np.savez(file, **inputs, **{f"targets{n}": targets for n, (_, targets) in enumerate(rows)})
 
 
 def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
-    """A contender's process; it does its first step at once."""
+    """Starts a contender's process, which does its first step at once."""
     asked = Asked(
         contender=name,
         folder=str(folder),
@@ -123,12 +125,12 @@ def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
 
 
 def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of every contender."""
+    """Measures every contender, and returns their values by name."""
     found: dict[str, dict[str, Any]] = {}
     running: dict[str, Contender] = {}
     for name in rows:
         running[name] = start(name, folder, arguments)
-        found[name] = running[name].ask("start")  # the next starts when this one is done: they would share the cores
+        found[name] = running[name].ask("start")  # wait before the next one starts, since they would share the cores
         if found[name] is None:
             print(f"{name} does not fit into memory: set --batch or --size, or --peer-batch", flush=True)
             running.pop(name).end()
@@ -152,7 +154,7 @@ def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argp
 
 
 def by_turns(running: Mapping[str, Contender], rows: Mapping[str, Rows], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, once every shape is compiled and warm."""
+    """Returns the seconds of each contender's steps, measured in turns after every shape has been compiled."""
     for name, contender in running.items():
         first = {(inputs.shape, targets.shape): n for n, (inputs, targets) in reversed([*enumerate(rows[name])])}
         for number in first.values() if name == "ours" else [0]:
@@ -166,7 +168,7 @@ def by_turns(running: Mapping[str, Contender], rows: Mapping[str, Rows], rounds:
 
 
 def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the seconds of steps say; with `--lengths` step n was on batch n."""
+    """Returns the values that follow from the seconds of steps; with `--lengths`, step n was on batch n."""
     from experiments.benchmarks.flop import Shape, step_flop
     from experiments.sizes import SIZES
 
@@ -187,14 +189,14 @@ def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace)
 
 
 def against_products(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
-    """How near a contender's steps come to its best matrix product."""
+    """Compares a contender's FLOP per second to that of its best matmul."""
     best = max(products.values())
     share = figures["flop_per_second"] / best
     return {"products": products, "product_flop_per_second": best, "roofline_share": share}
 
 
 def largest_batch(name: str, folder: Path, arguments: argparse.Namespace) -> int:
-    """The last of --batch and its doubles whose first step fits into the accelerator's memory; 0 for none."""
+    """Returns the largest of --batch, 2 * --batch, ... whose first step fits into the accelerator's memory, or 0."""
     fits, batch = 0, arguments.batch
     while True:
         write_rows(folder / f"{name}.npz", fixed_rows(batch, arguments.input_length, arguments.target_length))
@@ -210,7 +212,7 @@ def largest_batch(name: str, folder: Path, arguments: argparse.Namespace) -> int
 
 
 def compare(folder: Path, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both on their rows, and one over the other."""
+    """Measures the contenders on their rows, and returns their values and the ratios."""
     if arguments.lengths == "fixed":
         batches = {name: arguments.batch if name == "ours" else arguments.peer_batch for name in names}
         shape = arguments.input_length, arguments.target_length
@@ -271,7 +273,7 @@ def main() -> None:
     record = vars(arguments).copy()
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # of this process alone: the accelerator is the contenders'
+    jax.config.update("jax_platforms", "cpu")  # only in this process: the contenders use the accelerator
     names = ["ours", arguments.peer] if arguments.peer else ["ours"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,14 +1,14 @@
-"""Many prompts in one program, beside the same runs one after another.
+"""Compares many prompts in one executable to the same runs one after another.
 
     python -m experiments.benchmarks.vectorized [--seeds=8] [--size=small] [--parts=demo,step]
 
-demo: the demo with so many seeds, as `sweep --launcher=here` and as a `train` process a seed. Either begins with an
-  empty folder of compiled programs, which the second's runs share, as they do by default; the tokens are cached. Both
-  leave the same prompts, which are counted.
-step: training steps of T5 1.1 of that size on random weights, batch 32, P=100, 128 input and 8 target tokens, for one
-  run and for eight in one program.
+demo: runs the demo with `--seeds` seeds, once as `sweep --launcher=here` and once as a `train` process per seed. Both
+  start with an empty cache of executables, which the `train` processes share, as they do by default; the tokens are
+  cached. Both should give the same prompts, and the number of equal ones is reported.
+step: runs training steps of T5 1.1 of size `--size` on random weights, with batch size 32, P=100, 128 input and 8
+  target tokens, for one run and for `--seeds` runs in one executable.
 
-The last line printed is one JSON object. Seconds are wall time; peaks are of one process's memory. Linux only.
+The last line printed is one JSON object. Seconds are wall time, and peaks are the memory of one process. Linux only.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROUNDS = 3
 
 
 def timed(command: Sequence[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds, and the peak of the process's memory in GB."""
+    """Runs a command, and returns its seconds and its peak memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command], env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -57,7 +57,7 @@ def one_after_another(folder: Path, seeds: int, environment: dict[str, str]) -> 
 
 
 def demo(seeds: int) -> dict[str, Any]:
-    """Both ways, each with nothing compiled before."""
+    """Measures the demo in both ways, each with an empty cache of executables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = ["--gin.TRAIN_STEPS=1", f"--gin.MODEL_DIR={str(folder / 'tokens')!r}"]
@@ -76,12 +76,12 @@ def demo(seeds: int) -> dict[str, Any]:
 
 
 def compiled(folder: Path) -> dict[str, str]:
-    """The environment of runs that keep their compiled programs there."""
+    """Returns the environment of runs that keep their executables in `folder`."""
     return {"JAX_COMPILATION_CACHE_DIR": str(folder)}
 
 
 def step(size: str, seeds: int) -> dict[str, Any]:
-    """Examples a second and compilations of one run's step and of the joint step."""
+    """Returns the examples per second and the compilations of one run's step and of the joint step."""
     import jax
     import jax.numpy as jnp
 

@@ -1,1 +1,1 @@
-"""From a SeqIO task to arrays: a cache of token ids, and batches that are a function of seed and step."""
+"""Turns SeqIO tasks, files and rows into cached token ids, and these into batches that depend only on seed and step."""

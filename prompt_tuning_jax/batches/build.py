@@ -1,8 +1,8 @@
-"""Tokenises one split of a SeqIO task, or of a mixture's tasks, into the cache.
+"""Tokenises one split of a SeqIO task, or of each task of a mixture, into the cache.
 
-This and `stream` are the only parts of `batches` that import TensorFlow. Run by `cache.load_tasks` as
-`python -m prompt_tuning_jax.batches.build ORDER`, the request, the split and the cache as JSON.
-Exit code 2 and one line on stderr is the user's error; what it does is said on stdout.
+Only this module and `stream` import TensorFlow in `batches`. `cache.load_tasks` runs it as
+`python -m prompt_tuning_jax.batches.build ORDER`, where ORDER has the request, the split and the cache as JSON.
+It reports progress on stdout. After a user's error it exits with code 2, with one line on stderr.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import find, makes_lengths, with_vocabulary
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # NumPy's own error of a short write has no number
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # NumPy's error for a short write has no errno
 
 
 def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) -> None:
-    """Writes `split` of every task of the request that has it and is not in the cache as it should be.
+    """Tokenises `split` of every task of the request that has it, unless the cache has an up-to-date copy.
 
-    Where another process builds a split, this one waits and takes what it has made.
+    If another process is building a split, this process waits and then uses its result.
     """
     held = held_tasks(request)
     for task in with_split(request, held, split, to_train):
@@ -63,7 +63,7 @@ def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) 
                     build_split(dataclasses.replace(request, name=task), split, folder)
         finally:
             with contextlib.suppress(OSError):
-                folder.parent.rmdir()  # where nothing came of it
+                folder.parent.rmdir()  # succeeds only if the folder is empty: the split was not built
     path = names_path(request, root)
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _lock(folder: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns what a disk says into what the user can do."""
+    """Turns an OSError into a SettingError that says what the user can do."""
     try:
         yield
     except OSError as error:
@@ -103,13 +103,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def build_split(request: TaskRequest, split: str, folder: Path) -> None:
-    """Writes `folder`, one split of one task, whole or not at all."""
+    """Writes one split of one task to `folder`, atomically."""
     task = find_task(request)
     with_split(request, {task.name: Held(1.0, tuple(task.splits))}, split, False)
     sources.set_data_dir(request.data_dir)
     with _files_read(request, task, split, folder.parent) as read:
-        # Tokens are kept uncut, so that what TASK_FEATURE_LENGTHS cuts can be counted; only a preprocessor that
-        # makes examples of a given length is told the lengths.
+        # Tokens are cached untruncated, so that the rows that TASK_FEATURE_LENGTHS truncates can be counted. Only a
+        # preprocessor that makes examples of a given length gets the lengths.
         lengths = dict(request.feature_lengths) if makes_lengths(task) else None
         with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def build_split(request: TaskRequest, split: str, folder: Path) -> None:
 
 
 def _move(partial: Path, folder: Path) -> None:
-    """Puts a whole split in its place; one that another process finished meanwhile stands, any other does not."""
+    """Moves a complete split to `folder`, unless another process has put an up-to-date one there in the meantime."""
     with _writing(folder.parent):
         if folder.exists() and open_current(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -161,18 +161,18 @@ def _seen_before(path: str) -> Seen:
 
 @functools.cache
 def _watch_opens() -> None:
-    """Has `_note` called from now on, in this process, which is for this alone: a hook cannot be taken off again."""
+    """Installs `_note` as an audit hook. A hook cannot be removed, but this process does nothing but tokenise."""
     sys.addaudithook(_note)
 
 
 @contextlib.contextmanager
 def _files_read(request: TaskRequest, task: seqio.Task, split: str, cache: Path) -> Iterator[Callable[[], dict]]:
-    """Gives what of the user's data was opened or searched in this context, each as `Seen`.
+    """Yields a function that returns the user's files that this context opened, and the folders it listed, as `Seen`.
 
-    Python tells of every file that is opened: so a cache depends on what a task reads, and on nothing else under
-    DATA_DIR, whatever its source is. A link under DATA_DIR counts by its own name, so that it may lead elsewhere, and
-    later to another file. The files of SeqIO's own sources, which TensorFlow opens, count wherever they are. What is
-    written into `cache` is none of it, also where that is under DATA_DIR.
+    Python's audit events report every file that is opened. So a cached split depends on the files that its task reads
+    and on no other file under DATA_DIR, whatever the task's source is. A link under DATA_DIR counts by its own name: it
+    may lead out of DATA_DIR, and later to another file. The files of SeqIO's own sources, which TensorFlow opens, count
+    wherever they are. Files in `cache` are left out, even if it is under DATA_DIR.
     """
     global _opened
     shards = _shards(task, split)
@@ -217,10 +217,11 @@ def _shards(task: seqio.Task, split: str) -> set[str]:
 
 
 def held_tasks(request: TaskRequest) -> dict[str, Held]:
-    """The tasks of the request's name, with their rates and splits; a task holds itself.
+    """Returns the rates and splits of the tasks in the request's mixture, or of its one task.
 
     Raises:
-      ValueError: no such task or mixture, one whose examples cannot be kept, or a rate or split that cannot be told.
+      ValueError: there is no such task or mixture, its examples cannot be cached, or its rates or splits cannot be
+        determined.
     """
     provider = find(request.name, request.modules)
     for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
@@ -230,7 +231,7 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
         if isinstance(provider, seqio.Mixture):
             return {one.name: Held(provider.get_rate(one), tuple(one.splits)) for one in provider.tasks}
         return {provider.name: Held(1.0, tuple(provider.splits))}
-    except Exception as error:  # a rate or the splits may be asked of TFDS, which raises what its own libraries do
+    except Exception as error:  # rates and splits may come from TFDS, which raises errors of many libraries
         reason = str(error).strip().partition("\n")[0]
         raise SettingError(
             f"the rates and splits of {request.name} cannot be told ({reason}): set ", Setting("data_dir")
@@ -238,7 +239,7 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
 
 
 def _check_features(task: seqio.Task) -> None:
-    """Raises ValueError where the inputs or the targets of an example are no plain list of ids."""
+    """Raises ValueError if the inputs or the targets of an example are not a one-dimensional list of ids."""
     for name in ("inputs", "targets"):
         feature = task.output_features.get(name)
         if feature is None or feature.rank != 1 or not feature.dtype.is_integer:
@@ -251,10 +252,10 @@ def _check_features(task: seqio.Task) -> None:
 
 
 def find_task(request: TaskRequest) -> seqio.Task:
-    """The registered task, with the request's vocabulary in place of its own.
+    """Returns the registered task with the request's vocabulary instead of its own.
 
     Raises:
-      ValueError: no such task, with near misses; or no such module.
+      ValueError: there is no such task (the message has near misses), or no such module.
     """
     task = find(request.name, request.modules)
     if isinstance(task, seqio.Mixture):
@@ -265,7 +266,7 @@ def find_task(request: TaskRequest) -> seqio.Task:
 
 
 def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Callable[[], dict[str, Any]]) -> None:
-    """Writes the files that `cache` lists. Batches cross into Python a thousand at a time: one by one is slow."""
+    """Writes the files that the docstring of `cache` lists, in batches of 1024 examples, since one by one is slow."""
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in ("inputs", "targets")}
     lengths: dict[str, list[np.ndarray]] = {name: [] for name in tokens}
     fields_path = folder / "fields.jsonl"
@@ -297,7 +298,7 @@ def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Call
 
 
 def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
-    """The rows of a batch as JSON can hold them."""
+    """Returns the rows of a batch as values that JSON can hold."""
 
     def text(value: Any) -> Any:
         return (

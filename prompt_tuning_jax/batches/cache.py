@@ -1,17 +1,17 @@
-"""Tokenised splits on disk, and how to read them: NumPy alone.
+"""Reads tokenised splits from the cache on disk, with NumPy only.
 
-A split that is not there yet, or no longer what its files hold, is built by `batches.build` in a process of its own, so
-that TensorFlow's memory and start-up are paid once and never by a training host.
+A split that is missing, or whose source files have changed, is built by `batches.build` in a child process. So
+TensorFlow is started once per split, and its memory is never taken in the training process.
 
-    <cache>/names/<name>-<fingerprint>.json     what a name holds: its tasks, their rates and splits
+    <cache>/names/<name>-<fingerprint>.json     the tasks of a name, with their rates and splits
     <cache>/<task>-<fingerprint>/<split>/
-        task.json       what scores the task: postprocessor and metrics by name; the count of examples; the files that
-                        were read, see `Seen`; the sizes and hashes of the files below
-        inputs.npy      int32, all examples one after another; inputs_ends.npy, int64, where each one ends
+        task.json       the names of the postprocessor and the metrics; the number of examples; the source files that
+                        were read, as `Seen`; the sizes and hashes of the files below
+        inputs.npy      int32, the tokens of all examples, concatenated; inputs_ends.npy, int64, the end of each example
         targets.npy, targets_ends.npy
-        fields.jsonl    what else the task keeps of each example, in order; absent where it keeps nothing
+        fields.jsonl    the other fields of each example, in order; absent if the task has none
 
-Both JSON files end with a hash of themselves, see `sealed`.
+Both JSON files end with a hash of their own contents, see `sealed`.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ FORMAT = 3
 
 @dataclasses.dataclass(frozen=True)
 class TaskRequest:
-    """What decides a task's tokens.
+    """Holds everything that determines a task's tokens.
 
     Attributes:
-      name: of a SeqIO task or mixture.
-      vocabulary: path of the SentencePiece model or tokenizer.json, or 'bytes'.
-      feature_lengths: TASK_FEATURE_LENGTHS, "inputs" and "targets", end of sequence included.
-      data_dir: the benchmark's own files; None for TFDS.
-      modules: imported to register tasks, beside this project's own.
-      eos_id: the model's end of sequence; None for the tokenizer's own.
+      name: the name of a SeqIO task or mixture.
+      vocabulary: the path of the SentencePiece model or tokenizer.json, or 'bytes'.
+      feature_lengths: TASK_FEATURE_LENGTHS, "inputs" and "targets", including the end of sequence.
+      data_dir: the folder of the benchmark's own files; None for TFDS.
+      modules: modules to import because they register tasks, in addition to this project's own.
+      eos_id: the id of the model's end of sequence; None for the tokenizer's.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TaskRequest:
     eos_id: int | None = None
 
     def order(self, **more: Any) -> dict[str, Any]:
-        """As JSON can hold it, with what else a child must know."""
+        """Returns the request as a dictionary for JSON, with the other arguments of a child process."""
         return {"request": dataclasses.asdict(self), **more}
 
     @classmethod
@@ -67,16 +67,16 @@ class TaskRequest:
         return cls(**{**fields, "modules": tuple(fields["modules"])})
 
     def fingerprint(self) -> str:
-        """Changes with the task, the vocabulary, the lengths, the place of the files and the code that reads them.
+        """Returns a hash of the task, the vocabulary, the lengths, the path of the files and the code that reads them.
 
-        What lies in the files is compared where a split is read: `CachedExamples.is_current`.
+        The files' contents are not in it: `CachedExamples.is_current` checks them when a split is opened.
         """
         place = self.data_dir and os.path.realpath(self.data_dir)
         lengths = sorted(self.feature_lengths.items())
         return combined(self._definition(), Vocabulary(self.vocabulary, eos_id=self.eos_id).fingerprint, lengths, place)
 
     def names_fingerprint(self) -> str:
-        """Changes with what may change the tasks of a name."""
+        """Returns a hash of all that may change which tasks a name has."""
         return combined(self._definition())
 
     def _definition(self) -> list:
@@ -89,7 +89,7 @@ class TaskRequest:
 
 
 def _source_fingerprint(module: str) -> str | None:
-    """Of the file that Python would import, which stays unimported here; None where there is none."""
+    """Returns a hash of the file that Python would import for a module, without importing it; None if there is none."""
     stem = module.replace(".", "/")
     found = (Path(p or ".", f"{stem}{end}") for p in sys.path for end in ("/__init__.py", ".py"))
     source = next((path for path in found if path.is_file()), None)
@@ -97,18 +97,18 @@ def _source_fingerprint(module: str) -> str | None:
 
 
 class Seen(NamedTuple):
-    """A file or a folder as it was when it was read. A link is what it leads to.
+    """The state of a file or folder when it was read. A link is followed.
 
     Attributes:
-      state: size, 0 for a folder, and both times of change; None if nothing was there.
-      content: a hash of the file, or of the names in the folder; None if it cannot be read.
+      state: [size (0 for a folder), mtime in ns, ctime in ns]; None if there was no such path.
+      content: a hash of the file's bytes, or of the names in the folder; None if it cannot be read.
     """
 
     state: list[int] | None
     content: str | None
 
     def is_still(self, path: str | os.PathLike) -> bool:
-        """Whether the file is as it was. It is read only if its times have changed, but not its size."""
+        """Returns whether the path is unchanged. It is read only if its times have changed and its size has not."""
         now = file_state(path)
         if now is None or self.state is None or now == self.state:
             return now == self.state
@@ -156,13 +156,13 @@ def unsealed(text: str | bytes) -> dict[str, Any]:
 
 
 class CachedExamples(Examples):
-    """Examples in the files of a cache, whose tokens are memory-mapped."""
+    """A split in the cache, with memory-mapped tokens."""
 
     def __init__(self, folder: Path, rows: slice = slice(None)):
         """Opens the files in `folder`, whose hashes `open_or_why` compares.
 
         Raises:
-          ValueError: they are not whole.
+          ValueError: a file is missing, truncated or unreadable.
         """
         self._folder = folder
         try:
@@ -180,11 +180,11 @@ class CachedExamples(Examples):
 
     @property
     def is_current(self) -> bool:
-        """Whether the files that were read, and the folders that were searched for them, are as they were."""
+        """Returns whether the source files and the folders that were searched for them are unchanged."""
         return all(Seen(*seen).is_still(path) for path, seen in self._task["read"].items())
 
     def damaged(self) -> str | None:
-        """Returns the first of its files that is not as it was written; None if there is none. All of them are read."""
+        """Reads every file, and returns the name of the first whose hash differs from the recorded one, or None."""
         try:
             unsealed((self._folder / "task.json").read_bytes())
         except ValueError:
@@ -208,7 +208,7 @@ class CachedExamples(Examples):
         return [text if isinstance(text, str) else None for text in found]
 
     def _field_lines(self) -> list[bytes] | None:
-        """The lines of this slice's rows; None where the task keeps no fields."""
+        """Returns the lines of this slice's rows, or None if the task has no other fields."""
         try:
             with open(self._folder / "fields.jsonl", "rb") as lines:
                 return [*lines][self._slice]
@@ -216,7 +216,7 @@ class CachedExamples(Examples):
             return None
 
     def _fields_digest(self) -> str:
-        # All of them: a task's own postprocessor may read any.
+        # All fields are hashed, because a task's own postprocessor may read any of them.
         return hashlib.sha256(b"".join(self._field_lines() or [])).hexdigest()
 
 
@@ -225,10 +225,11 @@ def _ragged(folder: Path, name: str) -> Ragged:
 
 
 class Part(NamedTuple):
-    """One task of a mixture, or the one that a task is.
+    """Holds one task of a mixture, or a task that stands alone.
 
     Attributes:
-      rate: how often training draws from it, in any unit; 0 where it is for evaluation only.
+      rate: how often training draws from the task, in any unit; 0 if the task is only evaluated.
+      examples: the task's tokenised rows.
     """
 
     rate: float
@@ -248,16 +249,17 @@ def load_tasks(
     to_train: bool = False,
     say: Callable[[str], None] | None = to_stderr,
 ) -> dict[str, Part]:
-    """The examples of `split` of every task that has it, tokenised first where the cache has not got them.
+    """Returns the examples of `split` for every task that has it, by task. Tokenises those that the cache lacks.
 
     Args:
+      request: the task or mixture, and what determines its tokens.
       split: a split's name, or a slice of one as in TFDS: "train[:-2000]".
-      cache_dir: `default_cache_dir()` where None.
-      to_train: leave out tasks of rate 0.
-      say: is told, in a line, of what is tokenised; None for nobody.
+      cache_dir: the cache's folder; None for `default_cache_dir()`.
+      to_train: whether to leave out tasks with rate 0.
+      say: is called with each line that reports what is tokenised; None to report nothing.
 
     Raises:
-      ValueError: a task, split or data is not there or not sound; the message says what to set.
+      ValueError: a task, a split or data is missing or invalid; the message says what to set.
     """
     name, rows = split_rows(split)
     root = Path(cache_dir or default_cache_dir())
@@ -297,7 +299,7 @@ def empty_split(task: str, split: str) -> SettingError:
 
 
 def split_rows(split: str) -> tuple[str, slice]:
-    """A split's name, and which of its rows."""
+    """Parses a split such as "train[:-2000]" into its name and the slice of its rows."""
     match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
     if not match:
         raise SettingError(f"split {split!r}, expected a name or a slice such as train[:-2000]: set ", *_EITHER_SPLIT)
@@ -306,7 +308,7 @@ def split_rows(split: str) -> tuple[str, slice]:
 
 
 def default_cache_dir() -> Path:
-    """`$PROMPT_TUNING_CACHE`, or a folder of this project's in the user's cache."""
+    """Returns the folder "tasks" in `$PROMPT_TUNING_CACHE`, or in `user_cache()` if that is not set."""
     return Path(os.environ.get("PROMPT_TUNING_CACHE") or user_cache()) / "tasks"
 
 
@@ -316,27 +318,27 @@ def user_cache() -> Path:
 
 
 class Held(NamedTuple):
-    """What is known of one task of a name, without SeqIO."""
+    """Holds the rate and the splits of one task of a name, so that SeqIO is not needed to look them up."""
 
     rate: float
     splits: tuple[str, ...]
 
 
 def names_path(request: TaskRequest, root: Path) -> Path:
-    """Where the cache says what the request's name holds."""
+    """Returns the path of the cache's file that lists the tasks of the request's name."""
     return root / "names" / f"{request.name}-{request.names_fingerprint()}.json"
 
 
 def split_folder(request: TaskRequest, task: str, split: str, root: Path) -> Path:
-    """Where the cache keeps a split of one of the request's tasks."""
+    """Returns the cache's folder for a split of one of the request's tasks."""
     return root / f"{task}-{dataclasses.replace(request, name=task).fingerprint()}" / split
 
 
 def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_train: bool) -> dict[str, Held]:
-    """The tasks that have `split`, and for training a rate.
+    """Returns the tasks that have `split`; for training, only those with a rate above 0.
 
     Raises:
-      ValueError: none has.
+      ValueError: there is no such task.
     """
     having = {task: one for task, one in held.items() if split in one.splits}
     if not having:
@@ -351,13 +353,13 @@ def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_tr
 
 
 def open_current(folder: Path) -> CachedExamples | None:
-    """The split in `folder`; None where there is none that is whole and of the files as they are."""
+    """Returns the split in `folder`, or None if it is missing, damaged, or older than its source files."""
     found = open_or_why(folder)
     return found if isinstance(found, CachedExamples) else None
 
 
 def open_or_why(folder: Path) -> CachedExamples | str:
-    """Returns the split in `folder`, or in a few words why it must be made, and made again if it is there."""
+    """Returns the split in `folder`, or the reason why it must be built, such as "its inputs.npy is damaged (...)"."""
     if not folder.exists():
         return "it is absent"
     try:
@@ -370,7 +372,7 @@ def open_or_why(folder: Path) -> CachedExamples | str:
 
 
 def _find(request: TaskRequest, split: str, root: Path, to_train: bool) -> dict[str, tuple[float, Examples]] | None:
-    """Rate and whole split of every task that has it; None where something is missing."""
+    """Returns the rate and the whole split of every task that has it, or None if any of them is not in the cache."""
     try:
         tasks = unsealed(names_path(request, root).read_bytes())["tasks"]
         held = {name: Held(float(one["rate"]), tuple(one["splits"])) for name, one in tasks.items()}

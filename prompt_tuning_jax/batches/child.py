@@ -1,4 +1,4 @@
-"""A process of its own for what needs TensorFlow: started with one order, ended with whoever started it."""
+"""Runs code that needs TensorFlow in a child process, which ends when its parent ends."""
 
 import json
 import os
@@ -14,27 +14,29 @@ from prompt_tuning_jax.errors import Setting, SettingError
 
 
 class Child:
-    """`python -m MODULE ORDER`. What it writes to stderr is kept, and becomes our error.
+    """A child process that runs `python -m MODULE ORDER`, and whose stderr becomes the error that `finish` raises.
 
     Attributes:
-      stdout: what the child writes, where it was started with a pipe.
+      stdout: the child's stdout if `pipe` is set, otherwise None.
     """
 
     def __init__(self, module: str, order: dict[str, Any], what: str, *, pipe: bool = False):
-        """Starts it.
+        """Starts the child.
 
         Args:
-          what: what it does, for error messages: "tokenising glue_sst2_v200".
-          pipe: whether its stdout is read here; else it goes to our stderr.
+          module: the module to run.
+          order: the child's argument, passed as JSON.
+          what: the child's work, for error messages: "tokenising glue_sst2_v200".
+          pipe: whether the caller reads the child's stdout; otherwise it goes to this process's stderr.
         """
         self._what = what
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 as long as the child
-        # TensorFlow beside JAX must leave the accelerator alone.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 it stays open until `close`
+        # TensorFlow in the child must not use the accelerator, which JAX in this process uses.
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(order)],
             env=environment,
-            stdin=subprocess.PIPE,  # nothing is written: that it closes tells the child of our end
+            stdin=subprocess.PIPE,  # nothing is written to it: the child exits when it is closed
             stdout=subprocess.PIPE if pipe else 2,
             stderr=self._errors,
         )
@@ -46,12 +48,12 @@ class Child:
         return self._process.pid
 
     def finish(self) -> None:
-        """Waits for its end.
+        """Waits for the child to end.
 
         Raises:
-          ValueError: the user's error that the child ended with, its settings kept.
-          ChildProcessError: it was killed.
-          RuntimeError: it failed otherwise; with its traceback.
+          ValueError: the child ended with a user's error, which is raised here with its settings.
+          ChildProcessError: the child was killed.
+          RuntimeError: the child failed in another way; the message has its traceback.
         """
         try:
             code = self._process.wait()
@@ -79,10 +81,10 @@ def _end(process: subprocess.Popen, errors: IO[bytes]) -> None:
 
 
 def end_with_parent() -> None:
-    """In the child: ends this process as soon as the one that started it is gone, however it went."""
+    """Makes this child process exit as soon as its parent has ended for any reason."""
 
     def wait() -> None:
-        while os.read(0, 4096):  # not sys.stdin, whose lock the interpreter wants at its end
+        while os.read(0, 4096):  # not sys.stdin: the interpreter needs its lock at exit
             pass
         os._exit(1)
 
@@ -90,9 +92,10 @@ def end_with_parent() -> None:
 
 
 def user_errors(error: ValueError) -> None:
-    """In the child: writes a user's error as one line on stderr, and exits with code 2.
+    """Reports a user's error from the child: writes one line to stderr, and exits with code 2.
 
-    The line is the message; of a `SettingError` it is the parts in JSON, {"setting_error": [TEXT, {"setting": NAME}]}.
+    The line is the error's message. For a `SettingError` it has the parts as JSON,
+    {"setting_error": [TEXT, {"setting": NAME}]}.
     """
     line = " ".join(str(error).split())
     if isinstance(error, SettingError):
@@ -103,7 +106,7 @@ def user_errors(error: ValueError) -> None:
 
 
 def _error_in(line: str) -> ValueError:
-    """Returns the error that `user_errors` wrote."""
+    """Returns the error that `user_errors` wrote as `line`."""
     try:
         parts = json.loads(line)["setting_error"]
         return SettingError(*(Setting(part["setting"]) if isinstance(part, dict) else part for part in parts))

@@ -1,10 +1,10 @@
-"""What a Python caller may train and evaluate on: a SeqIO task, files, or rows in memory.
+"""Describes the data that a Python caller trains and evaluates on: a SeqIO task, files, or rows in memory.
 
     >>> data = files({"train": "train.jsonl"}, labels=["negative", "positive"])
     >>> data["train[:-500]"].split
     'train[:-500]'
 
-Nothing is read before batches are asked for, except rows in memory, which are checked at once.
+Tasks and files are read only when batches are asked for; rows in memory are checked at once.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from prompt_tuning_jax.tasks.rows import Rows, RowSource, check_answers
 from prompt_tuning_jax.tasks.user_files import TaskFiles
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
-INPUT_LENGTH, MOST_TARGETS = 512, 512  # tokens, end of sequence included
-SPLITS = frozenset(("train", "validation", "test"))  # no names of tasks: a mapping with one of these is of splits
+INPUT_LENGTH, MOST_TARGETS = 512, 512  # in tokens, including the end of sequence
+SPLITS = frozenset(("train", "validation", "test"))  # a mapping with one of these keys has splits, not tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Data by name, which `task` and `files` make. `data["train[:-500]"]` is the same data with that split chosen.
+    """Describes a data set, as made by `task` and `files`. `data["train[:-500]"]` chooses a split of it.
 
     Attributes:
-      name: the SeqIO task or mixture; or what the rows of `source` are called in a run's records.
-      split: a split's name or a slice of one; None if none is chosen.
-      source: gives rows of text; None for a SeqIO task.
-      data_dir, module, cache_dir: of a SeqIO task, as in `DatasetConfig`.
+      name: the SeqIO task or mixture; for a `source`, the name of its rows in a run's records.
+      split: a split's name or a slice of one; None if no split is chosen.
+      source: returns rows of text; None for a SeqIO task.
+      data_dir, module, cache_dir: settings of a SeqIO task, as in `DatasetConfig`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Data:
         """Returns the same data with `split` chosen.
 
         Raises:
-          SettingError: it is no split's name or slice, or a source of rows does not have it.
+          SettingError: `split` is not a split's name or slice, or `source` does not have it.
         """
         if not isinstance(split, str):
             raise SettingError(f"split {split!r}, expected a name or a slice as text: data['train[:-500]']")
@@ -57,7 +57,7 @@ class Data:
             raise no_split(self.name, name, self.source.splits)
         return dataclasses.replace(self, split=split)
 
-    __iter__ = None  # else Python would iterate by `__getitem__`
+    __iter__ = None  # otherwise Python would iterate with `__getitem__`
 
 
 def task(
@@ -67,13 +67,14 @@ def task(
     module: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Data:
-    """Returns a registered SeqIO task or mixture, which is tokenised once, in a child process, and kept in a cache.
+    """Returns a registered SeqIO task or mixture, which is tokenised once, in a child process, and cached.
 
     Args:
-      name: of this project's tasks (`python -m prompt_tuning_jax.tasks` lists them), or one that `module` registers.
+      name: one of this project's tasks (`python -m prompt_tuning_jax.tasks` lists them), or one that `module`
+        registers.
       data_dir: the folder of the benchmark's own files; None for TFDS.
-      module: imported to register the task.
-      cache_dir: where tokens are kept; None for the user's cache.
+      module: a module to import because it registers the task.
+      cache_dir: the folder of the token cache; None for the user's cache.
     """
     folders = (None if folder is None else os.fspath(folder) for folder in (data_dir, cache_dir))
     return Data(name, module=module, **dict(zip(("data_dir", "cache_dir"), folders, strict=True)))
@@ -91,16 +92,16 @@ def files(
     """Returns the rows of JSONL or TSV files, which are tokenised in this process.
 
     Args:
-      mapping: the file of each split, {"train": "train.jsonl", "validation": "dev.tsv.gz"}: .jsonl, or .tsv with a
-        header, also with .gz or .xz behind.
-      inputs, targets: the columns. With `labels`, targets are labels or their indices.
-      labels: the answers, if they are a closed set.
-      metrics: by name: accuracy, f1, mean_f1, matthews (with labels); accuracy, rouge (texts); pearson, spearman
-        (numbers). [] for the loss alone; None for accuracy.
+      mapping: the file of each split, {"train": "train.jsonl", "validation": "dev.tsv.gz"}. Files are .jsonl, or .tsv
+        with a header, and may be compressed (.gz or .xz).
+      inputs, targets: the names of the columns. With `labels`, targets are labels or their indices.
+      labels: the possible answers, if they are a closed set.
+      metrics: names of metrics: accuracy, f1, mean_f1, matthews (with labels); accuracy, rouge (texts); pearson,
+        spearman (numbers). [] for only the loss; None for accuracy.
       data_dir: the folder that relative paths start from; None for the working directory.
 
     Raises:
-      SettingError: an argument is impossible by itself. The files are read later.
+      SettingError: an argument is invalid. Errors in the files are raised later, when they are read.
     """
     if isinstance(mapping, Mapping):
         mapping = {split: as_path(path) for split, path in mapping.items()}
@@ -117,21 +118,22 @@ def dataset_of(
     metrics: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None,
     setting: str | None = None,
 ) -> DatasetConfig:
-    """Returns what a run reads of `data`.
+    """Returns the dataset configuration with which a run reads `data`.
 
     Args:
-      data: a `Data`; a sequence of rows, mappings with "inputs" and "targets"; or several of these by their tasks'
-        names, `{"sst2": rows, "mrpc": rows}`, from which training draws in proportion to their rows.
-      default_split: the split of a `Data` that has none chosen.
-      lengths: the most tokens of "inputs" and "targets", end of sequence included.
-      labels: the answers, if they are a closed set: only for rows, and for files without labels of their own. Of
-        several tasks, those of all tasks, or those of each by its name.
-      metrics: the same, by name.
-      setting: the canonical name of the argument that `data` is, for errors; None for `default_split`.
+      data: a `Data`; a sequence of rows, which are mappings with "inputs" and "targets"; or a mapping of task names to
+        these, `{"sst2": rows, "mrpc": rows}`, from which training draws in proportion to the number of rows.
+      default_split: the split to read if `data` is a `Data` without a chosen split.
+      batch_size: rows per batch.
+      lengths: the largest number of tokens of "inputs" and "targets", including the end of sequence.
+      labels: the possible answers, if they are a closed set; only for rows, and for files without labels. With several
+        tasks, one list for all tasks, or a mapping of task names to lists.
+      metrics: names of metrics, in the same forms as `labels`.
+      setting: the canonical name of the argument that was passed as `data`, for errors; None for `default_split`.
 
     Raises:
-      SettingError: it is anything else, or a row is invalid; or labels or metrics are given beside data that has its
-        own.
+      SettingError: `data` has another type, or a row is invalid; or labels or metrics are given although the data has
+        its own.
     """
     argument = Setting(setting or default_split)
     if _are_tasks(data):
@@ -183,7 +185,7 @@ def dataset_of(
 
 
 def _are_tasks(data: Any) -> bool:
-    """Returns whether `data` is several tasks by name, and not columns or splits by theirs."""
+    """Returns whether `data` maps names to tasks, and is not a mapping of columns or of splits."""
     return (
         isinstance(data, Mapping)
         and len(data) > 0
@@ -194,7 +196,7 @@ def _are_tasks(data: Any) -> bool:
 
 
 def _of_task(name: str, setting: str, given: Any) -> Any:
-    """Returns a task's own labels or metrics, of those that were given for all tasks or by task."""
+    """Returns the labels or metrics of one task, from a value for all tasks or a mapping of tasks to values."""
     if not isinstance(given, Mapping):
         return given
     if name not in given:
@@ -210,17 +212,20 @@ def default_lengths(
     *,
     say: Say | None = None,
 ) -> dict[str, int]:
-    """Returns the lengths of a run that names none: 512 tokens of inputs, and room for the longest target.
+    """Returns the lengths of a run that sets none: 512 tokens of inputs, and enough for the longest target.
 
-    "targets" is the most tokens of a target, or of a label, end of sequence included; at most 512. A SeqIO task is
-    tokenised for this, and again if the lengths turn out to be others: name them where that takes long.
+    "targets" is the number of tokens of the longest target or label, including the end of sequence, but at most 512. A
+    SeqIO task is tokenised to find it, and tokenised again if the result differs from the lengths used: set the lengths
+    if that takes long.
 
     Args:
-      train, validation: as `dataset_of` takes them.
+      train, validation: data, as in `dataset_of`.
+      vocabulary: the tokenizer.
+      labels: the possible answers, as in `dataset_of`.
       say: as in `DatasetConfig.batches`.
 
     Raises:
-      ValueError: as `dataset_of` and `DatasetConfig.batches`.
+      ValueError: for the reasons of `dataset_of` and `DatasetConfig.batches`.
     """
     most = {"inputs": INPUT_LENGTH, "targets": MOST_TARGETS}
     longest = 2  # a token and the end of sequence
@@ -233,7 +238,7 @@ def default_lengths(
 
 
 def _longest_target(config: DatasetConfig, vocabulary: Vocabulary, to_train: bool, say: Say | None) -> int:
-    """Returns the most tokens of a target, or of a label, end of sequence included."""
+    """Returns the number of tokens of the longest target or label, including the end of sequence."""
     longest, texts = 1, set()
     if config.source is None:
         for part in config.load(vocabulary, to_train=to_train, say=say).values():

@@ -1,4 +1,4 @@
-"""One split of a task or mixture as a run names it: what to read, how long, in batches of how many."""
+"""Configures one split of a task or mixture: which rows to read, their lengths, and the batch size."""
 
 import dataclasses
 import itertools
@@ -31,22 +31,24 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """The fields of T5X's `DatasetConfig`, and where the rows are.
+    """Has the fields of T5X's `DatasetConfig`, and fields that say where the rows are.
 
     Attributes:
-      split: a split's name or a slice of one, "train[:-2000]"; of a mixture, of each of its tasks that has it.
-      task_feature_lengths: TASK_FEATURE_LENGTHS, tokens with the end of sequence.
-      module: MIXTURE_OR_TASK_MODULE, imported to register the task; None for this project's own.
-      data_dir: the benchmark's own files; None for TFDS.
-      cache_dir: where tokens are kept; None for the user's cache.
+      mixture_or_task_name: the SeqIO task or mixture; with `source`, the name of its rows in records and messages.
+      split: a split's name or a slice of one, "train[:-2000]". For a mixture, it is read from each task that has it.
+      batch_size: rows per global batch.
+      task_feature_lengths: TASK_FEATURE_LENGTHS, in tokens, including the end of sequence.
+      module: MIXTURE_OR_TASK_MODULE, a module to import because it registers the task; None for this project's tasks.
+      data_dir: the folder of the benchmark's own files; None for TFDS.
+      cache_dir: the folder of the token cache; None for the user's cache.
       buckets: input lengths to pad to; None for powers of two and the lengths midway between them.
-      use_cached: tokenise once and keep the tokens; False for a corpus too large for it, which is then tokenised as
-        training reads it. Evaluation always keeps them.
-      source: gives rows of text, which are tokenised in this process each time: no SeqIO task, child process or cache.
-        MIXTURE_OR_TASK_NAME then names what it gives, and `data_dir`, `cache_dir` and `use_cached` do not matter. None
-        for a registered task.
-      tasks: several tasks by name, each read as its own config says, and drawn in proportion to their rows. The name,
-        split, lengths and batch size are then those of this config, and all else is not read.
+      use_cached: whether to tokenise once and cache the tokens. False is for a corpus that is too large for a cache:
+        training then tokenises it while reading it. Evaluation always uses the cache.
+      source: returns rows of text, which are tokenised in this process each time, without SeqIO, a child process or the
+        cache; `data_dir`, `cache_dir` and `use_cached` are then ignored. None for a registered task.
+      tasks: the configurations of several tasks by name. Each task is read with its own configuration, and training
+        draws from the tasks in proportion to their rows. Of this configuration only the name, split, lengths, batch
+        size and buckets are then used.
     """
 
     mixture_or_task_name: Name
@@ -65,7 +67,7 @@ class DatasetConfig:
         keep_plain(self)
 
     def check(self) -> None:
-        """Raises SettingError if a field is not what its annotation says; nothing is read."""
+        """Raises SettingError if a field does not match its annotation. Reads no data."""
         names = {"module": "mixture_or_task_module", "use_cached": "use_cached_tasks", "split": "train_split"}
         with renamed(**names):
             check_fields(self)
@@ -82,17 +84,22 @@ class DatasetConfig:
         process_count: int = 1,
         say: Say | None = to_stderr,
     ) -> Planned:
-        """Returns the batches to train on, after tokenising what is not tokenised yet.
+        """Returns the batches to train on. First tokenises rows that are not in the cache.
 
-        A mixture of several tasks is drawn by rate, and so always shuffled; so is what is not cached.
+        A mixture of several tasks is drawn by rate, so it is always shuffled. Data that is not cached is always
+        shuffled, too.
 
         Args:
-          process_index, process_count: which of how many processes this is: each has its rows of the same batches.
-          say: is told, in lines, what is tokenised, how many rows are truncated and what else of the data may not be
-            meant, see `DataCheck`. None for nobody: then that is not looked for, and no progress bar is shown.
+          vocabulary: the tokenizer.
+          seed: determines the order of the rows.
+          shuffle: whether to shuffle the rows of a single cached task.
+          process_index, process_count: this process's index, and the number of processes. Each process has its own rows
+            of the same global batches.
+          say: is called with each line that reports what is tokenised, how many rows are truncated, and what else in
+            the data may be a mistake (see `DataCheck`). None skips these checks and shows no progress bar.
 
         Raises:
-          ValueError: the task, split or data is not there or invalid.
+          ValueError: the task, split or data is missing or invalid.
         """
         lengths = self.checked_lengths()
         options = {
@@ -127,13 +134,13 @@ class DatasetConfig:
         process_count: int = 1,
         say: Say | None = to_stderr,
     ) -> dict[str, Batches]:
-        """Returns one pass over the split of each task that has it, by the task's name.
+        """Returns batches that visit the split once, for each task that has it, by the task's name.
 
         Args:
-          process_index, process_count, say: as in `batches`.
+          vocabulary, process_index, process_count, say: as in `batches`.
 
         Raises:
-          ValueError: as `batches`.
+          ValueError: as in `batches`.
         """
         lengths = self.checked_lengths()
         options = {
@@ -148,10 +155,10 @@ class DatasetConfig:
         }
 
     def checked_lengths(self) -> dict[str, int]:
-        """Returns `task_feature_lengths`.
+        """Returns `task_feature_lengths` after checking the fields.
 
         Raises:
-          SettingError: a field is impossible.
+          SettingError: a field is invalid.
         """
         self.check()
         return {name: int(self.task_feature_lengths[name]) for name in ("inputs", "targets")}
@@ -167,11 +174,12 @@ class DatasetConfig:
         """Returns the tokenised rows of each task that has the split, by the task's name.
 
         Args:
-          to_train: leave out tasks of rate 0.
+          vocabulary: the tokenizer.
+          to_train: whether to leave out tasks with rate 0.
           say: as in `batches`.
 
         Raises:
-          ValueError: as `batches`.
+          ValueError: as in `batches`.
         """
         if self.tasks is not None:
             loaded = {name: one.load(vocabulary, to_train=to_train, say=say) for name, one in self.tasks.items()}
@@ -221,7 +229,7 @@ class DatasetConfig:
 
 
 def found_in(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yields what `DataCheck` finds in the rows of a split, or in a sample of them."""
+    """Yields the lines that `DataCheck` has about the rows of a split, or about a sample of them."""
     check, parts = DataCheck(vocabulary), blocks(len(examples))
     rows = [examples.rows[part] for part in parts]
     texts = iter(examples.target_texts(np.concatenate(rows)))
@@ -232,9 +240,9 @@ def found_in(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def shared_inputs(train: Planned, evaluated: Mapping[str, Batches]) -> Iterator[str]:
-    """Yields for each task how many of its rows to evaluate on have the inputs of a row to train on, if there are any.
+    """Yields a line per task whose evaluation rows include inputs that are also in the training rows.
 
-    A streamed corpus is not looked at; of more than `MOST_INPUTS` rows, a sample is.
+    Streamed training data is not checked. If a split has more than `MOST_INPUTS` rows, a sample of it is checked.
     """
     if isinstance(train, MixedBatches):
         trained = [part.examples for part in train.parts.values()]
@@ -249,11 +257,11 @@ def shared_inputs(train: Planned, evaluated: Mapping[str, Batches]) -> Iterator[
 
 
 def input_hashes(examples: Examples) -> list[int]:
-    """Returns a hash of each row's inputs, or of each in a sample of at most `MOST_INPUTS` rows."""
+    """Returns a hash of the inputs of each row, or of each row in a sample of at most `MOST_INPUTS` rows."""
     parts = (examples.rows[part] for part in blocks(len(examples), MOST_INPUTS))
     return [one for part in parts for one in row_hashes(examples.inputs.part(part))]
 
 
 def fingerprint_of(tasks: Mapping[str, Batches]) -> str:
-    """Returns a hash of the data that `DatasetConfig.eval_batches` gave: 16 hexadecimal digits."""
+    """Returns a hash of the data in the result of `DatasetConfig.eval_batches`, as 16 hexadecimal digits."""
     return combined([batches.fingerprint() for batches in tasks.values()])

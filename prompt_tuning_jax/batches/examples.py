@@ -1,7 +1,7 @@
-"""Tokenised rows of a split, and what scores them: NumPy alone.
+"""Holds the tokenised rows of a split, with their postprocessor and metrics, using only NumPy.
 
-`Examples` is what batches and evaluations read. Its tokens lie in memory, made from rows of text by `tokenize_rows`, or
-in the files of a cache (`cache.CachedExamples`).
+Batches and evaluations read an `Examples`. Its tokens are in memory, if `tokenize_rows` made them from rows of text, or
+in the files of the cache (`cache.CachedExamples`).
 """
 
 import abc
@@ -20,12 +20,12 @@ from tqdm import tqdm
 from prompt_tuning_jax.tasks.data_check import Tokens
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
-CHUNK = 4096  # texts that are tokenised in one call
+CHUNK = 4096  # texts per call of the tokenizer
 PATIENCE = 2.0  # seconds before a progress bar is shown
 
 
 class Ragged:
-    """Rows of different lengths, one after another in one array."""
+    """Rows of different lengths that are concatenated in one array."""
 
     def __init__(self, flat: Int[np.ndarray, " tokens"], ends: Int[np.ndarray, " n"]):
         self._flat = flat
@@ -40,28 +40,34 @@ class Ragged:
         return self._flat[start : start + self.lengths[row]]
 
     def part(self, rows: Int[np.ndarray, " n"]) -> Tokens:
-        """Returns the tokens and the lengths of neighbouring rows, in order."""
+        """Returns the tokens and the lengths of `rows`, which must be consecutive."""
         lengths = self.lengths[rows]
         start = self._starts[rows[0]] if len(rows) else 0
         return Tokens(self._flat[start : start + lengths.sum()], lengths)
 
     def update(self, digest: Any, rows: Int[np.ndarray, " n"]) -> None:
-        """Adds the lengths and the tokens of neighbouring rows, in order, to a hash."""
+        """Adds the lengths and the tokens of `rows`, which must be consecutive, to a hash."""
         flat, lengths = self.part(rows)
         digest.update(lengths.astype("<i8").tobytes())
         digest.update(np.ascontiguousarray(flat, "<i4").data)
 
 
 class Examples(abc.ABC):
-    """A split, or a slice of one: tokens by index, and what scores them.
+    """Holds a split or a slice of one: its tokens by index, its postprocessor and its metrics.
 
     Attributes:
-      inputs, targets: token ids of the whole split, end of sequence included, before any truncation.
-      rows: the indices of this slice's rows in them: neighbours, in order.
+      inputs, targets: token ids of the whole split, including the end of sequence, not truncated.
+      rows: the indices of this slice's rows in `inputs` and `targets`; they are consecutive.
     """
 
     def __init__(self, inputs: Ragged, targets: Ragged, scoring: Mapping[str, Any], rows: slice = slice(None)):
-        """`scoring` has the "postprocessor" and the "metrics" as `describe` gives them; `rows` has no step."""
+        """Takes a whole split and a slice of it.
+
+        Args:
+          inputs, targets: the tokens of the whole split.
+          scoring: the "postprocessor" and the "metrics", as `describe` returns them.
+          rows: the slice, without a step.
+        """
         self.inputs, self.targets = inputs, targets
         self._scoring = {name: scoring[name] for name in ("postprocessor", "metrics")}
         self._slice = rows
@@ -77,62 +83,62 @@ class Examples(abc.ABC):
     @property
     @abc.abstractmethod
     def fields(self) -> list[dict[str, Any]]:
-        """What is kept of each example beside its tokens; "targets_pretokenized" among it."""
+        """Returns the fields of each example other than its tokens, including "targets_pretokenized"."""
 
     @abc.abstractmethod
     def target_texts(self, rows: Int[np.ndarray, " n"]) -> list[str | None]:
-        """Returns the targets of rows of the whole split before they were tokenised; None where they are not kept.
+        """Returns the text of the targets of some rows; None for a row whose text was not kept.
 
         Args:
-          rows: indices in the split, ascending.
+          rows: ascending indices in the whole split.
         """
 
     @abc.abstractmethod
     def _fields_digest(self) -> str:
-        """A hash of those of `fields` that scoring may read."""
+        """Returns a hash of the fields that scoring may read."""
 
     @functools.cached_property
     def postprocess(self) -> Callable[..., Any]:
-        """The task's postprocessor, `(text, example=...) -> what the metrics compare`."""
+        """Returns the task's postprocessor, `(text, example=...) -> value that the metrics compare`."""
         spec = self._scoring["postprocessor"]
         return call_again(spec) if spec else lambda text, **_: text
 
     @functools.cached_property
     def metrics(self) -> list[Callable[[Sequence, Sequence], dict[str, float]]]:
-        """Each `(targets, predictions) -> {name: per cent}`; none for a pre-training task."""
+        """Returns the task's metrics, each `(targets, predictions) -> {name: per cent}`; [] for a pre-training task."""
         return [call_again(spec) for spec in self._scoring["metrics"]]
 
     def cut(self, lengths: Mapping[str, int]) -> dict[str, int]:
-        """Returns how many rows' inputs and targets are longer than `lengths`."""
+        """Returns the number of rows whose inputs, and whose targets, are longer than `lengths`."""
         return {
             name: int((part.lengths[self.rows] > lengths[name]).sum())
             for name, part in (("inputs", self.inputs), ("targets", self.targets))
         }
 
     def longest_and_shortest(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Returns the tokens of the longest and of the shortest row's inputs and targets."""
+        """Returns the numbers of tokens of the longest inputs and targets, and of the shortest."""
         lengths = {"inputs": self.inputs.lengths[self.rows], "targets": self.targets.lengths[self.rows]}
         most, least = ({name: int(function(found)) for name, found in lengths.items()} for function in (np.max, np.min))
         return most, least
 
     def token_fingerprint(self) -> str:
-        """Returns a hash of the rows' tokens in order, wherever they come from: 16 hexadecimal digits."""
+        """Returns a hash of the rows' tokens in order, independent of their source, as 16 hexadecimal digits."""
         digest = hashlib.sha256(np.int64(len(self)).tobytes())
         for part in (self.inputs, self.targets):
             part.update(digest, self.rows)
         return digest.hexdigest()[:16]
 
     def fingerprint(self) -> str:
-        """Returns a hash of what training and evaluation make of the rows: 16 hexadecimal digits.
+        """Returns a hash of everything that training and evaluation read, as 16 hexadecimal digits.
 
-        It covers the tokens, the rows' order, the fields that scoring reads, and the postprocessor and metrics with
-        their options. Names and paths are no part of it.
+        It covers the tokens, the order of the rows, the fields that scoring reads, and the postprocessor and the
+        metrics with their options. It does not cover names and paths.
         """
         return combined(self.token_fingerprint(), self._fields_digest(), self._scoring)
 
 
 class MemoryExamples(Examples):
-    """Examples made of rows in this process."""
+    """A split that was tokenised in this process from rows of text."""
 
     def __init__(
         self,
@@ -174,15 +180,17 @@ def tokenize_rows(
     *,
     quiet: bool = True,
 ) -> Examples:
-    """Tokenises rows of text: each feature is its text's ids and an end of sequence, as SeqIO's `tokenize` gives them.
+    """Tokenises rows of text as SeqIO's `tokenize` does: the ids of each text, then an end of sequence.
 
-    Rows that are already in memory in tokens are not tokenised again: the runs of a sweep share them.
+    Rows whose tokens are already in memory are not tokenised again, so the runs of a sweep share them.
 
     Args:
-      rows: each with "inputs" and "targets"; what else a row has is kept in `fields`.
-      postprocess: a function of a module, or `functools.partial` of one by keyword; None for the text as it is.
-      metrics: the same.
-      quiet: show no progress bar, however long it takes.
+      rows: mappings with "inputs" and "targets"; other fields of a row are kept in `fields`.
+      vocabulary: the tokenizer.
+      postprocess: a function at the top level of a module, or a `functools.partial` of one with keyword arguments; None
+        to keep the text unchanged.
+      metrics: functions of the same kind.
+      quiet: whether to show no progress bar.
     """
     scoring = {
         "postprocessor": describe(postprocess) if postprocess else None,
@@ -213,10 +221,10 @@ def tokenize_rows(
 
 
 def describe(function: Callable) -> dict[str, Any]:
-    """Returns a function, or a partial of one, by name and options, so that `call_again` finds it in any process.
+    """Returns the name and options of a function or a partial of one, from which `call_again` makes it in any process.
 
     Raises:
-      ValueError: it is no function of a module.
+      ValueError: it is not at the top level of a module, or has positional options.
     """
     options: dict[str, Any] = {}
     while isinstance(function, functools.partial):
@@ -236,7 +244,7 @@ def call_again(spec: Mapping[str, Any]) -> functools.partial:
 
 
 def combined(*parts: Any) -> str:
-    """Returns a hash of values that JSON can hold: 16 hexadecimal digits."""
+    """Returns a hash of values that JSON can hold, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Batches as a function of seed and step: shuffled, bucketed by length, resumable at any step by its number alone."""
+"""Makes batches as a function of seed and step: shuffled, bucketed by length, and resumable at any step."""
 
 import abc
 import struct
@@ -15,17 +15,17 @@ from prompt_tuning_jax.batches.mixing import Mixing
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tokenizers.vocabulary import trim
 
-MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches that are planned together
+MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches per window; see `Planned`
 
 
 class Batch(NamedTuple):
-    """Padded token ids; rows without an example are all padding and have id -1.
+    """Holds padded token ids. Rows without an example contain only padding and have id -1.
 
     Attributes:
       inputs, targets: token ids, padded with `Planned.pad`.
-      ids: the place of each row's example in its split; in a mixture, in its tasks' splits one after another; in a
-        stream, in the stream.
-      tasks: the index of each row's prompt, for a method of one prompt per task; else None. The run sets it.
+      ids: the index of each row's example in its split. For a mixture, the splits of its tasks are concatenated; for a
+        stream, it is the index in the stream.
+      tasks: the index of each row's prompt if the method has one prompt per task, otherwise None. The run sets it.
     """
 
     inputs: Int[np.ndarray, "B T"]
@@ -35,27 +35,28 @@ class Batch(NamedTuple):
 
 
 def default_buckets(length: int, shortest: int = 16) -> tuple[int, ...]:
-    """Lengths that batches are padded to: `shortest`, then 3/2 and 2 times it, and so on up to `length` itself."""
+    """Returns the lengths that batches are padded to: `shortest`, 3/2 of it, 2 times it, and so on up to `length`."""
     steps = (shortest * factor * 2**n // 2 for n in range(20) for factor in (2, 3))
     return (*(step for step in steps if step < length), length)
 
 
 class Planned(abc.ABC):
-    """An endless sequence of batches by number, planned a window of batches at a time.
+    """An endless sequence of batches, indexed by number and planned one window of batches at a time.
 
-    A window's examples, in an order of the seed's, are sorted by bucket and cut into batches, which are then shuffled:
-    a batch holds examples of about the same length. A bucket's last, incomplete batch is topped up from the next longer
-    bucket's examples.
+    A window's examples are put into a random order by the seed, sorted by bucket, and divided into batches, which are
+    then shuffled. So the examples of a batch have similar lengths. The last, incomplete batch of a bucket is filled
+    with examples of the next longer bucket.
 
-    Of several processes each has its own rows of the same global batches, which do not depend on their number.
+    With several processes, each process has its own rows of the same global batches, which do not depend on the number
+    of processes.
 
     Attributes:
-      batch_size: of the global batch.
-      lengths: TASK_FEATURE_LENGTHS; longer rows are cut, their end of sequence kept.
-      buckets: input lengths to pad to, ascending; the last is lengths["inputs"]. A batch's targets are padded to the
-        least of `target_buckets` that holds its longest.
-      window: batches in a window.
-      pad: the id of padding; T5's is 0.
+      batch_size: rows per global batch.
+      lengths: TASK_FEATURE_LENGTHS; longer rows are truncated, but keep their end of sequence.
+      buckets: input lengths to pad to, ascending; the last is lengths["inputs"].
+      target_buckets: target lengths to pad to, ascending. A batch uses the smallest that fits its longest target.
+      window: batches per window.
+      pad: the id of padding, which is 0 for T5.
     """
 
     window: int
@@ -72,7 +73,7 @@ class Planned(abc.ABC):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Raises ValueError where the processes cannot share a batch equally."""
+        """Raises ValueError if `batch_size` is not a multiple of `process_count`."""
         if batch_size % process_count:
             raise SettingError(
                 Setting("batch_size"),
@@ -89,7 +90,7 @@ class Planned(abc.ABC):
 
     @abc.abstractmethod
     def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-        """The ids of a window's examples, at most `window` batches of them, in the order of the seed."""
+        """Returns the ids of a window's examples in the seed's order, enough for at most `self.window` batches."""
 
     @abc.abstractmethod
     def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
@@ -99,37 +100,37 @@ class Planned(abc.ABC):
 
     @abc.abstractmethod
     def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-        """The uncut tokens of the example of id `at`, which is in the window drawn last."""
+        """Returns the tokens, before truncation, of the example with id `at`, which is in the window drawn last."""
 
     @abc.abstractmethod
     def examples_before(self, step: int) -> int:
-        """Examples in batches 0 to `step - 1`, of all processes."""
+        """Returns the number of examples in batches 0 to `step - 1`, over all processes."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Returns a hash of the data that the batches are made of, whatever it is called: 16 hexadecimal digits."""
+        """Returns a hash of the data in the batches, independent of its name, as 16 hexadecimal digits."""
 
     def _bucket_of(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self.buckets, np.minimum(self._input_lengths(ids), self.lengths["inputs"]))
 
     def _batches_of(self, window: int) -> list[Int[np.ndarray, " n"]]:
-        """The ids of each batch of a window."""
+        """Returns the ids of the examples in each batch of a window."""
         if window != self._planned:
             rng = np.random.default_rng([self._seed, window])
             order = self._draw(window, rng)
-            # Stable: within a bucket the order stays random (or the split's).
+            # A stable sort keeps the order within a bucket: random, or that of the split.
             order = order[np.argsort(self._bucket_of(order), kind="stable")]
             plan = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
             if self._shuffle:
-                # The same places for every seed: trials that differ in their seed then take batches of one shape at
-                # each step, and can share a program.
+                # This permutation does not depend on the seed: trials that differ only in their seed then have batches
+                # of similar shapes at each step, so sharing an executable needs little padding.
                 places = np.random.default_rng(window).permutation(len(plan))
                 plan = [plan[place] for place in places]
             self._planned, self._plan = window, plan
         return self._plan
 
     def shapes(self, count: int) -> list[tuple[int, int]]:
-        """The widths of inputs and targets, T and U, of batches 0 to `count - 1`."""
+        """Returns the widths T of inputs and U of targets for batches 0 to `count - 1`."""
         places = (divmod(number, self.window) for number in range(count))
         return [self._widths(self._batches_of(window)[place]) for window, place in places]
 
@@ -154,31 +155,31 @@ class Planned(abc.ABC):
         return Batch(inputs, targets, ids)
 
     def start_at(self, step: int, stop: int) -> Iterator[Batch]:
-        """Batches `step` to `stop - 1`, read ahead by a thread."""
-        import grain  # it imports JAX, which reading a batch by its number can do without
+        """Returns an iterator over batches `step` to `stop - 1`, which a thread reads ahead."""
+        import grain  # imported here because it imports JAX, which indexing a batch does not need
 
         source = _Stretch(self, step, stop)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)  # one: windows are planned in order
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)  # windows are planned in order
         return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
 class Batches(Planned):
-    """The batches of one split: each epoch visits every example once, a window is an epoch.
+    """Batches of one split. A window is an epoch, which visits every example once.
 
-    What is left at the end of an epoch is a batch with empty rows.
+    If the examples do not fill the last batch of an epoch, that batch has empty rows.
     """
 
     def __init__(self, examples: Examples, batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """`options` as of `Planned`; without `shuffle` an epoch has the order of the split."""
+        """Takes the options of `Planned`. Without `shuffle`, an epoch has the order of the split within each bucket."""
         super().__init__(batch_size, lengths, **options)
         self.examples, self.window = examples, -(-len(examples) // batch_size)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Returns the number of batches per epoch."""
         return self.window
 
     def in_order(self, predict: Callable[[Batch], Sequence[Any]]) -> list[Any]:
-        """What `predict` gives for each row of each batch of an epoch, in the order of the split's rows."""
+        """Calls `predict` on each batch of an epoch, and returns its values per row in the order of the split."""
         found: list[Any] = [None] * len(self.examples)
         for number in range(len(self)):
             batch = self[number]
@@ -209,20 +210,20 @@ class Batches(Planned):
 
 
 class MixedBatches(Planned):
-    """The batches of several tasks, drawn by rate.
+    """Batches of several tasks, drawn in proportion to their rates.
 
-    A batch mixes the tasks whose examples are of about its length. Each task is drawn epoch by epoch, every epoch of it
-    visiting its every example once; up to the end of any window each task is within one example of its share.
+    A batch mixes the examples of all tasks that have similar lengths. Each task has its own epochs, each of which
+    visits every example of the task once. At the end of each window, each task is within one example of its share.
 
     Attributes:
-      parts: the tasks, of rates above 0.
-      starts: the id of each task's first example.
+      parts: the tasks by name, with rates above 0.
+      starts: the id of each task's first example, by the task's name.
     """
 
     window = MIXTURE_WINDOW
 
     def __init__(self, parts: Mapping[str, Part], batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """`options` as of `Planned`."""
+        """Takes the options of `Planned`."""
         super().__init__(batch_size, lengths, **options)
         self.parts = dict(parts)
         self._examples = [part.examples for part in self.parts.values()]
@@ -246,7 +247,7 @@ class MixedBatches(Planned):
         return rng.permutation(np.concatenate(drawn))
 
     def _visits(self, task: int, first: int, last: int) -> Iterator[Int[np.ndarray, " n"]]:
-        """The places of the examples that a task's visits `first` to `last - 1` go to."""
+        """Yields arrays of the indices of the examples that are draws `first` to `last - 1` of a task."""
         size = len(self._examples[task])
         yield np.zeros(0, np.int64)
         for epoch in range(first // size, -(-last // size)):
@@ -279,22 +280,22 @@ class MixedBatches(Planned):
 
 
 class StreamedBatches(Planned):
-    """Batches of a corpus too large to cache: a process tokenises it as it is read, and waits where it is ahead.
+    """Batches of a corpus that is too large to cache, which a child process tokenises while it is read.
 
-    It starts with the first batch that is asked for, and ends with this object or with this process, however that goes.
-    A batch is a function of seed and number here too, but to begin at batch n the process must read and tokenise what
-    comes before: resuming costs about as long as tokenising that far took. Each of several processes tokenises all of
-    it and takes its rows.
+    The child starts when the first batch is asked for, waits while it is ahead of the reader, and ends with this object
+    or this process, even if the process is killed. Here too a batch is a function of seed and number. But to start at
+    batch n, the child must read and tokenise everything before it, so resuming takes about as long as tokenising that
+    far took. With several processes, the child of each tokenises the whole corpus, and each process takes its own rows.
     """
 
     window = STREAM_WINDOW
 
     def __init__(self, request: TaskRequest, split: str, batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """`options` as of `Planned`."""
+        """Takes the options of `Planned`."""
         super().__init__(batch_size, lengths, **options)
         self._request, self._split = request, split
         self._child: Child | None = None
-        self._next = -1  # the window that the child is about to give
+        self._next = -1  # the window that the child writes next
         self._first, self._examples = 0, []
 
     def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
@@ -309,18 +310,18 @@ class StreamedBatches(Planned):
         return self._first + rng.permutation(size)
 
     def _start(self, example: int) -> Child:
-        """A process that writes the stream from `example` on."""
+        """Starts a child process that writes the stream from example number `example` on."""
         order = self._request.order(split=self._split, seed=self._seed, start=example)
         what = f"tokenising {self._request.name}, {self._split}"
         return Child("prompt_tuning_jax.batches.stream", order, what, pipe=True)
 
     def _read(self, child: Child) -> list[Int[np.ndarray, " length"]]:
-        """Inputs and targets of the stream's next example: both lengths, then both, little-endian int32."""
+        """Reads the next example's inputs and targets: both lengths, then both token lists, in little-endian int32."""
         header = child.stdout.read(8)
         lengths = struct.unpack("<II", header) if len(header) == 8 else (0, 0)
         data = child.stdout.read(4 * sum(lengths))
         if len(header) < 8 or len(data) < 4 * sum(lengths):
-            child.finish()  # it ended, and says why
+            child.finish()  # raises the error with which the child ended
             raise ChildProcessError(f"tokenising {self._request.name} ended before its time")
         tokens = np.frombuffer(data, "<i4").astype(np.int32)
         return np.split(tokens, [lengths[0]])
@@ -342,12 +343,12 @@ class StreamedBatches(Planned):
         return step * self.batch_size
 
     def fingerprint(self) -> str:
-        """Returns a hash of the task, the folder of its files and the split: the tokens are not read for it."""
+        """Returns a hash of the task, the folder of its files and the split. It does not cover the tokens."""
         return combined(self._request.fingerprint(), self._split)
 
 
 class _Stretch:
-    """Batches `start` to `stop - 1` as a random-access source of Grain's."""
+    """A random-access source for Grain that has batches `start` to `stop - 1`."""
 
     def __init__(self, batches: Planned, start: int, stop: int):
         self._batches, self._start, self._stop = batches, start, stop

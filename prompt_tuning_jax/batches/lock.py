@@ -1,4 +1,4 @@
-"""One process at a time: a lock that is a file, so that it holds between hosts that share a disk."""
+"""Implements a lock as a file, so that it also works between hosts that share a disk."""
 
 import contextlib
 import json
@@ -10,24 +10,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DEAD_AFTER = 60.0  # seconds without a sign of life
-RUNNING = "running"  # the lock in a folder that a process runs
+DEAD_AFTER = 60.0  # seconds after which an untouched lock counts as abandoned
+RUNNING = "running"  # the name of the lock in the folder of a run or sweep
 
-_lent: set[str] = set()  # folders that this process has marked for the runs which it starts in itself
+_lent: set[str] = set()  # folders that this process has marked, and whose mark a run in this process may take over
 
 
 @contextlib.contextmanager
 def lock(
     path: Path, waiting: Callable[[str], None] = lambda owner: None, *, dead_after: float = DEAD_AFTER
 ) -> Iterator[None]:
-    """Holds the lock `path`, after waiting for its owner.
+    """Holds the lock file `path` in this context. Waits first if another owner holds it.
 
-    The file names its owner's process and host, and is touched while it lives. An owner is taken for dead where its
-    process is gone from this host, or the file has not been touched for `dead_after` seconds of our own clock.
-    Two that find the same owner dead at the same moment may both go on: what they do must bear it.
+    The file has the process id and host of its owner, which touches it regularly. An owner counts as dead if its
+    process on this host has ended, or if the file has not been touched for `dead_after` seconds by this process's
+    clock. If two processes find the same owner dead at the same moment, both may take the lock, so the work under the
+    lock must be safe to do twice.
 
     Args:
-      waiting: told once, before waiting, of the owner: "process 12 on host a".
+      path: the lock file.
+      waiting: is called once before waiting, with the owner's name: "process 12 on host a".
+      dead_after: seconds after which an untouched lock counts as abandoned.
 
     Raises:
       OSError: the file cannot be written.
@@ -57,13 +60,13 @@ def _take(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        path.unlink(missing_ok=True)  # the disk is full: it must not look held
+        path.unlink(missing_ok=True)  # the disk is full: do not leave an empty lock
         raise
     return True
 
 
 def _wait(path: Path, waiting: Callable[[str], None], dead_after: float) -> None:
-    """Until the lock is released, or its owner is dead and the lock removed."""
+    """Waits until the lock is released, or until its owner is dead, and then removes the lock."""
     told, seen, since = False, None, time.monotonic()
     while True:
         try:
@@ -76,7 +79,7 @@ def _wait(path: Path, waiting: Callable[[str], None], dead_after: float) -> None
             owner = json.loads(text)
             gone = owner["host"] == socket.gethostname() and not _lives(owner["pid"], owner.get("started"))
             name = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError, TypeError):  # it is just being written, or was cut short
+        except (ValueError, KeyError, TypeError):  # the file is being written, or is truncated
             gone, name = False, "another process"
         if gone or time.monotonic() - since > dead_after:
             _remove(path, text)
@@ -88,7 +91,7 @@ def _wait(path: Path, waiting: Callable[[str], None], dead_after: float) -> None
 
 
 def _lives(pid: int, started: Any = None) -> bool:
-    """Returns whether the process lives: the same one, if its start is known, and not one that was given its number."""
+    """Returns whether a process of this host lives. `started` tells it from a later process with the same id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -100,7 +103,7 @@ def _lives(pid: int, started: Any = None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Returns when a process of this host was started, in ticks since the host was; None if the system does not say."""
+    """Returns when a process was started, in clock ticks since this host booted; None if the system does not say."""
     try:
         return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -108,7 +111,7 @@ def _started(pid: int) -> int | None:
 
 
 def _remove(path: Path, text: str) -> None:
-    """Removes a dead owner's lock, and no other that was taken in the meantime."""
+    """Removes a dead owner's lock, unless another process has taken the lock in the meantime."""
     moved = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, moved)
@@ -119,7 +122,7 @@ def _remove(path: Path, text: str) -> None:
 
 
 class Owner(NamedTuple):
-    """The process that holds a lock."""
+    """Names the process that holds a lock."""
 
     pid: int
     host: str
@@ -129,7 +132,7 @@ class Owner(NamedTuple):
 
 
 def owner(mark: Path) -> Owner | None:
-    """Who holds a lock and lives, on this host or another that shares the disk; None if nobody."""
+    """Returns the live owner of a lock, on this host or on one that shares the disk; None if there is none."""
     try:
         age, text = time.time() - mark.stat().st_mtime, mark.read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -143,26 +146,26 @@ def _owner(text: str, age: float) -> Owner | None:
         fields = json.loads(text)
         started = fields.pop("started", None)
         found = Owner(**fields)
-    except (ValueError, TypeError, AttributeError):  # it is just being written, or was cut short
+    except (ValueError, TypeError, AttributeError):  # the file is being written, or is truncated
         found = Owner(0, "an unknown host")
     if found.host == socket.gethostname():
         if not _lives(found.pid, started):
             return None
         if started is not None and _started(found.pid) == started:
-            return found  # it may have been stopped for long
-    # Also if its pid lives: after a restart of the host it is another's.
+            return found  # whatever the file's age: the owner may have been suspended for long
+    # Without a known start the age decides even if the pid lives, which may be another process after a reboot.
     return found if age <= DEAD_AFTER else None
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Marks a folder, a trial's or a sweep's, as run by this process, as long as the context is open and it lives.
+    """Marks the folder of a trial or sweep as being run by this process, until the context ends or the process dies.
 
-    A process whose parent has marked the folder runs it for its parent. A run in this process may take the mark over
-    for its time: see `claimed`.
+    If this process's parent has marked the folder, the parent's mark is kept. A run in this process may take over the
+    mark while it runs; see `claimed`.
 
     Raises:
-      ValueError: another process runs it.
+      ValueError: another process runs the folder.
       OSError: the folder cannot be written.
     """
     with _marked(folder, patient=False), _lending(folder):
@@ -171,12 +174,13 @@ def running(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Marks the folder of a run as `running` does, or takes over the mark that this process has put on it.
+    """Marks the folder of a run as `running` does, or takes over this process's own mark on it.
 
-    An owner on another host is waited for until it has given a sign of life, and is refused then, or must be dead.
+    If the owner is on another host, this waits until the owner touches its mark, which raises the error below, or until
+    the owner must be dead.
 
     Raises:
-      ValueError: another process runs it, or another run in this one.
+      ValueError: another process, or another run in this process, runs the folder.
       OSError: the folder cannot be written.
     """
     name = os.path.realpath(folder)
@@ -192,7 +196,10 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def running_elsewhere(folder: Path) -> str | None:
-    """Returns that another process of this host runs the folder, or another run in this one; None if neither does."""
+    """Returns an error message if another process of this host, or another run in this process, runs the folder.
+
+    Returns None otherwise.
+    """
     now = owner(folder / RUNNING)
     if now is None or now.host != socket.gethostname() or now.pid == os.getppid():
         return None
@@ -230,10 +237,11 @@ def _marked(folder: Path, patient: bool) -> Iterator[None]:
 
 
 def _clear(mark: Path, patient: bool) -> None:
-    """Removes the mark of an owner that is dead: `lock` would wait a minute for one of another host.
+    """Removes the mark of a dead owner at once; `lock` would wait a minute if that owner was on another host.
 
     Args:
-      patient: if the owner is on another host, wait until it has touched its mark or must be dead.
+      mark: the lock file.
+      patient: whether to wait, if the owner is on another host, until it touches its mark or must be dead.
     """
     first = None
     while True:

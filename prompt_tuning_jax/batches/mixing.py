@@ -1,4 +1,4 @@
-"""Which task comes next: a fixed order of draws in which every task has its share from the first draw on."""
+"""Decides which task of a mixture is drawn next, so that each task keeps its share from the first draw on."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,29 +7,29 @@ from jaxtyping import Float, Int
 
 
 class Mixing:
-    """Draws of tasks by rate, as a function of seed and number.
+    """Draws tasks in proportion to their rates, as a function of seed and draw number.
 
-    Draw j of task k, of share p, stands at time (j + u) / p, where u in [0, 1) is the task's by the seed; all draws are
-    taken in the order of their times. Up to any time each task is within one draw of its share, which drawing at
-    random is not, and how often a task was drawn before draw n is known without the draws before it.
+    Draw j of a task with share p has the time (j + u) / p, where u in [0, 1) is a random number of the task, from the
+    seed. The draws are sorted by time. Unlike with random draws, at any time each task is within one draw of its share,
+    and the number of its draws before draw n can be computed without making them.
     """
 
     def __init__(self, rates: Sequence[float], seed: int):
-        """`rates` are positive, in any unit."""
+        """Takes the tasks' rates, which are positive and of any unit."""
         weights = np.asarray(rates, np.float64)
         self._share: Float[np.ndarray, " K"] = weights / weights.sum()
         self._offset: Float[np.ndarray, " K"] = np.random.default_rng([seed, 0x6D6978]).random(len(weights))
 
     def counts(self, number: int) -> Int[np.ndarray, " K"]:
-        """How many of the first `number` draws are each task's; in time that does not grow with `number`."""
-        time = number - len(self._share) - 1  # before it are fewer than `number` draws
+        """Returns how often each task is in the first `number` draws, in time that does not grow with `number`."""
+        time = number - len(self._share) - 1  # fewer than `number` draws are before this time
         counts = np.maximum(np.ceil(time * self._share - self._offset), 0).astype(np.int64)
         for _ in range(number - int(counts.sum())):
             counts[self._next(counts)] += 1
         return counts
 
     def draws(self, start: int) -> Iterator[int]:
-        """The task of draw `start`, `start + 1` and so on, without end."""
+        """Yields the task of draw `start`, `start + 1` and so on, without end."""
         counts = self.counts(start)
         while True:
             task = self._next(counts)

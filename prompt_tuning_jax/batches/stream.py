@@ -1,6 +1,6 @@
-"""Tokenises a SeqIO task or mixture as it is read, for ever, into a pipe: what `loader.StreamedBatches` reads.
+"""Tokenises a SeqIO task or mixture without end and writes it to a pipe, which `loader.StreamedBatches` reads.
 
-Run as `python -m prompt_tuning_jax.batches.stream ORDER`. The pipe holds it up where its reader is slower.
+It runs as `python -m prompt_tuning_jax.batches.stream ORDER`. It waits while the pipe is full.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import makes_lengths
 
-PIPE = 1 << 20  # bytes read ahead, the most that Linux lets a user have
-CHUNK = 64  # examples that cross from TensorFlow together
+PIPE = 1 << 20  # size of the pipe in bytes: the largest that Linux allows a user by default
+CHUNK = 64  # examples per batch that is taken from TensorFlow
 
 Tokens = tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]
 
 
 def stream(request: TaskRequest, split: str, seed: int, start: int) -> Iterator[Tokens]:
-    """The examples `start`, `start + 1` and so on of the endless stream of a task, or of a mixture's tasks by rate.
+    """Yields examples `start`, `start + 1` and so on of the endless stream of a task, or of a mixture's tasks by rate.
 
     Raises:
-      ValueError: no such task or split, or its data is not sound.
+      ValueError: there is no such task or split, or its data is invalid.
     """
     tasks = with_split(request, held_tasks(request), split, True)
     mixing = Mixing([one.rate for one in tasks.values()], seed)
@@ -65,7 +65,7 @@ def _examples(request: TaskRequest, split: str, seed: int, skip: int) -> Iterato
 
 
 def write(examples: Iterator[Tokens], pipe: io.BufferedIOBase) -> None:
-    """Writes as `StreamedBatches` reads, until the pipe is closed at its other end."""
+    """Writes the examples in the format that `StreamedBatches` reads, until the reader closes the pipe."""
     try:
         for inputs, targets in examples:
             pipe.write(struct.pack("<II", len(inputs), len(targets)))
@@ -76,7 +76,7 @@ def write(examples: Iterator[Tokens], pipe: io.BufferedIOBase) -> None:
 
 def main() -> None:
     end_with_parent()
-    # The examples alone go into the pipe: whatever else a library prints goes to stderr.
+    # Only the examples may go into the pipe, so anything that a library prints is redirected to stderr.
     pipe = os.fdopen(os.dup(1), "wb", buffering=1 << 16)
     os.dup2(2, 1)
     _widen(pipe.fileno())
@@ -93,7 +93,7 @@ def _widen(pipe: int) -> None:
 
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
     except (ImportError, AttributeError, OSError):
-        pass  # a system of its own ways: it reads ahead less
+        pass  # the system cannot resize pipes; the stream then reads ahead less
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A job: what a launcher starts as one process, with one command line, for one trial or for several together."""
+"""Defines a job, which is one process that runs one trial or several, and the interface of launchers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -7,12 +7,13 @@ from prompt_tuning_jax.sweeps.spec import Trial
 
 
 class Job(NamedTuple):
-    """One process.
+    """A process that a launcher starts with one command line.
 
     Attributes:
-      name: of its log, `SWEEP_DIR/logs/<name>.log`: "000", "001", ...
-      trials: what it runs; several where they share a program.
-      command_line: "python" first, which a launcher replaces by the interpreter it means.
+      name: "000", "001", ...; the job's log is `SWEEP_DIR/logs/<name>.log`.
+      trials: the trials that the job runs; more than one if they share a compiled program.
+      command_line: the program and its arguments. It starts with "python", which a launcher replaces by the path of
+        its interpreter.
     """
 
     name: str
@@ -21,12 +22,13 @@ class Job(NamedTuple):
 
 
 class Launcher(Protocol):
-    """Starts jobs somewhere. gin sets a launcher's own fields."""
+    """Starts jobs, for example on this machine or on a cluster. gin sets the fields of each launcher."""
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
-        """Starts the jobs, and waits for them where it can; returns the exit code of `sweep`.
+        """Starts the jobs, waits for them if the launcher can, and returns the exit code of `sweep`.
 
         Raises:
-          ValueError: the launcher's program or library is not there (what to install), or a field is missing.
+          ValueError: the launcher's program or library is not installed (the message says what to install), or a field
+            is missing.
         """
         ...

@@ -13,15 +13,15 @@ from prompt_tuning_jax.sweeps.shared_step import step_of
 from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, free_bytes
 from prompt_tuning_jax.training.run import Run
 
-# Positions that a program computes for all its runs, over those that the runs would alone. An accelerator is not full
-# with one run: padding costs it little.
+# The largest ratio of the positions that one executable computes for all its runs to those that the runs would compute
+# alone. One run does not fully use an accelerator, so padding costs little there.
 MOST_PADDING = 2.0
 MOST_PADDING_ON_CPU = 1.1
-PLANNED = 64  # batches that padding is estimated from
+PLANNED = 64  # how many batches padding is estimated from
 
 
 class Program(NamedTuple):
-    """Runs that share a program, and how many of them share a pass."""
+    """Holds runs that share one executable, and how many of them are vmapped into one forward and backward pass."""
 
     runs: list[Run]
     at_once: int
@@ -31,8 +31,9 @@ def programs(runs: Sequence[Run], most: int | None = None) -> Iterator[Program]:
     """Divides runs into programs.
 
     Args:
-      most: runs that share a pass, however much they pad each other. None: such as pad each other little share a
-        program, and as many share a pass as there is memory for; on CPU, which is full with one, each has its own.
+      most: the largest number of runs per pass; all runs then share one executable, however much padding that needs.
+        None: only runs that need little padding share an executable, and a pass has as many runs as fit in memory. On
+        CPU, which one run uses fully, a pass then has one run.
     """
     cpu = jax.default_backend() == "cpu"
     limit = np.inf if most is not None else MOST_PADDING_ON_CPU if cpu else MOST_PADDING
@@ -48,7 +49,7 @@ def programs(runs: Sequence[Run], most: int | None = None) -> Iterator[Program]:
 
 
 def padding(runs: Sequence[Run], shapes: Mapping[Run, np.ndarray]) -> float:
-    """Encoder positions of the runs' batches padded to each other, over those of their own batches."""
+    """Returns how many times more encoder positions the runs have if padded to each other than each has alone."""
     widths = np.array([shapes[run][:, 0] for run in runs])
     lengths = np.array([[run.prompt_length] for run in runs])
     joint = len(runs) * np.sum(lengths.max() + widths.max(axis=0))
@@ -56,7 +57,7 @@ def padding(runs: Sequence[Run], shapes: Mapping[Run, np.ndarray]) -> float:
 
 
 def fitting(runs: Sequence[Run], widest: Sequence[int]) -> int:
-    """How many of the runs may share a pass: on the widest batch it must take less memory than is free."""
+    """Returns how many of the runs fit in one pass on the widest batch, given the free memory."""
     free = free_bytes()
     if len(runs) == 1 or free is None:
         return len(runs)
@@ -70,7 +71,7 @@ def fitting(runs: Sequence[Run], widest: Sequence[int]) -> int:
 
 
 def step_bytes(runs: Sequence[Run], widest: Sequence[int]) -> int:
-    """Bytes that a pass of these runs takes besides its arguments, as compiled for batches of `widest` (T, U)."""
+    """Returns the bytes that a pass of these runs needs besides its arguments, for batches of `widest` (T, U)."""
     rows = (len(runs), runs[0].config.train_dataset.batch_size)
     arrays = [jax.ShapeDtypeStruct((*rows, width), jnp.int32) for width in widest]
     if tasks_of(runs[0].config.method) is not None:

@@ -1,7 +1,7 @@
-"""One program for many runs: an injection, a batch and a key for each, and one frozen base model for all.
+"""Compiles one training step for many runs, which share one frozen base model.
 
-Some of the runs at a time share a forward and a backward pass, and in these every matmul with the base model's weights;
-each run's own method and optimiser then update what it trains.
+Each run has its own injection, batch and key. Up to `at_once` runs are vmapped into one forward and backward pass, and
+so share each matmul with the base model's weights. Each run's own method and optimizer then update its own parameters.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ from prompt_tuning_jax.training.step import (
 
 
 def program_key(config: TrainConfig) -> Hashable | None:
-    """Returns a key that is equal for runs that can share a program; None if this run cannot share one.
+    """Returns a key that is equal for runs that can share one executable, or None if this run cannot share one.
 
-    The runs may differ in all that a run has for itself: seed, optimiser, task, split, length of the inputs, number of
-    steps and its periods. They may differ in the method if the methods give the model the same kinds of things: all
-    methods that give one prompt can share a program, whatever the lengths of their prompts.
+    Runs with equal keys may differ in seed, optimizer, task, split, input length, number of steps and periods. They
+    may also differ in the method if their injections have the same fields: for example, all methods that give one
+    prompt can share an executable, whatever their prompt lengths.
     """
     if (
         not (config.initial_checkpoint_path or config.model)
@@ -65,7 +65,8 @@ def program_key(config: TrainConfig) -> Hashable | None:
         tuple(sorted(injection.task_prompts or ())),
         tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
         tuple(sorted(path for path in trained if path in base)),
-        # See `shared_step`; a prefix of the encoder would not be next to a shorter prompt that lies behind padding.
+        # With dropout, `shared_step` needs equal lengths. An encoder prefix needs them too: in front of a shorter prompt
+        # there is padding, which would separate the prefix from the prompt.
         injection.length if config.size.dropout_rate or f"encoder/{PREFIX_KEY}" in injection.parameters else None,
     )
 
@@ -81,20 +82,21 @@ def shared_step(
 ) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
     """Returns the compiled `(states, frozen, inputs [R, B, T], targets [R, B, U], tasks) -> (states, metrics)`.
 
-    The states are donated. A shorter prompt is put behind masked positions, which with T5's relative positions equals
-    the shorter prompt alone. Dropout would draw other bits for positions so moved: with dropout all lengths must be
-    equal.
+    The states are donated. Shorter prompts are padded at the front with masked positions. Because T5's positions are
+    relative, this equals the shorter prompt alone. Padding moves a prompt's positions, for which dropout would draw
+    other bits, so with dropout all lengths must be equal.
 
     Args:
-      methods, optimizers: of each run.
-      lengths: positions in front of the inputs, of each run.
-      at_once: runs that share a pass. With 1, if no run is padded, each gets the bits that it would get alone.
-      num_microbatches: of each run's batch; see `training.step.micro_batch`.
+      methods, optimizers: one per run.
+      lengths: the number of positions in front of the inputs, per run.
+      at_once: the number of runs that are vmapped into one pass. With 1, and if no run is padded, each run's results
+        are bit-identical to those of the run alone.
+      num_microbatches: the number of micro-batches in each run's batch; see `training.step.micro_batch`.
     """
     longest = max(lengths)
     masks = jnp.asarray([np.arange(longest) >= longest - length for length in lengths])
     uneven = min(lengths) < longest
-    if at_once > 1 and model.config.attention == "cudnn":  # whose kernel cannot be mapped over runs
+    if at_once > 1 and model.config.attention == "cudnn":  # its kernel cannot be vmapped
         model = model.clone(config=dataclasses.replace(model.config, attention="products"))
 
     def gradient(
@@ -121,7 +123,8 @@ def shared_step(
 
         key = dropout_key(state_key, step)
         rows = micro_batch(inputs.shape, longest, num_microbatches)
-        # Kept apart from the slices of the stack, so that they are rounded as a run's own program rounds them.
+        # The barriers keep XLA from fusing this pass with the slicing of the stack, so that each run's gradients are
+        # rounded as in that run's own executable.
         injection = jax.lax.optimization_barrier(injection)
         return jax.lax.optimization_barrier(summed_gradients(loss, injection, inputs, targets, rows, tasks))
 
@@ -157,7 +160,7 @@ def shared_step(
 
 
 def _padded(injection: Injection, longest: int) -> Injection:
-    """Returns the injection with positions in front, as many as it lacks of `longest`."""
+    """Returns the injection with its prompts padded with zeros at the front to `longest` positions."""
 
     def pad(prompt: jax.Array) -> jax.Array:
         return jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 2) + [(longest - prompt.shape[-2], 0), (0, 0)])
@@ -166,7 +169,7 @@ def _padded(injection: Injection, longest: int) -> Injection:
 
 
 def _unpadded(injection: Injection, before: int) -> Injection:
-    """Returns the injection without its first positions."""
+    """Returns the injection without the first `before` positions of its prompts."""
     return _map_prompts(lambda prompt: prompt[..., before:, :], injection)
 
 
@@ -177,7 +180,7 @@ def _map_prompts(function: Callable[[jax.Array], jax.Array], injection: Injectio
 
 
 def program_of(runs: Sequence[Run], at_once: int) -> Step:
-    """Returns the step of these runs, for the training loop."""
+    """Returns the joint step of these runs in the form that the training loop calls."""
     step = step_of(runs, at_once)
 
     def together(states: States, frozen: Params, batches: Sequence[Batch]) -> tuple[States, Sequence[StepMetrics]]:
@@ -187,7 +190,7 @@ def program_of(runs: Sequence[Run], at_once: int) -> Step:
 
 
 def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tuple[StepMetrics, ...]]]:
-    """Returns the `shared_step` of these runs."""
+    """Returns the compiled `shared_step` of these runs."""
     methods, optimizers = ([getattr(run.config, name) for run in runs] for name in ("method", "optimizer"))
     lengths, first = [run.prompt_length for run in runs], runs[0].config
     model = Transformer(runs[0].size)
@@ -197,7 +200,11 @@ def step_of(runs: Sequence[Run], at_once: int) -> Callable[..., tuple[States, tu
 def stacked(
     batches: Sequence[Batch], pad: int
 ) -> tuple[Int[np.ndarray, "R B T"], Int[np.ndarray, "R B U"], Int[np.ndarray, "R B"] | None]:
-    """Returns the runs' inputs and targets, padded to the widest (which changes no row's loss), and the rows' tasks."""
+    """Returns the inputs, targets and task indices of all runs, stacked.
+
+    Inputs and targets are padded to the widest batch, which changes no row's loss. The task indices are None if no
+    batch has any.
+    """
 
     def stack(name: str) -> Int[np.ndarray, "R B _"]:
         arrays = [getattr(batch, name) for batch in batches]

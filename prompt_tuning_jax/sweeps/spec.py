@@ -1,4 +1,4 @@
-"""A sweep: a grid of settings over gin files, and the trials that it stands for. Nothing here runs anything."""
+"""Defines a sweep, which is a grid of settings over gin files, and lists its trials. Nothing here runs a trial."""
 
 import dataclasses
 import hashlib
@@ -24,22 +24,23 @@ from prompt_tuning_jax.settings import (
     shown,
 )
 
-LONGEST_VALUE = 60  # characters of a value in a trial's name
+LONGEST_VALUE = 60  # how many characters of a value a trial's name keeps
 COMMANDS = ("train", "eval")
 CHOICES = Dictionary(Dictionary(Dictionary(), texts=False))  # macros by axis and value
 GRIDS = Listing(Dictionary(), "grids")
 
 
 class Trial(NamedTuple):
-    """One run of a sweep.
+    """Describes one run of a sweep.
 
     Attributes:
-      name: its place in the grid, "SIZE=nano,PROMPT_LENGTH=5": unique in the sweep, and its folder's name.
+      name: its value on each axis of the grid, such as "SIZE=nano,PROMPT_LENGTH=5". It is unique in the sweep, and is
+        also the name of the trial's folder.
       command: "train" or "eval".
-      gin_files: in order.
-      macros: values by macro, MODEL_DIR among them.
-      texts: bindings given on the sweep's command line, "NAME=value" as typed.
-      values: by axis, as `name` has them.
+      gin_files: the gin files, in the order in which they are parsed.
+      macros: values by macro, including MODEL_DIR.
+      texts: bindings from the sweep's command line, "NAME=value" as typed.
+      values: the trial's value by axis, written as in `name`.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Trial(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """What its command line is given."""
+        """Returns the arguments of the trial's command line."""
         return [
             *(f"--gin_file={file}" for file in self.gin_files),
             *(f"--gin.{name}={value!r}" for name, value in self.macros.items()),
@@ -69,23 +70,23 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep's gin file says.
+    """Holds the settings of a sweep's gin file.
 
-    An axis of the grid is a macro and its values, or a name of one's own whose values are `choices`. A text among the
-    macros may hold "{AXIS}", which stands for the trial's value of that axis, as its name has it.
+    An axis of the grid is either a macro with its values, or a new name with values that `choices` defines. A text in
+    `macros` may contain "{AXIS}", which is replaced by the trial's value on that axis, written as in the trial's name.
 
     Attributes:
-      sweep_dir: SWEEP_DIR. Each trial's MODEL_DIR is the folder of its name in it.
-      grid: values by axis; every combination is a trial. Or several such grids, one after another, as in
-        scikit-learn's `ParameterGrid`.
-      gin_files: of every trial, after those of its choices.
-      macros: of every trial, before those of its choices.
-      choices: by axis and value, what that value stands for: macros, "gin_files" (a list) and "command".
-      command: of the trials whose choices name none: "train" or "eval".
-      vectorize: 'auto'; False for a process a trial; or how many trials are to share a forward and a backward pass,
-        however much they pad each other (see `run_groups.programs`).
-      seeds: the axis that tables give the mean and standard deviation over.
-      mean_over: an axis (of tasks) that tables also give the mean over; None for no such rows.
+      sweep_dir: SWEEP_DIR. Each trial's MODEL_DIR is a folder in it that has the trial's name.
+      grid: values by axis; every combination is a trial. It may also be a list of such grids, whose trials are
+        concatenated, as in scikit-learn's `ParameterGrid`.
+      gin_files: gin files of every trial, parsed after those of its choices.
+      macros: macros of every trial, which its choices override.
+      choices: by axis and value, the settings that the value stands for: macros, "gin_files" (a list) and "command".
+      command: "train" or "eval", for the trials with choices that do not set it.
+      vectorize: 'auto'; False for one process per trial; or the number of trials that are vmapped into one forward and
+        backward pass, however much padding that needs (see `run_groups.programs`).
+      seeds: the axis over which tables give the mean and the standard deviation.
+      mean_over: an axis (of tasks) over which tables also give the mean; None for no such rows.
     """
 
     sweep_dir: Name
@@ -99,14 +100,14 @@ class Sweep:
     mean_over: Name | None = None
 
     def trials(self, texts: Sequence[str] = ()) -> list[Trial]:
-        """The trials, in the order of the grid: the last axis changes fastest.
+        """Returns the trials in the order of the grid, in which the last axis changes fastest.
 
         Args:
-          texts: bindings for every trial, "NAME=value", over what the sweep's file says.
+          texts: bindings for every trial, "NAME=value", which override the sweep's file.
 
         Raises:
-          ValueError: `vectorize` is none of its values, the grid is empty, a value is not among its axis's choices, or
-            two trials have one name.
+          ValueError: `vectorize` is invalid, the grid is empty, a value is not among its axis's choices, or two trials
+            have the same name.
         """
         check_fields(self)
         many = self.vectorize
@@ -169,7 +170,7 @@ class Sweep:
 
 
 def value_name(value: Any) -> str:
-    """A value as a trial's name has it: what a folder's name can bear, and no `,` `=` `:` that names are cut at."""
+    """Returns a value as written in a trial's name, which is a folder's name and is split at `,`, `=` and `:`."""
     text = re.sub(r"[^\w.+-]+", "_", str(value)).strip("_") or "none"
     if len(text) > LONGEST_VALUE:
         text = f"{text[:LONGEST_VALUE]}-{hashlib.sha256(str(value).encode()).hexdigest()[:8]}"
@@ -177,7 +178,7 @@ def value_name(value: Any) -> str:
 
 
 def chosen(trials: Iterable[Trial], names: Sequence[str]) -> list[Trial]:
-    """The trials of these names, in their order.
+    """Returns the trials with these names, in the order of `names`.
 
     Raises:
       ValueError: there is no trial of such a name.
@@ -191,7 +192,7 @@ def chosen(trials: Iterable[Trial], names: Sequence[str]) -> list[Trial]:
 
 
 def _filled(value: Any, values: Mapping[str, str]) -> Any:
-    """The value with "{AXIS}" in its texts replaced by the trial's value of that axis; other braces stand."""
+    """Replaces each "{AXIS}" in the value's texts by the trial's value on that axis; other braces are kept."""
     if isinstance(value, str):
         return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where each trial of a sweep stands, told from its folder alone, and a table of it. Imports no JAX."""
+"""Reads the state of each trial of a sweep from its folder, and formats it as a table, without importing JAX."""
 
 import collections
 import contextlib
@@ -17,21 +17,22 @@ from prompt_tuning_jax.tasks.metrics import record_score
 SUMMARY = "summary.json"
 FAILED = "failed.txt"
 
-STATES = ("running", "failed", "stopped", "waiting", "finished")  # those first that a short table keeps
-NARROWEST_NAME = 12  # characters of a trial's name that a narrow table keeps
+STATES = ("running", "failed", "stopped", "waiting", "finished")  # if lines are few, the table keeps the first
+NARROWEST_NAME = 12  # how many characters of a trial's name a narrow table keeps
 
 
 class TrialState(NamedTuple):
-    """Where a trial stands.
+    """Holds the state of a trial.
 
     Attributes:
-      state: "finished"; "running"; "failed", with `last_line`; "stopped", which is begun, and goes on when it is
+      state: "finished"; "running"; "failed"; "stopped", which means that the trial has begun and will resume when it is
         started again; or "waiting".
-      step: of the newest record; None before the first.
+      step: the step of the newest record; None before the first.
       steps: TRAIN_STEPS.
-      score: of the best evaluation until now, as the run chooses its best step; in per cent, or minus a loss.
-      seconds_left: of a running trial, at its pace until now.
-      last_line: of a failed trial.
+      score: the score of the best evaluation so far, by the measure with which the run chooses its best step: in per
+        cent, or a negated loss.
+      seconds_left: the estimated remaining time of a running trial, at its speed so far.
+      last_line: the last line of a failed trial's failed.txt.
     """
 
     name: str
@@ -44,13 +45,13 @@ class TrialState(NamedTuple):
 
 
 def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
-    """Reads a trial's folder, which need not be there.
+    """Reads the state of a trial from its folder, which may be missing.
 
     Args:
-      steps: TRAIN_STEPS of the trial; None for what its run wrote down when it began.
+      steps: TRAIN_STEPS of the trial; None to read it from the run's config.gin.
 
     Raises:
-      OSError: the folder is there and cannot be read.
+      OSError: the folder exists but cannot be read.
     """
     folder = trial.folder
     records = list(_records(folder / "metrics.jsonl"))
@@ -68,11 +69,11 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
 
 
 def table(states: Sequence[TrialState], width: int | None = None, height: int | None = None) -> str:
-    """The trials, a row each, a failed one's last line under it, and a last line with their counts.
+    """Returns a table with one row per trial, the last line of each failed trial below its row, and a line of counts.
 
     Args:
-      width: the most characters a line has; None for the terminal's, without a limit where there is no terminal.
-      height: the most lines; trials that run or failed are kept before those that wait or are finished.
+      width: the largest number of characters per line; None for the terminal's width, or no limit without a terminal.
+      height: the largest number of lines; if there are too many, waiting and finished trials are left out first.
     """
     width = width or shutil.get_terminal_size((0, 0)).columns or None
     shown = states if height is None else _that_fit(states, height - 3)
@@ -95,14 +96,14 @@ def table(states: Sequence[TrialState], width: int | None = None, height: int | 
 
 
 def counts(states: Sequence[TrialState]) -> str:
-    """How many trials are in which state, in a line."""
+    """Returns a line with the number of trials per state."""
     found = collections.Counter(state.state for state in states)
     parts = [f"{found[state]} {state}" for state in ("finished", *STATES[:-1]) if found[state]]
     return f"{len(states)} trial{'' if len(states) == 1 else 's'}: {', '.join(parts) or 'none'}"
 
 
 def describe(state: TrialState) -> str:
-    """One trial, in a line."""
+    """Returns a line that describes one trial."""
     where = f" at step {_steps(state)}" if state.step is not None else ""
     score = f", score {_score(state)}" if state.score is not None else ""
     last_line = f": {state.last_line}" if state.last_line else ""
@@ -114,9 +115,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            return  # the line that is just being written is the last
+            return  # this is the last line, which the run is just writing
         if not isinstance(record, dict) or not {"step", "split", "seconds"} <= {*record}:
-            return  # a damaged one: the run refuses it, or makes it again, when it goes on
+            return  # a damaged record, which the run refuses or rewrites when it resumes
         yield record
 
 
@@ -133,7 +134,7 @@ def _train_steps(folder: Path) -> int | None:
 
 
 def _summary_score(text: str, score: float | None) -> float | None:
-    """The score that an evaluation's summary has; a training run's records have had it."""
+    """Returns the score in an evaluation's summary, or `score` for a training run, whose summary has none."""
     with contextlib.suppress(ValueError):
         return json.loads(text).get("score", score)
     return score
@@ -144,7 +145,7 @@ def _seconds_left(records: Sequence[Mapping[str, Any]], steps: int | None) -> fl
         return None
     first, last = records[0], records[-1]
     taken, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
-    if not taken:  # one record, which has the time of starting in it
+    if not taken:  # there is only one record; its time includes starting the run
         taken, seconds = last["step"], last["seconds"]
     return max(steps - last["step"], 0) * seconds / taken if taken else None
 
@@ -185,5 +186,5 @@ def _middle_cut(text: str, width: int) -> str:
 
 
 def _printable(line: str) -> str:
-    """Without what would move a terminal's cursor."""
+    """Replaces characters that could move a terminal's cursor by spaces."""
     return "".join(character if character.isprintable() else " " for character in line)

@@ -1,4 +1,4 @@
-"""SWEEP_DIR/sweep.json: which trials a sweep's folder holds, so that no other sweep is mixed into it."""
+"""Reads and writes SWEEP_DIR/sweep.json, which lists the trials in the folder, so that two sweeps are never mixed."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,9 @@ RECORD = "sweep.json"
 
 
 def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]]:
-    """The trials on record and these, by name: their arguments but for MODEL_DIR. A grid may have grown.
+    """Returns the arguments, without MODEL_DIR, of the recorded trials and of these, by name.
+
+    Trials may be added to a sweep's grid later.
 
     Raises:
       ValueError: the folder cannot be written, or holds another sweep.
@@ -41,7 +43,7 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
 
 
 def recorded_trials(sweep_dir: str) -> list[Trial]:
-    """Returns the trials that a sweep's folder holds, as they were started; none if nothing was.
+    """Returns the trials that were started in a sweep's folder, in the configuration recorded there; none if it is new.
 
     Raises:
       ValueError: the record cannot be read.
@@ -57,14 +59,14 @@ def recorded_trials(sweep_dir: str) -> list[Trial]:
 
 
 def _recorded(sweep_dir: str, name: str, arguments: Sequence[str]) -> Trial:
-    """Returns a trial of the record; how it was started is in `texts`."""
+    """Returns a trial from its record. Its macros and bindings are all in `texts`; its gin files are left out."""
     values = {axis: value for axis, _, value in (part.partition("=") for part in name.split(","))}
     texts = tuple(part.removeprefix("--gin.") for part in arguments if part.startswith("--gin."))
     return Trial(name, "train", (), {"MODEL_DIR": str(Path(sweep_dir, name))}, texts, values)
 
 
 def recorded_steps(trial: Trial) -> int | None:
-    """Returns TRAIN_STEPS of a trial of the record; None if a gin file says it."""
+    """Returns TRAIN_STEPS of a recorded trial, or None if only a gin file sets it."""
     found = [text.partition("=")[2] for text in trial.texts if text.startswith("TRAIN_STEPS=")]
     return int(found[-1]) if found and found[-1].isdecimal() else None
 

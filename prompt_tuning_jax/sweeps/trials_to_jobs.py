@@ -1,11 +1,11 @@
-"""From trials to jobs: which trials a process of their own runs, and which share one."""
+"""Divides the trials of a sweep into jobs: decides which trials get their own process, and which share one."""
 
 from collections.abc import Callable, Hashable, Sequence
 
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.spec import Trial
 
-CLUSTER_TRIALS = 8  # of a job, where VECTORIZE is 'auto' and the jobs run elsewhere, at once
+CLUSTER_TRIALS = 8  # trials per job if VECTORIZE is 'auto' and the launcher starts all jobs at once
 
 
 def plan(
@@ -15,13 +15,13 @@ def plan(
     vectorize: bool | int | str,
     processes: int | None,
 ) -> list[Job]:
-    """The jobs that run these trials; those of one key share jobs.
+    """Returns the jobs that run these trials. Only trials with equal keys can share a job.
 
     Args:
-      key: of a trial, None where it runs alone; see `shared_step.program_key`.
-      together: the command line that runs several trials.
-      vectorize: the sweep's.
-      processes: how many jobs are to run at once; None for as many as there are.
+      key: returns a trial's key, or None if the trial must run alone; see `shared_step.program_key`.
+      together: returns the command line that runs several trials.
+      vectorize: the sweep's setting; see `spec.Sweep`.
+      processes: how many jobs run at the same time; None if all do.
     """
     groups: dict[Hashable, list[Trial]] = {}
     for trial in trials:
@@ -36,7 +36,7 @@ def plan(
 
 
 def most_together(vectorize: bool | int | str) -> int | None:
-    """The most trials in one program; None where memory and padding decide."""
+    """Returns the largest number of trials in one executable, or None if memory and padding decide."""
     return None if isinstance(vectorize, (bool, str)) else vectorize
 
 

@@ -1,6 +1,6 @@
-"""Many runs in one program: one frozen base model, one compilation, many prompts or adapters.
+"""Trains many runs in one executable, with one frozen base model and one prompt or adapter per run.
 
-What a run reads, evaluates and saves is `training.run`'s, and the loop is `training.loop`'s, as if it were alone.
+Each run reads, evaluates and saves as if it were alone, with `training.run`; the loop is that of `training.loop`.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from prompt_tuning_jax.training.run_folder import write_text
 
 
 def in_a_line(error: Exception) -> str:
-    """Returns an error's message in one line, with settings named as the macros that a sweep sets."""
+    """Returns an error's message as one line, in which settings have the names of gin macros."""
     return " ".join(spelled(error, str.upper).split())
 
 
 def leave_failure(name: str, model_dir: str, failure: str) -> None:
-    """Says what a run failed of, on stderr and in failed.txt of its folder."""
+    """Writes why a run failed to stderr and to failed.txt in its folder."""
     print(f"{name}: error: {failure}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # of a full disk, say
+    with contextlib.suppress(OSError):  # for example, the disk is full
         Path(model_dir).mkdir(parents=True, exist_ok=True)
         write_text(Path(model_dir, "failed.txt"), f"error: {failure}\n")
 
@@ -36,19 +36,20 @@ def leave_failure(name: str, model_dir: str, failure: str) -> None:
 def train_together(
     configs: Iterable[tuple[str, TrainConfig]], most: int | None = None, *, stop: Stop = lambda step: False
 ) -> dict[str, str]:
-    """Trains runs of one `program_key`.
+    """Trains runs that have equal `program_key`s.
 
     Args:
-      configs: by name. Taken one at a time, each run having read all it needs of its settings before the next.
+      configs: names and configurations. They are read one at a time: each run has read all it needs of its
+        configuration before the next is made.
       most: see `run_groups.programs`.
       stop: see `loop.train`.
 
     Returns:
-      What failed, and why, by name; the other runs have their summary.json.
+      The reasons of the runs that failed, by name. All other runs have written their summary.json.
 
     Raises:
-      ValueError: the base model does not fit; nothing has been written then.
-      Stopped: `stop` returned true, and all runs are saved.
+      ValueError: the base model does not fit the configuration. Nothing has been written then.
+      Stopped: `stop` returned true. All runs have been saved.
     """
     members, failures, model = [], {}, None
     warn = once(to_stderr)
@@ -84,7 +85,7 @@ def train_together(
 
 
 def once(say: Say) -> Say:
-    """Returns `say` for lines that it has not been told yet: runs on the same data have the same to say of it."""
+    """Returns a function that calls `say` only for new lines, since runs on the same data give the same warnings."""
     told: set[str] = set()
 
     def say_once(line: str) -> None:
@@ -97,7 +98,7 @@ def once(say: Say) -> Say:
 
 @contextlib.contextmanager
 def failing(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[None]:
-    """Keeps what goes wrong with one run among the failures."""
+    """Records an error of one run in `failures` and in its failed.txt, instead of raising it."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -106,7 +107,7 @@ def failing(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[Non
 
 
 def open_all(members: Sequence[Member]) -> None:
-    """Makes the runs' folders, and restores each run as it was saved."""
+    """Opens the runs' folders, and restores each run at the step that `common_steps` chooses."""
     for member in members:
         with member.failing_alone():
             for line in member.run.open():
@@ -120,7 +121,7 @@ def open_all(members: Sequence[Member]) -> None:
 
 
 def report(member: Member) -> None:
-    """Says how a run ended."""
+    """Prints a run's best step and metrics, or why it failed."""
     if member.failure is not None:
         leave_failure(member.name, str(member.run.config.model_dir), in_a_line(member.failure))
         return
@@ -131,10 +132,11 @@ def report(member: Member) -> None:
 
 
 def common_steps(runs: Sequence[Run]) -> Iterator[int]:
-    """Yields the step at which each run was saved; of runs that were killed while they were being saved, the last step
-    that all have.
+    """Yields, per run, the saved step from which it resumes.
 
-    They then take the same steps together as if they had never been killed, to the last bit.
+    If the runs were killed during a save, some of them have a newer checkpoint than others. These restore the last step
+    that all have, so that the runs again take every step together, and their results are bit-identical to those of
+    runs that were never killed.
     """
     newest = [max(run.saved_steps, default=0) for run in runs]
     least = min(newest, default=0)

@@ -1,13 +1,13 @@
-"""SeqIO tasks: sources, text formats, vocabularies, and how an answer is read and scored.
+"""Defines the SeqIO tasks: their sources, text formats and vocabularies, and how answers are parsed and scored.
 
-Only the modules that register tasks import TensorFlow; vocabularies, postprocessors and metrics do not, so that a run
-fed from a cache never loads it. A run imports the module of its task alone: `module_for`.
+Only the modules that register tasks import TensorFlow. Vocabularies, postprocessors and metrics do not, so a run that
+reads from the cache never loads it. A run imports only the module of its task; see `module_for`.
 """
 
 import re
 
-# How the names begin that a module registers, the first that fits; before it stand mt5_ or byt5_, taskless_ or
-# task_index_. MIXTURE_OR_TASK_MODULE adds a user's own.
+# Maps the beginning of a task's name, without mt5_, byt5_, taskless_ and task_index_, to the module that registers the
+# task. The first match counts. MIXTURE_OR_TASK_MODULE adds a user's own module.
 _MODULES = {
     r"(super_)?glue_\w+_v\d+_(perceptron|generation|rank_classification)": "perceptron",
     r"pr:|c4_v220_random_positive_negative": "recycling",
@@ -29,7 +29,7 @@ TASK_MODULES = tuple(f"{__name__}.{module}" for module in dict.fromkeys(_MODULES
 
 
 def module_for(name: str) -> str | None:
-    """The module that registers the task or mixture `name`, by how the name begins; None for none of this project's."""
+    """Returns the module that registers the task or mixture `name`, or None if this project has no such name."""
     stem = re.sub(r"^(mt5_|byt5_)?(taskless_|task_index_)?", "", name)
     for start, module in _MODULES.items():
         if re.match(start, stem):

@@ -1,7 +1,7 @@
-"""Lists tasks, or shows what one makes of its rows.
+"""Lists tasks, or shows how a task turns its rows into inputs and targets.
 
-python -m prompt_tuning_jax.tasks [TEXT]        tasks and mixtures with TEXT in their names, by module
-python -m prompt_tuning_jax.tasks show NAME     rows before and after each preprocessor, lengths and labels
+python -m prompt_tuning_jax.tasks [TEXT]        lists tasks and mixtures with TEXT in their names, by module
+python -m prompt_tuning_jax.tasks show NAME     shows rows before and after each preprocessor, lengths and labels
 """
 
 import argparse
@@ -24,18 +24,18 @@ from prompt_tuning_jax.errors import SettingError, spelled
 from prompt_tuning_jax.settings import Count, Natural
 from prompt_tuning_jax.tasks import data_check
 
-# Before TensorFlow is imported, which is not before a command is understood.
+# TensorFlow reads these when it is imported, which happens only after the command line is parsed.
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 
 EMBEDDED = Path(__file__).parent.parent / "bases" / "nano" / "spiece.model"
-MOST = 100_000  # rows that are counted
-TRAIN = "train"  # the split whose inputs no other should have
+MOST = 100_000  # how many rows are read for the statistics
+TRAIN = "train"  # other splits should not have the inputs of this split
 FLAGS = {
     "mixture_or_task_name": "NAME",
     "mixture_or_task_module": "--module",
     "task_feature_lengths": "--targets_length",
 }
-WIDTH = 160  # characters of a text that are shown
+WIDTH = 160  # how many characters of a text are shown
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def _as_flag(name: str) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    """Does what a command line says."""
+    """Runs the command line and prints its output."""
     try:
         if arguments[:1] == ["show"]:
             lines = show(_show_parser().parse_args(arguments[1:]))
@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
             lines = listing(options.text, options.module)
         for line in lines:
             print(line, flush=True)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -83,10 +83,12 @@ def _show_parser() -> argparse.ArgumentParser:
 
 
 def listing(text: str, module: str | None) -> Iterator[str]:
-    """The tasks and mixtures with `text` in their names, those that differ only in how a name begins or ends on a line.
+    """Yields lines that list the tasks and mixtures with `text` in their names.
+
+    Names that differ only in their prefix or suffix share a line.
 
     Raises:
-      ValueError: there are none, or the module is not there.
+      ValueError: there are no such tasks, or the module does not exist.
     """
     with _quiet():
         from prompt_tuning_jax.tasks import TASK_MODULES, find, module_for
@@ -115,7 +117,7 @@ def listing(text: str, module: str | None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what TensorFlow's libraries write to stderr when they are loaded; what Python raises is seen."""
+    """Discards what TensorFlow's libraries write to stderr when they are loaded. Python's exceptions still pass."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -135,7 +137,7 @@ def _choice(parts: Sequence[str]) -> str:
 
 
 def _facts(name: str) -> str:
-    """A task's metrics, splits and labels, or a mixture's tasks and rates, in a line."""
+    """Returns a line with a task's metrics, splits and labels, or with a mixture's tasks and rates."""
     import seqio
 
     provider = seqio.get_mixture_or_task(name)
@@ -168,10 +170,10 @@ def _function_name(function: Any) -> str:
 
 
 def show(options: argparse.Namespace) -> Iterator[str]:
-    """Rows before and after each preprocessor, token counts, and how the targets are distributed.
+    """Yields lines with rows before and after each preprocessor, token counts, and the distribution of the targets.
 
     Raises:
-      ValueError: no such task, split, vocabulary or data.
+      ValueError: the task, split, vocabulary or data does not exist.
     """
     from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
@@ -204,7 +206,7 @@ def show(options: argparse.Namespace) -> Iterator[str]:
 def _stages(
     task: Any, split: str, lengths: dict[str, int], count: int
 ) -> Iterator[tuple[str | None, list[dict[str, Any]]]]:
-    """The first rows of the source, and after each preprocessor in turn, with its name."""
+    """Yields the source's first rows, with None, and then each preprocessor's name with its first rows."""
     import seqio
 
     dataset = task.source.get_dataset(split, shuffle=False)
@@ -220,7 +222,7 @@ def _stages(
 
 
 def _step_name(step: Any) -> str:
-    """A preprocessor's name; of one that a function made, also that function's."""
+    """Returns a preprocessor's name, after the name of the function that made it if there is one."""
     while isinstance(step, functools.partial):
         step = step.func
     name = getattr(step, "__qualname__", type(step).__name__)
@@ -232,7 +234,7 @@ def _first(dataset: Any, count: int) -> list[dict[str, Any]]:
 
 
 def _shown(value: Any, words: Any) -> str:
-    """A field in a line: text as it is, tokens as pieces too."""
+    """Returns a field's value as text; tokens are shown as ids and as subwords."""
     import tensorflow as tf
 
     if isinstance(value, tf.RaggedTensor | tf.compat.v1.ragged.RaggedTensorValue):
@@ -292,7 +294,7 @@ def _statistics(task: Any, split: str, lengths: dict[str, int], words: Any) -> I
 def _tokenized(
     task: Any, split: str, lengths: dict[str, int]
 ) -> Iterator[tuple[dict[str, data_check.Tokens], list[str | None]]]:
-    """Yields the first `MOST` rows by the thousand: their tokens, and their targets as text."""
+    """Yields the tokens, and the targets as text, of the first `MOST` rows, in batches of 1024 rows."""
     from prompt_tuning_jax.tasks import find
 
     dataset = task.get_dataset(
@@ -310,7 +312,7 @@ def _tokenized(
 
 
 def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> Iterator[str]:
-    """Yields what the targets' length does to labels; a run refuses labels that become the same."""
+    """Yields a line if the length of targets truncates labels. A run refuses labels that become equal by this."""
     try:
         truncated = data_check.check_trimmed_labels(labels, words, lengths)
     except SettingError as error:
@@ -321,7 +323,7 @@ def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> 
 
 
 def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iterator[str]:
-    """Yields how many rows have the inputs of a training row, if any have."""
+    """Yields a line with the number of rows whose inputs are also those of a training row, if there are any."""
     from prompt_tuning_jax.tasks import sources
 
     known: set[int] = set()
@@ -329,7 +331,7 @@ def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iter
         with sources.source_errors():
             for tokens, _ in _tokenized(task, TRAIN, lengths):
                 known.update(data_check.row_hashes(tokens["inputs"]))
-    except ValueError as error:  # that split may lack its file, which only matters here
+    except ValueError as error:  # the file of the training split may be missing, which is no error elsewhere
         yield f"the inputs are not compared with those of {TRAIN}: {spelled(error, _as_flag)}"
         return
     if both := sum(one in known for one in hashes):
@@ -337,7 +339,7 @@ def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iter
 
 
 def _distribution(targets: collections.Counter[str], labels: Iterable[str] | None, words: Any) -> Iterator[str]:
-    """How often each label is the target, or the commonest targets where there are none."""
+    """Yields lines with the frequency of each label, or of the commonest targets if there are no labels."""
     total = targets.total()
     if not total:
         return

@@ -1,7 +1,7 @@
-"""C4 for pre-training: span corruption and prefix LM as in section 2.2, and the official tasks of noised text.
+"""Registers pre-training tasks on C4: span corruption and prefix LM as in section 2.2, and the official noising tasks.
 
-DATA_DIR may hold C4's own files, `c4-train.*.json.gz`, other JSONL whose names or rows say the split, or a data set
-that TFDS has prepared.
+DATA_DIR may contain C4's own files, `c4-train.*.json.gz`, or other JSONL whose file names or rows give the split, or a
+data set that TFDS has prepared.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from prompt_tuning_jax.tasks.text import DENSITY, MEAN_SPAN, as_targets, both_le
 
 
 class C4(sources.FilesOrTfds):
-    """C4's documents, {"text"}, read as they stream."""
+    """Source of C4's documents, {"text"}, which are read lazily."""
 
     def __init__(self, tfds_name: str):
         super().__init__(tfds_name, {split: f"c4-{split}.*.json.gz" for split in ("train", "validation")})
@@ -43,7 +43,7 @@ class C4(sources.FilesOrTfds):
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The split's files by name, or all where the names do not say."""
+    """Returns the files whose names contain the split, or else all files whose names contain no split."""
     files = sorted(path for path in folder.glob("*.json*") if path.is_file())
     named = [path for path in files if split in path.name]
     files = named or [path for path in files if not any(other in path.name for other in ("train", "validation"))]
@@ -54,7 +54,7 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _documents(path: Path, split: str) -> Iterator[str]:
-    """The texts of a JSONL file; where its rows name a split, those of `split`."""
+    """Yields the texts of a JSONL file. If its rows name a split, only those of `split`."""
     for number, line in sources.filled_lines(path):
         try:
             row = sources.read_json(line)
@@ -67,15 +67,15 @@ def _documents(path: Path, split: str) -> Iterator[str]:
             yield text
 
 
-# 3.1.0 is the newest for pre-training and LM adaptation; the official tasks name 2.2.0.
+# 3.1.0 is the newest version, used for pre-training and LM adaptation; the official tasks use 2.2.0.
 _adaptation, official = C4("c4/en:3.1.0"), C4("c4/en:2.2.0")
-inputs_pieces = preprocessors.split_documents(lambda lengths: lengths["inputs"] - 1)  # an end of sequence set aside
+inputs_pieces = preprocessors.split_documents(lambda lengths: lengths["inputs"] - 1)  # 1 is for the end of sequence
 
 for _task, _source, _noise in (
     (
         "c4_v310_span_corruption",
         _adaptation,
-        # Documents joined, as T5 pre-trains: all examples but a few are as long as the inputs allow.
+        # Documents are joined as in T5's pre-training, so nearly all examples are as long as the inputs allow.
         [preprocessors.concatenate_documents(corrupted_length), preprocessors.span_corruption(DENSITY, MEAN_SPAN)],
     ),
     ("c4_v310_prefix_lm", _adaptation, [preprocessors.split_documents(both_lengths), preprocessors.prefix_lm()]),

@@ -1,4 +1,4 @@
-"""What of a split's rows a model cannot read, answer or learn as they stand, counted from their tokens."""
+"""Checks the tokens of a split for rows that a model cannot read, answer or learn, and counts them."""
 
 import collections
 import reprlib
@@ -12,21 +12,21 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
-SAMPLE = 100_000  # rows of a split whose tokens and targets are looked at
-MOST_INPUTS = 500_000  # rows of a split whose inputs are compared with another's
-BLOCK = 1_000  # neighbouring rows, of which a sample is made
+SAMPLE = 100_000  # how many rows of a split are checked for tokens and targets
+MOST_INPUTS = 500_000  # how many rows of a split have their inputs compared with those of another split
+BLOCK = 1_000  # a sample has blocks of this many consecutive rows
 FEATURES = ("inputs", "targets")
 
 
 class Tokens(NamedTuple):
-    """The token ids of neighbouring rows, one row after another, and each row's length."""
+    """Holds the concatenated token ids of consecutive rows, and the length of each row."""
 
     flat: Int[np.ndarray, " tokens"]
     lengths: Int[np.ndarray, " n"]
 
 
 class DataCheck:
-    """Counts unknown tokens, and targets that the tokenizer does not give back.
+    """Counts unknown tokens, and targets that decode to another text than they were encoded from.
 
     >>> check = DataCheck(Vocabulary("bytes"))
     >>> check.add(Tokens(np.array([5, 2, 1]), np.array([3])), Tokens(np.array([100, 1]), np.array([2])), ["a"])
@@ -42,14 +42,14 @@ class DataCheck:
         self._unknown: collections.Counter[str] = collections.Counter()
         self._rows_with_unknown: collections.Counter[str] = collections.Counter()
         self._texts: collections.Counter[str] = collections.Counter()
-        self._written: dict[str, str] = {}  # what the tokenizer makes of each text
+        self._written: dict[str, str] = {}  # each target's text after encoding and decoding
 
     def add(self, inputs: Tokens, targets: Tokens, texts: Sequence[str | None]) -> None:
-        """Counts neighbouring rows.
+        """Adds consecutive rows to the counts.
 
         Args:
-          inputs, targets: token ids, end of sequence included, before any truncation.
-          texts: the targets before they were tokenised; None if it is not known.
+          inputs, targets: token ids, including the end of sequence, not truncated.
+          texts: the targets' texts before they were tokenised; None for a text that is not known.
         """
         self.rows += len(texts)
         labelled = np.array([text != UNLABELLED for text in texts], np.bool_)  # T5 writes <unk> if there is no label
@@ -67,11 +67,11 @@ class DataCheck:
             self._texts[text] += 1
             if text not in self._written:
                 decoded = self._vocabulary.decode(targets.flat[start : start + length])
-                # The tokens may be those of more than the text.
+                # If they differ, encode the text again: the tokens may have more than the text, such as a sentinel.
                 self._written[text] = text if decoded == text else self._vocabulary.written(text)
 
     def lines(self) -> Iterator[str]:
-        """Yields what was found, in a line for each kind."""
+        """Yields a line per kind of problem that was found."""
         found = [
             f"{_share(self._unknown[name], self._tokens[name])} of {name} (in {self._rows_with_unknown[name]:,} of "
             f"{self.rows:,} rows)"
@@ -89,7 +89,7 @@ class DataCheck:
 
 
 def blocks(count: int, most: int = SAMPLE) -> list[slice]:
-    """Returns which of `count` rows are looked at: all up to `most`, or blocks of neighbours at equal distances."""
+    """Returns slices of the rows to check: all of `count` rows, or at most `most` in evenly spaced blocks."""
     if count <= most:
         return [slice(0, count)]
     starts = np.linspace(0, count - BLOCK, most // BLOCK).astype(int).tolist()
@@ -97,24 +97,24 @@ def blocks(count: int, most: int = SAMPLE) -> list[slice]:
 
 
 def row_hashes(tokens: Tokens) -> list[int]:
-    """Returns a hash of each row's ids, the same for the same ids within a process."""
+    """Returns a hash of each row's ids. Hashes are comparable only within this process."""
     data = np.ascontiguousarray(tokens.flat, "<i4").tobytes()
     ends = (4 * np.cumsum(tokens.lengths)).tolist()
     return [hash(data[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def check_trimmed_labels(labels: Iterable[str], vocabulary: Vocabulary, lengths: Mapping[str, int]) -> list[str]:
-    """Returns the labels that `lengths` truncate: no answer is generated as one of these.
+    """Returns the labels that are longer than `lengths`, so that generation can never give them.
 
     Raises:
-      SettingError: two labels have the same tokens once they are truncated; the message names both.
+      SettingError: two labels have the same tokens after truncation; the message names both.
     """
     limit = lengths["targets"]
     ids = {label: np.array([*vocabulary.encode(label), vocabulary.eos_id]) for label in labels}
     seen: dict[tuple[int, ...], str] = {}
     for label, tokens in ids.items():
         other = seen.setdefault(tuple(trim(tokens, limit).tolist()), label)
-        # Labels of the same tokens before that are the tokenizer's matter.
+        # Labels that have the same tokens even without truncation are no fault of the lengths.
         if not np.array_equal(ids[other], tokens):
             longest = max(map(len, ids.values()))
             raise SettingError(
@@ -127,20 +127,21 @@ def check_trimmed_labels(labels: Iterable[str], vocabulary: Vocabulary, lengths:
 
 
 def truncated_labels(labels: Sequence[str]) -> str:
-    """Returns what to say of labels that `check_trimmed_labels` returned."""
+    """Returns the warning about labels that `check_trimmed_labels` returned."""
     return f"no answer is generated as {', '.join(map(repr, labels))}: the length of targets truncates it"
 
 
 def shared(both: int, rows: int, *, at_least: bool = False) -> str:
-    """Returns what to say of rows to evaluate on that have the inputs of a training row."""
+    """Returns the warning that `both` of `rows` evaluation rows have the same inputs as a training row."""
     return f"inputs of {'at least ' * at_least}{both:,} of {rows:,} rows are those of a training row"
 
 
 def check_something_left(longest: Mapping[str, int], shortest: Mapping[str, int], lengths: Mapping[str, int]) -> None:
-    """Raises SettingError if truncation leaves nothing but the end of sequence of every row's inputs or targets.
+    """Raises SettingError if truncation leaves only the end of sequence of every row's inputs or targets.
 
     Args:
-      longest, shortest: tokens of the longest and the shortest row, end of sequence included.
+      longest, shortest: the numbers of tokens of the longest and the shortest row, including the end of sequence.
+      lengths: the lengths to which rows are truncated.
     """
     for name in FEATURES:
         if lengths[name] == 1 < shortest[name]:

@@ -1,4 +1,4 @@
-"""The demo's task: generated review sentences, with two validation splits (see `review_grammar`)."""
+"""Registers the demo's task: generated review sentences, with two validation splits (see `review_grammar`)."""
 
 import functools
 

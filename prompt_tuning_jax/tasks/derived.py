@@ -1,4 +1,4 @@
-"""Tasks made of other tasks' parts: the same rows and texts under other splits, scores or targets."""
+"""Helps to make tasks from parts of other tasks: the same rows and texts with other splits, metrics or targets."""
 
 import functools
 import re
@@ -11,11 +11,14 @@ from prompt_tuning_jax.errors import Setting, SettingError
 
 
 class Parts(NamedTuple):
-    """What a registered task is made of.
+    """Holds the parts of a registered task.
 
     Attributes:
-      text_format: its preprocessors from a row to `inputs` and `targets`.
-      labels: its closed set of answers; None where it has none.
+      source: the source of its rows.
+      text_format: the preprocessors that turn a row into `inputs` and `targets`.
+      postprocess: its postprocessor.
+      metrics: its metrics.
+      labels: its closed set of answers, or None.
     """
 
     source: seqio.DataSource
@@ -26,7 +29,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(name: str) -> Parts:
-    """The parts of a registered task."""
+    """Returns the parts of a registered task."""
     task = seqio.TaskRegistry.get(name)
     tokenise = task.preprocessors.index(seqio.preprocessors.tokenize)
     labels = getattr(task.postprocessor, "keywords", {}).get("labels")
@@ -34,14 +37,14 @@ def parts_of(name: str) -> Parts:
 
 
 def wrapped(wrapper: Callable, postprocess: Callable, **options: Any) -> functools.partial:
-    """`wrapper`, a function of `wrapped_postprocessors`, around `postprocess`, one of `postprocessors`."""
+    """Returns `wrapper`, a function of `wrapped_postprocessors`, with `postprocess` (of `postprocessors`) inside."""
     inner = getattr(postprocess, "keywords", {})
     function = getattr(postprocess, "func", postprocess)
     return functools.partial(wrapper, postprocess=function.__name__, **inner | options)
 
 
 class Splits(seqio.DataSource):
-    """A source's rows under other splits, which may be slices of its own: {"validation": "train[-500:]"}."""
+    """Source that renames another source's splits, or makes slices of them: {"validation": "train[-500:]"}."""
 
     def __init__(self, source: seqio.DataSource, splits: Mapping[str, str]):
         self._source, self._slices = source, dict(splits)
@@ -60,7 +63,7 @@ class Splits(seqio.DataSource):
         name, start, stop = match.groups()
         if start is None and stop is None:
             return self._source.get_dataset(name, shuffle, seed, shard_info, num_epochs=num_epochs)
-        # Rows are cut where they are read, and in their own order, so that files and TFDS give the same slices.
+        # Slices are taken here, from unshuffled rows, so that files and TFDS give the same slices.
         dataset = self._source.get_dataset(name, shuffle=False)
         count = int(dataset.cardinality())
         if count < 0:

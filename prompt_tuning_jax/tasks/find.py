@@ -1,4 +1,4 @@
-"""Finds registered tasks and mixtures by name, importing the module of the name alone, and gives them a vocabulary."""
+"""Finds registered tasks and mixtures by name, importing only the module of that name, and sets their vocabulary."""
 
 import dataclasses
 import importlib
@@ -13,13 +13,14 @@ from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 
 
 def find(name: str, modules: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:
-    """The registered task or mixture.
+    """Returns the registered task or mixture with this name.
 
     Args:
-      modules: of the user's own, imported beside the module of the name.
+      name: the task's or mixture's name.
+      modules: the user's own modules, which are imported in addition to this project's module for the name.
 
     Raises:
-      ValueError: no such task, with near misses; or no such module.
+      ValueError: there is no such task (the message has near misses), or no such module.
     """
     for module in filter(None, (module_for(name), *modules)):
         import_module(module)
@@ -29,14 +30,14 @@ def find(name: str, modules: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:
 
 
 def names() -> set[str]:
-    """Of the tasks and mixtures registered so far."""
+    """Returns the names of the tasks and mixtures that are registered so far."""
     return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
 def with_vocabulary(task: seqio.Task, path: str, eos_id: int | None = None) -> seqio.Task:
-    """The task with the tokenizer at `path` in place of its own vocabulary, and `eos_id` in place of its end."""
+    """Returns the task with the tokenizer at `path` as its vocabulary, and `eos_id` as its end of sequence."""
     features = {
-        # Numbers that are no text pass through as they are.
+        # Features that are numbers and not text keep their vocabulary.
         name: feature
         if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
         else dataclasses.replace(feature, vocabulary=seqio_vocabulary(path, eos_id))
@@ -53,13 +54,13 @@ def with_vocabulary(task: seqio.Task, path: str, eos_id: int | None = None) -> s
 
 
 def makes_lengths(task: seqio.Task) -> bool:
-    """Whether a preprocessor makes examples of the given lengths; SeqIO's own ones only cut to them."""
+    """Returns whether a preprocessor needs the lengths to make its examples; SeqIO's own ones only truncate to them."""
     own = (step for step in task.preprocessors if not getattr(step, "__module__", "").startswith("seqio."))
     return any("sequence_length" in inspect.signature(step).parameters for step in own)
 
 
 def import_module(module: str) -> None:
-    """Registers a module's tasks.
+    """Imports a module, which registers its tasks.
 
     Raises:
       ValueError: there is no such module.
@@ -75,7 +76,7 @@ def import_module(module: str) -> None:
 
 
 def _near_tasks(name: str) -> str:
-    """Which tasks and mixtures of this project, and of modules that are imported, have nearly that name."""
+    """Returns a sentence with the names nearest to `name` among all tasks and mixtures."""
     for module in TASK_MODULES:
         import_module(module)
     otherwise = f"there are {len(names())}, and python -m prompt_tuning_jax.tasks lists them."

@@ -1,6 +1,6 @@
-"""GLUE (Wang et al. 2019) under the official names, from TFDS or from GLUE's own TSV folders.
+"""Registers GLUE (Wang et al. 2019) under the official names, from TFDS or from GLUE's own folders of TSV files.
 
-`glue_NAME_v002` and `glue_NAME_v200` are the same task: the first stood on glue:1.0.0, which TFDS no longer builds.
+`glue_NAME_v002` and `glue_NAME_v200` are the same task. The first used glue:1.0.0, which TFDS no longer builds.
 """
 
 import functools
@@ -17,17 +17,19 @@ PAIR = {"sentence1": "sentence1", "sentence2": "sentence2"}
 
 
 class Config(NamedTuple):
-    """One configuration of TFDS's `glue`.
+    """Describes one configuration of TFDS's `glue`.
 
     Attributes:
-      text: what T5 writes in front of the inputs.
-      number: of the task, for `task_index_`; a diagnostic set has that of the task it belongs to.
-      titles: each field's title in GLUE's file.
-      labels: by place; none for STS-B's scores.
-      label_title: the label's title in GLUE's file, where it is written by place if `numbered`, else by name.
-      files: by split.
-      header: titles where the training and dev files have no header line.
-      may_lack: the file has rows with too few cells or an empty text, as GLUE's QQP does.
+      text: the name that T5 writes in front of the inputs.
+      number: the task's number, for `task_index_`; a diagnostic set has the number of the task that it belongs to.
+      titles: the title of each field in GLUE's files.
+      labels: the labels' names, in order; empty for STS-B, which has scores.
+      label_title: the title of the label's column in GLUE's files.
+      numbered: whether GLUE's files have a label's index; otherwise they have its name.
+      metrics: the task's metrics.
+      files: the file of each split.
+      header: the columns' titles if the training and dev files have no header line, otherwise None.
+      may_lack: whether the files have rows with too few cells or an empty text, as those of QQP do.
     """
 
     text: str
@@ -42,7 +44,7 @@ class Config(NamedTuple):
     may_lack: bool = False
 
     def text_format(self) -> list[Callable]:
-        """From a row to T5's text."""
+        """Returns the preprocessors that turn a row into T5's text."""
         if not self.labels:
             return [preprocessors.score_text(self.text, tuple(self.titles))]
         return [preprocessors.label_text(self.text, self.labels)]
@@ -51,7 +53,7 @@ class Config(NamedTuple):
         return labelled(self.labels, **options) if self.labels else postprocessors.number
 
     def source(self, name: str, splits: Sequence[str] | None = None) -> sources.FilesOrTfds:
-        """The rows of `splits`, or of all."""
+        """Returns the source of the rows of `splits`, or of all splits."""
         texts = dict.fromkeys(self.titles, sources.any_text if self.may_lack else sources.text)
         if self.labels:
             check = sources.label(len(self.labels)) if self.numbered else sources.label_name(self.labels)
@@ -104,7 +106,7 @@ CONFIGS = {
     "mnli": _MNLI,
     "mnli_matched": _MNLI._replace(files=_MATCHED),
     "mnli_mismatched": _MNLI._replace(files=_MISMATCHED),
-    # No one but GLUE's server has its labels.
+    # Only GLUE's server has the labels of this set.
     "ax": _MNLI._replace(files={"test": "diagnostic/diagnostic.tsv"}, metrics=()),
     "mrpc": Config(
         "mrpc",
@@ -160,7 +162,7 @@ for _version in VERSIONS:
             wordings=WORDINGS,
             index=_config.number,
         )
-    # TFDS's mnli has no split named validation; these three have train and two validation splits among them.
+    # TFDS's mnli has no split named validation. Together, these three have train and two validation splits.
     add_mixture(
         f"glue_mnli_and_dev_{_version}",
         [f"glue_{_name}_{_version}" for _name in ("mnli", "mnli_matched", "mnli_mismatched")],

@@ -1,7 +1,7 @@
-"""Zero-shot transfer between MRPC and QQP (paper, table 2): train on one, evaluate on the other.
+"""Registers zero-shot transfer between MRPC and QQP (paper, table 2): train on one, evaluate on the other.
 
-The two call the same labels by other words. A prompt answers with the words it was trained on, and the postprocessor
-reads them as the evaluated task's.
+The two tasks have different words for the same labels. A prompt answers with the words that it was trained on, and the
+postprocessor translates them into the labels of the evaluated task.
 """
 
 from prompt_tuning_jax.tasks.glue import CONFIGS, VERSIONS

@@ -1,4 +1,4 @@
-"""IMDB movie reviews: the review as it is, `negative` or `positive` (the formats of the official recycling tasks)."""
+"""Registers IMDB movie reviews: inputs are the unchanged review, targets `negative` or `positive` (as in recycling)."""
 
 import functools
 import random
@@ -14,7 +14,7 @@ LABELS = ("negative", "positive")
 
 
 def _read(path: Path) -> list[sources.Row]:
-    """The rows in a fixed shuffled order: the file has its labels in blocks, and a slice of it should hold both."""
+    """Returns the rows in a fixed shuffled order, so that slices have both labels; the file is sorted by label."""
     rows = list(sources.read_jsonl(path, columns={"text": sources.text, "label": sources.label(2)}))
     random.Random(0).shuffle(rows)
     return rows

@@ -1,4 +1,4 @@
-"""Lines of text files, plain or compressed, without TensorFlow."""
+"""Reads the lines of text files, plain or compressed, without TensorFlow."""
 
 import gzip
 import lzma
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a text file, plain, .gz or .xz, as UTF-8.
+    """Yields the lines of a UTF-8 text file, which may be compressed (.gz or .xz).
 
     Raises:
       ValueError: a line is not UTF-8, or the file cannot be read to its end; the message names the file and the line.

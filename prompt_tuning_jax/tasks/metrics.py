@@ -1,8 +1,9 @@
-"""Metrics of a whole split, in per cent, as the benchmarks define them. Plain NumPy, so that a cache can name them.
+"""Computes the metrics of a whole split, in per cent, as the benchmarks define them, with NumPy only.
 
-Each takes the targets and the predictions that a postprocessor made, in the same order, and gives its values under the
-names that T5 has for them (t5/evaluation/metrics.py). -1 stands for an answer that is no label, and is never right. Of
-no examples every metric is 0, and so is a ratio whose denominator is 0; a value that is no number is never returned.
+Each function takes the targets and the predictions that a postprocessor returned, in the same order. It returns its
+values under T5's names (t5/evaluation/metrics.py). An answer that is not a label is -1 and never counts as correct.
+Without examples every metric is 0, and so is a ratio with denominator 0; NaN is never returned. The functions are at
+the top level of this module, so a cache can store their names.
 """
 
 import collections
@@ -14,30 +15,33 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-NOT_METRICS = ("step", "split", "seconds")  # what else an evaluation's record holds
+NOT_METRICS = ("step", "split", "seconds")  # the fields of an evaluation's record that are not metrics
 
 
 def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
-    """Share of predictions that are the target."""
+    """Returns the percentage of predictions that equal their target."""
     return {"accuracy": mean_in_per_cent([t == p and p != -1 for t, p in zip(targets, predictions, strict=True)])}
 
 
 def f1(targets: Sequence, predictions: Sequence) -> dict[str, float]:
-    """F1 of class 1 of 0 and 1; an answer that is neither counts as the wrong one of the two."""
+    """Returns the F1 of class 1 for classes 0 and 1. An answer that is neither counts as the wrong class."""
     wanted, found = _arrays(targets, predictions)
     found = np.where(np.isin(found, (0, 1)), found, 1 - wanted)
     return {"f1": _f1_of_class(wanted, found, 1)}
 
 
 def mean_f1(targets: Sequence, predictions: Sequence, *, classes: int = 3) -> dict[str, float]:
-    """The unweighted mean of each class's F1, which for a class in neither targets nor predictions is 0 (CB)."""
+    """Returns the unweighted mean of the F1 of each class (CB). A class without targets and predictions has F1 0."""
     wanted, found = _arrays(targets, predictions)
     mean = np.mean([_f1_of_class(wanted, found, label) for label in range(classes)])
     return {f"mean_{classes}class_f1": float(mean)}
 
 
 def matthews(targets: Sequence, predictions: Sequence) -> dict[str, float]:
-    """Matthews' correlation; -1 is a class of its own (Gorodkin 2004, as in scikit-learn). Of a constant it is 0."""
+    """Returns Matthews' correlation, with -1 as a class of its own (Gorodkin 2004, as in scikit-learn).
+
+    It is 0 if the targets or the predictions are constant.
+    """
     wanted, found = _arrays(targets, predictions)
     classes = np.union1d(wanted, found)
     counts = np.array([[np.sum(part == label) for label in classes] for part in (wanted, found)], np.float64)
@@ -47,23 +51,29 @@ def matthews(targets: Sequence, predictions: Sequence) -> dict[str, float]:
 
 
 def pearson(targets: Sequence, predictions: Sequence) -> dict[str, float]:
-    """Pearson's correlation. Of a constant, which tells nothing of the other, it is 0."""
+    """Returns Pearson's correlation, or 0 if the targets or the predictions are constant."""
     return {"pearson_corrcoef": 100.0 * _correlation(*_arrays(targets, predictions))}
 
 
 def spearman(targets: Sequence, predictions: Sequence) -> dict[str, float]:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing their mean rank. Of a constant it is 0."""
+    """Returns Spearman's correlation: Pearson's of the ranks, where equal values have their mean rank.
+
+    It is 0 if the targets or the predictions are constant.
+    """
     ranks = map(_ranks, _arrays(targets, predictions))
     return {"spearman_corrcoef": 100.0 * _correlation(*ranks)}
 
 
 def multirc_f1a(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict[str, float]:
-    """F1 over all answers of all questions (MultiRC's F1a), of {"group", "value"} as `postprocessors.multirc` gives."""
+    """Returns the F1 over all answers of all questions (MultiRC's F1a), for values of `postprocessors.multirc`."""
     return f1(*_values(targets, predictions))
 
 
 def multirc_em(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict[str, float]:
-    """Share of questions whose answers are all judged right. A slice that cuts a question counts what it has of it."""
+    """Returns the percentage of questions with only correct predictions, for values of `postprocessors.multirc`.
+
+    If a slice of a split has only some answers of a question, only these count.
+    """
     right: dict[Any, bool] = {}
     for target, value, found in zip(targets, *_values(targets, predictions), strict=True):
         right[target["group"]] = right.get(target["group"], True) and value == found != -1
@@ -71,9 +81,9 @@ def multirc_em(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> di
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """SQuAD v1.1's exact match and F1 of words, each the best over a question's answers, as its script has them.
+    """Returns SQuAD v1.1's exact match and F1 of words, each the best over a question's answers, as in its script.
 
-    The script gives an answer of nothing but articles and punctuation an F1 of 0, even where it matches exactly.
+    As in the script, a prediction that has only articles and punctuation gets an F1 of 0, even if it matches exactly.
     """
     exact, overlap = [], []
     for answers, prediction in zip(targets, predictions, strict=True):
@@ -85,9 +95,9 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
 
 def record(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict[str, float]:
-    """SQuAD's exact match and F1 over ReCoRD's queries, of {"group", "value"} as `postprocessors.record` gives.
+    """Returns SQuAD's exact match and F1 over ReCoRD's queries, for values of `postprocessors.record`.
 
-    A query comes once for each of its answers; the first prediction for it counts.
+    Each query occurs once per answer; its first prediction counts.
     """
     first: dict[Any, tuple[Sequence[str], str]] = {}
     for target, *pair in zip(targets, *_values(targets, predictions), strict=True):
@@ -96,9 +106,9 @@ def record(targets: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict[s
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-Lsum, without stemming, as T5 has them.
+    """Returns the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-Lsum, without stemming, as T5 does.
 
-    Their plain mean: T5 gives the middle of a thousand random resamplings, which estimates it. " . " ends a sentence.
+    T5 instead reports the middle of a thousand random resamplings, which estimates this mean. " . " ends a sentence.
 
     Raises:
       ValueError: the package rouge-score is not installed.
@@ -116,29 +126,29 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
 
 
 def normalized(answer: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single blanks."""
+    """Normalises an answer as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
 def task_score(metrics: Mapping[str, float]) -> float | None:
-    """A task's score: the mean of its metrics; None where it has none."""
+    """Returns a task's score, which is the mean of its metrics, or None if it has no metrics."""
     return float(np.mean([*metrics.values()])) if metrics else None
 
 
 def suite_score(scores: Mapping[str, float | None]) -> float | None:
-    """A suite's score: the mean of its tasks' scores, those without one (diagnostics) left out."""
+    """Returns a suite's score: the mean of its tasks' scores. Tasks without a score (diagnostics) are skipped."""
     known = [score for score in scores.values() if score is not None]
     return float(np.mean(known)) if known else None
 
 
 def record_score(record: Mapping[str, Any]) -> float:
-    """What the best step has most of: the mean over tasks of the mean of each one's metrics.
+    """Returns the score by which the best step is chosen: the mean over tasks of the mean of each task's metrics.
 
-    Of tasks that have none, minus the mean of their losses.
+    If no task has metrics, it is the negated mean of their losses.
 
     Args:
-      record: of an evaluation, as in metrics.jsonl; of several tasks, metrics are called "task/metric".
+      record: an evaluation's record, as in metrics.jsonl. With several tasks, metrics are named "task/metric".
     """
     tasks: dict[str, dict[str, float]] = {}
     for name, value in record.items():
@@ -152,7 +162,7 @@ def record_score(record: Mapping[str, Any]) -> float:
 
 
 def mean_in_per_cent(values: Sequence) -> float:
-    """The mean of shares from 0 to 1, rounded once: 57.5 of 23 in 40, where 100 * 0.575 is a bit less."""
+    """Returns the mean of values from 0 to 1 in per cent, rounded once: 23 of 40 give 57.5, not 57.49999999999999."""
     return 100.0 * float(np.sum(values)) / len(values) if len(values) else 0.0
 
 
@@ -173,13 +183,13 @@ def _ratio(part: float | np.number, whole: float | np.number) -> float:
 
 
 def _f1_of_class(targets: Float[np.ndarray, " n"], predictions: Float[np.ndarray, " n"], label: int) -> float:
-    """In per cent."""
+    """Returns the F1 of one class in per cent."""
     wanted, found = targets == label, predictions == label
     return _ratio(200.0 * np.sum(wanted & found), np.sum(wanted) + np.sum(found))
 
 
 def _correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    # Asked of the values themselves: rounding in the mean would give a constant some variance.
+    # Compare the values themselves: a computed variance of a constant may differ from 0 by rounding.
     if any(len(part) == 0 or part.min() == part.max() for part in (one, other)):
         return 0.0
     one, other = (part / np.abs(part).max() for part in (one, other))  # an answer may be 1e300

@@ -1,11 +1,11 @@
-"""Tasks to compare losses over the labels with generation: BENCHMARK_NAME_VERSION_ and one of
+"""Registers tasks that compare losses over the labels with generation: BENCHMARK_NAME_VERSION_ and one of
 
-    perceptron_train, perceptron_test                   all labels of an example at once: inputs and targets [T, C]
-    generation_train, generation_test                   the same as any other task
-    rank_classification_validation, ..._test            an example for each label, to score
+    perceptron_train, perceptron_test                   all labels in one example: inputs and targets [T, C]
+    generation_train, generation_test                   the usual form of a task
+    rank_classification_validation, ..._test            one example per label, whose log-likelihood is the score
 
-Those for training hold some of the training rows out as their validation split, which the first ranking shares; the
-tests validate on the benchmark's own.
+The `_train` tasks hold out some of the training rows as their validation split, which `rank_classification_validation`
+shares. The `_test` tasks use the benchmark's own validation split.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import functools
 import seqio
 import tensorflow as tf
 
-from prompt_tuning_jax.tasks import glue, preprocessors, super_glue  # noqa: F401  they register what these are made of
+from prompt_tuning_jax.tasks import glue, preprocessors, super_glue  # noqa: F401  they register the tasks used below
 from prompt_tuning_jax.tasks.derived import Splits, parts_of, wrapped
 from prompt_tuning_jax.tasks.rank_classification import choice, rank_classification
 from prompt_tuning_jax.tasks.register import MODELS, add_mixture
@@ -23,7 +23,7 @@ from prompt_tuning_jax.tasks.wrapped_postprocessors import of_choices
 
 add_task = functools.partial(_add_task, suffixes=("",))
 
-# Training rows that are held out.
+# How many training rows are held out.
 HELD_OUT = {
     "glue_cola_v200": 500,
     "glue_sst2_v200": 2_000,

@@ -1,14 +1,15 @@
-"""From decoded text to what a metric compares. Plain Python, so that a cache can name them.
+"""Turns decoded text into the values that metrics compare, with plain Python.
 
-Each is called `(text, example=fields, is_target=...)`, with what the cache keeps of the example.
+Each postprocessor is called as `(text, example=fields, is_target=...)`, with the fields that the cache keeps of the
+example. The functions are at the top level of this module, so a cache can store their names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-UNLABELLED = "<unk>"  # T5's target of an example without a label, as in a benchmark's test split
-# Words that `wsc` leaves out of a referent (T5 `wsc_simple`).
+UNLABELLED = "<unk>"  # T5's target for an example without a label, as in a benchmark's test split
+# Words that `wsc` ignores when it compares referents (T5 `wsc_simple`).
 DETERMINERS = frozenset(
     "a an few her his each every many much my our some that the their these this those which whose your".split()
 )
@@ -22,11 +23,13 @@ def label_index(
     translate: Mapping[str, str] | None = None,
     **_,
 ) -> int:
-    """The place of `text` among `labels`, or -1 where it is none of them (T5 `string_label_to_class_id`).
+    """Returns the index of `text` in `labels`, or -1 if it is not a label (T5 `string_label_to_class_id`).
 
     Args:
-      translate: answers in other words than the labels: those of the task that a prompt was trained on, or with a
-        sentinel in front, {"equivalent": "duplicate", ...}. The labels themselves are still understood.
+      text: the answer.
+      labels: the labels, in order.
+      translate: maps other answers to labels, {"equivalent": "duplicate", ...}: the labels of the task that a prompt
+        was trained on, or labels after a sentinel. The labels themselves are accepted, too.
     """
     del example
     text = (translate or {}).get(text, text)
@@ -34,7 +37,7 @@ def label_index(
 
 
 def number(text: str, **_) -> float:
-    """A similarity score, or -1 where `text` is no finite number (T5 `string_to_float`; STS-B)."""
+    """Returns a similarity score, or -1 if `text` is not a finite number (T5 `string_to_float`; STS-B)."""
     try:
         value = float(text)
     except ValueError:
@@ -43,28 +46,29 @@ def number(text: str, **_) -> float:
 
 
 def multirc(text: str, example: Mapping[str, Any], *, labels: Sequence[str], **_) -> dict[str, Any]:
-    """The judgement of one answer, and the question it belongs to (T5 `multirc`)."""
-    # With its paragraph: SuperGLUE numbers questions through the whole split, MultiRC's own files within a paragraph.
+    """Returns the label of one answer, and its question as the group (T5 `multirc`)."""
+    # The paragraph is needed too: SuperGLUE numbers questions over the whole split, but MultiRC's own files number them
+    # within a paragraph.
     question = (example.get("idx/paragraph"), example["idx/question"])
     return {"group": question, "value": label_index(text, labels=labels)}
 
 
 def record(text: str, example: Mapping[str, Any], is_target: bool = False, **_) -> dict[str, Any]:
-    """An answer, or all answers of a target, and the query they belong to (T5 `record`)."""
+    """Returns an answer, or all answers of a target, and their query as the group (T5 `record`)."""
     value = list(example["answers"]) if is_target else text
     return {"group": (example["idx/passage"], example["idx/query"]), "value": value}
 
 
 def qa(text: str, example: Mapping[str, Any], is_target: bool = False, **_) -> str | list[str]:
-    """An answer, or all answers of a target (T5 `qa`)."""
+    """Returns an answer, or all answers of a target (T5 `qa`)."""
     return list(example["answers"]) if is_target else text
 
 
 def wsc(text: str, example: Mapping[str, Any], is_target: bool = False, **_) -> int:
-    """Whether a generated referent is the candidate, 1 or 0, or -1 where it is empty (T5 `wsc_simple`).
+    """Returns 1 if a generated referent is the candidate, 0 if not, and -1 if it is empty (T5 `wsc_simple`).
 
-    It is where, determiners and case left out, the words of one are among those of the other and either both or
-    neither has an apostrophe: "Bob" is not "Bob's hat". The label is 1 where the candidate is the true referent.
+    The two match if all words of one, without determiners and ignoring case, are words of the other, and if both or
+    neither have an apostrophe: "Bob" is not "Bob's hat". The target is 1 if the candidate is the true referent.
     """
     if is_target:
         return int(example["label"])
@@ -80,17 +84,19 @@ def wsc(text: str, example: Mapping[str, Any], is_target: bool = False, **_) -> 
 
 
 def text(text: str, **_) -> str:
-    """The text as it is."""
+    """Returns the text unchanged."""
     return text
 
 
 def answers(postprocess: Callable) -> tuple[str, ...] | None:
-    """The closed set of answers that a task's postprocessor understands, in the order of its labels.
+    """Returns the closed set of answers that a task's postprocessor accepts, in the order of its labels, or None.
 
-    Where it translates, the answers are those translated: what a model that was trained on the other task says.
+    If the postprocessor has `translate`, these are the answers that it translates into the labels, because a model that
+    was trained on the other task gives those.
 
     Args:
-      postprocess: `functools.partial` of a postprocessor with its `labels`; of any other the answers are None.
+      postprocess: a `functools.partial` of a postprocessor with its `labels`; for any other function the result is
+        None.
     """
     options = getattr(postprocess, "keywords", {})
     if "labels" not in options:
@@ -100,7 +106,7 @@ def answers(postprocess: Callable) -> tuple[str, ...] | None:
 
 
 def is_no_label(value: Any) -> bool:
-    """Whether a postprocessor found no label, number or referent in an answer, or a target has none."""
+    """Returns whether a postprocessor's value means that the text had no valid label, number or referent."""
     if isinstance(value, Mapping):
         value = value["value"]
     return not isinstance(value, (str, list)) and value == -1

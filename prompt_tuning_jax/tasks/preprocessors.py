@@ -1,4 +1,4 @@
-"""From a row to `inputs` and `targets`: T5's text formats, span corruption and prefix language modelling."""
+"""Turns rows into `inputs` and `targets`: T5's text formats, span corruption and prefix language modelling."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from prompt_tuning_jax.tokenizers.vocabulary import EXTRA_IDS
 
 
 def label_text(benchmark: str, labels: Sequence[str], columns: Sequence[str] | None = None):
-    """T5's format for classification: "sst2 sentence: ... ", and the label's name, `UNLABELLED` where it is -1.
+    """Returns T5's format for classification: "sst2 sentence: ..." and the label's name, or `UNLABELLED` for -1.
 
     Args:
-      columns: the fields to write, in order; None for all, in alphabetical order.
+      benchmark: the name in front of the inputs.
+      labels: the labels' names, in order.
+      columns: the fields to write, in order; None for all fields in alphabetical order.
     """
 
     @seqio.map_over_dataset
@@ -32,7 +34,7 @@ def label_text(benchmark: str, labels: Sequence[str], columns: Sequence[str] | N
 
 
 def score_text(benchmark: str, columns: Sequence[str]):
-    """T5's format for similarity (STS-B): the score to the nearest 0.2, "3.8"; `UNLABELLED` where it is below 0."""
+    """Returns T5's format for similarity (STS-B): the score rounded to 0.2, "3.8", or `UNLABELLED` if negative."""
 
     @seqio.map_over_dataset
     def to_text(row):
@@ -44,10 +46,10 @@ def score_text(benchmark: str, columns: Sequence[str]):
 
 
 def record_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """T5's format for ReCoRD: an example for each answer, or one with the target `UNLABELLED` where there is none.
+    """Applies T5's format for ReCoRD: one example per answer, or one with the target `UNLABELLED` if there are none.
 
-    The summary's points, each after a line "@highlight", become sentences of the passage. All answers stay in the field
-    "answers".
+    The points of the summary, each after a line "@highlight", become sentences of the passage. The field "answers"
+    keeps all answers.
     """
 
     def to_texts(row):
@@ -68,10 +70,10 @@ def record_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def wsc_text(correct_only: bool):
-    """T5's format for WSC as generation: the pronoun between asterisks, and what it is said to stand for.
+    """Returns T5's format for WSC as generation: inputs have the pronoun between asterisks, targets the candidate.
 
     Args:
-      correct_only: leave out the rows where it does not stand for that, to train on.
+      correct_only: whether to keep only rows whose candidate is the pronoun's referent, for training.
     """
 
     @seqio.map_over_dataset
@@ -88,10 +90,10 @@ def wsc_text(correct_only: bool):
 
 
 def mark_pronoun(text: str, index: int, pronoun: str) -> str:
-    """`text` with `*pronoun*` for its word `index`, words being what lies between blanks.
+    """Replaces word `index` of `text`, which is split at spaces, by `*pronoun*`.
 
-    Two sentences of SuperGLUE have a comma on the pronoun or its place off by one (T5 writes those two out): the word
-    nearest to `index` that begins with the pronoun is taken, and what follows it set off by a blank.
+    In two sentences of SuperGLUE, the pronoun has a comma or its index is off by one. (T5 has these two sentences in
+    its code.) So this takes the word nearest to `index` that begins with the pronoun, and puts a space before its rest.
 
     Raises:
       ValueError: no word begins with the pronoun.
@@ -103,7 +105,7 @@ def mark_pronoun(text: str, index: int, pronoun: str) -> str:
     place = min(places, key=lambda place: abs(place - index))
     rest = words[place].removeprefix(pronoun)
     words[place : place + 1] = [f"*{pronoun}*", *([rest] if rest else [])]
-    return " ".join(words).rstrip(" ") if rest else " ".join(words)  # T5's own of that one has no blank at its end
+    return " ".join(words).rstrip(" ") if rest else " ".join(words)  # as in T5's code for that sentence
 
 
 @sources.remembered()
@@ -113,7 +115,7 @@ def _marked(text: bytes, index: np.integer, pronoun: bytes) -> bytes:
 
 @seqio.map_over_dataset
 def pronoun_text(row):
-    """T5's format for Definite Pronoun Resolution: WSC's, with the candidate that the pronoun stands for."""
+    """Applies T5's format for Definite Pronoun Resolution: that of WSC, with the pronoun's referent as the target."""
     pattern = tf.strings.join([" (", row["pronoun"], ")([ .,])"])
     marked = tf.strings.regex_replace(row["sentence"], pattern, r" *\1*\2", replace_global=False)
     return {"inputs": tf.strings.join(["wsc:", marked], " "), "targets": tf.gather(row["candidates"], row["label"])}
@@ -121,13 +123,13 @@ def pronoun_text(row):
 
 @seqio.map_over_dataset
 def strip_markup(example):
-    """Drops MultiRC's HTML from `inputs`: a blank for <br>, nothing for <b> and </b>."""
+    """Removes MultiRC's HTML from `inputs`: <br> becomes a space, <b> and </b> are deleted."""
     text = tf.strings.regex_replace(example["inputs"], "<br>", " ")
     return example | {"inputs": tf.strings.regex_replace(text, "</?b>", "")}
 
 
 def _written(benchmark: str, row, names: Sequence[str]) -> tf.Tensor:
-    """ "sst2 sentence: ... ": a benchmark's name, then each field after its name."""
+    """Returns text such as "sst2 sentence: ...": the benchmark's name, then the name and the text of each field."""
     parts = [benchmark]
     for name in names:
         parts += [f"{name}:", row[name]]
@@ -135,7 +137,7 @@ def _written(benchmark: str, row, names: Sequence[str]) -> tf.Tensor:
 
 
 def _numbers(row) -> dict[str, tf.Tensor]:
-    """A row's number, "idx", or numbers, "idx/paragraph" and so on, for metrics and submissions."""
+    """Returns a row's index as "idx", or its indices as "idx/paragraph" and so on, for metrics and submissions."""
     numbers = row["idx"]
     return (
         {f"idx/{name}": number for name, number in numbers.items()} if isinstance(numbers, dict) else {"idx": numbers}
@@ -144,16 +146,17 @@ def _numbers(row) -> dict[str, tf.Tensor]:
 
 @seqio.map_over_dataset
 def remove_first_word(example):
-    """Drops the task's name from the front of `inputs`: the `taskless_` formats of the paper's runs."""
+    """Removes the task's name from the start of `inputs`, as in the `taskless_` formats of the paper's runs."""
     return example | {"inputs": tf.strings.regex_replace(example["inputs"], r"^[^ ]* ", "")}
 
 
 def sentinel_ids(vocabulary: seqio.Vocabulary, needed: int = 1) -> Sequence[int]:
-    """Returns the ids of <extra_id_0>, <extra_id_1> and so on: the last ids, counted down, unless the tokenizer has
-    them elsewhere.
+    """Returns the ids of <extra_id_0>, <extra_id_1> and so on.
+
+    These are the vocabulary's `sentinel_ids` if it has that attribute, and otherwise the last ids, counted down.
 
     Raises:
-      ValueError: there are fewer than `needed`.
+      ValueError: there are fewer than `needed` sentinels.
     """
     top = vocabulary.vocab_size - 1
     found = getattr(vocabulary, "sentinel_ids", range(top, top - EXTRA_IDS, -1))
@@ -168,7 +171,7 @@ def sentinel_ids(vocabulary: seqio.Vocabulary, needed: int = 1) -> Sequence[int]
 
 
 def prepend_sentinel(field: str, index: int):
-    """Puts `<extra_id_index>` before the tokens of `field`: the task's number, or a label that begins every answer."""
+    """Puts `<extra_id_index>` before the tokens of `field`, to mark the task's number or the start of each answer."""
 
     def preprocess(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
         sentinel = sentinel_ids(output_features[field].vocabulary, index + 1)[index]
@@ -178,7 +181,10 @@ def prepend_sentinel(field: str, index: int):
 
 
 def split_documents(length_of):
-    """Splits tokenised documents into pieces of at most `length_of(sequence_length)` tokens, of about equal length."""
+    """Returns a preprocessor that splits tokenised documents into parts of about equal length.
+
+    Each part has at most `length_of(sequence_length)` tokens.
+    """
 
     def preprocess(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
         limit = length_of(sequence_length)
@@ -196,7 +202,10 @@ def split_documents(length_of):
 
 
 def span_corruption_length(inputs_length: int, density: float, mean_span: float) -> int:
-    """The most tokens whose corrupted inputs, sentinels and end of sequence included, fit `inputs_length`."""
+    """Returns the largest number of tokens whose corrupted inputs fit in `inputs_length`.
+
+    The corrupted inputs include the sentinels and the end of sequence.
+    """
     tokens = 2
     while True:
         noise, spans = _noise_counts(tokens + 1, density, mean_span)
@@ -211,7 +220,7 @@ def _noise_counts(length: int, density: float, mean_span: float, sentinels: int 
 
 
 def _segment(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of `parts` non-empty pieces of `total`, every split as likely."""
+    """Returns the lengths of `parts` non-empty parts of `total`. All such splits are equally likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
@@ -223,14 +232,19 @@ def corrupt_spans(
     density: float = 0.15,
     mean_span: float = 3.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """T5's span corruption of one example: kept and noise spans alternate, a kept one first.
+    """Applies T5's span corruption to one example: kept and noise spans alternate, starting with a kept span.
 
     Args:
       tokens: int32 [n], n >= 2.
-      sentinels: the ids of `<extra_id_0>`, `<extra_id_1>` and so on. There are at most as many spans, and at most 100.
+      rng: draws the spans' lengths.
+      sentinels: the ids of `<extra_id_0>`, `<extra_id_1>` and so on. They limit the number of spans, which is also at
+        most 100.
+      density: the fraction of tokens in noise spans.
+      mean_span: the mean length of a noise span.
 
     Returns:
-      Inputs with each noise span replaced by its sentinel, and targets with each noise span after its sentinel.
+      The inputs, in which each noise span is replaced by its sentinel, and the targets, in which each noise span is
+      preceded by its sentinel.
     """
     noise, spans = _noise_counts(len(tokens), density, mean_span, min(len(sentinels), EXTRA_IDS))
     noise_lengths = _segment(noise, spans, rng)
@@ -245,9 +259,9 @@ def corrupt_spans(
 def split_prefix(
     tokens: np.ndarray, rng: np.random.Generator, max_inputs: int, max_targets: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prefix language modelling of one example: a random cut, before it the inputs, after it the targets.
+    """Splits one example at a random position into inputs and targets, for prefix language modelling.
 
-    The cut is uniform where both sides fit; at least one token lies on either side.
+    The position is uniform among those for which both sides fit. Each side has at least one token.
     """
     low, high = max(1, len(tokens) - max_targets), min(len(tokens) - 1, max_inputs)
     cut = int(rng.integers(low, high + 1)) if high > low else max(low, 1)
@@ -255,7 +269,10 @@ def split_prefix(
 
 
 def _noised(name: str, noise):
-    """A SeqIO preprocessor that maps `noise(tokens, rng) -> (inputs, targets)` with a seed an example."""
+    """Returns a SeqIO preprocessor that makes inputs and targets with `noise`, with one seed per example.
+
+    `noise` is called as `noise(tokens, rng, sequence_length, output_features) -> (inputs, targets)`.
+    """
 
     @seqio.map_over_dataset(num_seeds=1)
     def preprocess(example, sequence_length, output_features, seed):
@@ -271,7 +288,7 @@ def _noised(name: str, noise):
 
 
 def span_corruption(density: float = 0.15, mean_span: float = 3.0):
-    """Span corruption of `targets` (T5, section 3.1.4), with the vocabulary's sentinels."""
+    """Returns a preprocessor for span corruption of `targets` (T5, section 3.1.4), with the vocabulary's sentinels."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length
@@ -281,7 +298,7 @@ def span_corruption(density: float = 0.15, mean_span: float = 3.0):
 
 
 def prefix_lm():
-    """LM adaptation (section 2.2): given a prefix, predict what follows."""
+    """Returns a preprocessor for LM adaptation (section 2.2): given a prefix, predict the tokens after it."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del output_features
@@ -291,7 +308,7 @@ def prefix_lm():
 
 
 def _padded(text: tf.Tensor) -> tf.Tensor:
-    """Punctuation set apart by blanks, then runs of white space folded to one (T5 `_pad_punctuation`)."""
+    """Puts spaces around punctuation, then folds runs of white space into one space (T5 `_pad_punctuation`)."""
     return _folded(tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 "))
 
 
@@ -300,13 +317,14 @@ def _folded(text: tf.Tensor) -> tf.Tensor:
 
 
 def question_text(name: str | None = None):
-    """T5's format for reading comprehension: "question: ... context: ...", and the first of the answers.
+    """Returns T5's format for reading comprehension: "question: ... context: ...", and the first answer.
 
-    Rows are SQuAD's, whose answers are under "text", or MRQA's, whose id is "qid" and becomes "idx". Question, context
-    and answers stay, padded as the model reads them: that is how T5 compares them.
+    Rows are those of SQuAD, with answers under "text", or of MRQA, with an id "qid" that becomes "idx". The example
+    keeps question, context and answers, with the same spaces around punctuation as in the inputs, because T5 compares
+    answers in this form.
 
     Args:
-      name: put in front, as SPoT does.
+      name: a task's name to put in front of the inputs, as SPoT does; None for none.
     """
 
     @seqio.map_over_dataset
@@ -327,7 +345,12 @@ def question_text(name: str | None = None):
 
 
 def summary_text(prefix: str, document: str, summary: str):
-    """ "summarize: " and the text as it is; `document` and `summary` name the row's fields."""
+    """Returns a format with `prefix` and the document as inputs and the summary as targets.
+
+    Args:
+      prefix: the text in front of the document, such as "summarize:".
+      document, summary: the names of the row's fields.
+    """
 
     @seqio.map_over_dataset
     def to_text(row):
@@ -337,15 +360,15 @@ def summary_text(prefix: str, document: str, summary: str):
 
 
 def _label_name(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
-    """The label's name, `UNLABELLED` where it is -1."""
-    if label.dtype == tf.string:  # of some TFDS sets
+    """Returns the label's name, or `UNLABELLED` if the label is negative."""
+    if label.dtype == tf.string:  # some TFDS data sets have labels as text
         label = tf.strings.to_number(label, tf.int32)
     label = tf.cast(label, tf.int32)
     return tf.where(label < 0, UNLABELLED, tf.gather(list(labels), tf.maximum(label, 0)))
 
 
 def pair_text(name: str, first: str, second: str, labels: Sequence[str]):
-    """SPoT's format for sentence pairs: "NAME hypothesis: ... premise: ...", white space folded."""
+    """Returns SPoT's format for sentence pairs: "NAME hypothesis: ... premise: ...", with folded white space."""
 
     @seqio.map_over_dataset
     def to_text(row):
@@ -359,7 +382,7 @@ def pair_text(name: str, first: str, second: str, labels: Sequence[str]):
 
 
 def plain_text(labels: Sequence[str]):
-    """A review as it is, and its label's name (the recycling tasks' IMDB)."""
+    """Returns a format with the unchanged review as inputs and its label's name as targets (recycling's IMDB)."""
 
     @seqio.map_over_dataset
     def to_text(row):
@@ -369,13 +392,14 @@ def plain_text(labels: Sequence[str]):
 
 
 def every_choice(choices: Sequence[str], *, together: bool = False):
-    """An example for each of `choices`, of which `is_correct` tells the right one (T5 `rank_classification`).
+    """Returns a preprocessor that makes one example per choice (T5 `rank_classification`).
+
+    The new examples have `inputs`, `targets`, `is_correct` (whether the choice is the answer) and `idx` (the index of
+    the original example, and the index of the choice).
 
     Args:
-      together: all choices of an example as one example of vectors, for losses over the choices.
-
-    Returns:
-      A preprocessor to `inputs`, `targets`, `is_correct` and `idx`: the example's number and the choice's.
+      choices: the possible answers.
+      together: whether to keep all choices in one example, as vectors, for losses over the choices.
     """
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -395,9 +419,9 @@ def every_choice(choices: Sequence[str], *, together: bool = False):
 
 
 def record_choices(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """ReCoRD for rank classification: an example for each entity of a passage, as `every_choice` makes them.
+    """Makes one example per entity of a passage, in the form of `every_choice`, for rank classification of ReCoRD.
 
-    Several of them may be right.
+    Several entities of a passage may be correct.
     """
 
     def choices(number, row):
@@ -417,15 +441,15 @@ def record_choices(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 @seqio.map_over_dataset
 def choices_last(example):
-    """All choices' tokens as [T, C], padded with 0: it is the first axis that SeqIO cuts to TASK_FEATURE_LENGTHS."""
+    """Puts the tokens of all choices into [T, C], padded with 0. T is first: SeqIO truncates the first axis."""
     return example | {name: tf.transpose(example[name].to_tensor()) for name in ("inputs", "targets")}
 
 
 def concatenate_documents(length_of, documents: int = 128):
-    """Joins `documents` tokenised documents at a time and cuts them into pieces of `length_of(sequence_length)` tokens.
+    """Returns a preprocessor that joins groups of tokenised documents and splits each group into parts of equal length.
 
-    As T5's span corruption does (`reduce_concat_tokens`): no marker between documents; only the last piece of each
-    group is shorter.
+    A group has `documents` documents, and a part `length_of(sequence_length)` tokens. As in T5's span corruption
+    (`reduce_concat_tokens`), there is no marker between documents. Only the last part of each group is shorter.
     """
 
     def preprocess(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
@@ -445,7 +469,7 @@ def concatenate_documents(length_of, documents: int = 128):
 
 
 def text_infilling(density: float = 0.15, mean_span: float = 3.0):
-    """BART's text infilling with a sentinel a span: the inputs of span corruption, and the whole text as targets."""
+    """Returns BART's text infilling with one sentinel per span: span corruption's inputs, the whole text as targets."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length
@@ -456,7 +480,7 @@ def text_infilling(density: float = 0.15, mean_span: float = 3.0):
 
 
 def token_deletion(density: float = 0.15):
-    """BART's token deletion: each token is left out of the inputs on its own, and the whole text is the targets."""
+    """Returns BART's token deletion: inputs lose each token independently, and targets are the whole text."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length, output_features
@@ -466,7 +490,7 @@ def token_deletion(density: float = 0.15):
 
 
 def prefix_and_random_label(labels: Sequence[str]):
-    """A prefix of any length as inputs, and one of `labels` by chance as targets (the recycling paper's control)."""
+    """Returns a preprocessor with a random prefix as inputs and a random label as targets (recycling's control)."""
 
     def noise(tokens, rng, sequence_length, output_features):
         del sequence_length

@@ -1,7 +1,7 @@
-"""Reading comprehension: SQuAD, MRQA 2019 in and out of domain, and SQuAD to other domains (table 1 of the paper).
+"""Registers reading comprehension: SQuAD, MRQA 2019, and transfer from SQuAD to other domains (table 1 of the paper).
 
-DATA_DIR may hold SQuAD's JSON, MRQA's JSONL.gz in its folders `train` and `dev`, or JSONL of one question a line; or
-folders `squad` and `mrqa` of these, for a mixture of both.
+DATA_DIR may contain SQuAD's JSON, MRQA's JSONL.gz in its folders `train` and `dev`, or JSONL with one question per
+line; or, for a mixture of both, folders `squad` and `mrqa` with these files.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from prompt_tuning_jax.tasks import metrics, postprocessors, preprocessors, sour
 from prompt_tuning_jax.tasks.derived import Splits
 from prompt_tuning_jax.tasks.register import add_mixture, add_task
 
-# Each set's file in MRQA, and what subsets of it in SQuAD's JSON are called (RobustQA).
+# Maps each data set to the name of its file in MRQA, and of files with a subset of it in SQuAD's JSON (RobustQA).
 OUT_OF_DOMAIN = {
     "bio_asq": ("BioASQ",),
     "drop": ("DROP",),
@@ -36,13 +36,14 @@ IN_DOMAIN = {
 
 
 def read_questions(path: Path) -> Iterator[sources.Row]:
-    """Every question of a file: SQuAD's JSON, MRQA's JSONL, or JSONL of one question a line.
+    """Yields each question of a file, which is SQuAD's JSON, MRQA's JSONL, or JSONL with one question per line.
 
-    Returns:
-      Rows {"id", "question", "context", "answers"}. A question without an id has its number.
+    Yields:
+      Rows {"id", "question", "context", "answers"}. A question without an id gets its index as the id.
 
     Raises:
-      ValueError: a line is no JSON, or a question has no text or no answer; it names the line or the question.
+      ValueError: a line is not JSON, or a question has no text or no answer; the message names the line or the
+        question.
     """
     number = 0
     whole = path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
@@ -71,7 +72,7 @@ def read_questions(path: Path) -> Iterator[sources.Row]:
 
 
 def _questions(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The context and the question of each question in a JSON object of any of the three formats."""
+    """Yields the context and the fields of each question in a JSON object of any of the three formats."""
     if "header" in found:  # the first line of MRQA's files
         return
     articles = found.get("data", [{"paragraphs": [found]}])
@@ -81,19 +82,19 @@ def _questions(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def as_squad(path: Path) -> Iterator[sources.Row]:
-    """Rows as TFDS has SQuAD's."""
+    """Yields rows in the form of TFDS's SQuAD."""
     for row in read_questions(path):
         yield row | {"answers": {"text": row["answers"]}}
 
 
 def as_mrqa(path: Path) -> Iterator[sources.Row]:
-    """Rows as TFDS has MRQA's, of the fields that are used."""
+    """Yields rows in the form of TFDS's MRQA, with only the fields that are used."""
     for row in read_questions(path):
         yield {"qid": row.pop("id")} | row
 
 
 class QuestionFiles(sources.FilesOrTfds):
-    """A TFDS set, or for each split the first file under DATA_DIR that has one of several names."""
+    """Source that reads a TFDS data set, or per split the first file under DATA_DIR that has one of several names."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ def _is_there(name: str, benchmark: str | None) -> bool:
 
 
 def mrqa_source(name: str) -> seqio.DataSource:
-    """The rows of one of MRQA's sets; those out of domain have validation rows alone."""
+    """Returns the source of one of MRQA's data sets. Out-of-domain sets have only a validation split."""
     if name in IN_DOMAIN:
         file = f"{IN_DOMAIN[name]}.jsonl"
         files = {"train": (f"train/{file}",), "validation": (f"dev/{file}",)}
@@ -128,7 +129,7 @@ def mrqa_source(name: str) -> seqio.DataSource:
     official, *subsets = OUT_OF_DOMAIN[name]
     names = (f"dev/{official}.jsonl", f"{official}.jsonl", *(f"{subset}.json" for subset in subsets))
     rows = QuestionFiles(f"mrqa/{name}:1.0.0", {"test": names}, as_mrqa, benchmark="mrqa")
-    return Splits(rows, {"validation": "test"})  # as TFDS calls them
+    return Splits(rows, {"validation": "test"})  # TFDS calls this split test
 
 
 squad = QuestionFiles(
@@ -142,7 +143,7 @@ squad = QuestionFiles(
 )
 SQUAD = "squad_v010_allanswers"
 EXAMPLES = ("_examples",)
-# MRQA's own SQuAD is a task of SPoT's alone.
+# Only SPoT has a task on MRQA's version of SQuAD.
 MRQA = {name: f"mrqa_{name}_v100" for name in (*OUT_OF_DOMAIN, *IN_DOMAIN) if name != "squad"}
 _SOURCES = {SQUAD: squad} | {task: mrqa_source(name) for name, task in MRQA.items()}
 

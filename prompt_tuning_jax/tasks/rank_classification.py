@@ -1,7 +1,7 @@
-"""Rank classification as T5 has it: every choice is an example, scored by its log-likelihood. Plain NumPy.
+"""Computes T5's rank classification, in which each choice is an example that is scored by its log-likelihood.
 
-`preprocessors.every_choice` makes the examples. A metric whose second argument is `scores` tells SeqIO's evaluators to
-score the targets and not to generate.
+`preprocessors.every_choice` makes the examples. SeqIO's evaluators score the targets, instead of generating, if the
+second argument of a metric is named `scores`.
 """
 
 import itertools
@@ -15,11 +15,12 @@ from prompt_tuning_jax.tasks import metrics
 
 
 class Choice(NamedTuple):
-    """One choice of one example.
+    """Holds one choice of one example.
 
     Attributes:
-      idx: the example's number and the choice's.
-      length: tokens of the choice, end of sequence included; None where the example does not hold them.
+      idx: the index of the example, and the index of the choice.
+      is_correct: whether the choice is a correct answer.
+      length: the number of tokens of the choice, including the end of sequence; None if the example has no tokens.
     """
 
     idx: tuple[int, int]
@@ -28,7 +29,7 @@ class Choice(NamedTuple):
 
 
 def choice(score: Any, example: Mapping[str, Any], is_target: bool = False, **_) -> Any:
-    """The choice that was scored, or a prediction's score as it is (T5 `rank_classification`)."""
+    """Returns the choice for a target, and the unchanged score for a prediction (T5 `rank_classification`)."""
     if not is_target:
         return score
     number, place = map(int, example["idx"])
@@ -44,19 +45,22 @@ def rank_classification(
     normalize_by_target_length: bool = False,
     prefix: str = "",
 ) -> dict[str, float]:
-    """Metrics of the best-scored choices, under T5's names (t5/evaluation/metrics.py).
+    """Returns the metrics of the choices with the best scores, under T5's names (t5/evaluation/metrics.py).
 
     Args:
-      scores: log-likelihoods, one for each of `targets`, in any order of examples.
-      num_classes: None where examples have different numbers of choices, of which several may be right: accuracy alone.
-      normalize_by_target_length: divide each score by the choice's tokens.
-      prefix: in front of the names.
+      targets: the choices, in any order.
+      scores: log-likelihoods, one per target.
+      num_classes: the number of choices per example. None if it differs between examples; only the accuracy is then
+        returned, as it is if an example has several correct choices.
+      normalize_by_target_length: whether to divide each score by the choice's number of tokens.
+      prefix: a prefix of the metrics' names.
 
     Returns:
-      In per cent: "accuracy"; of two classes also "f1", "auc-roc" and "auc-pr" of class 1, of more the mean F1.
+      The metrics in per cent: "accuracy"; with two classes also "f1", "auc-roc" and "auc-pr" of class 1; with more
+      classes also the mean F1.
 
     Raises:
-      ValueError: a length is missing, or an example has not `num_classes` choices.
+      ValueError: a length is missing, or an example does not have `num_classes` choices.
     """
     if normalize_by_target_length and any(target.length is None for target in targets):
         raise ValueError("scores cannot be divided by the targets' lengths: the examples do not hold their targets")
@@ -65,7 +69,7 @@ def rank_classification(
         for target, score in zip(targets, scores, strict=True)
     )
     groups = [[*group] for _, group in itertools.groupby(rows, key=lambda row: row[0][0])]
-    best = [max(group, key=lambda row: row[2]) for group in groups]  # the first of equals, as argmax
+    best = [max(group, key=lambda row: row[2]) for group in groups]  # like argmax, it takes the first of equal scores
     values = {"accuracy": metrics.mean_in_per_cent([right for _, right, _ in best])}
     several = any(sum(right for _, right, _ in group) > 1 for group in groups)
     if num_classes and not several:
@@ -84,9 +88,9 @@ def rank_classification(
 
 
 def auc_roc(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> float:
-    """The share of pairs of a positive and a negative in which the positive scores higher, equals counting half.
+    """Returns the fraction of positive-negative pairs in which the positive has the higher score; ties count half.
 
-    0 where there is no such pair.
+    It is 0 if there is no such pair.
     """
     high, low = score[positive], np.sort(score[~positive])
     below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
@@ -94,11 +98,11 @@ def auc_roc(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) ->
 
 
 def average_precision(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> float:
-    """The precision at each threshold, weighted by the recall it adds; 0 where nothing is positive."""
+    """Returns the mean of the precision at each threshold, weighted by the added recall; 0 without positives."""
     if not positive.any():
         return 0.0
     order = np.argsort(-score, kind="stable")
-    last = np.append(np.diff(score[order]) != 0, True)  # equals stand or fall together
+    last = np.append(np.diff(score[order]) != 0, True)  # equal scores share a threshold
     right = np.cumsum(positive[order])[last]
     seen = (np.arange(len(score)) + 1)[last]
     return float(np.sum(np.diff(right, prepend=0) / positive.sum() * right / seen))

@@ -1,7 +1,8 @@
-"""Prompt recycling's tasks (Lester et al. 2022): other verbalizers, a part of train for early stopping, and each
-evaluation split both by generation and by rank classification.
+"""Registers the tasks of prompt recycling (Lester et al. 2022).
 
-Their names hold the verbalizers, a blank in one written `_spc_`: `pr:glue_qqp_v200_not_spc_duplicate_duplicate_...`.
+They have other verbalizers, use a part of train for early stopping, and evaluate each split both by generation and by
+rank classification. Their names contain the verbalizers, with `_spc_` for a space:
+`pr:glue_qqp_v200_not_spc_duplicate_duplicate_...`.
 """
 
 import functools
@@ -14,7 +15,7 @@ from prompt_tuning_jax.tasks import (
     glue,
     imdb,
     preprocessors,
-    super_glue,  # noqa: F401  it registers ReCoRD, of which one of these is made
+    super_glue,  # noqa: F401  it registers ReCoRD, which a task below uses
 )
 from prompt_tuning_jax.tasks.derived import Splits, parts_of
 from prompt_tuning_jax.tasks.rank_classification import choice, rank_classification
@@ -39,14 +40,18 @@ def add_family(
     metrics: Sequence[Callable],
     rankings: Mapping[str, Sequence[Callable]],
 ) -> None:
-    """Registers a task to train on, the same to test on, and its rankings; and mixtures of all, and of the tests.
+    """Registers a training task, a test task and ranking tasks, and mixtures of all of them and of all but the first.
 
     Args:
-      ends: of the names of the first two.
-      held_out: rows at the end of train that the first one validates on.
-      test: the split that the others validate on.
-      choices: the text format of an example for each choice.
-      rankings: the metrics of each ranking, by the end of its name.
+      name: the start of the tasks' names, and the name of the mixture of all.
+      ends: the suffixes of the names of the training task and the test task.
+      source: the source of the rows.
+      held_out: how many rows at the end of train are the validation split of the training task.
+      test: the split of `source` that is the validation split of the other tasks.
+      text_format: the text format of the training and test tasks.
+      choices: the text format of the ranking tasks, with one example per choice.
+      postprocess, metrics: those of the training and test tasks.
+      rankings: the metrics of each ranking task, by the suffix of its name.
     """
     splits = {"train": f"train[:-{held_out}]", "validation": f"train[-{held_out}:]"}
     tests = {"validation": test}
@@ -60,7 +65,7 @@ def add_family(
 
 
 def written(verbalizers: Sequence[str]) -> str:
-    """Verbalizers as the tasks' names hold them."""
+    """Returns verbalizers in the form in which the tasks' names contain them."""
     return "_".join("_spc_".join(word.split()) for word in verbalizers)
 
 
@@ -84,7 +89,7 @@ add_family(
 _imdb = parts_of("imdb_reviews_v100")
 for _words in (("0", "1"), imdb.LABELS):
     _text = [preprocessors.plain_text(_words)]
-    # Digits are one token each: dividing by their number changes nothing, but the official task reports it.
+    # Each digit is one token, so normalising by length changes nothing, but the official task reports it, too.
     _both = [_ranked, functools.partial(_ranked_normed, prefix="normed_")]
     add_family(
         f"pr:imdb_v100_{written(_words)}_verbalizers",
@@ -134,7 +139,7 @@ add_family(
     {"rc": [rank_classification, functools.partial(NORMED, prefix="normed_")]},
 )
 
-# Recycling's control: prompts that make a model answer with either label, whatever it reads.
+# The control of prompt recycling: prompts that make a model answer with one of the labels for any input.
 add_task(
     "c4_v220_random_positive_negative_targets",
     c4.official,

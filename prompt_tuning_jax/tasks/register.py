@@ -1,10 +1,11 @@
-"""How a task gets its names: three wordings of its inputs, three vocabularies, one definition.
+"""Registers a task under all of its names, for three wordings of its inputs and three vocabularies.
 
     {"" | mt5_ | byt5_}{"" | taskless_ | task_index_}NAME{"" | _examples}
 
-`taskless_` drops the task's name from the front of the inputs, as the paper's runs do; `task_index_` puts the sentinel
-of the task's number in its place. The official `_examples` tasks differ only in what they log, and are the same here.
-A run replaces the vocabulary by that of its base; the prefix says which one a task has when SeqIO is asked alone.
+`taskless_` drops the task's name from the front of the inputs, as the paper's runs do. `task_index_` replaces it by the
+sentinel of the task's number. The official `_examples` tasks differ only in what they log, so here they are the same.
+A run replaces a task's vocabulary by that of its base model. The prefix (mt5_, byt5_) only matters if SeqIO is used
+without a run: it says which vocabulary the task then has.
 """
 
 import functools
@@ -17,7 +18,7 @@ import seqio
 from prompt_tuning_jax.tasks import postprocessors, preprocessors
 from prompt_tuning_jax.tokenizers.vocabulary import EXTRA_IDS
 
-# The vocabularies of the public checkpoints; they are read only when a task is used without VOCABULARY.
+# The vocabularies of the public checkpoints. They are read only if a task is used without VOCABULARY.
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 MT5_VOCABULARY = "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model"
 
@@ -51,14 +52,17 @@ def add_task(
     """Registers a task under all of its names.
 
     Args:
-      name: what the official name has between its prefixes and its suffix, "glue_sst2_v200".
-      text_format: preprocessors from a row to `inputs` and `targets`, the task's name in front of `inputs`.
-      postprocess: a function of `postprocessors`, or `functools.partial` of one by keyword; None for the text as it is.
+      name: the part of the official name between its prefixes and its suffix, such as "glue_sst2_v200".
+      source: the source of the rows.
+      text_format: preprocessors that turn a row into `inputs`, which start with the task's name, and `targets`.
+      postprocess: a function of `postprocessors`, or a `functools.partial` of one with keyword arguments; None to keep
+        the text unchanged.
       metrics: functions of `metrics`.
-      wordings: which of `WORDINGS` the task has.
+      wordings: the `WORDINGS` that the task has.
       index: the task's number, for `task_index_`.
-      suffixes: which of `SUFFIXES` the task has.
-      after_tokens: preprocessors of tokens, after the point up to which a cache may hold them.
+      suffixes: the `SUFFIXES` that the task has.
+      after_tokens: preprocessors of tokens that run after SeqIO's cache placeholder, so SeqIO never caches their
+        result.
     """
     for model, wording, suffix in itertools.product(MODELS, wordings, suffixes):
         taskless = [preprocessors.remove_first_word] if wording else []
@@ -91,8 +95,10 @@ def add_mixture(
     """Registers a mixture under all of its names.
 
     Args:
-      name: as of a task.
-      rates: of the tasks by name, prefixes and suffix left out; equal where only names are given.
+      name: the part of the name between its prefixes and its suffix, as in `add_task`.
+      rates: the rates by the tasks' names, without prefixes and suffix; or only names, for equal rates.
+      wordings: the `WORDINGS` that the mixture has.
+      suffixes: the `SUFFIXES` that the mixture has.
     """
     rates = rates if isinstance(rates, Mapping) else dict.fromkeys(rates, 1.0)
     for model, wording, suffix in itertools.product(MODELS, wordings, suffixes):
@@ -101,5 +107,5 @@ def add_mixture(
 
 
 def labelled(labels: Sequence[str], **options: Any) -> functools.partial:
-    """The postprocessor of a task whose answers are `labels`: their places."""
+    """Returns a postprocessor that turns an answer into its index in `labels`."""
     return functools.partial(postprocessors.label_index, labels=tuple(labels), **options)

@@ -1,8 +1,8 @@
-"""A generated sentiment task: short review-like sentences from a small grammar, for the demo (no download).
+"""Generates the demo's sentiment task: short review-like sentences from a small grammar, without a download.
 
-A sentence is a neutral template with one to three sentiment words of one polarity, so the label follows from those
-words alone. About a third of the words are held out for the split `unseen_words`: a model that has only memorised the
-training words fails there, one that knows the language from pre-training does not.
+A sentence is a neutral template with one to three sentiment words of one polarity, so only these words determine the
+label. About a third of the words occur only in the split `unseen_words`. A model that has memorised the training words
+fails on it; a model that knows the language from pre-training does not.
 """
 
 import functools
@@ -16,7 +16,8 @@ T = TypeVar("T")
 LABELS = ("negative", "positive")
 SPLIT_SIZES = {"train": 2000, "validation": 500, "unseen_words": 500}
 
-# Words by the place they take in a template. No stem is in both SEEN and UNSEEN: "bored" and "boring" stay together.
+# Words by the slot that they fill in a template. No stem is in both SEEN and UNSEEN: "bored" and "boring" stay
+# together.
 Words = dict[str, tuple[str, ...]]
 
 NEGATIVE_SEEN: Words = {
@@ -93,7 +94,7 @@ NEUTRAL: Words = {
     ),
 }  # fmt: skip
 
-# Tokenised as in SST-2: a space before each mark.
+# As in SST-2, there is a space before each punctuation mark.
 TEMPLATES = (
     "i saw this {genre} {when} and the {part} was {adjective} .",
     "we watched it {where} {when} , and i {reaction} the {part} .",
@@ -127,20 +128,21 @@ TEMPLATES = (
 
 
 class Sentence(NamedTuple):
-    """One example: lower-case text, and its label as an index into `LABELS`."""
+    """Holds one example: lower-case text, and its label as an index into `LABELS`."""
 
     text: str
     label: int
 
 
 def sentences(split: str) -> list[Sentence]:
-    """The sentences of one split, the same on every machine.
+    """Returns the sentences of one split, which are the same on every machine.
 
     Args:
       split: a key of `SPLIT_SIZES`; `unseen_words` draws from the held-out sentiment words only.
 
     Returns:
-      `SPLIT_SIZES[split]` sentences in a fixed shuffled order, half of each label; no text occurs twice in any split.
+      `SPLIT_SIZES[split]` sentences in a fixed shuffled order, half of them per label. No text occurs twice, in one
+      split or in two.
 
     Raises:
       ValueError: `split` is not one of the splits.
@@ -151,7 +153,7 @@ def sentences(split: str) -> list[Sentence]:
 
 
 def unlabelled(count: int, seed: int = 0) -> Iterator[str]:
-    """Yields `count` sentences from seen and unseen words for pre-training; a text may repeat, but is in no split."""
+    """Yields `count` sentences from all words, for pre-training. Texts may repeat, but none is in a split."""
     rng = Random(f"unlabelled {seed}")
     labelled = {sentence.text for split in _splits().values() for sentence in split}
     for _ in range(count):
@@ -160,7 +162,7 @@ def unlabelled(count: int, seed: int = 0) -> Iterator[str]:
 
 @functools.cache
 def _splits() -> dict[str, tuple[Sentence, ...]]:
-    """All splits at once, since a later one must avoid the texts of the earlier ones."""
+    """Returns all splits. They are made together because each must avoid the texts of those before it."""
     taken: set[str] = set()
     splits = {}
     for split, size in SPLIT_SIZES.items():
@@ -183,7 +185,7 @@ def _new_text(rng: Random, words: Words, taken: Collection[str]) -> str:
 
 
 def _draw(rng: Random, words: Words) -> str:
-    """Fills a random template with `words` and neutral material, no word twice in a place."""
+    """Fills a random template with `words` and neutral words. No word is used twice for the same kind of slot."""
     left = {place: list(options) for place, options in (words | NEUTRAL).items()}
     parts = re.split(r"\{(\w+)\}", _pick(rng, TEMPLATES))
     for at in range(1, len(parts), 2):
@@ -194,5 +196,5 @@ def _draw(rng: Random, words: Words) -> str:
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:
-    # Of Random's methods only random() is promised to give the same numbers in every Python version.
+    # random() is the only method of Random that is guaranteed to give the same numbers in every Python version.
     return options[int(rng.random() * len(options))]

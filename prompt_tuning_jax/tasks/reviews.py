@@ -1,4 +1,4 @@
-"""The demo's task, without TensorFlow: the rows of the SeqIO task `demo_reviews` (see `demo` and `review_grammar`)."""
+"""Makes the rows of the SeqIO task `demo_reviews` without TensorFlow (see `demo` and `review_grammar`)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Reviews:
     """A `RowSource` of generated review sentences.
 
     Attributes:
-      name: MIXTURE_OR_TASK_NAME, which can only be that of this task.
+      name: MIXTURE_OR_TASK_NAME, which must be "demo_reviews".
     """
 
     name: str = NAME

@@ -1,6 +1,6 @@
-"""Rows of text that are tokenised in this process: what gives them, what each must hold, and how answers are scored.
+"""Defines sources of text rows that are tokenised in this process, checks their rows, and chooses their metrics.
 
-A SeqIO task needs none of this: it is tokenised by `batches.build`, in a process of its own.
+SeqIO tasks do not use this module: `batches.build` tokenises them in a child process.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.settings import Texts
 from prompt_tuning_jax.tasks import metrics, postprocessors
 
-# The functions of `metrics` for answers of each kind.
+# The names of functions of `metrics`, by the kind of the answers.
 OF_LABELS = ("accuracy", "f1", "mean_f1", "matthews")
 OF_TEXTS = ("accuracy", "rouge")
 OF_NUMBERS = ("pearson", "spearman")
-DEFAULT_METRICS = ("accuracy",)  # exact match, where the answers are no closed set
+DEFAULT_METRICS = ("accuracy",)  # for free text, this is exact match
 
 Row = dict[str, Any]
 
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Gives the rows of a task's splits.
+    """Returns the rows of a task's splits.
 
     Attributes:
-      labels: the closed set of answers; None if answers are free text.
-      metrics: names of `OF_LABELS`, `OF_TEXTS` or `OF_NUMBERS`; none if only the loss is evaluated. None for accuracy.
+      labels: the possible answers, if they are a closed set; None if answers are free text.
+      metrics: names from `OF_LABELS`, `OF_TEXTS` or `OF_NUMBERS`; [] if only the loss is evaluated; None for accuracy.
     """
 
     @property
@@ -40,11 +40,11 @@ class RowSource(Protocol):
     def metrics(self) -> Sequence[str] | None: ...
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
+        """Returns the names of the splits."""
         ...
 
     def rows(self, split: str) -> Sequence[Row]:
-        """Returns the rows of a whole split, each with "inputs" and "targets" as text, and whatever else it has.
+        """Returns the rows of a whole split, each with "inputs" and "targets" as text, and with any other fields.
 
         Raises:
           ValueError: a row is invalid; the message says which.
@@ -54,18 +54,19 @@ class RowSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows in memory: one split.
+    """A `RowSource` of one split of rows in memory.
 
-    The rows are checked, and copied, when this is made: changes of the given ones come too late.
+    The rows are checked and copied when this object is created, so later changes of the given rows have no effect.
 
     >>> source = Rows([{"inputs": "a dull film", "targets": 0}], labels=["bad", "good"])
     >>> source.rows("train")
     [{'inputs': 'a dull film', 'targets': 'bad'}]
 
     Attributes:
-      given: mappings with the keys "inputs" and "targets"; any iterable that can be read twice. Both are text, or
-        numbers, which are written as JSON writes them. With `labels`, targets are labels or their indices.
-      split: what the split is called.
+      given: mappings with the keys "inputs" and "targets", in any iterable that can be read twice. Both are text, or
+        numbers, which are converted to text as in JSON. With `labels`, targets are labels or their indices.
+      labels, metrics: as in `RowSource`.
+      split: the name of the split.
     """
 
     given: Iterable[Any] = dataclasses.field(repr=False)
@@ -102,10 +103,10 @@ class Rows:
 
 
 def text_of(column: str, value: Any) -> str:
-    """Returns a cell as text; a number as JSON writes it.
+    """Returns a cell as text. Numbers are converted as in JSON.
 
     Raises:
-      SettingError: it is neither, or blank; it names no setting.
+      SettingError: the value is neither text nor a number, or is blank. The error names no setting.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
         return json.dumps(int(value) if isinstance(value, numbers.Integral) else float(value))
@@ -122,19 +123,22 @@ def text_of(column: str, value: Any) -> str:
 def target_of(
     value: Any, labels: Sequence[str] | None, column: str = "targets", metrics: Sequence[str] | None = None
 ) -> str:
-    """Returns a target as text; with labels the one that it is, or the one that it is the index of.
+    """Returns a target as text. With `labels`, a target is a label or the index of one, and the label is returned.
 
-    A value that equals a label as text is that label. Other values are indices only if no label is a number: of the
-    labels '1' to '5' the value 0 is a mistake, and not the label '1'.
+    A value that equals a label as text is that label. Other values count as indices only if no label is a number: with
+    the labels '1' to '5', the value 0 is an error and does not mean the label '1'.
 
     >>> target_of(1, ["negative", "positive"]), target_of(1, ["1", "0"])
     ('positive', '1')
 
     Args:
-      metrics: as of `RowSource`; with a metric of numbers, the target must be one.
+      value: the cell.
+      labels: the possible answers, or None.
+      column: the name of the cell's column, for errors.
+      metrics: as in `RowSource`. With a metric of numbers, the target must be a number.
 
     Raises:
-      SettingError: it is neither.
+      SettingError: the value is not valid text, or with `labels` neither a label nor an index.
     """
     if labels is None:
         text = text_of(column, value)
@@ -167,7 +171,7 @@ def _is_number(text: str) -> bool:
 
 
 def check_answers(labels: Texts | None, names: Texts | None) -> None:
-    """Raises `SettingError` if labels or metrics are no lists of texts, or do not go together."""
+    """Raises `SettingError` if labels or metrics are not lists of texts, or if a metric does not fit the labels."""
     if labels is not None:
         if isinstance(labels, str) or not isinstance(labels, Sequence):
             raise SettingError(Setting("labels"), f" is {labels!r}, expected a list of texts")
@@ -181,10 +185,10 @@ def check_answers(labels: Texts | None, names: Texts | None) -> None:
 
 
 def scoring(labels: Sequence[str] | None, names: Sequence[str] | None) -> tuple[Callable | None, list[Callable]]:
-    """Returns the postprocessor of answers, None for the text as it is, and the metrics of what it gives.
+    """Returns the postprocessor of answers (None to keep the text unchanged) and the metrics of its results.
 
     Raises:
-      SettingError: a metric does not exist, or not for such answers.
+      SettingError: a metric does not exist, or does not exist for this kind of answers.
     """
     names = DEFAULT_METRICS if names is None else names
     known = OF_LABELS if labels else (*OF_TEXTS, *OF_NUMBERS)

@@ -1,7 +1,8 @@
-"""Sentinel variants of GLUE and SuperGLUE: every answer begins with `<extra_id_0>` ("<extra_id_0> positive").
+"""Registers variants of GLUE and SuperGLUE whose targets begin with `<extra_id_0>` ("<extra_id_0> positive").
 
-The ablation of section 2.2: a model that has only been trained on span corruption begins every answer with a sentinel,
-and may do better where its targets do too. `taskless_sentinel_glue_sst2_v200` is that of `taskless_glue_sst2_v200`.
+This is the ablation of section 2.2: a model that was trained only on span corruption begins every answer with a
+sentinel, and may do better if the targets do too. `taskless_sentinel_glue_sst2_v200` is the variant of
+`taskless_glue_sst2_v200`.
 """
 
 from prompt_tuning_jax.tasks import glue, super_glue

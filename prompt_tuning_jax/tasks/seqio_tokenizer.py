@@ -12,11 +12,11 @@ from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """Encodes in Python, through `tf.numpy_function`: TensorFlow has no kernel for these tokenizers.
+    """A SeqIO vocabulary that encodes in Python with `tf.numpy_function`, as TensorFlow has no op for these tokenizers.
 
     Attributes:
-      path: of the tokenizer's file.
-      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on, wherever they lie.
+      path: the path of the tokenizer's file.
+      sentinel_ids: the ids of <extra_id_0>, <extra_id_1> and so on, in any position.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -69,7 +69,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return tf.reshape(tf.numpy_function(texts, [rows], tf.string), tf.shape(ids)[:-1])
 
     def __eq__(self, other: object) -> bool:
-        """SeqIO asks whether the tasks of a mixture have one vocabulary."""
+        """Compares the tokenizers, because SeqIO checks that the tasks of a mixture have the same vocabulary."""
         return isinstance(other, TokenizerVocabulary) and other._vocabulary.fingerprint == self._vocabulary.fingerprint
 
     def __hash__(self) -> int:

@@ -1,6 +1,6 @@
-"""Where a task's rows come from: TFDS, or the benchmark's own files under DATA_DIR.
+"""Reads a task's rows from TFDS, or from the benchmark's own files under DATA_DIR.
 
-A task's name is the same whichever it is: `set_data_dir` decides when the rows are read.
+A task's name is the same for both. `set_data_dir` chooses between them when the rows are read.
 """
 
 import contextlib
@@ -20,29 +20,29 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import lines
 
 _data_dir: str | None = None
-_raised: SettingError | None = None  # in a dataset, see `remembered`
+_raised: SettingError | None = None  # an error that a dataset raised; see `remembered`
 
 Row = dict[str, Any]
 
 DATA_DIR = Setting("data_dir")
-RETRIES = 4  # of a download of TFDS's: within about 3 seconds
+RETRIES = 4  # of a TFDS download; they take about 3 seconds
 MEND = ("mend it, or set ", DATA_DIR, " to a sound copy")
 
 
 def set_data_dir(path: str | None) -> None:
-    """Makes every `FilesOrTfds` read its files under `path`; None goes back to TFDS."""
+    """Makes every `FilesOrTfds` read its files under `path`, or from TFDS if `path` is None."""
     global _data_dir
     _data_dir = path
 
 
 def data_dir() -> str | None:
-    """The folder that `set_data_dir` was last given."""
+    """Returns the folder of the last call of `set_data_dir`."""
     return _data_dir
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """Keeps an error for `source_errors`: of what Python raises in its datasets, TensorFlow reports the text alone."""
+    """Stores an error for `source_errors`, because TensorFlow keeps only the text of an error raised in a dataset."""
     global _raised
     try:
         yield
@@ -53,7 +53,7 @@ def remembered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def source_errors() -> Iterator[None]:
-    """Raises a source's own error in place of TensorFlow's report of it."""
+    """Raises a source's own error instead of TensorFlow's report of it."""
     global _raised
     _raised = None
     try:
@@ -61,7 +61,7 @@ def source_errors() -> Iterator[None]:
     except tf.errors.OpError as error:
         if _raised is not None:
             raise _raised from None
-        # A ValueError of a user's own module, of which TensorFlow has kept the text alone.
+        # It may be a ValueError of a user's own module, of which TensorFlow has kept only the text.
         raised = re.search(r"ValueError: (.*)", str(error))
         if not raised:
             raise
@@ -72,13 +72,13 @@ class FilesOrTfds(seqio.DataSource):
     """A TFDS data set, or files with the same rows.
 
     Attributes:
-      tfds_name: for example "glue/sst2:2.0.0"; None where there is no such data set.
-      files: for each split, its file under DATA_DIR, where it may also lie compressed, with .gz or .xz after its name;
-        None where only TFDS has the split.
-      read: yields the rows of a file, given its path.
-      read_test: the same for splits whose name begins with "test", which the benchmarks give without labels; None for
-        `read`.
-      benchmark: the folder of the files' root: DATA_DIR is that root, or the folder that holds it.
+      tfds_name: the name in TFDS, such as "glue/sst2:2.0.0"; None if TFDS does not have the data set.
+      files: the file of each split under DATA_DIR, which may be compressed and then has .gz or .xz after its name. None
+        for a split that only TFDS has.
+      read: yields the rows of the file at a path.
+      read_test: like `read`, for splits whose name begins with "test", which benchmarks publish without labels; None
+        for `read`.
+      benchmark: the name of the folder that has the files. DATA_DIR is this folder, or the one that contains it.
     """
 
     def __init__(
@@ -128,16 +128,18 @@ class FilesOrTfds(seqio.DataSource):
         try:
             with few_retries():
                 return self._tfds.get_dataset(split, shuffle, seed, shard_info, num_epochs=num_epochs)
-        except Exception as error:  # it raises what its own libraries do
+        except Exception as error:  # TFDS raises errors of many libraries
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise SettingError(f"TFDS cannot give {self._name} ({reason}): ", *instead) from error
 
 
 @contextlib.contextmanager
 def few_retries() -> Iterator[None]:
-    """Has TFDS give up a download without a connection after seconds: its ten retries, each after twice the wait of
-    the one before, take minutes."""
-    log = logging.getLogger("urllib3.connectionpool")  # has a line for each retry; the error says it all
+    """Makes TFDS give up after a few seconds if there is no connection.
+
+    Its default of ten retries, each after twice the previous wait, would take minutes.
+    """
+    log = logging.getLogger("urllib3.connectionpool")  # it logs a line per retry, and the final error is enough
     before = downloader.MAX_RETRIES, log.level
     downloader.MAX_RETRIES = RETRIES
     log.setLevel(logging.ERROR)
@@ -149,13 +151,13 @@ def few_retries() -> Iterator[None]:
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """One tensor a field of the rows, for `tf.data`: lists become ragged, a dict of fields stays one."""
+    """Returns one tensor per field of the rows, for `tf.data`. Lists become ragged tensors; dicts remain dicts."""
 
     def column(values: list) -> Any:
         if isinstance(values[0], dict):
             return columns_of(values)
         if isinstance(values[0], list):
-            empty = not any(values)  # whose dtype TensorFlow cannot see
+            empty = not any(values)  # TensorFlow cannot infer the dtype of empty lists
             return tf.ragged.constant(values, dtype=tf.string if empty else None, ragged_rank=1)
         return tf.constant(values)
 
@@ -163,7 +165,10 @@ def columns_of(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 class TextFiles(seqio.DataSource):
-    """Plain text under DATA_DIR, `*.txt` (also .gz, .xz), one document a line; every `holdout`-th is for validation."""
+    """Plain text under DATA_DIR, `*.txt` (also .gz, .xz), one document per line.
+
+    Every `holdout`-th document belongs to the validation split.
+    """
 
     def __init__(self, holdout: int = 200):
         self._holdout = holdout
@@ -201,7 +206,7 @@ class TextFiles(seqio.DataSource):
 
 
 def streamed(texts: Callable[[], Iterable[str]]) -> tf.data.Dataset:
-    """Returns rows {"text"} of what `texts()` gives, which is called anew for each epoch and read as it is needed."""
+    """Returns a dataset of rows {"text"}. It calls `texts()` once per epoch, and reads the texts lazily."""
 
     def rows() -> Iterator[Row]:
         with remembered():
@@ -211,9 +216,9 @@ def streamed(texts: Callable[[], Iterable[str]]) -> tf.data.Dataset:
 
 
 def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
-    """`folder/name` or `folder/benchmark/name`, or the same compressed.
+    """Returns `folder/name` or `folder/benchmark/name`, or one of these with .gz or .xz.
 
-    A file that is not there is opened in vain: so a cache knows of it, and is made again once the file is there.
+    It opens files that are missing, too: so the cache records them, and is built again once such a file appears.
     """
     for root in (folder, Path(folder, benchmark or "")):
         for suffix in ("", ".gz", ".xz"):
@@ -227,10 +232,10 @@ def find_file(folder: str, name: str, benchmark: str | None = None) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, plain, .gz or .xz, as UTF-8.
+    """Yields the lines of a UTF-8 text file, which may be compressed (.gz or .xz).
 
     Raises:
-      ValueError: a line is not UTF-8, or the file not whole; it names the line.
+      ValueError: a line is not UTF-8, or the file is damaged; the message names the line.
     """
     try:
         yield from lines.read_lines(path)
@@ -239,7 +244,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines that hold a character, each with its number from 1; the others are skipped."""
+    """Yields (number, line) for the lines that are not empty; numbers count all lines, from 1."""
     return ((number, line) for number, line in enumerate(read_lines(path), 1) if line.rstrip("\r\n"))
 
 
@@ -247,7 +252,7 @@ def read_json(text: str) -> Any:
     """Returns the JSON value of a line.
 
     Raises:
-      ValueError: it is no JSON, nested too deep for Python, or holds half a surrogate pair, which is no text.
+      ValueError: it is not JSON, is nested too deeply for Python, or has half a surrogate pair, which is not Unicode.
     """
     try:
         found = json.loads(text)
@@ -270,14 +275,15 @@ def read_tsv(
     constants: Mapping[str, Any] | None = None,
     skip_short: bool = False,
 ) -> Iterator[Row]:
-    """Rows of a GLUE file: tab-separated, quotes not special.
+    """Yields the rows of a GLUE file, which is tab-separated and in which quotes are not special.
 
     Args:
-      columns: checks and turns each cell of the rows' fields.
-      titles: a field's title in the file, where it is another.
-      header: the columns' titles, where the file has no header line.
-      constants: fields that every row has, such as the label -1 of a test file.
-      skip_short: leave out rows with too few columns, as TFDS does; GLUE's QQP has some.
+      path: the file.
+      columns: by field, a function that checks and converts a cell.
+      titles: by field, its title in the file, for fields that have another title there.
+      header: the columns' titles; None if the file has a header line.
+      constants: fields that are added to every row, such as the label -1 for a test file.
+      skip_short: whether to skip rows with too few columns, as TFDS does; GLUE's QQP has some.
     """
     rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in filled_lines(path))
     header = list(header or next(rows, (1, []))[1])
@@ -306,12 +312,13 @@ def read_jsonl(
     constants: Mapping[str, Any] | None = None,
     flatten: Callable[[Row], Iterable[Row]] | None = None,
 ) -> Iterator[Row]:
-    """Rows of a JSON-lines file.
+    """Yields the rows of a JSON-lines file.
 
     Args:
-      columns: checks and turns each field.
-      constants: fields that every row has, such as the label -1 of a test file.
-      flatten: makes rows of a line's nested object.
+      path: the file.
+      columns: by field, a function that checks and converts a value.
+      constants: fields that are added to every row, such as the label -1 for a test file.
+      flatten: turns the nested object of a line into rows.
     """
     for index, (number, line) in enumerate(filled_lines(path)):
         try:
@@ -330,14 +337,14 @@ def read_jsonl(
 
 
 def text(value: Any) -> str:
-    """A cell that must hold some text."""
+    """Checks that a cell has text that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"an empty or missing text: {value!r}")
     return value
 
 
 def label(count: int) -> Callable[[Any], int]:
-    """A cell that must hold a class, 0 .. count - 1."""
+    """Returns a check that a cell is a class, 0 .. count - 1."""
 
     def check(value: Any) -> int:
         if str(value) not in map(str, range(count)):
@@ -348,14 +355,14 @@ def label(count: int) -> Callable[[Any], int]:
 
 
 def any_text(value: Any) -> str:
-    """A cell that may be empty: the benchmark itself has rows where it is."""
+    """Checks that a cell is text, which may be empty, as in some rows of the benchmarks."""
     if not isinstance(value, str):
         raise ValueError(f"no text: {value!r}")
     return value
 
 
 def texts(value: Any) -> list[str]:
-    """A list of one text or more."""
+    """Checks that a cell is a list of at least one text."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"no list of texts: {value!r}")
     return [text(item) for item in value]
@@ -368,7 +375,7 @@ def integer(value: Any) -> int:
 
 
 def label_name(names: Sequence[str]) -> Callable[[Any], int]:
-    """A cell that must hold the name of a class."""
+    """Returns a check that a cell is the name of a class, which it converts to the class's index."""
 
     def check(value: Any) -> int:
         if value not in names:
@@ -379,14 +386,14 @@ def label_name(names: Sequence[str]) -> Callable[[Any], int]:
 
 
 def truth(value: Any) -> int:
-    """A label that is true or false."""
+    """Checks that a label is true or false, and converts it to 1 or 0."""
     if not isinstance(value, bool):
         raise ValueError(f"label {value!r}, expected true or false")
     return int(value)
 
 
 def score(low: float, high: float) -> Callable[[Any], float]:
-    """A cell that must hold a number, `low` to `high`."""
+    """Returns a check that a cell is a number from `low` to `high`."""
 
     def check(value: Any) -> float:
         try:

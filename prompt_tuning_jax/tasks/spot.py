@@ -1,4 +1,4 @@
-"""SPoT's source tasks (Vu et al. 2022), each with its name in the inputs."""
+"""Registers SPoT's source tasks (Vu et al. 2022), with the task's name in the inputs."""
 
 import functools
 
@@ -11,7 +11,7 @@ from prompt_tuning_jax.tasks.summarization import SPLITS, generation_source
 
 add_task = functools.partial(_add_task, suffixes=("",))
 
-# The sets of GLUE as they are, and MNLI in three.
+# GLUE's tasks are unchanged, except that MNLI is divided into three tasks.
 for _name in ("cola", "sst2", "mrpc", "qqp", "stsb", "qnli", "rte", "wnli"):
     _parts = parts_of(f"glue_{_name}_v200")
     add_task(
@@ -64,7 +64,7 @@ for _name, _tfds, _premise, _labels in (
         metrics=[metrics.accuracy],
     )
 
-# The names have the versions of SPoT's time; TFDS builds two of them as newer ones only.
+# The names have the versions that SPoT used. TFDS builds only newer versions of two of them.
 for _name, _tfds, _document, _summary, _splits in (
     ("aeslc_v100", "aeslc:1.0.0", "email_body", "subject_line", SPLITS),
     ("billsum_v300", "billsum:3.0.0", "text", "summary", ("train", "test", "ca_test")),

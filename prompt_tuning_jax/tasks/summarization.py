@@ -1,4 +1,4 @@
-"""Summarisation, scored by ROUGE: XSum and CNN/DailyMail, from TFDS or JSONL with the fields that TFDS has."""
+"""Registers summarisation, scored by ROUGE: XSum and CNN/DailyMail, from TFDS or from JSONL with TFDS's fields."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 def generation_source(
     tfds_name: str, document: str, summary: str, splits: Sequence[str] = SPLITS
 ) -> sources.FilesOrTfds:
-    """Rows of a document and its summary: TFDS's, or those of `train.jsonl` and so on with the same two fields."""
+    """Returns a source of documents and summaries: TFDS, or `train.jsonl` and so on with the same two fields."""
     read = functools.partial(sources.read_jsonl, columns=dict.fromkeys((document, summary), sources.text))
     files = {split: f"{split}.jsonl" for split in splits}
     return sources.FilesOrTfds(tfds_name, files, read, benchmark=tfds_name.partition(":")[0])

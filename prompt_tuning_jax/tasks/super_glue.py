@@ -1,7 +1,8 @@
-"""SuperGLUE (Wang et al. 2019) and Definite Pronoun Resolution under the official names.
+"""Registers SuperGLUE (Wang et al. 2019) and Definite Pronoun Resolution (DPR) under the official names.
 
-Rows come from TFDS, or from SuperGLUE's own JSONL folders; those of DPR from TFDS alone. WSC is generation, as in T5:
-trained on the rows whose candidate is the referent, evaluated on all by comparing what is generated with the candidate.
+Rows come from TFDS, or from SuperGLUE's own folders of JSONL files; rows of DPR only from TFDS. As in T5, WSC is a
+generation task: it is trained on the rows whose candidate is the referent, and evaluated on all rows, by comparing the
+generated text with the candidate.
 """
 
 import functools
@@ -27,7 +28,7 @@ def _texts(*names: str) -> dict[str, Check]:
 
 
 def flatten_multirc(line: sources.Row) -> Iterator[sources.Row]:
-    """A row for each answer of each question of a paragraph, as TFDS has them."""
+    """Yields a row per answer of each question of a paragraph, as in TFDS."""
     for question in line["passage"]["questions"]:
         for answer in question["answers"]:
             yield {
@@ -39,7 +40,7 @@ def flatten_multirc(line: sources.Row) -> Iterator[sources.Row]:
 
 
 def flatten_record(line: sources.Row) -> Iterator[sources.Row]:
-    """A row for each query of a passage, as TFDS has them: entities and answers once each, sorted."""
+    """Yields a row per query of a passage, as in TFDS: entities and answers are sorted and have no duplicates."""
     text = line["passage"]["text"]
     entities = {text[entity["start"] : entity["end"] + 1] for entity in line["passage"]["entities"]}
     for query in line["qas"]:
@@ -52,7 +53,7 @@ def flatten_record(line: sources.Row) -> Iterator[sources.Row]:
 
 
 def flatten_wsc(line: sources.Row) -> list[sources.Row]:
-    """The row with its spans beside the text, mended where they are not quite words of it (TFDS's `wsc.fixed`)."""
+    """Returns the row with the spans as fields, corrected if they are not in the text (as in TFDS's `wsc.fixed`)."""
     row = line | line["target"]
     text = sources.text(row["text"])
     spans = ((f"{span}_text", sources.integer(row[f"{span}_index"])) for span in ("span1", "span2"))
@@ -60,7 +61,11 @@ def flatten_wsc(line: sources.Row) -> list[sources.Row]:
 
 
 def _mend_span(text: str, span: str, index: int) -> str:
-    """`span` with its first letter in the case of the text's word `index`, and without a full stop or line break."""
+    """Returns `span`, corrected if it is not in the text.
+
+    The first letter gets the case of word `index` of the text, a full stop is removed, and a line break becomes a
+    space.
+    """
     if span in text:
         return span
     words = text.split()
@@ -72,15 +77,21 @@ def _mend_span(text: str, span: str, index: int) -> str:
 
 
 class Config(NamedTuple):
-    """One configuration of TFDS's `super_glue`.
+    """Describes one configuration of TFDS's `super_glue`.
 
     Attributes:
-      text: what T5 writes in front of the inputs; a diagnostic set has the name and number of the task it belongs to.
-      folder: of SuperGLUE's files.
-      fields: what the rows have beside their label or answers, each with its check.
-      answer: the label, or answers, and their check; a test file has none.
-      text_format: from a row to T5's text.
-      unanswered: what stands for it there.
+      text: the name that T5 writes in front of the inputs. A diagnostic set has the name and the number of the task
+        that it belongs to.
+      number: the task's number, for `task_index_`.
+      folder: the folder of SuperGLUE's files.
+      fields: the rows' fields other than the label or answers, each with its check.
+      answer: the name of the field with the label or answers, and its check. Test files do not have this field.
+      text_format: the preprocessors that turn a row into T5's text.
+      postprocess, metrics: those of the task.
+      flatten: turns a line's object into rows; None if it is a row.
+      unanswered: the value of the field `answer` for rows of test files.
+      tfds_name: the configuration's name in TFDS, if it is another.
+      diagnostic: whether this is a diagnostic set, which only has a test split, with labels.
     """
 
     text: str
@@ -97,7 +108,7 @@ class Config(NamedTuple):
     diagnostic: bool = False
 
     def source(self, name: str, splits: Sequence[str] = ("train", "validation", "test")) -> sources.FilesOrTfds:
-        """The rows of `splits`."""
+        """Returns the source of the rows of `splits`."""
         files = {"train": "train", "validation": "val", "test": self.folder if self.diagnostic else "test"}
         read = functools.partial(sources.read_jsonl, flatten=self.flatten)
         field, check = self.answer
@@ -163,7 +174,7 @@ CONFIGS = {
     ),
     "rte": _RTE,
     "wic": _classification("wic", 6, "WiC", ("sentence1", "sentence2", "word"), NO_YES, sources.truth),
-    # The benchmark's own measures of its diagnostic sets: Matthews' correlation, and accuracy.
+    # SuperGLUE scores these two diagnostic sets by Matthews' correlation and by accuracy.
     "axb": _RTE._replace(
         folder="AX-b",
         fields=_texts("sentence1", "sentence2"),
@@ -222,7 +233,7 @@ add_task(
     index=WSC_NUMBER,
 )
 
-# T5's rates: the number of training examples.
+# T5 mixes the tasks in proportion to their number of training examples.
 EXAMPLES = {
     f"super_glue_{_name}_{VERSION}_examples": _count
     for _name, _count in {

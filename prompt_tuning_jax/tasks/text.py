@@ -1,4 +1,4 @@
-"""Pre-training on a folder of plain text: span corruption, and prefix LM for LM adaptation (section 2.2)."""
+"""Registers pre-training on a folder of plain text: span corruption, and prefix LM for LM adaptation (section 2.2)."""
 
 import functools
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ as_targets = functools.partial(seqio.preprocessors.rekey, key_map={"inputs": Non
 
 
 def corrupted_length(lengths: Mapping[str, int]) -> int:
-    """The tokens of a piece whose corrupted inputs fill TASK_FEATURE_LENGTHS."""
+    """Returns the number of tokens per example whose corrupted inputs fill TASK_FEATURE_LENGTHS."""
     return preprocessors.span_corruption_length(lengths["inputs"], DENSITY, MEAN_SPAN)
 
 
 def both_lengths(lengths: Mapping[str, int]) -> int:
-    """The tokens of a piece as long as inputs and targets together, an end of sequence each set aside."""
+    """Returns the number of tokens that inputs and targets hold together, besides an end of sequence each."""
     return lengths["inputs"] + lengths["targets"] - 2
 
 
@@ -30,7 +30,8 @@ for _name, _length, _noise in (
     seqio.TaskRegistry.add(
         _name,
         source=sources.TextFiles(),
-        # Without SeqIO's own cache: a place for it would change the seeds, and the embedded base's examples.
+        # There is no CacheDatasetPlaceholder, since it would change the seeds and so the embedded base model's
+        # examples.
         preprocessors=[
             as_targets,
             seqio.preprocessors.tokenize,

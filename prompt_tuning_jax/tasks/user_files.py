@@ -1,4 +1,4 @@
-"""A user's own rows, without a line of Python: JSONL or TSV files with a column of inputs and a column of targets."""
+"""Reads a user's own JSONL or TSV files, which have a column of inputs and a column of targets."""
 
 import dataclasses
 import functools
@@ -15,20 +15,20 @@ from prompt_tuning_jax.tasks.rows import Row, check_answers, target_of, text_of
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
-    """A `RowSource` of files, which are read again whenever rows are asked for.
+    """A `RowSource` of files, which are read again each time that rows are asked for.
 
     Attributes:
-      files: TASK_FILES, the file of each split, .jsonl or .tsv with a header, also with .gz or .xz behind.
+      files: TASK_FILES, the file of each split: .jsonl, or .tsv with a header. Files may be compressed (.gz or .xz).
       inputs: INPUTS_COLUMN.
-      targets: TARGETS_COLUMN. With `labels` it holds one of them, or its index if no label is a number.
-      labels: LABELS, if the answers are a closed set; they are then ranked beside being generated.
-      metrics: METRICS, by name: accuracy, f1 (of the second of two labels), mean_f1 and matthews of labels; accuracy
-        (exact match) and rouge of texts; pearson and spearman of numbers. [] if only the loss is evaluated; None for
+      targets: TARGETS_COLUMN. With `labels`, its cells are labels, or their indices if no label is a number.
+      labels: LABELS, if the answers are a closed set. Evaluation then ranks the labels, in addition to generating.
+      metrics: METRICS, names of metrics. For labels: accuracy, f1 (of the second of two labels), mean_f1, matthews; for
+        texts: accuracy (exact match), rouge; for numbers: pearson, spearman. [] if only the loss is evaluated; None for
         accuracy.
       data_dir: DATA_DIR, the folder that relative paths start from; None for the working directory.
     """
 
-    files: Mapping[str, str] | Any  # anything else is refused in words
+    files: Mapping[str, str] | Any  # Any, so that `__post_init__` refuses other types with its own message
     inputs: Text = "inputs"
     targets: Text = "targets"
     labels: Texts | None = None
@@ -54,10 +54,10 @@ class TaskFiles:
         return Path(self.data_dir or "", self.files[split])
 
     def rows(self, split: str) -> Sequence[Row]:
-        """Returns the rows of the file of `split` as "inputs" and "targets"; lines without a character are skipped.
+        """Returns the rows in the file of `split` as "inputs" and "targets". Empty lines are skipped.
 
         Raises:
-          SettingError: the file is not there, has no rows, or an invalid one; the message names the line.
+          SettingError: the file does not exist, has no rows, or has an invalid row; the message names the line.
         """
         rows = list(self._read(path := self.path(split)))
         if not rows:
@@ -65,7 +65,7 @@ class TaskFiles:
         return rows
 
     def remarks(self, split: str, rows: Sequence[Row]) -> Iterator[str]:
-        """Yields what to say of rows of `split` that are read as they stand, and may be meant otherwise."""
+        """Yields warnings about valid rows of `split` that may be mistakes, such as quotes in a TSV file."""
         if ".tsv" not in Path(self.files[split]).suffixes:
             return
         for name, column in (("inputs", self.inputs), ("targets", self.targets)):
@@ -134,7 +134,7 @@ def _jsonl(line: str) -> dict[str, Any]:
 
 
 def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; of a field that is there twice Python would take the last."""
+    """Returns a JSON object as a dict, or raises ValueError if a field is there twice; Python would take the last."""
     found = dict(fields)
     if len(found) < len(fields):
         names = [name for name, _ in fields]
@@ -144,7 +144,7 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tsv(line: str, header: Sequence[str] | None = None) -> dict[str, str] | None:
-    """Returns the cells of a line by column, quotes not special; None for the header itself."""
+    """Returns the cells of a line by column, or None if there is no header yet. Quotes are not special."""
     if header is None:
         return None
     cells = line.rstrip("\r\n").split("\t")

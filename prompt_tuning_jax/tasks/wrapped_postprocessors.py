@@ -1,4 +1,4 @@
-"""Postprocessors around another one, which a cache can name with its options. Plain Python."""
+"""Defines postprocessors that call another postprocessor, given by name so that a cache can store it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +17,13 @@ def after_sentinel(
     translate: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Any:
-    """What `postprocess` makes of an answer behind a sentinel; one without the sentinel is read as it is.
+    """Calls `postprocess` on an answer after removing the sentinel at its start, if it has one.
 
     Args:
+      text, example, is_target: as for any postprocessor.
       postprocess: the name of a function of `postprocessors`.
-      translate: the answers with their sentinel and without, for `postprocessors.answers`; not needed here.
-      options: its own.
+      translate: maps answers with the sentinel to answers without it. Only `postprocessors.answers` reads it.
+      options: the keyword arguments of `postprocess`.
     """
     del translate
     text = text.removeprefix(SENTINEL).lstrip()
@@ -32,13 +33,14 @@ def after_sentinel(
 def of_choices(
     text: str, example: Mapping[str, Any], is_target: bool = False, *, postprocess: str, **options: Any
 ) -> Any:
-    """What `postprocess` makes of a generated answer where the example holds all choices (`together`).
+    """Calls `postprocess` on a generated answer of an example that holds all choices (`every_choice(together=True)`).
 
-    Its target is the right choice.
+    The target is the correct choice.
 
     Args:
+      text, example, is_target: as for any postprocessor.
       postprocess: the name of a function of `postprocessors`.
-      options: its own.
+      options: the keyword arguments of `postprocess`.
     """
     choices: Sequence = example["targets_pretokenized"]
     answer = choices[[*map(bool, example["is_correct"])].index(True)]

@@ -1,13 +1,15 @@
-"""Tokenizers of Hugging Face's `tokenizers` library: `tokenizer.json`, or RoBERTa's `vocab.json` and `merges.txt`.
+"""Reads tokenizers with the `tokenizers` library: `tokenizer.json`, or RoBERTa's `vocab.json` and `merges.txt`.
 
-CodeT5's and CodeT5+'s byte-level BPE, Llama's in Pile-T5, and T5's, mT5's or umT5's own where no SentencePiece file
-lies beside the model. Ids are those of `transformers.AutoTokenizer`: the files beside the tokenizer
-(`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) say which tokens are special and what begins
-a text. `add_bos_token` and `add_eos_token` do not: a `tokenizer.json` has its own template, which wins in transformers.
+These are the byte-level BPE of CodeT5 and CodeT5+, Llama's tokenizer in Pile-T5, and those of T5, mT5 and umT5 if there
+is no SentencePiece file beside the model. Ids are equal to those of `transformers.AutoTokenizer`. The files beside the
+tokenizer (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) say which tokens are special and
+which ids begin a text. Their `add_bos_token` and `add_eos_token` are ignored, because a `tokenizer.json` has its own
+template, which transformers prefers.
 
-Two habits of transformers are left out on purpose. It builds T5's tokenizer anew from the vocabulary in
-`tokenizer.json`; here that file is used as it is, which comes to the same for files that transformers wrote. And where
-`clean_up_tokenization_spaces` is set it drops blanks before punctuation when it decodes; T5X and SeqIO keep them.
+This differs from transformers on purpose in two ways. Transformers rebuilds T5's tokenizer from the vocabulary in
+`tokenizer.json`; here the file is used unchanged, which gives the same ids for files that transformers wrote. And if
+`clean_up_tokenization_spaces` is set, transformers drops spaces before punctuation when it decodes; here they are kept,
+as in T5X and SeqIO.
 """
 
 import json
@@ -21,31 +23,31 @@ from prompt_tuning_jax.errors import Setting, SettingError
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-ADDED = "added_tokens.json"  # ids of tokens that are not in vocab.json
+ADDED = "added_tokens.json"  # maps tokens that are not in vocab.json to ids
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
 ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
-BYTE_LEVEL = ("Roberta", "Bart")  # classes of transformers that read `vocab.json` and `merges.txt` in the same way
+BYTE_LEVEL = ("Roberta", "Bart")  # transformers' classes that read `vocab.json` and `merges.txt` in the same way
 
 
 class TokenizerFile:
     """A tokenizer with the methods that `Vocabulary` needs.
 
     Attributes:
-      files: what the tokenizer was read from.
+      files: the files that the tokenizer was read from.
       size: one more than the highest id.
-      prefix: ids in front of every text, as transformers puts them there: CodeT5's <s>; empty for T5.
-      eos_id: the end of sequence, which is not part of what `encode` returns.
-      unk_id: the unknown token; None where every text can be written.
-      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on, wherever they lie; empty where the tokenizer has none.
-      special_ids: the special tokens that are no sentinels; `decode` leaves them out.
+      prefix: the ids that transformers puts in front of every text, such as CodeT5's <s>; empty for T5.
+      eos_id: the id of the end of sequence, which `encode` does not append.
+      unk_id: the id of the unknown token, or None if the tokenizer can encode every text.
+      sentinel_ids: the ids of <extra_id_0>, <extra_id_1> and so on, in any position; empty if the tokenizer has none.
+      special_ids: the ids of special tokens that are not sentinels; `decode` leaves them out.
     """
 
     def __init__(self, path: str):
         folder, content = Path(path).parent, _read_object(Path(path))
         self.files = [Path(path)]
         settings = self._read_settings(folder, SETTINGS[0])
-        if "added_tokens_decoder" not in settings:  # which newer files have, and the next one is older
+        if "added_tokens_decoder" not in settings:  # files without this field are older, and need the older SETTINGS[1]
             settings |= self._read_settings(folder, SETTINGS[1])
         if isinstance(content.get("model"), dict):
             self._tokenizer = _built(path, lambda: Tokenizer.from_file(path))
@@ -92,12 +94,12 @@ class TokenizerFile:
         return _read_object(file)
 
     def _read_settings(self, folder: Path, name: str) -> dict[str, Any]:
-        """Returns the fields that have a value."""
+        """Returns the fields of a settings file that are not null, after checking them."""
         found = {field: value for field, value in self._read_beside(folder, name).items() if value is not None}
         return _checked(folder / name, found)
 
     def _add_tokens(self, path: str, settings: dict[str, Any]) -> None:
-        """Adds the tokens that the files beside the tokenizer name, in the order in which transformers adds them."""
+        """Adds the tokens named in the files beside the tokenizer, in the same order as transformers."""
         named = [settings[role] for role in ROLES if settings.get(role)]
         special = {_text(token): token for token in [*named, *_extra(settings)]}
         numbered = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
@@ -130,7 +132,7 @@ class TokenizerFile:
         return [self.prefix + row.ids for row in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` without special tokens, as transformers' `skip_special_tokens=True`, but with sentinels."""
+        """Returns the text of `ids` like transformers' `skip_special_tokens=True`, except that sentinels are kept."""
         kept = [token for token in ids if token not in self.special_ids]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
@@ -139,7 +141,7 @@ class TokenizerFile:
 
 
 def sentinels_in(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
-    """Returns the ids of <extra_id_0>, <extra_id_1> and so on; `id_of` gives that of a token, or None."""
+    """Returns the ids of <extra_id_0>, <extra_id_1> and so on. `id_of` returns the id of a token, or None."""
     found: list[int] = []
     while True:
         names = (f"<extra_id_{len(found)}>", f"▁<extra_id_{len(found)}>")
@@ -150,12 +152,12 @@ def sentinels_in(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
 
 
 def is_vocabulary(path: Path) -> bool:
-    """Returns whether a JSON file is a `vocab.json`, tokens and their ids, and no `tokenizer.json`."""
+    """Returns whether a JSON file is a `vocab.json`, which maps tokens to ids, and not a `tokenizer.json`."""
     return not isinstance(_read_object(path).get("model"), dict)
 
 
 def declared_sentinels(folder: Path) -> int | None:
-    """Returns how many sentinels `tokenizer_config.json` gives a tokenizer; None where there is no word of them."""
+    """Returns the number of sentinels according to `tokenizer_config.json`, or None if it does not say."""
     if not (file := folder / SETTINGS[0]).is_file():
         return None
     settings = _checked(file, {name: value for name, value in _read_object(file).items() if value is not None})
@@ -176,7 +178,7 @@ def _unknown(content: dict[str, Any]) -> Any:
 
 
 def _added_token(token: Any, special: bool) -> AddedToken:
-    """Returns a token that is written alone or beside its flags."""
+    """Returns the `AddedToken` of a token that is given as a text, or as an object with flags."""
     fields = token if isinstance(token, dict) else {}
     flags = {name: bool(fields.get(name)) for name in ("single_word", "lstrip", "rstrip")}
     special = special or bool(fields.get("special"))
@@ -184,12 +186,12 @@ def _added_token(token: Any, special: bool) -> AddedToken:
 
 
 def _extra(settings: dict[str, Any]) -> list[Any]:
-    """Returns the special tokens that have no role of their own; their field's name is that of transformers 4 or 5."""
+    """Returns the special tokens that have no role. Transformers 4 and 5 have different names for their field."""
     return next((_several(settings[name]) for name in EXTRA if settings.get(name)), [])
 
 
 def _byte_level_bpe(path: str, settings: dict[str, Any]) -> Tokenizer:
-    """Returns RoBERTa's tokenizer of a `vocab.json` and the `merges.txt` beside it, without its special tokens."""
+    """Builds RoBERTa's tokenizer from a `vocab.json` and the `merges.txt` beside it, without special tokens."""
     name = settings.get("tokenizer_class") or BYTE_LEVEL[0]
     if not str(name).startswith(BYTE_LEVEL):
         raise SettingError(
@@ -206,10 +208,10 @@ def _byte_level_bpe(path: str, settings: dict[str, Any]) -> Tokenizer:
 
 
 def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns `settings`, whose tokens are of the form that transformers writes.
+    """Returns `settings` after checking that its tokens have the form that transformers writes.
 
     Raises:
-      SettingError: they are not; the message names the field.
+      SettingError: a token has another form; the message names the field.
     """
     numbered = settings.get("added_tokens_decoder", {})
     wrong = [role for role in ROLES if role in settings and not _is_token(settings[role])]
@@ -231,7 +233,7 @@ def _is_token(token: Any) -> bool:
 
 
 def _several(tokens: Any) -> list[Any]:
-    """Returns the tokens of a list, or of an object by name; what is neither is one token, and an invalid one."""
+    """Returns the tokens in a list, or the values of an object; anything else becomes one invalid token."""
     if isinstance(tokens, list):
         return tokens
     return [*tokens.values()] if isinstance(tokens, dict) else [None]
@@ -256,5 +258,5 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str:
-    """Returns how a token is written, which may stand in its own field beside its flags."""
+    """Returns the text of a token that is given as a text, or as an object with flags."""
     return str(token.get("content")) if isinstance(token, dict) else str(token)

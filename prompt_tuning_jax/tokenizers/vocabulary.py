@@ -1,20 +1,22 @@
-"""Vocabularies as T5 uses them: SentencePiece's, ByT5's bytes, or a `tokenizer.json`.
+"""Encodes and decodes text with the vocabularies of T5 models: SentencePiece, ByT5's bytes, or a `tokenizer.json`.
 
-T5's own: 0 pads, 1 ends, 2 is unknown, and sentinels count down from the top. ByT5: Xue et al. 2021,
-https://arxiv.org/abs/2105.13626.
+In T5's own vocabulary, 0 is padding, 1 is the end of sequence, 2 is the unknown token, and sentinels count down from
+the last id. ByT5: Xue et al. 2021, https://arxiv.org/abs/2105.13626.
 
-SentencePiece files and bytes are read as SeqIO reads them, which is what T5 was trained on. A `tokenizer.json` is read
-as transformers 5 reads it, with or without `legacy`. For the same SentencePiece file the two differ in these ways:
-  - A sentinel within a word, or directly after another one, is one id for transformers, and its letters for SeqIO.
+SentencePiece files and bytes are read as SeqIO reads them, because T5 was trained with SeqIO. A `tokenizer.json` is
+read as transformers 5 reads it, with or without `legacy`. For the same SentencePiece file, the two differ in these
+ways:
+  - A sentinel within a word, or directly after another sentinel, is one id in transformers. SeqIO splits it like text.
   - A combining mark after another one, or on a character that normalisation replaces, may be lost in transformers,
-    whose normalisation goes by grapheme.
-  - The control character U+0085 is unknown for SeqIO, and a blank for transformers.
-  - Where two ways to split a text are equally likely, as for 40 question marks, each may take another one; so do
+    because it normalises per grapheme.
+  - The control character U+0085 is unknown in SeqIO, and a space in transformers.
+  - If two ways to split a text are equally likely, as for 40 question marks, the two may choose different ones. So may
     SentencePiece and the TensorFlow Text within SeqIO.
-  - "</s>", "<pad>" and "<unk>" within a text are those special ids for transformers, and their letters for SeqIO.
-  - SeqIO writes an unknown id as " \u2047 "; transformers leaves it out.
-  - SeqIO writes a blank in front of a sentinel within a text; the decoder of `tokenizer.json` does not.
-Both write sentinels here: transformers' `skip_special_tokens=True` leaves them out, but tasks read them.
+  - "</s>", "<pad>" and "<unk>" in a text become the special ids in transformers. SeqIO splits them like text.
+  - SeqIO decodes an unknown id as " \u2047 "; transformers leaves it out.
+  - SeqIO writes a space in front of a sentinel within a text; the decoder of `tokenizer.json` does not.
+Here both write sentinels when decoding, because tasks read them. In transformers, `skip_special_tokens=True` would
+leave them out.
 """
 
 import contextlib
@@ -39,34 +41,36 @@ from prompt_tuning_jax.tokenizers.tokenizer_json import TokenizerFile, declared_
 
 PAD, EOS, UNK = 0, 1, 2
 EXTRA_IDS = 100
-BYTES = "bytes"  # in place of a path
-BESIDE = "spiece.model"  # what the file is called that lies beside a base
+BYTES = "bytes"  # given instead of a path
+BESIDE = "spiece.model"  # the name of the SentencePiece file beside a base model
 SETTINGS = "tokenizer_config.json"
 _LAYOUTS = ((BESIDE,), (tokenizer_json.TOKENIZER,), (tokenizer_json.VOCAB, tokenizer_json.MERGES))
 _USER_DEFINED = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
 
 
 class Vocabulary:
-    """The vocabulary of a base, without TensorFlow: a SentencePiece `.model`, a `tokenizer.json`, or `BYTES`.
+    """A base model's tokenizer, without TensorFlow: a SentencePiece `.model`, a `tokenizer.json`, or `BYTES`.
 
-    A SentencePiece file may have the sentinels as pieces already, as mT5's and T5X's `cc_all.32000.100extra` do; to
-    others they are added as SeqIO adds them, so that `<extra_id_0>` is the last id: 100 sentinels, or as many as
-    `tokenizer_config.json` beside the file says (300 for umT5), or none where `config.json` beside it gives the model a
-    row per piece and no more (MADLAD-400). The `vocab.json` of CodeT5 is read with the `merges.txt` beside it.
+    Some SentencePiece files have the sentinels already, as mT5's and T5X's `cc_all.32000.100extra` do. To other files
+    they are added as SeqIO adds them, so that `<extra_id_0>` is the last id. Their number is the one in the
+    `tokenizer_config.json` beside the file (300 for umT5), or else 100; or 0 if the `config.json` beside the file says
+    that the model's table has exactly one row per subword of the file (MADLAD-400). The `vocab.json` of CodeT5 is read
+    with the `merges.txt` beside it.
 
     Attributes:
-      path: of the file, or `BYTES`.
-      size: ids, sentinels included; a model's table may have more rows.
-      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on; empty where the tokenizer has none.
+      path: the path of the file, or `BYTES`.
+      fingerprint: a hash of the tokenizer's files, and of ids that were set otherwise.
+      size: the number of ids, including sentinels; a model's embedding table may have more rows.
+      sentinel_ids: the ids of <extra_id_0>, <extra_id_1> and so on; empty if the tokenizer has none.
       sentinels: how many of the last ids are sentinels.
-      extra_ids: sentinels that are not in the file.
-      special_ids: tokens that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
+      extra_ids: the number of sentinels that were added to those in the file.
+      special_ids: ids that stand for no text: padding, the end of sequence, <mask> and the like, and the sentinels.
       pad_id: the id of padding.
-      eos_id: the id that ends a sequence.
+      eos_id: the id of the end of sequence.
       start_id: the id that the decoder reads first.
-      unk_id: the id of the unknown token; None if the tokenizer can write every text and so has no unknown token.
-      prefix: ids in front of every text: CodeT5's <s>; empty for T5.
-      reads_json: whether the tokenizer is one of Hugging Face's `tokenizers` library.
+      unk_id: the id of the unknown token, or None if the tokenizer can encode every text.
+      prefix: the ids in front of every text, such as CodeT5's <s>; empty for T5.
+      reads_json: whether the tokenizer is read with Hugging Face's `tokenizers` library.
     """
 
     def __init__(
@@ -80,12 +84,12 @@ class Vocabulary:
         """Reads the tokenizer.
 
         Args:
-          path: of the file, or `BYTES`.
-          pad_id, eos_id, start_id: the model's ids, which win over the tokenizer's. None for the tokenizer's own end of
-            sequence, and for T5X's padding and start, which are 0 whatever the tokenizer.
+          path: the path of the file, or `BYTES`.
+          pad_id, eos_id, start_id: the model's ids, which replace those of the tokenizer. None means the tokenizer's
+            end of sequence, and T5X's padding and start, which are 0 for every tokenizer.
 
         Raises:
-          ValueError: there is no tokenizer.
+          ValueError: there is no tokenizer at `path`.
         """
         self.path = str(path)
         self.extra_ids, self.prefix, self.reads_json = 0, [], False
@@ -159,7 +163,7 @@ class Vocabulary:
         self.fingerprint = digest.hexdigest()[:16]
 
     def _number(self, piece: str) -> int | None:
-        """Returns the id of a SentencePiece piece, or None."""
+        """Returns the id of a SentencePiece subword, or None if there is no such subword."""
         number = self._pieces.piece_to_id(piece)
         return number if self._pieces.id_to_piece(number) == piece else None
 
@@ -169,7 +173,7 @@ class Vocabulary:
         self.sentinels = next(n for n in range(self.size + 1) if self.size - 1 - n not in self._written)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without an end of sequence; a sentinel at the start of a word is one id.
+        """Returns the ids of `text` without an end of sequence. A sentinel at the start of a word is one id.
 
         Raises:
           ValueError: `text` has half a surrogate pair, which no file can hold.
@@ -178,20 +182,20 @@ class Vocabulary:
             return self._pieces.encode(text)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, as `encode` gives them, on all processor cores."""
+        """Returns the ids of each text, as `encode` does, using all CPU cores."""
         with _whole_characters(texts):
             if isinstance(self._pieces, sentencepiece.SentencePieceProcessor):
                 return self._pieces.encode(list(texts))
             return self._pieces.encode_all(texts)
 
     def subwords(self, text: str) -> list[int]:
-        """The ids of `text` without `prefix`: those that stand for the text itself."""
+        """Returns the ids of `text` without `prefix`."""
         return self.encode(text)[len(self.prefix) :]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """The text of `ids` up to the first end of sequence; padding is skipped and sentinels are written out.
+        """Returns the text of `ids` up to the first end of sequence, without padding but with sentinels.
 
-        An id beyond the sentinels, which a model's padded table can give, is unknown.
+        An id from `size` on counts as unknown. A model can generate such ids if its embedding table is padded.
         """
         found = [*map(int, ids)]
         found = found[: found.index(self.eos_id)] if self.eos_id in found else found
@@ -199,7 +203,7 @@ class Vocabulary:
         return self._pieces.decode([token for token in known if token is not None])
 
     def piece(self, token: int) -> str:
-        """How one id is written, for tables of nearest neighbours."""
+        """Returns the subword of one id, as it is shown in tables of nearest neighbours."""
         if token >= self.size:
             if self.unk_id is None:
                 return "<unk>"
@@ -207,13 +211,13 @@ class Vocabulary:
         return self._written.get(token) or self._pieces.id_to_piece(token)
 
     def written(self, text: str) -> str:
-        """`text` as this vocabulary gives it back: a case-folding one writes True as true."""
+        """Returns `text` after encoding and decoding; a case-folding vocabulary turns "True" into "true"."""
         return self.decode(self.encode(text))
 
 
 @contextlib.contextmanager
 def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
-    """Raises ValueError in place of a tokenizer's own error if a text has half a surrogate pair."""
+    """Replaces a tokenizer's own error by a ValueError if a text has half a surrogate pair."""
     try:
         yield
     except (RuntimeError, TypeError, UnicodeEncodeError):
@@ -229,11 +233,12 @@ def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
 
 
 class _Bytes:
-    """The ids of ByT5 behind the methods of a SentencePieceProcessor: byte b of UTF-8 is b + 3.
+    """ByT5's tokenizer with the methods of a SentencePieceProcessor. Byte b of UTF-8 has the id b + 3.
 
-    ByT5 has no ids for sentinels: in span corruption the last ids stand for them, 258 for the first. Of those, the
-    eleven whose bytes no UTF-8 text has, 0xF5 to 0xFF, are written out here, with a blank behind them that is none of
-    the text's. The `<extra_id_0>` of Hugging Face's tokenizer is another id, 259, which ByT5 was not trained on.
+    ByT5 has no ids for sentinels: in span corruption it uses the last ids for them, starting with 258. Eleven of these
+    ids stand for bytes that never occur in UTF-8, 0xF5 to 0xFF, so here they are decoded as sentinels, each followed by
+    a space that is not part of the text. In Hugging Face's tokenizer, `<extra_id_0>` has another id, 259, with which
+    ByT5 was not trained.
     """
 
     SIZE, FIRST, SENTINELS = 259, 3, 11
@@ -249,7 +254,7 @@ class _Bytes:
         return [*map(self.encode, texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no UTF-8, and unknown ids, are left out, as SeqIO has it."""
+        """Returns the text of `ids`. Invalid UTF-8 and unknown ids are left out, as in SeqIO."""
         data = bytes(token - self.FIRST for token in ids if token >= self.FIRST)
         parts = re.split(rb"([\xf5-\xff])", data)
         texts = [
@@ -266,14 +271,14 @@ class _Bytes:
 
 
 def _sentinels_to_add(folder: Path, pieces: int) -> int:
-    """Returns how many sentinels the files beside a SentencePiece model add to its pieces."""
+    """Returns how many sentinels to add to a SentencePiece model, according to the files beside it."""
     if (declared := declared_sentinels(folder)) is not None:
         return declared
     return 0 if read_settings(folder / "config.json").get("vocab_size") == pieces else EXTRA_IDS
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the JSON object that a file holds; an empty one if there is no such file, or it holds something else."""
+    """Returns the JSON object in a file; an empty one if the file does not exist or has something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -282,9 +287,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def vocabulary_in(folder: str | os.PathLike) -> str | None:
-    """The tokenizer that lies in the folder of a base, or `BYTES` where Hugging Face's files say ByT5.
+    """Returns the path of the tokenizer in a base model's folder, `BYTES` if Hugging Face's files say ByT5, or None.
 
-    A SentencePiece model comes first, then `tokenizer.json`, then `vocab.json` with `merges.txt`.
+    A SentencePiece model is preferred, then `tokenizer.json`, then `vocab.json` with `merges.txt`.
     """
     for name, *others in _LAYOUTS:
         if all(Path(folder, one).is_file() for one in (name, *others)):
@@ -294,7 +299,7 @@ def vocabulary_in(folder: str | os.PathLike) -> str | None:
 
 
 def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
-    """Puts a vocabulary into the folder of a base, where `vocabulary_in` and transformers find it."""
+    """Writes a vocabulary to a base model's folder, so that `vocabulary_in` and transformers find it."""
     if str(vocabulary) == BYTES:
         (folder / SETTINGS).write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}) + "\n")
         return
@@ -316,5 +321,5 @@ def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` tokens, the last of them replaced by `tokens`' own last (its end of sequence)."""
+    """Truncates `tokens` to `length`, keeping the last token, which is the end of sequence."""
     return tokens if len(tokens) <= length else np.append(tokens[: length - 1], tokens[-1])

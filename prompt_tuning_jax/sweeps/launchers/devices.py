@@ -1,4 +1,4 @@
-"""What of this machine each of several processes gets: GPUs, TPU chips or cores, found without JAX."""
+"""Divides this machine's GPUs, TPU chips or cores among several processes, without importing JAX."""
 
 import contextlib
 import glob
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 
 class Slot(NamedTuple):
-    """A job's part of the machine.
+    """Holds the part of the machine that a job may use.
 
     Attributes:
-      environment: variables that show it its devices.
-      cores: "0,1"; "" for all.
+      environment: environment variables that limit the job to its devices.
+      cores: the CPU cores, such as "0,1"; "" means all cores.
     """
 
     environment: Mapping[str, str]
@@ -24,10 +24,12 @@ class Slot(NamedTuple):
 
 
 def divide_machine(processes: int | None, jobs: int) -> list[Slot]:
-    """What each of the jobs that run at a time gets. Looks for devices without JAX, which would take them.
+    """Returns one slot per job that runs at the same time.
+
+    JAX would claim the devices for this process, so they are found without it.
 
     Raises:
-      ValueError: `processes` is not positive, or more than there are TPU chips.
+      ValueError: `processes` is not positive, or is more than the number of TPU chips.
     """
     if processes is not None and processes < 1:
         raise ValueError(
@@ -49,7 +51,7 @@ def divide_machine(processes: int | None, jobs: int) -> list[Slot]:
 
 
 def visible_gpus() -> list[str]:
-    """The NVIDIA GPUs that JAX would see, as CUDA_VISIBLE_DEVICES names them."""
+    """Returns the NVIDIA GPUs that JAX would see, named as in CUDA_VISIBLE_DEVICES."""
     if _on_cpu():
         return []
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -62,7 +64,7 @@ def visible_gpus() -> list[str]:
 
 
 def visible_tpu_chips() -> list[str]:
-    """The TPU chips of this host, by their numbers; none where libtpu is not installed."""
+    """Returns the indices of this host's TPU chips; an empty list if libtpu is not installed."""
     if _on_cpu() or importlib.util.find_spec("libtpu") is None:
         return []
     if given := os.environ.get("TPU_VISIBLE_CHIPS"):
@@ -78,13 +80,13 @@ def _on_cpu() -> bool:
 def _gpu_environment(gpus: Sequence[str], place: int, count: int) -> dict[str, str]:
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, place, count))}
     if count > len(gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        sharing = -(-count // len(gpus))  # by default the first of them would take three quarters of the memory
+        sharing = -(-count // len(gpus))  # by default JAX preallocates 75% of the memory per process
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
     return environment
 
 
 def _tpu_environment(chip: str) -> dict[str, str]:
-    """One chip to a process that knows of no other, by the variables of jax/_src/test_multiprocess.py."""
+    """Returns variables that limit a process to one TPU chip, as in jax/_src/test_multiprocess.py."""
     port = 8476 + int(chip)
     return {
         "TPU_VISIBLE_CHIPS": chip,
@@ -98,7 +100,10 @@ def _tpu_environment(chip: str) -> dict[str, str]:
 
 
 def _share(all_of_them: Sequence[Any], place: int, count: int) -> Sequence[Any]:
-    """The part of the `place`th of `count`: neighbours, as equal as can be, and shared where there are too few."""
+    """Returns part `place` of the items, which are divided into `count` contiguous and nearly equal parts.
+
+    If there are fewer items than parts, each part has one item, and several parts share it.
+    """
     if 0 < len(all_of_them) < count:
         return [all_of_them[place % len(all_of_them)]]
     return all_of_them[len(all_of_them) * place // count : len(all_of_them) * (place + 1) // count]

@@ -14,10 +14,10 @@ from prompt_tuning_jax.settings import Count, Dictionary, Settings, Switch, Text
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
-CHIPS_PER_HOST = 4  # of every TPU slice of more than one host
-SECONDS_KEPT = 3600  # that an ended JobSet stays, and with it its pods' logs
+CHIPS_PER_HOST = 4  # in every TPU slice with more than one host
+SECONDS_KEPT = 3600  # how long a finished JobSet and the logs of its pods are kept
 
-# What GKE calls them, and the dimensions of their topologies
+# Maps each TPU to GKE's name for it and to the number of dimensions of its topologies
 # (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus).
 TPUS = {
     "v4": ("tpu-v4-podslice", 3),
@@ -28,12 +28,12 @@ TPUS = {
 
 
 class Pods(NamedTuple):
-    """The pods of a slice.
+    """Describes the pods of one TPU slice, or the one pod on a GPU or CPU node.
 
     Attributes:
-      count: hosts; a pod each.
-      limits: accelerators of a pod, by resource.
-      node_selector: labels of the nodes.
+      count: the number of pods, one per host.
+      limits: the number of accelerators per pod, by resource name.
+      node_selector: the labels that a node must have.
     """
 
     count: int
@@ -43,26 +43,26 @@ class Pods(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JobSet:
-    """One JobSet a job.
+    """Writes one JobSet per job, and optionally applies it.
 
-    A JobSet that is preempted or crashes starts again, and goes on from its last checkpoint; one that ends with an
-    error does not.
+    A JobSet that is preempted or crashes is restarted and resumes from its last checkpoint. A JobSet that exits with an
+    error is not restarted.
 
     Attributes:
-      image: which has this package installed.
-      accelerator: a TPU, "v4", "v5e", "v5p" or "v6e", or a GPU by GKE's name of it, "nvidia-l4"; None for any node.
-      topology: of a TPU slice, "2x4" or "2x2x1".
-      devices: accelerators a pod. None for as many chips as a TPU host has, 4 or the whole of a smaller slice (a 2x4 of
-        v5e or v6e may also be one host of 8), for one GPU of a GPU's name, and for none on any node.
-      slices: TPU slices a job.
-      claim: the PersistentVolumeClaim with SWEEP_DIR in it; or
-      bucket: the Cloud Storage bucket, through Cloud Storage FUSE.
-      mount: where it is mounted. The pods run in it, so a relative path is taken from there.
-      namespace: of the JobSets.
-      queue: a LocalQueue of Kueue; None for none.
-      service_account: of Kubernetes, which may use the bucket.
-      node_selector: more labels of the nodes, such as {"cloud.google.com/gke-spot": "true"}.
-      apply: `kubectl apply` them.
+      image: a container image that has this package installed.
+      accelerator: a TPU ("v4", "v5e", "v5p" or "v6e"), or GKE's name of a GPU such as "nvidia-l4"; None for any node.
+      topology: the topology of a TPU slice, such as "2x4" or "2x2x1".
+      devices: the number of accelerators per pod. None means: on a TPU, all chips of a host, which are 4 or the whole
+        of a smaller slice (a 2x4 slice of v5e or v6e may also be one host with 8); on a GPU node, 1; otherwise 0.
+      slices: the number of TPU slices per job.
+      claim: the PersistentVolumeClaim that holds SWEEP_DIR. Set this or `bucket`.
+      bucket: the Cloud Storage bucket that holds SWEEP_DIR, mounted with Cloud Storage FUSE.
+      mount: the path where the volume is mounted. It is the pods' working directory, so relative paths start there.
+      namespace: the Kubernetes namespace of the JobSets.
+      queue: a LocalQueue of Kueue, or None.
+      service_account: a Kubernetes service account that may use the bucket.
+      node_selector: additional labels that a node must have, such as {"cloud.google.com/gke-spot": "true"}.
+      apply: whether to run `kubectl apply` on the manifests.
     """
 
     image: Text | None = None
@@ -83,10 +83,10 @@ class JobSet:
         check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
-        """Writes SWEEP_DIR/manifests/<job>.yaml, and does not wait for what runs.
+        """Writes SWEEP_DIR/manifests/<job>.yaml, applies it if `apply` is set, and does not wait for the jobs.
 
         Raises:
-          ValueError: a field is missing or wrong, kubectl is not there, or SWEEP_DIR is not in the volume.
+          ValueError: a field is missing or invalid, kubectl is not on PATH, or SWEEP_DIR is not in the volume.
         """
         import yaml
 
@@ -105,16 +105,16 @@ class JobSet:
         return 1 if subprocess.run(["kubectl", "apply", "-f", str(folder)]).returncode else 0
 
     def manifest(self, job: Job, sweep_dir: str) -> dict[str, Any]:
-        """The JobSet of a job.
+        """Returns the JobSet of a job, as the dictionary that is written to YAML.
 
         Raises:
-          ValueError: there is no such accelerator or topology, or not exactly one volume.
+          ValueError: the accelerator or topology is unknown, or not exactly one of `claim` and `bucket` is set.
         """
         pods = pods_of_slice(self.accelerator, self.topology, self.devices)
         name = manifests.workload_name(job, sweep_dir)
         annotations = {}
         if pods.count > 1:
-            # Each slice is a node pool: no other job's pods may take one of its hosts.
+            # A slice is a node pool. Without this, another job's pod could take one of its hosts.
             annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
         return {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -128,7 +128,7 @@ class JobSet:
                 }
             ),
             "spec": {
-                "network": {"enableDNSHostnames": True},  # a headless service, by which a slice's hosts find each other
+                "network": {"enableDNSHostnames": True},  # a headless service: a slice's hosts find each other by name
                 "ttlSecondsAfterFinished": SECONDS_KEPT,
                 "failurePolicy": {
                     "maxRestarts": manifests.MAX_RESTARTS,
@@ -143,13 +143,14 @@ class JobSet:
         }
 
     def _job(self, job: Job, pods: Pods) -> dict[str, Any]:
-        # 2 is a mistake of the user's, 1 a traceback. Where several hosts run, 1 may come of the preemption of another.
+        # Exit code 2 is a user's mistake and 1 is a traceback. With several hosts, 1 may also be a traceback that the
+        # preemption of another host caused, so it does not stop the JobSet.
         errors = [1, 2] if pods.count * self.slices == 1 else [2]
         return {
             "parallelism": pods.count,
             "completions": pods.count,
             "completionMode": "Indexed",
-            "backoffLimit": 0,  # a slice's hosts only start again together, by the JobSet
+            "backoffLimit": 0,  # only the JobSet restarts: the hosts of a slice must restart together
             "podFailurePolicy": {
                 "rules": [
                     {
@@ -172,7 +173,7 @@ class JobSet:
             "volumeMounts": [{"name": "sweeps", "mountPath": self.mount}],
         }
         spec = {
-            "restartPolicy": "Never",  # what a podFailurePolicy asks for
+            "restartPolicy": "Never",  # podFailurePolicy requires it
             "terminationGracePeriodSeconds": manifests.GRACE_SECONDS,
             "serviceAccountName": self.service_account,
             "nodeSelector": {**pods.node_selector, **self.node_selector},
@@ -192,17 +193,17 @@ class JobSet:
             )
         if self.claim:
             return {"persistentVolumeClaim": {"claimName": self.claim}}
-        # A checkpoint is written beside its place and then moved there; in a bucket without hierarchical namespace,
-        # FUSE moves no folder of more files than this.
+        # A checkpoint is written to a temporary folder, which is then renamed. In a bucket without hierarchical
+        # namespace, FUSE refuses to rename a folder that has more files than this limit.
         attributes = {"bucketName": self.bucket, "mountOptions": "implicit-dirs,rename-dir-limit=100000"}
         return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
 def pods_of_slice(accelerator: str | None, topology: str | None, devices: int | None = None) -> Pods:
-    """The pods of one slice, on GKE's nodes; see `JobSet`.
+    """Returns the pods of one slice on GKE's nodes; see `JobSet` for the arguments.
 
     Raises:
-      ValueError: there is no such TPU, topology, or host.
+      ValueError: the topology is given without a TPU or is invalid, or no host has that many chips.
     """
     if accelerator not in TPUS:
         if topology:

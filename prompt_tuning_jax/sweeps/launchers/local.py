@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep on this machine: several at a time, the devices or the cores divided among them."""
+"""Runs the jobs of a sweep on this machine, several at a time, with the devices or cores divided among them."""
 
 import collections
 import contextlib
@@ -22,18 +22,19 @@ from prompt_tuning_jax.sweeps.launchers import tether
 from prompt_tuning_jax.sweeps.launchers.devices import Slot, divide_machine
 from prompt_tuning_jax.sweeps.spec import Trial
 
-POLL_SECONDS = 0.1  # between two looks at the processes
-REDRAW_SECONDS = 2.0  # between two looks at the trials' folders
-LAST_LINES = 20  # of its log that failed.txt takes
+POLL_SECONDS = 0.1  # between two checks of the processes
+REDRAW_SECONDS = 2.0  # between two reads of the trials' folders
+LAST_LINES = 20  # how many of a log's last lines are copied to failed.txt
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Starts jobs as processes of this machine, and waits for them.
+    """Starts jobs as processes on this machine, and waits for them.
 
     Attributes:
-      processes: jobs at a time; None for one a GPU or TPU chip that is visible, or one where there is none.
+      processes: the number of jobs that run at the same time. None for one per visible GPU or TPU chip, or one if there
+        are none.
     """
 
     processes: Count | None = None
@@ -43,23 +44,24 @@ class Local:
 
     @property
     def at_once(self) -> int:
-        """Jobs that run at a time, where there are enough."""
+        """Returns how many jobs run at the same time if there are enough of them."""
         return len(divide_machine(self.processes, sys.maxsize))
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
-        """Runs the jobs. SIGINT, SIGTERM and SIGHUP let them save and end; a SIGINT after that kills them.
+        """Runs the jobs and waits for them.
 
-        A job that dies leaves the last lines of its log in the failed.txt of its unfinished trials; the others go on.
-        On Linux no job outlives this process, even where it is killed.
+        After SIGINT, SIGTERM or SIGHUP the jobs save and exit; a further SIGINT kills them. If a job dies, the last
+        lines of its log are written to failed.txt of its unfinished trials, and the other jobs continue. On Linux no
+        job outlives this process, even if this process is killed.
 
         Args:
-          sweep_dir: where each job's stdout and stderr go, to `logs/<job>.log`.
+          sweep_dir: the sweep's folder. The stdout and stderr of each job go to `logs/<job>.log` in it.
 
         Returns:
-          0 where all trials are finished, 1 where not, 128 and the signal's number where a signal stopped them.
+          0 if all trials are finished, 1 if not, and 128 plus the signal's number if a signal stopped the jobs.
 
         Raises:
-          ValueError: another launcher runs this sweep, nothing can be written to it, or there are too few TPU chips.
+          ValueError: another launcher runs this sweep, `sweep_dir` cannot be written, or there are too few TPU chips.
         """
         slots = divide_machine(self.processes, len(jobs))
         folder = Path(sweep_dir)
@@ -81,7 +83,7 @@ class Local:
 
 
 class _Running(NamedTuple):
-    """A job that was started, with its place, and where in its log its own lines begin."""
+    """Holds a running job, its slot, its process, and the offset in its log at which this start's lines begin."""
 
     job: Job
     slot: Slot
@@ -92,11 +94,11 @@ class _Running(NamedTuple):
 
 
 class _StopSignals:
-    """The signals that ask for an end, while in this context. One that was ignored (nohup, `&`) stays so.
+    """Records the stop signals that arrive in this context. Signals that were ignored (nohup, `&`) stay ignored.
 
     Attributes:
-      signal: the first that came.
-      kill: whether a SIGINT came after it.
+      signal: the number of the first signal that arrived, or None.
+      kill: whether a SIGINT arrived after it.
     """
 
     signal: int | None = None
@@ -111,7 +113,7 @@ class _StopSignals:
 
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGTSTP:
-            return  # Ctrl-Z would stop the launcher, not its jobs, which would then look as if nobody ran them
+            return  # Ctrl-Z would stop only the launcher; its running jobs would then look as if nothing ran them
         if self.signal is None:
             self.signal = number
         elif number == signal.SIGINT:
@@ -123,10 +125,10 @@ class _StopSignals:
 
 
 def _run(jobs: Sequence[Job], slots: Sequence[Slot], logs: Path, stop: _StopSignals, view: "_View") -> bool:
-    """Runs the jobs, and says whether all their trials are finished.
+    """Runs the jobs, and returns whether all their trials are finished.
 
     Raises:
-      OSError: a log cannot be written; the jobs that ran have ended.
+      OSError: a log cannot be written. All jobs have ended when this is raised.
     """
     waiting, free, active = collections.deque(jobs), list(slots), list[_Running]()
     well, told = True, False
@@ -157,7 +159,7 @@ def _run(jobs: Sequence[Job], slots: Sequence[Slot], logs: Path, stop: _StopSign
             view.show([trial for one in active for trial in one.job.trials])
             time.sleep(POLL_SECONDS)
     finally:
-        _terminate(active)  # none, unless something went wrong here
+        _terminate(active)  # `active` is empty here unless an exception was raised
         while active and any(one.process.poll() is None for one in active) and not stop.kill:
             time.sleep(POLL_SECONDS)
         _kill(active)
@@ -172,8 +174,8 @@ def _start(job: Job, slot: Slot, logs: Path) -> _Running:
     program, *arguments = job.command_line
     command = [sys.executable if program == "python" else program, *arguments]
     environment = {
-        "PYTHONUNBUFFERED": "1",  # else a kill takes the last lines with it
-        "JAX_TRACEBACK_FILTERING": "off",  # else JAX's note on it is the last line
+        "PYTHONUNBUFFERED": "1",  # otherwise the last lines are lost if the process is killed
+        "JAX_TRACEBACK_FILTERING": "off",  # otherwise JAX's note about filtering is the last line of a traceback
         **os.environ,
         **slot.environment,
     }
@@ -192,7 +194,7 @@ def _start(job: Job, slot: Slot, logs: Path) -> _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                process_group=0,  # a terminal's Ctrl-C is for the launcher alone
+                process_group=0,  # so that Ctrl-C in the terminal reaches only the launcher
             )
             return _Running(job, slot, process, log, begin, marks.pop_all())
 
@@ -203,14 +205,17 @@ def _terminate(active: Sequence[_Running]) -> None:
 
 
 def _kill(active: Sequence[_Running]) -> None:
-    """With whatever they started: each leads a group, whose number is its own until it is waited for."""
+    """Kills the jobs and all processes that they started.
+
+    Each job leads a process group. The group's number stays valid until the job has been waited for.
+    """
     for one in active:
         if one.process.poll() is None:
             os.killpg(one.process.pid, signal.SIGKILL)
 
 
 def _end(one: _Running, stop: _StopSignals, view: "_View") -> bool:
-    """Notes what became of a job, and says whether its trials are finished."""
+    """Writes failed.txt for the unfinished trials of a job that failed; returns whether all its trials are finished."""
     one.marks.close()
     code = one.process.returncode
     unfinished = [trial for trial in one.job.trials if not (trial.folder / status.SUMMARY).exists()]
@@ -220,7 +225,7 @@ def _end(one: _Running, stop: _StopSignals, view: "_View") -> bool:
                 with open(trial.folder / status.FAILED, "x", encoding="utf-8") as file:
                     file.write(_last_lines(one, code))
             except FileExistsError:
-                continue  # the job's own process wrote it, and knows better
+                continue  # the job's own process wrote it, with a better reason
             except OSError as error:
                 view.say(f"{trial.name}: job {one.job.name} exited with {code}, and {error}")
     view.look(one.job.trials)
@@ -250,7 +255,7 @@ def _signal_name(number: int) -> str:
 
 
 class _View:
-    """What is seen of the trials: on a terminal a table that is drawn anew, elsewhere a line when a state changes."""
+    """Shows the states of the trials: as a table that is redrawn on a terminal, otherwise as a line per change."""
 
     def __init__(self, trials: Sequence[Trial], stream: TextIO):
         self._stream = stream
@@ -260,17 +265,17 @@ class _View:
         self._next = 0.0
 
     def look(self, trials: Sequence[Trial]) -> None:
-        """Looks where these trials stand now."""
+        """Reads the current states of these trials, and reports changes if there is no terminal."""
         for trial in trials:
             before = now = self._states[trial.name]
-            with contextlib.suppress(OSError):  # a shared disk that is away for a moment
+            with contextlib.suppress(OSError):  # a shared disk may be unavailable for a moment
                 now = self._states[trial.name] = status.trial_state(trial)
             if before.state != now.state and not self._live:
                 self.say(status.describe(now))
         self._next = min(self._next, time.monotonic() + POLL_SECONDS)
 
     def show(self, trials: Sequence[Trial]) -> None:
-        """Looks at the trials that run, and draws the table, where it is time to."""
+        """Reads the states of the running trials and draws the table, at most once per REDRAW_SECONDS."""
         if time.monotonic() < self._next:
             return
         self.look(trials)
@@ -278,13 +283,13 @@ class _View:
         self._draw()
 
     def say(self, line: str) -> None:
-        """Writes a line, which stays above the table."""
+        """Prints a line, which stays above the table."""
         with contextlib.suppress(OSError):  # the terminal is closed, but the jobs have yet to save
             self._clear()
             print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the table as it is at the end, or the counts."""
+        """Prints the final table on a terminal, otherwise the final counts."""
         if self._live:
             self._draw()
         else:

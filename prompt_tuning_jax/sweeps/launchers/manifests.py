@@ -1,4 +1,4 @@
-"""What the launchers on Kubernetes share: where manifests lie, what a job is called, and the pods' volume."""
+"""Provides what both Kubernetes launchers need: the folder of manifests, the jobs' names, and checks of the volume."""
 
 import hashlib
 import re
@@ -7,18 +7,18 @@ from pathlib import Path, PurePosixPath
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.sweeps.jobs import Job
 
-# Clusters put a job's name into those of pods, services and node pools, which have 63 characters: xpk takes 40, and 28
-# for jobs that span slices of its super-slicing.
+# Clusters put a job's name into the names of pods, services and node pools, which are limited to 63 characters. xpk
+# allows 40 characters for it, and 28 for jobs that span slices with its super-slicing.
 LONGEST_NAME = 28
-MAX_RESTARTS = 20  # of a job that is preempted or crashes; it goes on from its last checkpoint
-GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: to save
+MAX_RESTARTS = 20  # for a job that is preempted or crashes; it resumes from its last checkpoint
+GRACE_SECONDS = 120  # between SIGTERM and SIGKILL, in which the job saves
 
 
 def workload_name(job: Job, sweep_dir: str) -> str:
-    """A DNS label for the job: the sweep's name, and a hash of SWEEP_DIR and the job's trials.
+    """Returns a DNS label for the job: the sweep's name, and a hash of SWEEP_DIR and the names of the job's trials.
 
-    It stays the same when the sweep is started again, whatever number the job then has, so that a cluster does not run
-    a job twice.
+    The label does not depend on the job's number, so it is the same when the sweep is started again. A cluster thus
+    never runs the same job twice.
     """
     identity = "\n".join([sweep_dir, *(trial.name for trial in job.trials)])
     code = hashlib.sha256(identity.encode()).hexdigest()[:8]
@@ -29,7 +29,7 @@ def workload_name(job: Job, sweep_dir: str) -> str:
 
 
 def empty_folder(sweep_dir: str) -> Path:
-    """SWEEP_DIR/manifests, without those of an earlier start, which may be of trials that are finished."""
+    """Returns SWEEP_DIR/manifests after deleting the manifests of an earlier start, whose trials may be finished."""
     folder = Path(sweep_dir, "manifests")
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.yaml"):
@@ -38,10 +38,10 @@ def empty_folder(sweep_dir: str) -> Path:
 
 
 def check_volume(sweep_dir: str, mount: str) -> None:
-    """Pods work in `mount`, so that a relative SWEEP_DIR lies in the volume there.
+    """Checks that SWEEP_DIR is in the pods' volume. A relative SWEEP_DIR is, since pods work in `mount`.
 
     Raises:
-      ValueError: SWEEP_DIR lies elsewhere, and would end with the pod.
+      ValueError: SWEEP_DIR is outside `mount`, so its files would be deleted with the pod.
     """
     path = PurePosixPath(mount, sweep_dir)
     if ".." in path.parts or not path.is_relative_to(mount):
@@ -53,13 +53,15 @@ def check_volume(sweep_dir: str, mount: str) -> None:
 
 
 def required(launcher: str, **fields: str | None) -> None:
-    """Raises:
-    ValueError: some of a launcher's fields are not set.
+    """Checks that a launcher's required fields are set.
+
+    Raises:
+      ValueError: some of `fields` are None or empty.
     """
     if missing := [f"{launcher}.{name}" for name, value in fields.items() if not value]:
         raise ValueError(f"set {' and '.join(missing)}")
 
 
 def escaped(text: str) -> str:
-    """A text of a container's command: Kubernetes fills in $(NAME), and takes $$ for a dollar."""
+    """Escapes an argument of a container's command: Kubernetes expands $(NAME), and reads $$ as one dollar sign."""
     return text.replace("$", "$$")

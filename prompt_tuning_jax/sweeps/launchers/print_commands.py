@@ -1,4 +1,4 @@
-"""Prints the command lines of a sweep's jobs, for a shell or for whatever else runs them."""
+"""Prints the command lines of a sweep's jobs, for a shell or for any other program that runs them."""
 
 import dataclasses
 import shlex
@@ -10,7 +10,7 @@ from prompt_tuning_jax.sweeps.spec import Trial
 
 @dataclasses.dataclass(frozen=True)
 class Print:
-    """One line a job, and before a job of several trials a comment on them."""
+    """Prints one line per job, and a comment before each job that has several trials."""
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
         for job in jobs:
@@ -22,12 +22,12 @@ class Print:
 
 
 def shell_line(command_line: Sequence[str]) -> str:
-    """One line of bash that runs exactly these arguments."""
+    """Returns one line of bash that runs exactly these arguments."""
     return " ".join(map(_quoted, command_line))
 
 
 def differing_axes(trials: Sequence[Trial]) -> list[str]:
-    """The axes that these trials do not have one value of, in the order of the grid."""
+    """Returns the axes on which these trials have different values, in the order of the grid."""
     axes = dict.fromkeys(axis for trial in trials for axis in trial.values)
     return [axis for axis in axes if len({trial.values.get(axis) for trial in trials}) > 1]
 
@@ -35,6 +35,6 @@ def differing_axes(trials: Sequence[Trial]) -> list[str]:
 def _quoted(argument: str) -> str:
     if argument.isprintable():
         return shlex.quote(argument)
-    # shlex would put a line break as it is; $'...' of bash keeps one line.
+    # shlex.quote would keep a line break as it is; bash's $'...' keeps the command on one line.
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
     return "$'" + "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in escaped) + "'"

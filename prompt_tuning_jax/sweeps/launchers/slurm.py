@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep on a Slurm cluster, as one job array, through submitit."""
+"""Runs the jobs of a sweep on a Slurm cluster, as one job array, with submitit."""
 
 import contextlib
 import dataclasses
@@ -22,23 +22,25 @@ from prompt_tuning_jax.sweeps.launchers import tether
 
 CLUSTERS = ("slurm", "local")
 PARAMETERS = {"name": "sweep", "timeout_min": 24 * 60, "gpus_per_node": 1, "tasks_per_node": 1}
-MOST_TIMEOUTS = 100  # of a job, each of which puts it back into the queue
-LAST_LINES = 20  # of its log that failed.txt takes
-# Slurm sends SIGTERM to training as well as to the task that started it, and only then says whether the job is
-# preempted (SIGUSR2, or its own requeue) or cancelled (SIGKILL): as long the task waits for it.
+MOST_TIMEOUTS = 100  # how often a job may reach its time limit; each time it goes back to the queue
+LAST_LINES = 20  # how many of a log's last lines are copied to failed.txt
+# Slurm sends SIGTERM both to training and to the task that started it. Only later does it show whether the job was
+# preempted (SIGUSR2, or Slurm's own requeue) or cancelled (SIGKILL). The task waits this long for that.
 VERDICT_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """A job array with one task a job. A job that is preempted, loses its node or reaches its time limit saves, goes
-    back to the queue, and goes on from there.
+    """Runs the jobs as a Slurm job array with one task per job.
+
+    A job that is preempted or reaches its time limit saves, goes back to the queue, and resumes from there. A job that
+    loses its node also goes back to the queue, and resumes from its last checkpoint.
 
     Attributes:
-      parameters: of submitit's `AutoExecutor.update_parameters`, over `PARAMETERS`: timeout_min, gpus_per_node,
-        cpus_per_task, mem_gb, slurm_partition, slurm_account, slurm_array_parallelism, slurm_setup, ...
-      cluster: "slurm", or "local" for submitit's stand-in for it, which starts all jobs at once on this machine and
-        waits for them (to share this machine among jobs, take --launcher=local).
+      parameters: arguments of submitit's `AutoExecutor.update_parameters`, which override `PARAMETERS`: timeout_min,
+        gpus_per_node, cpus_per_task, mem_gb, slurm_partition, slurm_account, slurm_array_parallelism, slurm_setup, ...
+      cluster: "slurm", or "local" for submitit's local executor, which starts all jobs at once on this machine and
+        waits for them. To divide this machine among the jobs, use --launcher=local instead.
     """
 
     parameters: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
@@ -48,16 +50,17 @@ class Slurm:
         check_fields(self)
 
     def launch(self, jobs: Sequence[Job], sweep_dir: str) -> int:
-        """Puts the jobs into the queue. SWEEP_DIR must lie on a disk that the nodes share.
+        """Submits the jobs to the queue. SWEEP_DIR must be on a disk that all nodes share.
 
         Args:
-          sweep_dir: a job's stdout and stderr go to `logs/<job>.log` in it, and submitit's files to `logs/submitit`.
+          sweep_dir: the sweep's folder. The stdout and stderr of each job go to `logs/<job>.log` in it, and submitit's
+            files to `logs/submitit`.
 
         Returns:
-          0; of the local cluster 1 where a job failed.
+          0; with the local cluster, 1 if a job failed.
 
         Raises:
-          ValueError: submitit or Slurm is not there, or either refuses the parameters.
+          ValueError: submitit or Slurm is not installed, or one of them refuses the parameters.
         """
         executor = self._executor(Path(sweep_dir, "logs", "submitit"))
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -88,7 +91,7 @@ class Slurm:
                 )
         parameters = PARAMETERS | dict(self.parameters)
         own = parameters.get("slurm_additional_parameters") or {}
-        # Slurm's default is the cluster's: ask for it, after preemption and after a node's failure.
+        # Whether Slurm requeues a job after preemption or a node failure depends on the cluster, so ask for it.
         parameters["slurm_additional_parameters"] = {"requeue": True, **own}
         try:
             most = {f"{cluster}_max_num_timeout": MOST_TIMEOUTS for cluster in CLUSTERS}
@@ -100,9 +103,9 @@ class Slurm:
 
 
 class Run:
-    """What a task of the array does: one job, as a child whose end it waits for.
+    """Runs one job as a child process and waits for it; this is one task of the array.
 
-    submitit calls `checkpoint` in a signal's handler, where the job is preempted or reaches its time limit.
+    submitit calls `checkpoint` in a signal handler if the job is preempted or reaches its time limit.
     """
 
     def __init__(self, job: Job, sweep_dir: str):
@@ -113,7 +116,7 @@ class Run:
         with contextlib.ExitStack() as marks:
             for trial in self._job.trials:
                 mark = trial.folder / status.RUNNING
-                # After a node's failure the lock it held looks alive for a while.
+                # After a node fails, the lock that it held still looks alive for a while.
                 again = "SLURM_RESTART_COUNT" in os.environ
                 marks.enter_context(lock(mark) if again and mark.exists() else status.running(trial.folder))
                 (trial.folder / status.FAILED).unlink(missing_ok=True)
@@ -131,13 +134,13 @@ class Run:
             raise RuntimeError(f"job {self._job.name} exited with {code}: see {log}")
 
     def checkpoint(self) -> Any:
-        """Lets the child save and end; the job then goes back to the queue as it was."""
+        """Makes the child save and exit, and returns the submission that puts the job back into the queue."""
         from submitit.helpers import DelayedSubmission
 
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             if self._pid is not None:
                 os.kill(self._pid, signal.SIGTERM)
-                # It stays to be waited for, since this handler may have interrupted who waits.
+                # WNOWAIT leaves the child to be reaped by `_run`, whose wait this handler may have interrupted.
                 os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Run(self._job, self._sweep_dir))
 
@@ -145,11 +148,12 @@ class Run:
         program, *arguments = self._job.command_line
         command = [sys.executable if program == "python" else program, *arguments]
         environment = {
-            "PYTHONUNBUFFERED": "1",  # else a kill takes the last lines with it
-            "JAX_TRACEBACK_FILTERING": "off",  # else JAX's note on it is the last line
+            "PYTHONUNBUFFERED": "1",  # otherwise the last lines are lost if the process is killed
+            "JAX_TRACEBACK_FILTERING": "off",  # otherwise JAX's note about filtering is the last line of a traceback
             **os.environ,
         }
-        # Slurm sends SIGUSR2 to every process of the job: blocked, or it would end training before it has saved.
+        # Slurm sends SIGUSR2 to every process of the job. The child inherits the blocked signal, which otherwise would
+        # end training before it has saved.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         try:
             process = subprocess.Popen(
@@ -172,7 +176,7 @@ class Run:
             self._pid = None
 
     def _note_failure(self, log: Path, begin: int, code: int) -> None:
-        """Leaves the last lines of the log in the failed.txt of unfinished trials that have none of their own."""
+        """Writes the last lines of the log to failed.txt of each unfinished trial that does not have one yet."""
         with open(log, "rb") as file:
             file.seek(max(begin, log.stat().st_size - 200 * LAST_LINES))
             lines = file.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
@@ -191,7 +195,7 @@ def _wait_for(jobs: Sequence[Job], submitted: Sequence[Any]) -> int:
     for job, one in zip(jobs, submitted, strict=True):
         try:
             error = one.exception()
-        except UncompletedJobError as uncompleted:  # it was killed, and left no word
+        except UncompletedJobError as uncompleted:  # it was killed before it could report an error
             error = uncompleted
         if error is not None:
             failed += 1

@@ -1,6 +1,6 @@
-"""Becomes a command that cannot outlive the process that starts it: `python tether.py PARENT CORES COMMAND ...`.
+"""Runs a command that is killed if its parent process ends: `python tether.py PARENT CORES COMMAND ...`.
 
-A program of its own, and not what a child does before it runs its command, since that is unsafe beside threads.
+It is a program of its own because subprocess's `preexec_fn` is unsafe if the parent has threads.
 """
 
 import ctypes
@@ -8,21 +8,24 @@ import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h; it holds over exec
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h; the setting survives exec
 
 
 def main(parent: str, cores: str, *command: str) -> None:
-    """Args:
-    parent: pid of the process whose end is this one's. Its thread that starts this one must not end before it.
-    cores: "0,1" for the only ones to run on; "" for all.
+    """Replaces this process by the command, after tying its life to the parent's.
+
+    Args:
+      parent: pid of the parent process. The parent's thread that started this process must not end before the command.
+      cores: the CPU cores that the command may use, such as "0,1"; "" for all.
+      command: the program and its arguments.
     """
     if sys.platform == "linux":
-        # SIGKILL, since what does not end by itself would stay behind with a device; a run resumes after it.
+        # SIGKILL, because a process that ignores a milder signal would keep its device; a killed run can be resumed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if cores:
             os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     if os.getppid() != int(parent):
-        sys.exit("the process that started this one is gone")  # before the line above took hold
+        sys.exit("the process that started this one is gone")  # it ended before prctl was called
     try:
         os.execvp(command[0], command)
     except OSError as error:

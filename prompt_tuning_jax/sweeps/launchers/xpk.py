@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep on TPU slices of a GKE cluster, through Google's `xpk` (Accelerated Processing Kit)."""
+"""Runs the jobs of a sweep on TPU slices of a GKE cluster, with Google's `xpk` (Accelerated Processing Kit)."""
 
 import dataclasses
 import shlex
@@ -14,21 +14,25 @@ from prompt_tuning_jax.sweeps.launchers.print_commands import shell_line
 
 @dataclasses.dataclass(frozen=True)
 class Xpk:
-    """One workload a job. xpk knows how many hosts a TPU type has.
+    """Creates one workload per job. xpk knows how many hosts a TPU type has.
 
-    A workload that is preempted or crashes starts again, and goes on from its last checkpoint; one that ends with an
-    error (exit code 1 or 2) does not. Where a workload of a job's name is there, xpk asks before it replaces it.
+    A workload that is preempted or crashes is restarted and resumes from its last checkpoint. A workload that exits
+    with an error (exit code 1 or 2) is not restarted. If a workload with the job's name exists, xpk asks before it
+    replaces it.
 
     Attributes:
-      cluster: its name.
+      cluster: the name of the GKE cluster.
       tpu_type: "v5litepod-16", "v6e-8", ...
-      docker_image: which has this package installed; used as it is.
-      project: of Google Cloud.
-      zone: of the cluster.
-      num_slices: slices a workload.
-      storage: names of the cluster's storages (`xpk storage list`), besides those that it mounts for every workload.
-      mount: where the storage of SWEEP_DIR is mounted. Workloads run in it, so a relative path is taken from there.
-      dry_run: only write each workload's manifest, to SWEEP_DIR/manifests; needs neither a cluster nor gcloud.
+      docker_image: a container image that has this package installed. It is used unchanged.
+      project: the Google Cloud project.
+      zone: the zone of the cluster.
+      num_slices: the number of TPU slices per workload.
+      storage: names of the cluster's storages (`xpk storage list`), in addition to those that xpk mounts for every
+        workload.
+      mount: the path where the storage with SWEEP_DIR is mounted. It is the workloads' working directory, so relative
+        paths start there.
+      dry_run: whether to only write each workload's manifest to SWEEP_DIR/manifests. Needs neither a cluster nor
+        gcloud.
     """
 
     cluster: Text | None = None
@@ -48,7 +52,7 @@ class Xpk:
         """Creates the workloads, and does not wait for them.
 
         Returns:
-          0, or 1 where xpk failed; the workloads after that one are not created.
+          0, or 1 if xpk failed for a workload; the workloads after it are then not created.
 
         Raises:
           ValueError: xpk is not installed, a field is missing, SWEEP_DIR is not in the volume, or a dry run failed.
@@ -65,7 +69,7 @@ class Xpk:
         for number, job in enumerate(jobs):
             manifest = str(folder / f"{job.name}.yaml")
             command = self.command_line(job, sweep_dir, manifest)
-            # Not captured outside of a dry run: xpk asks, and tells what it waits for.
+            # Only a dry run's output is captured: otherwise xpk asks questions and says what it waits for.
             ended = subprocess.run(command, capture_output=self.dry_run, text=True)
             if ended.returncode and self.dry_run:
                 raise ValueError(f"xpk refused job {job.name}: {_last_line(ended.stderr + ended.stdout)}")
@@ -79,8 +83,9 @@ class Xpk:
         return 0
 
     def command_line(self, job: Job, sweep_dir: str, manifest: str) -> list[str]:
-        """The command line of xpk that creates a job's workload."""
-        # xpk sends SIGTERM to the subshell that runs this, which bash before 5.1 keeps beside training: `exec`.
+        """Returns the xpk command line that creates a job's workload."""
+        # xpk sends SIGTERM to the subshell that runs this command. Before 5.1, bash keeps that subshell as training's
+        # parent, and training would not get the signal; `exec` replaces the subshell by training.
         command = f"cd {shlex.quote(self.mount)} && exec {shell_line(job.command_line)}"
         return [
             *("xpk", "workload", "create"),
