@@ -65,8 +65,8 @@ def program_key(config: TrainConfig) -> Hashable | None:
         tuple(sorted(injection.task_prompts or ())),
         tuple(sorted((path, leaf.shape) for path, leaf in injection.parameters.items())),
         tuple(sorted(path for path in trained if path in base)),
-        # With dropout, `shared_step` needs equal lengths. An encoder prefix needs them too: in front of a shorter prompt
-        # there is padding, which would separate the prefix from the prompt.
+        # With dropout, `shared_step` needs equal lengths. An encoder prefix needs them too: padding in front of a
+        # shorter prompt would separate the prefix from the prompt.
         injection.length if config.size.dropout_rate or f"encoder/{PREFIX_KEY}" in injection.parameters else None,
     )
 
