@@ -695,7 +695,7 @@ def test_train_does_so_for_the_starts_of_prompts(tiny, tmp_path):
 OF_COMMAND = ("config", "allow_other_config", "model_dir")  # which the command sets, and the folder
 FIELDS_OF_RUN = [field.name for field in dataclasses.fields(run.TrainConfig) if field.name not in OF_COMMAND]
 OF_SIZE = [f"config.T5Config.{field.name}" for field in dataclasses.fields(T5Config)]
-OF_DATA = [field.name for field in dataclasses.fields(DatasetConfig) if field.name not in ("source", "tasks")]
+OF_DATA = [field.name for field in dataclasses.fields(DatasetConfig)]
 PARAMETERS = [f"run.TrainConfig.{name}" for name in FIELDS_OF_RUN] + OF_SIZE
 PARAMETERS += [f"{scope}/dataset.DatasetConfig.{name}" for scope in ("train", "eval") for name in OF_DATA]
 
@@ -709,6 +709,7 @@ def test_train_does_so_for_parameters_without_a_macro(tiny, tmp_path):
     @example("run.TrainConfig.train_dataset", {})
     @example("run.TrainConfig.eval_dataset", None)
     @example("run.TrainConfig.model", 5)
+    @example("train/dataset.DatasetConfig.tasks", {"a": 1})
     def accepts_or_refuses(parameter, value):
         line_of(TRAIN, [*tiny.arguments(MODEL_DIR=str(folder)), f"--gin.{parameter}={value!r}"], folder)
 
@@ -729,6 +730,8 @@ def test_eval_accepts_a_value_or_refuses_it_in_one_line(tiny, tmp_path):
     @given(name=st.sampled_from([*macros_of("models/t5_1_1.gin", "runs/eval.gin"), *OF_EVAL]), value=ODD)
     @example("score.evaluate_prompt.size", 5)
     @example("score.evaluate_prompt.dataset", {})
+    @example("dataset.DatasetConfig.tasks", [1])
+    @example("dataset.DatasetConfig.source", "rows.jsonl")
     def accepts_or_refuses(name, value):
         arguments = [f"--gin.{name}={value!r}" for name, value in (own | {name: value}).items()]
         line_of(EVAL, [f"--gin_file={tiny.gin}", "--gin_file=runs/eval.gin", *arguments], folder)
