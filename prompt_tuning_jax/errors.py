@@ -68,7 +68,8 @@ class SettingError(ValueError):
         """Returns the message, one line, with each setting's name as `spell(canonical name)` writes it."""
         text = "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
         text = " ".join(text.splitlines())
-        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        half = LONGEST // 2 - 3
+        return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
     @property
     def public(self) -> "SettingError":
