@@ -40,6 +40,7 @@ ARGUMENTS = {
     "log_period": "log_every",
     "activation_dtype": "dtype",
 }
+LONGEST = 2_000  # characters of a message: a tensor's name may be as long as its file
 
 
 class Setting(str):
@@ -64,8 +65,11 @@ class SettingError(ValueError):
         super().__init__(self.text(in_python))
 
     def text(self, spell: Callable[[str], str]) -> str:
-        """Returns the message with each setting's name as `spell(canonical name)` writes it."""
-        return "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
+        """Returns the message, one line, with each setting's name as `spell(canonical name)` writes it."""
+        text = "".join(spell(str(part)) if isinstance(part, Setting) else part for part in self.parts)
+        text = " ".join(text.splitlines())
+        half = LONGEST // 2 - 3
+        return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
     @property
     def public(self) -> "SettingError":

@@ -303,6 +303,27 @@ class Function(Kind):
         return self.refused(value, optional, hint)
 
 
+@dataclasses.dataclass(frozen=True)
+class Made(Kind):
+    """An object of a class, which has settings of its own.
+
+    Attributes:
+      of: the class.
+    """
+
+    of: type
+
+    @property
+    def expected(self) -> str:
+        return f"a {self.of.__name__}"
+
+    def fault(self, value: Any, optional: bool = False) -> str | None:
+        if isinstance(value, self.of):
+            return None
+        hint = f"; did you mean {self.of.__name__}(...)?" if value is self.of else ""
+        return self.refused(value, optional, hint)
+
+
 def whole(least: int, most: int | None = None, which: str = "") -> Number:
     """Returns the kind of whole numbers from `least` to `most`; `which` says what `most` is."""
     return Number(whole=True, least=least, most=most, which=which)

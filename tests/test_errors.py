@@ -53,6 +53,16 @@ def test_no_name_is_searched_for_in_the_text():
     assert error.text(lambda name: "--prompts") == "prompt_file/PROMPT_FILE is absent: set --prompts"
 
 
+def test_a_message_is_one_line_of_bounded_length():
+    """Whatever a file's names and headers hold; the setting at the end stays."""
+    error = SettingError("the tensor a\nb\u2028c is not part of the model: set ", Setting("prompt_file"))
+    assert str(error) == "the tensor a b c is not part of the model: set `prompt`"
+    error = SettingError(f"base lacks {'x' * 100_000}: set ", Setting("prompt_file"))
+    assert str(error).startswith("base lacks xxx") and str(error).endswith("xxx: set `prompt`")
+    assert 1_900 < len(str(error)) <= 2_000 and "x ... x" in str(error)
+    assert error.parts == pickle.loads(pickle.dumps(error)).parts
+
+
 def test_settings_survive_pickling():
     again = pickle.loads(pickle.dumps(an_error()))
     assert type(again) is SettingError and again.setting == "prompt_file"

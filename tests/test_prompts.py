@@ -1,6 +1,7 @@
 """How a prompt starts, and its files: whole, damaged and hostile ones."""
 
 import io
+import os
 import pickle
 import types
 import zipfile
@@ -296,6 +297,14 @@ def test_absent_files_are_refused(tmp_path):
     assert "no prompt file" in refused(tmp_path / "absent.npy")
     with pytest.raises(ValueError, match=f"no prompt file .*{OFFICIAL_NAME}"):
         read_prompt(tmp_path)  # an empty folder
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A named pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "device.npy").symlink_to("/dev/zero")
+    for name in ("pipe.npy", "device.npy"):
+        assert "is no regular file" in refused(tmp_path / name)
 
 
 def saved(array):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import io
 import json
 import re
@@ -47,6 +48,8 @@ from prompt_tuning_jax.settings import (
     keep_plain,
     whole,
 )
+from prompt_tuning_jax.sweeps import spec
+from prompt_tuning_jax.sweeps.launchers import jobset, local, slurm, xpk
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.training import eval_run, loop, optimizer, run
 
@@ -691,11 +694,11 @@ def test_train_does_so_for_the_starts_of_prompts(tiny, tmp_path):
     accepts_or_refuses()
 
 
-OF_RUN = ("size", "model", "train_dataset", "eval_dataset", "method", "optimizer", "config", "allow_other_config")
-PARAMETERS = [f"run.TrainConfig.{field.name}" for field in dataclasses.fields(run.TrainConfig)]
-PARAMETERS = [name for name in PARAMETERS if name.split(".")[-1] not in (*OF_RUN, "model_dir")]
-PARAMETERS += [f"config.T5Config.{field.name}" for field in dataclasses.fields(T5Config)]
-OF_DATA = [field.name for field in dataclasses.fields(DatasetConfig) if field.name not in ("source", "tasks")]
+OF_COMMAND = ("config", "allow_other_config", "model_dir")  # which the command sets, and the folder
+FIELDS_OF_RUN = [field.name for field in dataclasses.fields(run.TrainConfig) if field.name not in OF_COMMAND]
+OF_SIZE = [f"config.T5Config.{field.name}" for field in dataclasses.fields(T5Config)]
+OF_DATA = [field.name for field in dataclasses.fields(DatasetConfig)]
+PARAMETERS = [f"run.TrainConfig.{name}" for name in FIELDS_OF_RUN] + OF_SIZE
 PARAMETERS += [f"{scope}/dataset.DatasetConfig.{name}" for scope in ("train", "eval") for name in OF_DATA]
 
 
@@ -704,10 +707,20 @@ def test_train_does_so_for_parameters_without_a_macro(tiny, tmp_path):
 
     @settings(max_examples=100)
     @given(parameter=st.sampled_from(PARAMETERS), value=ODD)
+    @example("run.TrainConfig.size", 5)
+    @example("run.TrainConfig.train_dataset", {})
+    @example("run.TrainConfig.eval_dataset", None)
+    @example("run.TrainConfig.model", 5)
+    @example("train/dataset.DatasetConfig.tasks", {"a": 1})
     def accepts_or_refuses(parameter, value):
         line_of(TRAIN, [*tiny.arguments(MODEL_DIR=str(folder)), f"--gin.{parameter}={value!r}"], folder)
 
     accepts_or_refuses()
+
+
+OF_EVAL = [name for name in inspect.signature(score.evaluate_prompt).parameters if name != "model_dir"]
+OF_EVAL = [f"score.evaluate_prompt.{name}" for name in OF_EVAL] + OF_SIZE
+OF_EVAL += [f"dataset.DatasetConfig.{name}" for name in OF_DATA]
 
 
 def test_eval_accepts_a_value_or_refuses_it_in_one_line(tiny, tmp_path):
@@ -716,18 +729,26 @@ def test_eval_accepts_a_value_or_refuses_it_in_one_line(tiny, tmp_path):
     own["INITIAL_CHECKPOINT_PATH"] = str(tiny.base)
 
     @settings(max_examples=100)
-    @given(macro=st.sampled_from(macros_of("models/t5_1_1.gin", "runs/eval.gin")), value=ODD)
-    def accepts_or_refuses(macro, value):
-        arguments = [f"--gin.{name}={value!r}" for name, value in (own | {macro: value}).items()]
+    @given(name=st.sampled_from([*macros_of("models/t5_1_1.gin", "runs/eval.gin"), *OF_EVAL]), value=ODD)
+    @example("score.evaluate_prompt.size", 5)
+    @example("score.evaluate_prompt.dataset", {})
+    @example("dataset.DatasetConfig.tasks", [1])
+    @example("dataset.DatasetConfig.source", "rows.jsonl")
+    def accepts_or_refuses(name, value):
+        arguments = [f"--gin.{name}={value!r}" for name, value in (own | {name: value}).items()]
         line_of(EVAL, [f"--gin_file={tiny.gin}", "--gin_file=runs/eval.gin", *arguments], folder)
 
     accepts_or_refuses()
 
 
-SWEEPS = ["SEEDS", "VECTORIZE", "PROCESSES", "SLURM", "LEARNING_RATE", "BATCH_SIZE", "EVAL_BATCH_SIZE", "CLASS_LABELS"]
-SWEEPS += ["DROPOUT_RATE", "TASK_FEATURE_LENGTHS", "xpk.Xpk.storage", "jobset.JobSet.node_selector"]
-OF_SWEEP = ("grid", "gin_files", "macros", "choices", "command", "seeds", "mean_over")
-SWEEPS += [f"spec.Sweep.{field}" for field in OF_SWEEP]
+LAUNCHERS = {"jobset": jobset.JobSet, "local": local.Local, "slurm": slurm.Slurm, "xpk": xpk.Xpk}
+SWEEPS = ["LEARNING_RATE", "BATCH_SIZE", "EVAL_BATCH_SIZE", "CLASS_LABELS", "DROPOUT_RATE", "TASK_FEATURE_LENGTHS"]
+SWEEPS += [name for name in macros_of("sweeps/demo.gin") if name != "SWEEP_DIR"]
+OF_SWEEP = [field.name for field in dataclasses.fields(spec.Sweep) if field.name != "sweep_dir"]
+SWEEPS += [f"spec.Sweep.{name}" for name in OF_SWEEP]
+SWEEPS += [
+    f"{name}.{one.__name__}.{field.name}" for name, one in LAUNCHERS.items() for field in dataclasses.fields(one)
+]
 
 
 def test_sweep_accepts_a_value_or_refuses_it_in_one_line(tmp_path):
@@ -744,12 +765,32 @@ def test_sweep_accepts_a_value_or_refuses_it_in_one_line(tmp_path):
     accepts_or_refuses()
 
 
+@settings(max_examples=100)
+@given(
+    field=st.sampled_from([(one, field.name) for one in LAUNCHERS.values() for field in dataclasses.fields(one)]),
+    value=PYTHONS,
+)
+def test_launchers_accept_a_value_or_refuse_it_in_one_line(field, value):
+    launcher, name = field
+    try:
+        launcher(**{name: value})
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
 ARGUMENTS = [
     "steps", "batch_size", "labels", "metrics", "lengths", "eval_every", "eval_batch_size", "log_every", "seed",
     "dropout_rate", "folder", "on_record", "progress", "optimizer", "method", "model", "num_microbatches", "z_loss",
     "keep_checkpoints", "early_stop_evals", "mesh", "num_partitions", "base_dtype", "export_dtype", "loss_eval_steps",
     "encoder_use_by", "vocabulary",
 ]  # fmt: skip
+
+
+def test_no_argument_of_train_is_forgotten_below():
+    ours = {"train_steps", "eval_period", "log_period", "random_seed", "model_dir", "size", "initial_checkpoint_path"}
+    named = {*inspect.signature(pt.train).parameters} - {"more", "train", "validation"}
+    fields = {*FIELDS_OF_RUN} - ours - {"train_dataset", "eval_dataset"}  # which arguments of other names set
+    assert named | fields == {*ARGUMENTS}
 
 
 def test_python_accepts_a_value_or_refuses_it_in_one_line(model, tmp_path):

@@ -403,6 +403,18 @@ def test_a_damaged_array_is_named(copy: Path, layout: str, damage):
     both_refuse(copy, LARGE)
 
 
+@pytest.mark.parametrize("layout", ["legacy"], indirect=True)
+@pytest.mark.parametrize("file", ["checkpoint", "{array}/.zarray", "{array}/0.0"])
+def test_only_regular_files_are_opened(copy: Path, layout: str, file: str):
+    """A named pipe would be waited for without end; /dev/zero would give a chunk of zeros."""
+    path = copy / file.format(array=access(layout, copy, PROMPT).folder.name)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink()
+        make(path)
+        with pytest.raises(ValueError, match=f"{path.name} is no regular file|no prompt file in"):
+            read_prompt(copy)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("layout", ["legacy", "orbax"], indirect=True)
 def test_a_damaged_prompt_is_named(copy: Path, layout: str, damage):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ def open_t5x(location: str | os.PathLike) -> dict[str, StoredArray]:
     Raises:
       ArrayError: the index or an array is missing, truncated, unreadable, or not of floating-point numbers.
     """
-    arrays = _open_layout(_open_folder(location), str(location))
+    store = _open_folder(location)
+    if "://" not in str(location):
+        _check_regular(Path(location).rglob("*"))
+    arrays = _open_layout(store, str(location))
     for name, array in arrays.items():
         if array.dtype.name not in FLOATS:
             raise ArrayError(f"{name} of {location} is {array.dtype}, expected {', '.join(FLOATS)}")
@@ -76,12 +79,21 @@ def _orbax_marks(folder: str) -> tuple[str, ...]:
 
 def _open_folder(location: str | os.PathLike) -> ts.KvStore:
     url = str(location).rstrip("/") + "/"
+    if "://" not in url:
+        _check_regular(Path(location, name) for name in (INDEX, *_orbax_marks("")))
     try:
         if "://" in url:
             return ts.KvStore.open(url, context=NETWORK).result()
         return ts.KvStore.open({"driver": "file", "path": os.path.abspath(url) + "/"}).result()
     except Exception as error:  # tensorstore raises the errors of its drivers
         raise ArrayError(f"{location} cannot be opened ({first_line(error)})") from None
+
+
+def _check_regular(paths: Iterable[Path]) -> None:
+    """Raises ArrayError if a path is neither a file nor a folder."""
+    for path in paths:  # a named pipe would be waited for without end, and a device gives any number of zeros
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ArrayError(f"{path} is no regular file")
 
 
 def _has(store: ts.KvStore, key: str) -> bool:

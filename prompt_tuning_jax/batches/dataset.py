@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -10,7 +11,19 @@ from prompt_tuning_jax.batches.cache import Part, TaskRequest, empty_split, load
 from prompt_tuning_jax.batches.examples import Examples, combined, tokenize_rows
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches, Planned, StreamedBatches
 from prompt_tuning_jax.errors import Setting, SettingError, renamed, said
-from prompt_tuning_jax.settings import Count, Counts, Lengths, Name, Switch, Text, check_fields, keep_plain
+from prompt_tuning_jax.settings import (
+    Count,
+    Counts,
+    Dictionary,
+    Lengths,
+    Made,
+    Name,
+    Switch,
+    Text,
+    check,
+    check_fields,
+    keep_plain,
+)
 from prompt_tuning_jax.tasks.data_check import (
     MOST_INPUTS,
     DataCheck,
@@ -60,8 +73,8 @@ class DatasetConfig:
     cache_dir: Text | None = None
     buckets: Counts | None = None
     use_cached: Switch = True
-    source: RowSource | None = None
-    tasks: Mapping[str, "DatasetConfig"] | None = None
+    source: Annotated[RowSource | Any, Made(RowSource)] | None = None
+    tasks: Mapping[str, "DatasetConfig"] | Any = None
 
     def __post_init__(self):
         keep_plain(self)
@@ -71,8 +84,10 @@ class DatasetConfig:
         names = {"module": "mixture_or_task_module", "use_cached": "use_cached_tasks", "split": "train_split"}
         with renamed(**names):
             check_fields(self)
-        for task in (self.tasks or {}).values():
-            task.check()
+        if self.tasks is not None:
+            check("tasks", self.tasks, Dictionary(Made(DatasetConfig)))
+            for task in self.tasks.values():
+                task.check()
 
     def batches(
         self,

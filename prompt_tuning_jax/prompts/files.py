@@ -94,6 +94,8 @@ def prompts_in(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes into it
+        raise SettingError(Private(f"{path} "), "is no regular file; expected ", *EXPECTED)
     try:
         # Never unpickles, and does not trust the header's shape.
         return np.array(np.lib.format.open_memmap(path, mode="r"))

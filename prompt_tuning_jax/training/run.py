@@ -37,6 +37,7 @@ from prompt_tuning_jax.parallel.processes import barrier
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.settings import (
     Count,
+    Made,
     Name,
     NotNegative,
     OneOf,
@@ -96,12 +97,12 @@ class TrainConfig:
       allow_other_config: go on with a run that had another configuration.
     """
 
-    size: T5Config
+    size: Annotated[T5Config | Any, Made(T5Config)]  # anything else is refused in words
     initial_checkpoint_path: Text | None
-    model: Model | None = None
-    train_dataset: DatasetConfig
-    eval_dataset: DatasetConfig
-    method: Method | Any  # anything else is refused in words, and so for the optimizer
+    model: Annotated[Model | Any, Made(Model)] | None = None
+    train_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
+    eval_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
+    method: Method | Any
     optimizer: optax.GradientTransformation | Any
     train_steps: Count
     eval_period: Count
@@ -124,6 +125,7 @@ class TrainConfig:
 
     def __post_init__(self):
         keep_plain(self)
+        check_values(TrainConfig, {"size": self.size})
         if not self.size.has_size:
             self.check_values()  # before a file is read
             object.__setattr__(self, "size", sized(self.size, self.initial_checkpoint_path))
