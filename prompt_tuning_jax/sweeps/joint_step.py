@@ -38,7 +38,7 @@ def joint_key(config: TrainConfig) -> Hashable | None:
 
     Runs with equal keys may differ in seed, optimiser, task, split, input length, number of steps and periods. They
     may also differ in the method if their injections have the same fields: for example, all methods that give one
-    prompt can share an executable, whatever their prompt lengths.
+    prompt can share an executable. Their prompt lengths may differ if dropout is 0.
     """
     if (
         not (config.initial_checkpoint_path or config.model)
