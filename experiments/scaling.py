@@ -11,7 +11,7 @@ are extrapolated to the size's own depth, since each layer adds the same. It pri
 
     frozen_bytes       bytes of the parameters per device, as compiled; `planned_bytes`: the same by the memory plan,
                        which is exact
-    state_bytes        bytes of the prompt and its optimizer state per device, by the memory plan
+    state_bytes        bytes of the prompt and its optimiser state per device, by the memory plan
     temporary_bytes    bytes of the step's temporary arrays; only for a TPU with --whole, otherwise null. The TPU's
                        compiler uses free memory for speed, so shallow models do not predict it; the CPU's compiler
                        keeps gathered weights in memory

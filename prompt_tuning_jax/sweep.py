@@ -155,7 +155,7 @@ def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> H
     """Returns the `program_key` of a trial that should share an executable, or None if it should run alone.
 
     Trials that train the base model's own parameters share an executable only if VECTORIZE is a number: each has its
-    own copy of the base model and of the optimizer's state, and all copies are in memory at once.
+    own copy of the base model and of the optimiser's state, and all copies are in memory at once.
     """
     if config is None or (vectorize == "auto" and config.trains_base):
         return None

@@ -224,7 +224,7 @@ def describe(function: Callable) -> dict[str, Any]:
     """Returns the name and options of a function or a partial of one, from which `call_again` makes it in any process.
 
     Raises:
-      ValueError: it is not at the top level of a module, or has positional options.
+      ValueError: it is a local function or a lambda, or has positional options.
     """
     options: dict[str, Any] = {}
     while isinstance(function, functools.partial):

@@ -1,7 +1,7 @@
 """Compiles one training step for many runs, which share one frozen base model.
 
 Each run has its own injection, batch and key. Up to `at_once` runs are vmapped into one forward and backward pass, and
-so share each matmul with the base model's weights. Each run's own method and optimizer then update its own parameters.
+so share each matmul with the base model's weights. Each run's own method and optimiser then update its own parameters.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ from prompt_tuning_jax.training.step import (
 def program_key(config: TrainConfig) -> Hashable | None:
     """Returns a key that is equal for runs that can share one executable, or None if this run cannot share one.
 
-    Runs with equal keys may differ in seed, optimizer, task, split, input length, number of steps and periods. They
+    Runs with equal keys may differ in seed, optimiser, task, split, input length, number of steps and periods. They
     may also differ in the method if their injections have the same fields: for example, all methods that give one
-    prompt can share an executable, whatever their prompt lengths.
+    prompt can share an executable. Their prompt lengths may differ if dropout is 0.
     """
     if (
         not (config.initial_checkpoint_path or config.model)

@@ -1,5 +1,7 @@
 """Registers reading comprehension: SQuAD, MRQA 2019, and transfer from SQuAD to other domains (table 1 of the paper).
 
+MRQA has data sets in and out of domain.
+
 DATA_DIR may contain SQuAD's JSON, MRQA's JSONL.gz in its folders `train` and `dev`, or JSONL with one question per
 line; or, for a mixture of both, folders `squad` and `mrqa` with these files.
 """

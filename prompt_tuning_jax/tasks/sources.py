@@ -25,7 +25,7 @@ _raised: SettingError | None = None  # an error that a dataset raised; see `reme
 Row = dict[str, Any]
 
 DATA_DIR = Setting("data_dir")
-RETRIES = 4  # of a TFDS download; they take about 3 seconds
+RETRIES = 4  # retries of a TFDS download, which take about 3 seconds
 MEND = ("mend it, or set ", DATA_DIR, " to a sound copy")
 
 
