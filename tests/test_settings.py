@@ -718,8 +718,8 @@ def test_train_does_so_for_parameters_without_a_macro(tiny, tmp_path):
     accepts_or_refuses()
 
 
-OF_EVAL = [name for name in inspect.signature(score.evaluate_prompt).parameters if name != "model_dir"]
-OF_EVAL = [f"score.evaluate_prompt.{name}" for name in OF_EVAL] + OF_SIZE
+OF_EVAL = [name for name in inspect.signature(eval_run.evaluate_prompt).parameters if name != "model_dir"]
+OF_EVAL = [f"eval_run.evaluate_prompt.{name}" for name in OF_EVAL] + OF_SIZE
 OF_EVAL += [f"dataset.DatasetConfig.{name}" for name in OF_DATA]
 
 
