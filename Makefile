@@ -27,7 +27,7 @@ lint: .venv/.installed-test
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Into site/, which works offline; a warning is an error.
+# Into site/, which needs no network; a warning is an error.
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
