@@ -1,4 +1,4 @@
-"""What MkDocs calls to build the site: pages that lie outside docs/, and links that lead outside docs/.
+"""What MkDocs calls to build the site: pages that lie outside docs/, notebooks, and links that lead outside docs/.
 
 Pages are written for two readers: a browser of the repository, where a link is a path to a file, and the site, which
 has only pages. So the results, the changelog and the like become pages of the site, links between pages become links
@@ -26,6 +26,14 @@ def outside_pages() -> dict[str, str]:
     """Returns where the site has files that lie outside docs/, by their path in the repository."""
     results = [path for path in sorted((ROOT / RESULTS).iterdir()) if path.suffix in (".md", ".png")]
     return OUTSIDE | {f"{RESULTS}/{path.name}": f"results/{path.name}" for path in results}
+
+
+def on_config(config):
+    """Adds the notebooks to the navigation, behind the guides: docs/notebook_pages.py makes a page of each text."""
+    texts = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
+    if texts:
+        config.nav.insert(2, {"Notebooks": [f"notebooks/{path.stem}.md" for path in texts]})
+    return config
 
 
 def on_files(files, config):
