@@ -357,7 +357,10 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_to_a_file():
         if name.startswith("docs/") and not name.startswith("docs/notebooks/"):  # which enter it by themselves
             assert f" {name.removeprefix('docs/')}\n" in site, name
         for target in links(page):
-            assert "://" in target or (ROOT / name).parent.joinpath(target).exists(), (name, target)
+            path = (ROOT / name).parent / target
+            if path.parent.name == "notebooks" and path.suffix == ".md" and path.stem != "index":
+                path = path.with_suffix(".py")  # from which its page is made
+            assert "://" in target or path.exists(), (name, target)
     for path in RESULTS.glob("*.md"):
         assert f" results/{path.name}\n" in site, path.name
 
