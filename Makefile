@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean
+# make demo | test | bench | lint | docs | clean
 # Each makes .venv with $(PYTHON) when it is absent, and installs into it only when setup.py has changed.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 .NOTPARALLEL:
 
 demo: .venv/.installed-demo
@@ -27,9 +27,13 @@ lint: .venv/.installed-test
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Into site/, which needs no network; a warning is an error.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # Removes what the targets above make; never runs/.
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last file that venv writes, so an interrupted venv is made again.
@@ -43,6 +47,11 @@ clean:
 	@echo "installing prompt_tuning_jax and what it needs into .venv (TensorFlow and JAX: a few minutes)"
 	@$(PIP) -e .
 	@touch $@
+
+.venv/.installed-docs: setup.py | .venv/bin/pip
+	@echo "installing prompt_tuning_jax and the documentation's packages into .venv (a few minutes)"
+	@$(PIP) -e '.[docs]'
+	@touch $@ .venv/.installed-demo
 
 # torch comes first and alone, so that nothing else brings another build of it.
 .venv/.installed-test: setup.py | .venv/bin/pip

@@ -1,5 +1,6 @@
 """Packaging: what is installed, and what it needs."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,28 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prompt_tuning_jax" / "__init__.py").read_text(), re.MULTILINE)
+
+
+def description() -> str:
+    """Returns the README as a package index shows it, where no file lies beside it.
+
+    Paths become addresses below the environment's REPOSITORY_URL, https://github.com/OWNER/NAME. Without it, links
+    become plain text, and pictures are left out.
+    """
+    if not README.exists():
+        return ""
+    repository = os.environ.get("REPOSITORY_URL", "").rstrip("/")
+
+    def absolute(link: re.Match) -> str:
+        picture, text, path = link.groups()
+        if re.match(r"https?://|#", path):
+            return link[0]
+        if repository:
+            return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/main/{path})"
+        return "" if picture else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, README.read_text(encoding="utf-8"))
+
 
 # Lower bounds are the releases this was written and tested with. Upper bounds stop below the next release that may
 # break: the next major one, or for 0.x packages the next minor one.
@@ -55,7 +78,7 @@ EXTRAS_REQUIRE = {
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
     # T5X is not on PyPI, and its own requirements ask for the development heads of Flax and SeqIO. This extra brings
-    # what else it imports; the README's next line brings T5X and two more repositories, --no-deps.
+    # what else it imports; docs/guides/t5x.md has the line that brings T5X and two more repositories, --no-deps.
     "t5x": ["cached-property>=2,<3", "clu>=0.0.12,<0.1", "fiddle>=0.3,<0.4", "tensorboard>=2.21,<3"],
     "test": [
         "pytest>=9.2,<10",
@@ -72,6 +95,7 @@ EXTRAS_REQUIRE = {
         *SLURM,
         *SERVE,
     ],
+    "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2,<3"],
     # Exact, so that the same tree always lints the same; `nodejs` brings pyright's Node.js from PyPI.
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414", "import-linter==2.16"],
 }
@@ -80,7 +104,7 @@ setup(
     name="prompt_tuning_jax",
     version=VERSION.group(1),
     description="T5 prompt tuning (Lester et al. 2021) in JAX and Flax",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

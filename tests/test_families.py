@@ -62,7 +62,7 @@ class Family(NamedTuple):
       expected: the fields of our configuration that differ from T5 1.1's.
       ids: of padding, end and start.
       change: what else its folders have.
-      listed: whether it is a row of the README's table.
+      listed: whether it is a row of the table in docs/guides/base_models.md.
     """
 
     name: str
@@ -304,8 +304,8 @@ def test_logits_and_greedy_answers_are_those_of_transformers(folders, name):
         assert len({tuple(answer) for answer in answers}) > 3
 
 
-def test_the_readme_has_the_table_of_families():
-    assert table(FAMILIES) in (ROOT / "README.md").read_text()
+def test_the_guide_has_the_table_of_families():
+    assert table(FAMILIES) in (ROOT / "docs" / "guides" / "base_models.md").read_text()
 
 
 def resaved(folder: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:

@@ -164,11 +164,12 @@ def test_the_command_line_prints_a_line_per_fact_and_reason(said, tiny, tmp_path
     )
 
 
-def test_the_readme_shows_what_is_printed(said):
-    readme = (ROOT / "README.md").read_text().partition("--inspect nano\n")[2].partition("```")[0].splitlines()
+def test_the_guide_shows_what_is_printed(said):
+    guide = (ROOT / "docs" / "guides" / "base_models.md").read_text()
+    page = guide.partition("--inspect nano\n")[2].partition("```")[0].splitlines()
     _, printed = said("--inspect", "nano")
-    assert len(readme) == 6 and readme.pop() == "..."
-    assert [line for line in readme if f"\n{line.removesuffix(', ...')}" not in printed] == []
+    assert len(page) == 6 and page.pop() == "..."
+    assert [line for line in page if f"\n{line.removesuffix(', ...')}" not in printed] == []
 
 
 @pytest.mark.parametrize(

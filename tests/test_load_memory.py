@@ -1,4 +1,4 @@
-"""Loading a base takes its own size and little more (README's table is the same measurement)."""
+"""Loading a base takes its own size and little more: docs/guides/base_models.md has the same measurement as a table."""
 
 import json
 import subprocess

@@ -730,8 +730,8 @@ def test_eval_accepts_a_value_or_refuses_it_in_one_line(tiny, tmp_path):
 
     @settings(max_examples=100)
     @given(name=st.sampled_from([*macros_of("models/t5_1_1.gin", "runs/eval.gin"), *OF_EVAL]), value=ODD)
-    @example("score.evaluate_prompt.size", 5)
-    @example("score.evaluate_prompt.dataset", {})
+    @example("eval_run.evaluate_prompt.size", 5)
+    @example("eval_run.evaluate_prompt.dataset", {})
     @example("dataset.DatasetConfig.tasks", [1])
     @example("dataset.DatasetConfig.source", "rows.jsonl")
     def accepts_or_refuses(name, value):

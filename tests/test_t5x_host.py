@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-REASON = "T5X cannot be imported: it is not on PyPI; README, 'Under T5X', says how to install it"
+REASON = "T5X cannot be imported: it is not on PyPI; docs/guides/t5x.md says how to install it"
 pytest.importorskip("t5x.train", reason=REASON)  # ignores what T5X warns of while it is imported
 
 import jax  # noqa: E402
