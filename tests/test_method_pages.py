@@ -265,3 +265,37 @@ def test_the_marks_of_the_pages_are_names_of_methods(measured):
     }
     assert named <= known and {"official", "lora", "mlp_prompt"} <= named
     assert not any(re.search(r"\{\{(?! measured)", page) for page in TEXTS.values())
+
+
+def message_patterns() -> list[re.Pattern]:
+    """Returns a pattern for each text that the package puts together, with `.*` for what differs."""
+
+    def pattern(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return re.escape(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(pattern, node.values))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return pattern(node.left) + pattern(node.right)
+        return ".*"
+
+    found = set()
+    for path in (ROOT / "prompt_tuning_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                found.add("".join(map(pattern, node.args)))
+            elif isinstance(node, ast.JoinedStr | ast.BinOp):
+                found.add(pattern(node))
+    long = [one for one in found if len(re.sub(r"\.\*|\\", "", one)) >= 15]
+    return [re.compile(re.sub(r"(\.\*)+", ".*", one), re.DOTALL) for one in long]
+
+
+def test_the_messages_of_the_page_are_those_of_the_code():
+    """A message that is reworded is reworded on the page, too."""
+    messages = re.findall(r"(?ms)^```text\n(.*?)\n```$", TEXTS["troubleshooting.md"])
+    assert len(messages) > 15
+    patterns = message_patterns()
+    for message in messages:
+        said = [len(re.sub(r"\.\*|\\", "", one.pattern)) for one in patterns if one.search(message)]
+        assert said and max(said) > 0.2 * len(message), message  # the rest is names and numbers
+    assert not any(one.search("no macro LEARNING_RAT in those gin files") for one in patterns)
