@@ -55,7 +55,8 @@ def test_an_ipynb_is_that_of_its_text(name, pages):
 
 
 def test_cells_and_pages_of_a_text(pages, tmp_path):
-    text = "# %% [markdown]\n# # Title\n#\n# Words: `x`.\n\n# %%\nx = 1\n\n\n# a comment\nprint(x)\n\n# %% [markdown]\n# End\n"
+    text = "# %% [markdown]\n# # Title\n#\n# Words: `x`.\n\n# %%\nx = 1\n\n\n# a comment\nprint(x)\n\n"
+    text += "# %% [markdown]\n# End\n"
     assert [*pages.cells(text)] == [
         ("markdown", "# Title\n\nWords: `x`."),
         ("code", "x = 1\n\n\n# a comment\nprint(x)"),
