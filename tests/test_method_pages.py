@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -113,7 +114,7 @@ def start_alone(config: run.TrainConfig, **_) -> SimpleNamespace:
 def test_python_of_the_pages_runs(code, base, files, monkeypatch, request):
     """That of the first page to its end; the others train no step, see `start_alone`."""
     if "seqio" in code:  # in a process of its own: a registry of tasks is the process's
-        subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         return
     if "methods/prompt_tuning.md" not in request.node.name:
         monkeypatch.setattr(api, "train_run", start_alone)
