@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "notebooks"
+LIST = "notebooks/index.md"
 CELL = re.compile(r"(?m)^# %%(?P<markdown> \[markdown\])?\n")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -53,6 +54,14 @@ def page(path: Path) -> str:
     heading, _, rest = parts[0].partition("\n")
     links = f"[Notebook]({path.stem}.ipynb), or the same [as a Python file]({path.name})."
     return "\n\n".join([heading, links, rest.strip(), *parts[1:]]) + "\n"
+
+
+def on_config(config):
+    """What MkDocs calls with its settings: puts the list of the notebooks before their pages in the navigation."""
+    own = next((part["Notebooks"] for part in config.nav or [] if "Notebooks" in part), None)
+    if own is not None and LIST not in own:
+        own.insert(0, LIST)
+    return config
 
 
 def on_files(files, config):

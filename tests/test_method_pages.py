@@ -1,6 +1,7 @@
 """The pages of methods, of coming from elsewhere and of troubleshooting: what they say is run, counted or looked up."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -101,6 +102,9 @@ def shortened(code: str, base: Path) -> str:
     return re.sub(r"\bbatch_size=\d+", "batch_size=2", code)
 
 
+load_once = functools.cache(pt.load)  # an example only reads its model
+
+
 def start_alone(config: run.TrainConfig, **_) -> SimpleNamespace:
     """Stands for `loop.train`: everything but the steps and the evaluations, whose programs take long to compile."""
     begun = run.Run(config, NoFolder(), config.model, warn=lambda line: None)
@@ -118,6 +122,7 @@ def test_python_of_the_pages_runs(code, base, files, monkeypatch, request):
         return
     if "methods/prompt_tuning.md" not in request.node.name:
         monkeypatch.setattr(api, "train_run", start_alone)
+    monkeypatch.setattr(pt, "load", load_once)
     saved = [Path(name) for name in re.findall(r"(?m)^[^#\n]*\bsave\w*\(\"([\w.]+)\"", code)]
     before = {path: path.exists() and path.stat().st_mtime_ns for path in saved}
     exec(compile(shortened(code, base), "page", "exec"), {"__name__": "page"})
