@@ -33,7 +33,7 @@ from prompt_tuning_jax.parallel.processes import FLAGS, process_of
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.sweeps import spec
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.training import api, run, score
+from prompt_tuning_jax.training import api, eval_run, run
 from prompt_tuning_jax.training.memory_table import read_size
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def try_train(arguments, folder, monkeypatch, module=""):
 def try_eval(arguments, *_):
     """Parsed, and checked without a base and rows."""
     gin_files.parse(arguments, flags=("submission", *FLAGS))
-    assert gin.get_configurable(score.evaluate_prompt)(check_only=True) == {}
+    assert gin.get_configurable(eval_run.evaluate_prompt)(check_only=True) == {}
 
 
 def try_sweep(arguments, folder, monkeypatch, module=""):

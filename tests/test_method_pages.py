@@ -29,7 +29,7 @@ from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.methods.shapes import start_shapes
 from prompt_tuning_jax.prompts.peft import write_adapter
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.training import api, run, score
+from prompt_tuning_jax.training import api, eval_run, run
 from prompt_tuning_jax.training.run_folder import NoFolder
 
 DOCS = ROOT / "docs"
@@ -165,7 +165,7 @@ def test_commands_of_the_pages_are_taken(line, files, monkeypatch):
         gin.get_configurable(run.TrainConfig)().check()
     elif module == "prompt_tuning_jax.eval":
         gin_files.parse(arguments)
-        assert gin.get_configurable(score.evaluate_prompt)(check_only=True) == {}
+        assert gin.get_configurable(eval_run.evaluate_prompt)(check_only=True) == {}
     elif module == "prompt_tuning_jax.sweep":
         from prompt_tuning_jax import sweep
 

@@ -11,7 +11,7 @@ import numpy as np
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.neighbors import neighbor_line
 from prompt_tuning_jax.prompts.initializers import word_ids
-from prompt_tuning_jax.prompts.neighbors import make_lexicon, name_neighbors, nearest
+from prompt_tuning_jax.prompts.nearest_words import make_lexicon, name_neighbors, nearest
 from prompt_tuning_jax.tasks.reviews import Reviews
 
 reviews = Reviews()
