@@ -51,7 +51,7 @@ from prompt_tuning_jax.settings import (
 from prompt_tuning_jax.sweeps import spec
 from prompt_tuning_jax.sweeps.launchers import jobset, local, slurm, xpk
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.training import eval_run, loop, optimizer, run
+from prompt_tuning_jax.training import api, eval_run, loop, optimizer, run
 
 TRAIN, EVAL = (importlib.import_module(f"prompt_tuning_jax.{name}").main for name in ("train", "eval"))
 METHODS = sorted(f"methods/{path.name}" for path in (ROOT / "gin_configs" / "methods").glob("*.gin"))
@@ -325,7 +325,9 @@ def test_right_settings_are_accepted(train_line):
         ({"optimizer": optax.adamw("abc")}, "optimizer", "`optimizer` cannot update what the method trains (TypeError"),
         ({"model": "nano"}, "model", "expected a base model of `load`; did you mean pt.load('nano')?"),
         ({"num_microbatches": 2.0}, "num_microbatches", "`num_microbatches` is 2.0, expected"),
-        ({"base_dtype": "float33"}, "base_dtype", "`dtype` is 'float33', expected"),
+        ({"base_dtype": "float33"}, "model", "`base_dtype` is no argument of `train`: set `model`"),
+        ({"train_steps": 5}, "steps", "`train_steps` is no argument of `train`: set `steps`"),
+        ({"size": None}, "model", "`size` is no argument of `train`: set `model`"),
         ({"folder": 5}, "model_dir", "`folder` is 5, expected a text"),
         ({"on_record": "print"}, "on_record", "`on_record` is 'print', expected a function"),
     ],
@@ -781,16 +783,20 @@ def test_launchers_accept_a_value_or_refuse_it_in_one_line(field, value):
 ARGUMENTS = [
     "steps", "batch_size", "labels", "metrics", "lengths", "eval_every", "eval_batch_size", "log_every", "seed",
     "dropout_rate", "folder", "on_record", "progress", "optimizer", "method", "model", "num_microbatches", "z_loss",
-    "keep_checkpoints", "early_stop_evals", "mesh", "num_partitions", "base_dtype", "export_dtype", "loss_eval_steps",
-    "encoder_use_by", "vocabulary",
+    "keep_checkpoints", "early_stop_evals", "mesh", "num_partitions", "export_dtype", "loss_eval_steps",
+    "encoder_use_by",
 ]  # fmt: skip
 
 
+def test_a_dataset_config_of_no_tasks_is_refused():
+    config = DatasetConfig("none", "train", 2, LENGTHS, tasks={})
+    with pytest.raises(SettingError, match="^`tasks` is {}, expected at least one task$"):
+        config.check()
+
+
 def test_no_argument_of_train_is_forgotten_below():
-    ours = {"train_steps", "eval_period", "log_period", "random_seed", "model_dir", "size", "initial_checkpoint_path"}
     named = {*inspect.signature(pt.train).parameters} - {"more", "train", "validation"}
-    fields = {*FIELDS_OF_RUN} - ours - {"train_dataset", "eval_dataset"}  # which arguments of other names set
-    assert named | fields == {*ARGUMENTS}
+    assert named | {*FIELDS_OF_RUN} - {*api.FIELDS_OF_ARGUMENTS} == {*ARGUMENTS}
 
 
 def test_python_accepts_a_value_or_refuses_it_in_one_line(model, tmp_path):

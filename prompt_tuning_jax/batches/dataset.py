@@ -86,6 +86,8 @@ class DatasetConfig:
             check_fields(self)
         if self.tasks is not None:
             check("tasks", self.tasks, Dictionary(Made(DatasetConfig)))
+            if not self.tasks:
+                raise SettingError(Setting("tasks"), " is {}, expected at least one task")
             for task in self.tasks.values():
                 task.check()
 

@@ -113,6 +113,22 @@ class Result:
             huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
 
 
+# The fields of `TrainConfig` that `train` sets, with the arguments that it sets them from.
+FIELDS_OF_ARGUMENTS = {
+    "train_steps": "steps",
+    "log_period": "log_every",
+    "eval_period": "eval_every",
+    "random_seed": "seed",
+    "model_dir": "folder",
+    "train_dataset": "train",
+    "eval_dataset": "validation",
+    "size": "model",
+    "initial_checkpoint_path": "model",
+    "vocabulary": "model",
+    "base_dtype": "model",
+}
+
+
 def train(
     model: Model | Any,
     method: Method | Any,
@@ -177,6 +193,9 @@ def train(
         result.save("prompt.npy")
     """
     check_model(model)
+    for name in more:
+        if name in FIELDS_OF_ARGUMENTS:
+            raise SettingError(f"`{name}` is no argument of `train`: set ", Setting(FIELDS_OF_ARGUMENTS[name]))
     arguments: dict[str, Any] = {
         "method": method,
         "optimizer": adafactor(0.3) if optimizer is None else optimizer,
