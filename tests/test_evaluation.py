@@ -9,6 +9,7 @@ import pytest
 from tiny import CONFIG, LENGTHS, random_params
 
 from prompt_tuning_jax.batches.cache import CachedExamples
+from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference.labels import written_labels
@@ -276,13 +277,12 @@ def test_a_split_without_labels_is_not_scored(split):
             eval_run.check_labelled({"labelled": labelled, "cb": batches}, "test")
 
 
-class Splits:
-    """What `DatasetConfig` is to `evaluate_prompt`, over splits that are at hand."""
-
-    split, mixture_or_task_name, batch_size = "validation", "by_hand", 32
+class Splits(DatasetConfig):
+    """A `DatasetConfig` for `evaluate_prompt`, over splits that are at hand."""
 
     def __init__(self, tasks):
-        self._tasks = tasks
+        super().__init__("by_hand", "validation", 32, {"inputs": 64, "targets": 8})
+        object.__setattr__(self, "_tasks", tasks)
 
     def check(self):
         """Nothing is set that could be wrong."""

@@ -301,7 +301,8 @@ def test_logits_and_greedy_answers_are_those_of_transformers(folders, name):
         np.testing.assert_array_equal(our_answers, answers)
         ended = np.any(answers == ids_of(family)[1], axis=1).sum()
         assert 0 < ended < 64  # some end, some do not
-        assert len({tuple(answer) for answer in answers}) > 3
+        # The random model that starts from T5's end gives one answer besides the end at once.
+        assert len({tuple(answer) for answer in answers}) > (1 if family.ids == (0, 2, 1) else 3)
 
 
 def test_the_guide_has_the_table_of_families():

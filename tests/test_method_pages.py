@@ -116,6 +116,8 @@ def start_alone(config: run.TrainConfig, **_) -> SimpleNamespace:
     return SimpleNamespace(best_injection=config.method.apply(trained, begun.frozen), summary=summary)
 
 
+# The base model of these tests has another name than that of the page.
+@pytest.mark.filterwarnings("ignore:prompt .* says that it was trained on the base model:UserWarning")
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_of_the_pages_runs(code, base, files, monkeypatch, request):
     """That of the first page to its end; the others train no step, see `start_alone`."""

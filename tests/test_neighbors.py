@@ -344,7 +344,7 @@ def test_a_damaged_table_is_one_line(refused, trained, tmp_path):
 
 
 def test_it_starts_without_what_it_does_not_need(trained):
-    code = "import sys; from prompt_tuning_jax import neighbors; nearest_words.main(); "
+    code = "import sys; from prompt_tuning_jax import neighbors; neighbors.main(); "
     code += "print(sorted({'tensorflow', 'seqio', 'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, str(trained)], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n") and "11 of 12 positions" in done.stdout
