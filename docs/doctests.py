@@ -1,4 +1,4 @@
-"""What mkdocstrings calls for each docstring: an example at the end of one is shown as code, not as a quotation."""
+"""Shows an example at the end of a docstring as code, not as a quotation. mkdocstrings calls it per docstring."""
 
 import re
 

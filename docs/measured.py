@@ -62,5 +62,5 @@ def filled(markdown: str, path: Path = methods.RESULTS / "methods.csv") -> str:
 
 
 def on_page_markdown(markdown, **_):
-    """What MkDocs calls with each page's text."""
+    """Fills the marks in a page's text; MkDocs calls this per page."""
     return filled(markdown)

@@ -57,7 +57,7 @@ def page(path: Path) -> str:
 
 
 def on_config(config):
-    """What MkDocs calls with its settings: puts the list of the notebooks before their pages in the navigation."""
+    """Puts the list of the notebooks before their pages in the navigation; MkDocs calls this with its settings."""
     own = next((part["Notebooks"] for part in config.nav or [] if "Notebooks" in part), None)
     if own is not None and LIST not in own:
         own.insert(0, LIST)
@@ -65,7 +65,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """What MkDocs calls with the site's files: adds a page for each notebook."""
+    """Adds a page for each notebook; MkDocs calls this with the site's files."""
     from mkdocs.structure.files import File
 
     for path in texts():

@@ -1,4 +1,4 @@
-"""What MkDocs calls to build the site: pages that lie outside docs/, notebooks, and links that lead outside docs/.
+"""Adds pages from outside docs/ and the notebooks to the site, and rewrites links that lead outside docs/.
 
 Pages are written for two readers: a browser of the repository, where a link is a path to a file, and the site, which
 has only pages. So the results, the changelog and the like become pages of the site, links between pages become links

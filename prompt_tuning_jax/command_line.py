@@ -27,7 +27,7 @@ def one_line_errors(text: Callable[[Exception], str]) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; numbers are checked as all settings are (`settings`)."""
+    """Parses arguments, and raises ValueError with one line if one is invalid; `settings.check` checks numbers."""
 
     def __init__(self, module: str, description: str | None):
         super().__init__(
@@ -42,18 +42,18 @@ class Parser(argparse.ArgumentParser):
         """Adds the flag of a number.
 
         Args:
-          name: its canonical name, which is the flag's.
-          annotation: what it must be, as `settings.check` takes it.
-          about: what `--help` says.
+          name: the setting's canonical name, which is also the flag's.
+          annotation: the kind of number, as `settings.check` takes it.
+          about: the text that `--help` shows.
         """
         self._numbers[name] = annotation
         self.add_argument(f"--{name}", type=_number_or_text, metavar="NUMBER", default=default, help=about)
 
     def add_numbers(self, declared: Callable[..., Any], **about: str) -> None:
-        """Adds flags of numbers that a dataclass or function declares with kind and default.
+        """Adds a flag for each of these numbers, with the annotation and the default of a dataclass or function.
 
         Args:
-          about: by name, what `--help` says.
+          about: the text that `--help` shows, by name.
         """
         for name, text in about.items():
             default = inspect.signature(declared).parameters[name].default
@@ -70,6 +70,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def _number_or_text(text: str) -> Any:
-    """Returns a number; a text that is none stays one, for a check to refuse."""
+    """Returns the number in a text, or the text itself if it is not a number: `check` then refuses it."""
     number = number_in(text)
     return text if number is None else number

@@ -22,6 +22,7 @@ from typing import Any
 import gin
 import jax
 
+from prompt_tuning_jax.batches.lock import running
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.errors import prefixed
 from prompt_tuning_jax.gin_files import config_text, configured, in_gin, parse, split_bindings, user_errors
@@ -174,7 +175,7 @@ def run_here(trials: Sequence[Trial], most: int | None) -> dict[str, str]:
     """Runs the trials of a job in this process; returns the failures by name."""
     with contextlib.ExitStack() as marks:
         for trial in trials:
-            marks.enter_context(status.running(trial.folder))
+            marks.enter_context(running(trial.folder))
         stop = marks.enter_context(stopping_on_sigterm())
         return train_or_evaluate(trials, most, stop)
 

@@ -6,6 +6,7 @@ The shapes and types in the package's signatures are checked at run time: `--jax
 import collections
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -100,6 +101,30 @@ def compiled_once(tiny):
 def model(tiny):
     """The tiny base model, as `pt.load` gives it."""
     return importlib.import_module("prompt_tuning_jax").load(str(tiny.base))
+
+
+@pytest.fixture
+def only_this_tests_gin(monkeypatch):
+    """Gives a test a gin configuration and search paths of its own."""
+    gin, gin_files = importlib.import_module("gin"), importlib.import_module("prompt_tuning_jax.gin_files")
+    gin.clear_config()
+    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope="session")
+def docs_module():
+    """Returns a function that imports a Python file of docs/, which is no package, by its name."""
+
+    def import_file(name: str):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "docs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return import_file
 
 
 @pytest.fixture(scope="session")

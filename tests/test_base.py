@@ -254,7 +254,7 @@ COMPUTED = {"dropout_rate": 0.1, "dtype": "bfloat16", "remat_policy": "full", "a
 
 
 def test_what_changes_the_mathematics_changes_the_fingerprint_and_nothing_else_does():
-    """Of all fields. Those that a shape shows change the fingerprint by the shapes."""
+    """Every field of T5Config is in one of the three groups. The fields in SHOWN change the parameters' shapes."""
     params, shapes = random_model(CONFIG)[1], base.expected_shapes(CONFIG)
     own = base.fingerprint(params, CONFIG)
     seen = {own}

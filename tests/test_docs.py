@@ -68,13 +68,7 @@ def blocks(kind: str) -> list:
     ]
 
 
-@pytest.fixture(autouse=True)
-def only_this_tests_gin(monkeypatch):
-    gin.clear_config()
-    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 def calls(script: str, folder: Path) -> list[list[str]]:
@@ -385,12 +379,9 @@ def test_a_package_index_gets_no_path(repository):
 
 
 @pytest.fixture(scope="module")
-def hooks():
+def hooks(docs_module):
     """What MkDocs calls; it imports MkDocs only when files are added."""
-    module = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
-    found = importlib.util.module_from_spec(module)
-    module.loader.exec_module(found)
-    return found
+    return docs_module("site_hooks")
 
 
 def test_links_of_the_site(hooks):

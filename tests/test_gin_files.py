@@ -39,13 +39,7 @@ OF_PROMPT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def only_this_tests_gin(monkeypatch):
-    gin.clear_config()
-    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 def parse(*files, flags=(), **macros):

@@ -120,7 +120,7 @@ def test_a_tuned_model_is_the_same_on_any_mesh(tiny, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["PromptTuning", *METHODS])
 def test_a_data_parallel_step_exchanges_the_gradient_of_what_is_injected_and_the_metrics(tiny, name):
-    """Of a residual prompt that is the prompt: its network's own gradient is computed on every device."""
+    """A residual prompt exchanges the prompt's gradient; each device computes the gradient of the network from it."""
     arguments = ["collectives", "[8, 1, 1]", name]
     (said,) = ends(start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: arguments, 1, 8))
     found = json.loads(said)

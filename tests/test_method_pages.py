@@ -50,13 +50,7 @@ def blocks(*languages: str) -> list:
     ]
 
 
-@pytest.fixture(autouse=True)
-def only_this_tests_gin(monkeypatch):
-    gin.clear_config()
-    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 @pytest.fixture(scope="module")
@@ -236,16 +230,9 @@ def test_each_method_and_each_gin_file_has_a_page():
 
 
 @pytest.fixture(scope="module")
-def measured():
+def measured(docs_module):
     """The hook of MkDocs."""
-    return module_of("measured")
-
-
-def module_of(name: str):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_module("measured")
 
 
 def test_measured_rows_come_from_the_csv(measured, tmp_path):

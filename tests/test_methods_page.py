@@ -2,24 +2,16 @@
 
 import json
 
-import gin
 import numpy as np
 import pytest
 
 from experiments import methods
-from prompt_tuning_jax import gin_files
 
 SWEEP = "--gin_file=sweeps/methods.gin"
 DATA = "--gin.DATA_DIR='data'"
 
 
-@pytest.fixture(autouse=True)
-def only_this_tests_gin(monkeypatch):
-    gin.clear_config()
-    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 def found(method="official", task="sst2", rate="0.3", seed=0, right=(True, False), curve=((20, 50.0), (40, 50.0))):

@@ -1,6 +1,5 @@
 """The notebooks: each text runs as a plain Python file, and each .ipynb is what its text makes."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,12 +19,9 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def pages():
+def pages(docs_module):
     """The module that makes notebooks and pages of texts."""
-    spec = importlib.util.spec_from_file_location("notebook_pages", ROOT / "docs" / "notebook_pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_module("notebook_pages")
 
 
 @pytest.mark.slow

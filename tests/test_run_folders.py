@@ -267,7 +267,7 @@ def test_a_best_adapter_is_written_again_from_its_checkpoint(model, tmp_path):
 
 
 def test_a_folder_is_of_one_run_at_a_time(model, tmp_path):
-    """Of two threads as of two processes; the other one goes on undisturbed."""
+    """A second run is refused, in another thread or another process, and the first one goes on undisturbed."""
     begun, go_on = threading.Event(), threading.Event()
 
     def wait(record):

@@ -32,13 +32,7 @@ RUN_MACROS = set("MODEL_DIR RANDOM_SEED TRAIN_STEPS EVAL_PERIOD LOG_PERIOD PROMP
 RUN_MACROS |= {"INITIAL_CHECKPOINT_PATH"}
 
 
-@pytest.fixture(autouse=True)
-def only_this_tests_gin(monkeypatch):
-    gin.clear_config()
-    monkeypatch.setattr(gin_files, "SEARCH_PATHS", list(gin_files.SEARCH_PATHS))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 def comment(name: str) -> str:

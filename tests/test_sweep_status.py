@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from prompt_tuning_jax.batches.lock import DEAD_AFTER
+from prompt_tuning_jax.batches.lock import DEAD_AFTER, running
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.sweeps.status import (
     STATES,
@@ -20,7 +20,6 @@ from prompt_tuning_jax.sweeps.status import (
     counts,
     describe,
     owner,
-    running,
     table,
     trial_state,
 )

@@ -97,7 +97,7 @@ def _source_fingerprint(module: str) -> str | None:
 
 
 class Seen(NamedTuple):
-    """The state of a file or folder when it was read. A link is followed.
+    """Holds the state of a file or folder when it was read. A link is followed.
 
     Attributes:
       state: [size (0 for a folder), mtime in ns, ctime in ns]; None if there was no such path.

@@ -1,4 +1,4 @@
-"""The base model and the tokenizer that a prompt on disk was trained on, as far as the files beside it say."""
+"""Finds the base model and the tokenizer that a prompt on disk was trained on, and compares them with those in use."""
 
 import json
 import os
@@ -18,7 +18,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class TrainedOn(NamedTuple):
-    """What is known of a prompt's training.
+    """Holds what the files beside a prompt say of its training.
 
     Attributes:
       base: the base model's fingerprint; None if nothing says it.
@@ -53,7 +53,7 @@ class TrainedOn(NamedTuple):
             )
 
     def of(self, injection: Injection) -> "TrainedOn":
-        """Returns what counts for what was trained: only the tokenizer for a whole model, which needs no base model."""
+        """Returns itself, or only the tokenizer if a whole model was trained, because that needs no base model."""
         whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
         return TrainedOn(tokenizer=self.tokenizer) if whole else self
 

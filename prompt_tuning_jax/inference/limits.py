@@ -1,4 +1,4 @@
-"""What one request to the service may ask for, and how long it may take."""
+"""Limits how much one request to the service may ask for, and how long it may take."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,14 @@ from prompt_tuning_jax.settings import Count, Positive, check_values
 
 
 class Limits(NamedTuple):
-    """What a request may ask for.
+    """Holds the limits of one request.
 
     Attributes:
-      max_rows: of a request.
-      max_bytes: of a request's body; all requests in progress may have `service.BODIES` times as many.
+      max_rows: rows per request.
+      max_bytes: bytes of a request's body. The requests in progress together may have `service.BODIES` times as many.
       max_queue: rows of all requests that wait for the model.
-      timeout: seconds, from a request's headers to its answer.
-      max_tokens: of a request: positions of prompts, inputs, labels and answers; `service.QUEUE` times as many may
-        wait.
+      timeout: seconds from a request's headers to its answer.
+      max_tokens: positions of a request's prompts, inputs, labels and answers. `service.QUEUE` times as many may wait.
     """
 
     max_rows: Count = 1024
@@ -25,7 +24,7 @@ class Limits(NamedTuple):
     max_tokens: Count = 2**19
 
     def check(self) -> None:
-        """Raises SettingError if a limit is impossible, or less may wait than a request may have."""
+        """Raises SettingError if a limit is invalid, or if a request may have more rows than may wait."""
         check_values(Limits, self._asdict())
         if self.max_rows > self.max_queue:
             raise SettingError(

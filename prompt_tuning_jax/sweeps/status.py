@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prompt_tuning_jax.batches.lock import RUNNING, owner
-from prompt_tuning_jax.batches.lock import running as running
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.tasks.metrics import record_score
 

@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Window:
-    """The steps since the last record.
+    """Holds the steps since the last record.
 
     A run checks the newest step's loss just before it adds the next one, so that it does not wait for the device.
     """

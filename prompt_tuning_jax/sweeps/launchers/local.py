@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from prompt_tuning_jax.batches.lock import running
 from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.settings import Count, check_fields
@@ -66,7 +67,7 @@ class Local:
         slots = divide_machine(self.processes, len(jobs))
         folder = Path(sweep_dir)
         try:
-            with status.running(folder), _StopSignals() as stop:
+            with running(folder), _StopSignals() as stop:
                 (folder / "logs").mkdir(exist_ok=True)
                 view = _View([trial for job in jobs for trial in job.trials], sys.stderr)
                 well = _run(jobs, slots, folder / "logs", stop, view)
@@ -181,7 +182,7 @@ def _start(job: Job, slot: Slot, logs: Path) -> _Running:
     }
     with contextlib.ExitStack() as marks:
         for trial in job.trials:
-            marks.enter_context(status.running(trial.folder))
+            marks.enter_context(running(trial.folder))
             (trial.folder / status.FAILED).unlink(missing_ok=True)
         log = logs / f"{job.name}.log"
         with open(log, "ab") as file:

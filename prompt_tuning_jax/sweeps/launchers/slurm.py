@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from prompt_tuning_jax.batches.lock import lock
+from prompt_tuning_jax.batches.lock import lock, running
 from prompt_tuning_jax.command_line import TERMINATED
 from prompt_tuning_jax.settings import Dictionary, Name, Settings, check_fields
 from prompt_tuning_jax.sweeps import status
@@ -118,7 +118,7 @@ class Run:
                 mark = trial.folder / status.RUNNING
                 # After a node fails, the lock that it held still looks alive for a while.
                 again = "SLURM_RESTART_COUNT" in os.environ
-                marks.enter_context(lock(mark) if again and mark.exists() else status.running(trial.folder))
+                marks.enter_context(lock(mark) if again and mark.exists() else running(trial.folder))
                 (trial.folder / status.FAILED).unlink(missing_ok=True)
             log = Path(self._sweep_dir, "logs", f"{self._job.name}.log")
             with open(log, "ab") as file:
