@@ -42,7 +42,12 @@ def start_group(tiny, program, arguments, processes, devices, **options):
 
 def ends(group):
     """What each of a group's processes printed, once all have ended well."""
-    said = [process.communicate(timeout=600) for process in group]
+    try:
+        said = [process.communicate(timeout=300) for process in group]
+    finally:
+        for process in group:
+            process.kill()  # of one that waits for another, or of the others where one failed
+            process.communicate()
     assert [process.returncode for process in group] == [0] * len(group), said[0][1][-3000:]
     return [stdout for stdout, _ in said]
 

@@ -604,8 +604,14 @@ def prompts_of_tasks(
 
 def not_finite(values: Params) -> Iterator[str]:
     """Yields the paths of the arrays that hold NaN or infinity."""
-    finite = {path: jnp.isfinite(value).all() for path, value in values.items()}
-    yield from (path for path, whole in jax.device_get(finite).items() if not whole)
+    yield from (path for path, whole in jax.device_get(_finite(dict(values))).items() if not whole)
+
+
+@jax.jit
+def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    # One program for all arrays: divided arrays need a collective each, and processes on CPUs that have many small
+    # programs in flight, each with a collective, may wait for each other for good.
+    return {path: jnp.isfinite(value).all() for path, value in values.items()}
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, trained: Params) -> None:
