@@ -37,9 +37,7 @@ def table(cells: Mapping[tuple[str, str, str], methods.Cell], names: Sequence[st
     for (size, task, method), cell in cells.items():
         if names and method not in names:
             continue
-        plain, difference = cells.get((size, task, methods.PLAIN)), ""
-        if plain is not None and cell is not plain and len(cell.runs) == len(plain.runs):
-            difference = str(methods.bootstrap(cell.right - plain.right))
+        difference = methods.difference(cell, cells.get((size, task, methods.PLAIN))) or ""
         run = cell.runs[0]
         steps = ", ".join(str(methods.steps_to(one.curve)) for one in cell.runs)
         rows.append(
