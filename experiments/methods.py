@@ -40,8 +40,8 @@ INTERVALS = (
     f"In brackets: the middle 95% of {DRAWS:,} bootstrap draws over rows and seeds. Each method had the same number of "
     f'learning rates, tried with the first seed; the best of them was run with the other seeds. "less {PLAIN}" is the '
     'difference to prompt tuning by the official recipe on the same rows. "none" stands where its interval has 0 in '
-    "it: these rows and seeds tell no difference. Of twenty intervals without a true difference, about one leaves out 0 "
-    "by chance."
+    "it: these rows and seeds tell no difference. Of twenty intervals without a true difference, about one leaves out "
+    "0 by chance."
 )
 ABOUT = {
     "methods": "# The methods on real tasks\n\n"
