@@ -209,7 +209,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
 
 
 def _trim_heap() -> None:
-    """Returns freed memory to the system: glibc keeps blocks below 32 MB, in total a tenth of a base model."""
+    """Returns freed memory to the system: glibc would keep blocks below 32 MB, in total a tenth of a base model."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 

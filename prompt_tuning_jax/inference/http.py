@@ -46,8 +46,9 @@ class Door:
 
         Args:
           keys: the accepted API keys, which requests send as "Authorization: Bearer KEY"; if empty, no key is needed.
-          hosts: the accepted hosts of the Host header, with any port; if empty, any host is accepted. This stops DNS
-            rebinding: a web page whose domain resolves to this machine, and whose visitor's browser sends requests.
+          hosts: the accepted hosts of the Host header, with any port; if empty, any host is accepted. A list of hosts
+            prevents DNS rebinding, in which the domain of a web page resolves to this machine, so that the visitor's
+            browser lets the page send requests to the service.
           open_to_all: the paths that need no key.
         """
         self._app, self._keys, self._hosts, self._open = app, [key.encode() for key in keys], hosts, open_to_all

@@ -62,10 +62,9 @@ class Predictor:
 
         Args:
           model: the base model, from `load`.
-          prompts: one of three things: a mapping from names to arrays [P, D], to arrays [L, P, D] of prompts per layer,
-            or to anything else that `checkpoints.tuned.injection_of` takes; the path of a folder of prompts or of a
-            single prompt, which then is the default for rows without "prompt" (see `folder`); or None for the base
-            model alone.
+          prompts: None for the base model alone; or the path of a folder of prompts, or of a single prompt, which is
+            then the default for rows without "prompt" (see `folder`); or a mapping from names to arrays [P, D], to
+            arrays [L, P, D] of prompts per layer, or to anything else that `checkpoints.tuned.injection_of` takes.
           input_length: the largest number of input tokens. Longer inputs are truncated and keep their end of sequence.
           max_new_tokens: the largest number of tokens of an answer, end of sequence included.
           batch_size: the largest number of rows of a batch.
@@ -113,11 +112,11 @@ class Predictor:
     def requests(self, rows: Iterable[tuple[int, Any]]) -> list[Request | ValueError]:
         """Returns a request per row, or a ValueError for an invalid row.
 
-        Args:
-          rows: pairs of a row's number and the row, or a ValueError instead of the row, which is returned.
-
         An error about an unknown prompt suggests similar names, but only for the first `SEARCHES` unknown prompts,
         because the search compares all names.
+
+        Args:
+          rows: pairs of a row's number and the row, or a ValueError instead of the row, which is returned.
         """
         found: list[Request | ValueError] = []
         unknown: dict[str | None, ValueError] = {}
