@@ -49,7 +49,7 @@ class PromptBank:
 
     Attributes:
       base: the base model's path; None if it is not known.
-      broken: by name, the error of each prompt whose files cannot be read; `find` shows it.
+      broken: by name, the error of each prompt that could not be read or added; `find` raises it as a part of its own.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PromptBank:
           search: whether the error lists similar names, for which it compares `name` with every name.
 
         Raises:
-          ValueError: there is no such prompt, or its files cannot be read.
+          ValueError: there is no such prompt, or it is in `broken`.
         """
         if name is None:
             return Stored(self._nothing, padded=LENGTHS[0] if self._prompts else 0)
