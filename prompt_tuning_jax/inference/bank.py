@@ -49,7 +49,7 @@ class PromptBank:
 
     Attributes:
       base: the base model's path; None if it is not known.
-      broken: by name, the error of each prompt that could not be read or added; `find` raises it as a part of its own.
+      broken: by name, the error of each prompt that could not be read or added; `find` quotes it in its own error.
     """
 
     def __init__(
