@@ -1,4 +1,4 @@
-"""What all tests share: JAX on the CPU, reference numbers, and the folder of real data where there is one.
+"""Sets up JAX on the CPU, and has the fixtures of all tests: tiny models, reference numbers, and real data if present.
 
 The shapes and types in the package's signatures are checked at run time: `--jaxtyping-packages` in pyproject.toml.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 # The processes that tests start inherit these.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network; those of the hub have a server of their own
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a network; the tests of the hub start a server of their own
 # Tests compile thousands of programs and run each for milliseconds. XLA compiles them in less than half the time
 # without LLVM's optimisations. Tests compare programs of the same flags, or with a tolerance for rounding.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
@@ -28,17 +28,17 @@ import pytest
 from prompt_tuning_jax.t5.config import T5Config
 
 with contextlib.suppress(ImportError):
-    importlib.import_module("triton")  # of torch's CUDA builds: loaded after TensorFlow, it crashes
+    importlib.import_module("triton")  # part of torch's CUDA builds, which crashes if it is loaded after TensorFlow
 
-# Compilation makes a first example slow, and a red build must be red again when it is looked into.
+# No deadline, because compilation makes the first example slow. Derandomized, so that a failure can be repeated.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("tests")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA = Path(os.environ.get("PROMPT_TUNING_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
-# Files that take minutes, the longest first: started last, one would run while the other workers have nothing to do.
-# pytest-xdist starts the files with the most tests first unless it is given --no-loadscope-reorder, as in the Makefile.
+# Files that take minutes, the longest first: if a long file started last, the other workers would be idle meanwhile.
+# Without --no-loadscope-reorder, which the Makefile sets, pytest-xdist would start the files with the most tests first.
 LONG_FILES = [
     f"test_{name}.py"
     for name in (
@@ -49,7 +49,7 @@ LONG_FILES = [
 
 
 def pytest_collection_modifyitems(items):
-    """Sorts the files; the tests of a file keep their order."""
+    """Sorts the test files as in `LONG_FILES`; the tests of a file keep their order."""
     tests = collections.Counter(item.path for item in items)
 
     def place(item):
@@ -61,24 +61,24 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
-    # The processes that tests start share what they compile until the tests end, leave nothing in the user's cache and
-    # find nothing there. pytest-xdist's workers inherit the folder. This process does not read it: some tests compare
-    # programs that were compiled separately, and a process killed by a test may leave half a file. Modules that want
-    # to keep programs use `compiled_once`.
+    # The processes that tests start share a temporary compilation cache, and neither read nor write the user's cache.
+    # pytest-xdist's workers inherit the folder. This process does not read it: some tests compare programs that were
+    # compiled separately, and a process that a test kills may leave half a file. Modules that want to keep programs use
+    # `compiled_once`.
     if "PYTEST_XDIST_WORKER" not in os.environ:
         compiled = tempfile.TemporaryDirectory(prefix="prompt_tuning_compiled_", ignore_cleanup_errors=True)
         config.add_cleanup(compiled.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", None)
-    # absl's handler closes its stream when logging is configured anew, as submitit does, unless that is the process's
-    # own: it would close the one with which pytest captures what tests print.
+    # absl's handler closes its stream when logging is reconfigured, as submitit does, unless it is the process's own
+    # stderr. Without this line it would close the stream with which pytest captures output.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data: vocabularies, released prompts, benchmarks' own files."""
+    """Returns the folder of real data: vocabularies, released prompts, and the files of benchmarks."""
     if not DATA.is_dir():
         pytest.skip(f"no data at {DATA}: set PROMPT_TUNING_DATA")
     return DATA
@@ -86,20 +86,20 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A base model so small that a run of it takes seconds, and what a run of it needs: see tiny.py."""
+    """Returns a base model so small that a run takes seconds, and the files that a run needs; see tiny.py."""
     return importlib.import_module("tiny").make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def compiled_once(tiny):
-    """Keeps the programs that a module's runs compile: runs of one method and shape compile the same ones."""
+    """Caches the programs that a module's runs compile, because runs of one method and shape compile the same ones."""
     with importlib.import_module("tiny").keeping_compiled_programs(tiny.folder / "compiled_here"):
         yield
 
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """The tiny base model, as `pt.load` gives it."""
+    """Returns the tiny base model, loaded with `pt.load`."""
     return importlib.import_module("prompt_tuning_jax").load(str(tiny.base))
 
 
@@ -116,7 +116,7 @@ def only_this_tests_gin(monkeypatch):
 
 @pytest.fixture(scope="session")
 def docs_module():
-    """Returns a function that imports a Python file of docs/, which is no package, by its name."""
+    """Returns a function that imports a Python file of docs/ by its name, because docs/ is not a package."""
 
     def import_file(name: str):
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "docs" / f"{name}.py")
@@ -129,17 +129,17 @@ def docs_module():
 
 @pytest.fixture(scope="session")
 def peft():
-    """PEFT, with one thread."""
+    """Returns PEFT; torch computes with one thread."""
     pytest.importorskip("torch").set_num_threads(1)
     return pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
 def forget_tasks():
-    """Removes the tasks and mixtures that the module's tests registered in this process: near misses name them all."""
+    """Removes the tasks and mixtures that the module's tests registered, because near misses would list them all."""
     for module in importlib.import_module(
         "prompt_tuning_jax.tasks"
-    ).TASK_MODULES:  # a module registers its tasks once only, when it is first imported
+    ).TASK_MODULES:  # a module registers its tasks only once, when it is first imported
         importlib.import_module(module)
     seqio = importlib.import_module("seqio")
     registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
@@ -157,25 +157,25 @@ def reference(name: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def t5x() -> dict[str, np.ndarray]:
-    """T5X's minimal T5 1.1 of `tiny_config`: see fixtures/README.md."""
+    """Returns the numbers of T5X's minimal T5 1.1 with `tiny_config`; see fixtures/README.md."""
     return reference("t5x_minimal_t5_1_1.npz")
 
 
 @pytest.fixture(scope="session")
 def official() -> dict[str, np.ndarray]:
-    """The official prompt-tuned model of `tiny_config`, with ten training steps."""
+    """Returns the numbers of the official prompt-tuned model with `tiny_config`, with ten training steps."""
     return reference("official_prompt_tuning_tiny.npz")
 
 
 @pytest.fixture(scope="session")
 def t5x_adafactor() -> dict[str, np.ndarray]:
-    """T5X's Adafactor on a [20, 32] parameter."""
+    """Returns the numbers of T5X's Adafactor on a parameter [20, 32]."""
     return reference("t5x_adafactor_20x32.npz")
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> T5Config:
-    """The size of the reference models."""
+    """Returns the size of the reference models."""
     return T5Config(
         vocab_size=128, emb_dim=32, num_heads=4, num_encoder_layers=2, num_decoder_layers=2, mlp_dim=64, head_dim=8
     )

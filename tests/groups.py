@@ -1,4 +1,4 @@
-"""Runs of the tiny base model by one process or a group of processes, with any number of devices each."""
+"""Starts runs of the tiny base model in one process or a group of processes, with any number of devices each."""
 
 import json
 import os
@@ -16,13 +16,13 @@ MESHES = {
     "fsdp": {"MESH": {"fsdp": 8}},
     "mixed": {"MESH": {"fsdp": 2, "model": 2}},
 }
-# With the paper's rate of 0.3 a prompt on random weights is thrown about so that a difference in the last digit triples
-# in every step. With this one it moves by a sixth of its size in 20 steps.
+# With the paper's rate of 0.3, training a prompt on random weights is unstable: a difference in the last digit triples
+# in every step. With this rate the prompt moves by a sixth of its size in 20 steps.
 RATE = 0.01
 
 
 def start_group(tiny, program, arguments, processes, devices, **options):
-    """The processes of one program, `devices` each."""
+    """Starts the processes of a distributed program, with `devices` CPU devices each, and returns them."""
     environment = os.environ | tiny.environment | {"PYTHONPATH": f"{tiny.environment['PYTHONPATH']}:{HERE}"}
     environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     with socket.socket() as free:
@@ -41,19 +41,19 @@ def start_group(tiny, program, arguments, processes, devices, **options):
 
 
 def ends(group):
-    """What each of a group's processes printed, once all have ended well."""
+    """Waits for all processes of a group, checks that each succeeded, and returns the standard output of each."""
     try:
         said = [process.communicate(timeout=300) for process in group]
     finally:
         for process in group:
-            process.kill()  # of one that waits for another, or of the others where one failed
+            process.kill()  # a process may still be waiting for one that failed
             process.communicate()
     assert [process.returncode for process in group] == [0] * len(group), said[0][1][-3000:]
     return [stdout for stdout, _ in said]
 
 
 def many_trainings(tiny, folders, processes, devices):
-    """Trains in each of the folders, one after another, by the same processes."""
+    """Trains once per folder, one after another, with the same group of processes."""
     runs = [settings(tiny, folder, **macros) for folder, macros in folders.items()]
     arguments = lambda flags: [json.dumps([run + flags for run in runs])]  # noqa: E731
     ends(start_group(tiny, [str(HERE / "many_trainings.py")], arguments, processes, devices))
@@ -67,7 +67,7 @@ def settings(tiny, folder, **macros):
 
 
 def half_way(source, target):
-    """A copy of a run, as it was in the middle."""
+    """Copies a run to `target` without what it wrote in its second half, and returns `target`."""
     shutil.copytree(source, target)
     for path in ("checkpoints/20", "best", "summary.json", "prompts/20.npy"):
         path = target / path

@@ -1,6 +1,7 @@
 """`python many_trainings.py JSON`: runs `train` once for each list of arguments, one after another in this process.
 
-What a test starts several of, to be the processes of one program: JAX is imported, and the processes meet, once.
+A test starts several of these as the processes of a distributed program, so that JAX is imported and the processes are
+connected only once for all trainings.
 """
 
 import importlib

@@ -1,7 +1,6 @@
-"""Hand-made rows with the features that TFDS gives, for tests of tasks whose data is not here.
+"""Has hand-made rows with the features of TFDS's data sets, for tests of tasks whose data is not available.
 
-The first row of each set is the one that the official tasks' texts in fixtures/official_golden_texts.json were made
-of.
+The official tasks' texts in fixtures/official_golden_texts.json were made from the first row of each set.
 """
 
 import numpy as np
@@ -109,13 +108,13 @@ ROWS = {
 
 
 def rows(tfds_name: str) -> list[dict]:
-    """The rows of a TFDS set, "glue/sst2:2.0.0"; all of MRQA's sets, and of ANLI's, are one."""
+    """Returns the rows of a TFDS set, such as "glue/sst2:2.0.0"; all sets of MRQA share rows, and so do ANLI's."""
     name = tfds_name.partition(":")[0]
     return ROWS[name if name in ROWS else name.partition("/")[0]]
 
 
 def dataset(rows: list[dict]) -> tf.data.Dataset:
-    """Rows as TFDS gives them: lists are vectors of the length they have."""
+    """Returns the rows as TFDS does: a list becomes a vector of its own length."""
 
     def column(values):
         if isinstance(values[0], dict):
@@ -126,7 +125,11 @@ def dataset(rows: list[dict]) -> tf.data.Dataset:
 
 
 def use(monkeypatch, count: int | None = None) -> list[str]:
-    """Lets TFDS give the first `count` of these rows in every split; returns the growing list of names it is asked."""
+    """Makes TFDS return the first `count` of these rows for every split.
+
+    Returns:
+      A list to which the name of each set is added when it is read.
+    """
     asked: list[str] = []
 
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None, *, num_epochs=1):

@@ -1,7 +1,7 @@
-"""`python on_mesh.py WHAT ...`: what a test asks of many devices, which must be there before JAX starts. Prints JSON.
+"""`python on_mesh.py WHAT ...`: measures on many devices, whose number must be set before JAX starts. Prints JSON.
 
-collectives SHAPE METHOD     what the training step of a small model on a mesh sends between its devices
-load MODEL AXES [FLAGS]      what this process reads of a model that is loaded onto a mesh
+collectives SHAPE METHOD     the collectives of the training step of a small model on a mesh
+load MODEL AXES [FLAGS]      the bytes that this process reads of a model that is loaded onto a mesh
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ METHODS = {
 
 
 def step_program(shape: MeshShape, method: Method) -> tuple[str, int]:
-    """The compiled training step, its batch in one piece, dropout on; and the bytes of what the method injects."""
+    """Returns the compiled training step, with dropout and one micro-batch, and the bytes of the method's injection."""
     config = dataclasses.replace(CONFIG, dropout_rate=0.1, num_encoder_layers=2)
     partitioner, optimizer = Partitioner(make_mesh(shape), config), adafactor(0.3)
     frozen = random_base(config, 0, partitioner.parameter).params
@@ -62,7 +62,7 @@ def step_program(shape: MeshShape, method: Method) -> tuple[str, int]:
 
 
 def load(path: str, axes: dict[str, int]) -> dict:
-    """Loads a model onto a mesh, every read noted."""
+    """Loads a model onto a mesh, and returns how many bytes were read, read twice, and are on the devices."""
     config = open_model(path).config
     assert config is not None
     partitioner = Partitioner(make_mesh(mesh_shape(axes, None, len(jax.devices()))), config)
@@ -82,7 +82,7 @@ def load(path: str, axes: dict[str, int]) -> dict:
         for index, _ in parts:
             times[index] += 1
         twice += int((times > 1).sum())
-    # Of each array what lies on this process's devices, replicas once.
+    # The bytes of each array's shards on this process's devices; replicas of a shard count once.
     own = {
         name: {str(shard.index): shard.data.nbytes for shard in value.addressable_shards}
         for name, value in base.params.items()

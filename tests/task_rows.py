@@ -1,4 +1,4 @@
-"""What a registered task makes of files: its rows, its texts, and its examples in a given vocabulary."""
+"""Reads the rows, texts and tokenised examples of a registered task from the files of a data folder."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,7 @@ from prompt_tuning_jax.tasks.seqio_tokenizer import seqio_vocabulary
 
 
 def dataset(name: str, split: str, data_dir: Path) -> tf.data.Dataset:
-    """The texts of a task, before tokens."""
+    """Returns the texts of a task, not tokenised."""
     sources.set_data_dir(str(data_dir))
     try:
         task = parts_of(name)
@@ -33,7 +33,7 @@ def texts(name: str, split: str, data_dir: Path, count: int = -1) -> list[dict[s
 def examples(
     name: str, split: str, data_dir: Path, vocabulary: Path, lengths: dict[str, int] | None = None, **options
 ) -> list[dict[str, Any]]:
-    """A task's examples, uncut, in `vocabulary`."""
+    """Returns a task's examples, tokenised with `vocabulary` and not truncated."""
     task = in_vocabulary(name, vocabulary)
     sources.set_data_dir(str(data_dir))
     try:
@@ -62,7 +62,7 @@ def in_vocabulary(name: str, path: Path) -> seqio.Task:
 
 
 def plain(value: Any) -> Any:
-    """With texts for bytes and lists for arrays."""
+    """Converts bytes to texts and arrays to lists, at any depth."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
     if hasattr(value, "tolist"):

@@ -1,4 +1,4 @@
-"""LoRA and IA3: PEFT's logits, gradients and folders, their merge, and what a step of theirs computes."""
+"""Tests LoRA and IA3: PEFT's logits, gradients and folders, merging, and what a training step computes."""
 
 import dataclasses
 import json
@@ -34,14 +34,14 @@ from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.loss import cross_entropy
 from prompt_tuning_jax.training.step import summed_gradients
 
-# What peft 0.21 asks of transformers 5.23, which has another name for it.
-# transformers 5 says that every T5 is tied, and PEFT warns where the logits' matrix is adapted.
+# peft 0.21 needs a name that transformers 5.23 has renamed.
+# transformers 5 says that every T5 is tied, and PEFT warns if the logits' matrix is adapted.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning"),
 ]
 
-# No two dimensions alike, and stacks of different depth: a transposed or misplaced matrix cannot fit.
+# No two dimensions are equal, and the stacks differ in depth: a transposed or misplaced matrix cannot fit.
 GATED = T5Config(61, 24, 3, 2, 3, 40, head_dim=7)
 TIED = dataclasses.replace(GATED, mlp_activations=("relu",), logits_via_embedding=True)
 CONFIGS = {"t5_1_1": GATED, "t5_1_0": TIED}
@@ -55,7 +55,7 @@ METHODS = {
 
 
 class Model(NamedTuple):
-    """A base model, as `Method.init` takes it."""
+    """Holds a base model, as `Method.init` takes it."""
 
     config: T5Config
     parameters: Mapping[str, Any]
@@ -68,7 +68,7 @@ def base_model(config):
 
 
 def for_size(method, config):
-    """The method with the feed-forward's names that the size has."""
+    """Returns the method with the names of the feed-forward layers of this size."""
     if len(config.mlp_activations) > 1:
         return method
     names = {
@@ -80,7 +80,7 @@ def for_size(method, config):
 
 
 def random_injection(method, model, seed=0):
-    """What the method gives after training: nothing of it at its start."""
+    """Returns an injection as after training: no parameter has its initial value."""
     rng = np.random.default_rng(seed)
     trained = {
         path: value + jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32)
@@ -91,12 +91,12 @@ def random_injection(method, model, seed=0):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of the two base models, which both sides load."""
+    """Returns the folders of two base models, which transformers and this project load."""
     return write_bases(CONFIGS, tmp_path_factory.mktemp("bases"))
 
 
 def their_adapter(peft, folder, kind, **options):
-    """A PEFT model of random adapters."""
+    """Returns a PEFT model with random adapters."""
     import torch
 
     make = peft.LoraConfig if kind == "LORA" else peft.IA3Config
@@ -109,7 +109,7 @@ def their_adapter(peft, folder, kind, **options):
     return model
 
 
-# PEFT's own field names, and what our method of the same fields is.
+# PEFT's own field names, and our method with the same values.
 PAIRS = {
     "lora": ("LORA", {}),
     "lora-everywhere": ("LORA", {"r": 3, "lora_alpha": 5, "target_modules": [*ALL, "wi"], "lora_dropout": 0.1}),
@@ -120,7 +120,7 @@ PAIRS = {
 
 @pytest.fixture(scope="module", params=[(size, pair) for size in CONFIGS for pair in PAIRS], ids="-".join)
 def trained(request, peft, folders, tmp_path_factory):
-    """(size, our method, a PEFT model, its folder)"""
+    """Returns (size, our method, a PEFT model, the model's folder)."""
     size, pair = request.param
     kind, options = PAIRS[pair]
     model = their_adapter(peft, folders[size], kind, **options)
@@ -134,7 +134,7 @@ def test_an_adapter_of_peft_gives_its_logits(trained, folders):
     config, tokens = CONFIGS[size], some_tokens(GATED)
     base = base_model(config)
     injection = read_adapter(folder, config)
-    # Which matrices these are, our own method says.
+    # Our own method says which matrices are adapted.
     shapes = {path: value.shape for path, value in method.init(jax.random.key(0), base).items()}
     assert {path: value.shape for path, value in injection.parameters.items()} == shapes
     assert all(value.dtype == jnp.float32 for value in injection.parameters.values())
@@ -170,7 +170,7 @@ def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         back = read_adapter(tmp_path / name, config).parameters
         assert back.keys() == injection.parameters.keys()
-        for path, value in injection.parameters.items():  # a factor of 5 / 3 rounds once on each way
+        for path, value in injection.parameters.items():  # multiplying and dividing by 5 / 3 each round once
             np.testing.assert_allclose(back[path], value, rtol=0 if setting in (None, 8.0) else 2e-7)
     settings = json.loads((tmp_path / "its alpha" / "adapter_config.json").read_text())
     assert set(method.targets) <= set(settings["target_modules"])
@@ -180,7 +180,7 @@ def test_peft_gives_our_logits_from_our_folder(peft, trained, folders, tmp_path)
 
 @pytest.mark.parametrize("pair", ["lora", "ia3"])
 def test_answers_are_those_of_peft(peft, folders, tmp_path, pair):
-    """Token for token through the cache of the decoder, which holds adapted keys and values."""
+    """The tokens are equal; the decoder's cache holds adapted keys and values."""
     base, (inputs, _) = base_model(GATED), some_tokens(GATED, rows=16)
     injection = random_injection(METHODS[pair], base)
     write_adapter(tmp_path / "adapter", injection, GATED)
@@ -201,7 +201,7 @@ def test_answers_are_those_of_peft(peft, folders, tmp_path, pair):
 
 @pytest.mark.parametrize("pair", METHODS)
 def test_gradients_are_those_of_torch(peft, folders, tmp_path, pair):
-    """Of a sum over the logits with random weights; LoRA's with its alpha in neither matrix."""
+    """The loss is a sum over the logits with random weights; LoRA's alpha is in neither matrix."""
     import torch
 
     base, tokens = base_model(GATED), some_tokens(GATED)
@@ -255,7 +255,7 @@ def test_nothing_changes_before_the_first_step(size, name):
 
 
 def test_lora_starts_as_in_peft(peft, folders):
-    """A uniform over the same interval, another for each matrix; B at zero."""
+    """A is uniform over the same interval as in PEFT, with different draws per matrix; B is zero."""
     config = dataclasses.replace(GATED, emb_dim=400, mlp_dim=600)
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes_of(Transformer(config)).items()}
     trained = LoRA(rank=50, targets=ALL).init(jax.random.key(1), Model(config, shapes))
@@ -313,7 +313,7 @@ def test_a_layer_computes_its_formula(names, dtype, int8):
 
 
 def test_a_small_scale_is_not_lost_in_bfloat16():
-    """1.002 is 1 in bfloat16: rounded first, such scales would do nothing."""
+    """1.002 rounds to 1 in bfloat16: if the scale were rounded first, it would do nothing."""
     x = jnp.full((1, 1, 1000), 1.5, jnp.bfloat16)
     params = {"kernel": jnp.eye(1000, 1), "input_scale": jnp.full(1000, 1.003)}
     found = Dense(1, ("embed", "mlp"), jnp.bfloat16).apply({"params": params}, x)
@@ -354,7 +354,7 @@ def test_all_adapters_of_a_kernel_and_replaced_parameters_merge():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_int8_base_model_takes_adapters(name):
-    """Its logits are those of the matrices that it stands for, and it is not merged into."""
+    """Its logits are those of the dequantized matrices, and adapters cannot be merged into it."""
     base, tokens = base_model(GATED), some_tokens(GATED)
     small: dict = {}
     for path, value in base.parameters.items():
@@ -380,8 +380,10 @@ def test_an_int8_base_model_takes_adapters(name):
 
 
 def made_in_a_step(config, trained, apply, frozen, rows):
-    """The shapes that the instructions of a compiled gradient make: inside fusions and loops, too; not what they pass
-    on."""
+    """Returns the shapes that the instructions of a compiled gradient compute, also inside fusions and loops.
+
+    Instructions that only pass on a value do not count.
+    """
     inputs, targets = jnp.ones((4, 5), jnp.int32), jnp.ones((4, 3), jnp.int32)
     model = Transformer(config)
 
@@ -397,7 +399,7 @@ def made_in_a_step(config, trained, apply, frozen, rows):
     text = jax.jit(step).lower(trained, frozen).compile().as_text()
     passed_on = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "fusion"}
     if any(value.dtype == jnp.int8 for value in frozen.values()):
-        passed_on.add("convert")  # where it is read, an int8 kernel becomes floats
+        passed_on.add("convert")  # an int8 kernel is converted to floats where it is read
     made = re.findall(r"= (?:f32|bf16|s8)\[([\d,]+)\]\S* ([\w-]+)\(", text)
     return [tuple(map(int, shape.split(","))) for shape, name in made if name not in passed_on]
 
@@ -416,8 +418,10 @@ def made_in_a_step(config, trained, apply, frozen, rows):
     ],
 )
 def test_a_step_makes_nothing_of_a_kernels_shape(name, dtype, remat, rows):
-    """No gradient of a frozen matrix and no copy of one: counted in the compiled program, with micro-batches, too,
-    where the same count finds every matrix of a model that is tuned whole."""
+    """The compiled program, also with micro-batches, has no gradient and no copy of a frozen matrix.
+
+    In a step of model tuning, the same count finds every matrix.
+    """
     size = dataclasses.replace(GATED, num_encoder_layers=1, num_decoder_layers=1, remat_policy=remat)
     config = dataclasses.replace(size, dtype="float32" if dtype == "float32" else "bfloat16")
     base = base_model(size)
@@ -511,7 +515,7 @@ def test_parameters_that_nothing_reads_are_refused(parameters, found):
     assert found in str(error.value) and "\n" not in str(error.value)
 
 
-# Folders of adapters: what PEFT makes of each of its options.
+# Folders of adapters: what PEFT computes with each of its options.
 
 
 ODD_OPTIONS = {
@@ -547,7 +551,7 @@ def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
     params = {**base.parameters, **injection.parameters}
     within = {"rtol": 0, "atol": 1e-5}
     np.testing.assert_allclose(our_logits(GATED, params, *tokens), expected, **within)
-    # And so does what we write of it, with ranks and places that differ from layer to layer.
+    # So does the folder that we write, with ranks and modules that differ between layers.
     for alpha in (None, 7):
         write_adapter(tmp_path / "ours", injection, GATED, alpha=alpha)
         again = peft.PeftModel.from_pretrained(their_base(folders["t5_1_1"]), tmp_path / "ours").eval()
@@ -558,9 +562,9 @@ def test_options_of_peft_are_honoured(peft, folders, tmp_path, option):
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": ["k", "v", "wi_1"], "feedforward_modules": []},  # PEFT's for mT5
+        {"target_modules": ["k", "v", "wi_1"], "feedforward_modules": []},  # PEFT's default for mT5
         {"target_modules": ["o", "wo"], "feedforward_modules": ["wo"]},
-        {"target_modules": ["o", "wo"], "feedforward_modules": ["o"]},  # which PEFT takes for "wo", too
+        {"target_modules": ["o", "wo"], "feedforward_modules": ["o"]},  # PEFT matches "wo" with it, too
         {"target_modules": r".*decoder.*\.(k|wo)", "feedforward_modules": r".*wo"},
     ],
 )
@@ -584,7 +588,7 @@ WHOLE = {"lora": LoRA(rank=2), "ia3": IA3()}
 
 @pytest.fixture
 def whole(request, tmp_path):
-    """A folder of ours, its settings, and its tensors."""
+    """Returns a folder that we wrote, its settings, and its tensors."""
     name = getattr(request, "param", "lora")
     write_adapter(tmp_path / "adapter", random_injection(WHOLE[name], base_model(GATED)), GATED)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -729,7 +733,7 @@ def test_other_floats_are_read_as_float32(whole):
 def test_folders_are_written_whole_and_those_of_others_are_left_alone(whole):
     folder, settings, tensors = whole
     injection = random_injection(LoRA(rank=4), base_model(GATED))
-    write_adapter(folder, injection, GATED)  # an earlier one of ours is replaced
+    write_adapter(folder, injection, GATED)  # replaces an earlier folder of ours
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
     (folder / "README.md").touch()

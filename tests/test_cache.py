@@ -1,4 +1,4 @@
-"""The cache of tokenised splits: what is in it, what scores it, when it is made again, and that reading it is light."""
+"""Tests the cache of tokenised splits: its contents, its metrics, when it is rebuilt, and that reading it is cheap."""
 
 import contextlib
 import dataclasses
@@ -39,13 +39,13 @@ TEXT_LENGTHS = {"inputs": 24, "targets": 12}
 
 @pytest.fixture(scope="module")
 def demo(tiny):
-    """The demo's validation split, tokenised by the process that `load_tasks` starts."""
+    """Returns the demo's validation split, tokenised by the process that `load_tasks` starts."""
     return load_split(tiny.demo, "validation", tiny.folder / "cache" / "tasks")
 
 
 @pytest.fixture(scope="module")
 def text(tiny, tmp_path_factory):
-    """A folder of plain text as a request for span corruption."""
+    """Returns a request for span corruption of a folder of plain text."""
     folder = tmp_path_factory.mktemp("text")
     lines = [" ".join(s.text for s in review_grammar.sentences("train")[i : i + 3]) for i in range(0, 60, 3)]
     (folder / "a.txt").write_text("\n".join(lines * 4) + "\n")
@@ -66,7 +66,7 @@ def sst2_folder(folder: Path, count: int) -> Path:
 
 
 def assert_is_seqios(examples: CachedExamples, request: TaskRequest, split: str) -> None:
-    """Token for token and field for field what SeqIO gives for this task, once a batch has cut it."""
+    """Checks that truncated tokens and all fields are those that SeqIO gives for this task."""
     sources.set_data_dir(request.data_dir)
     lengths = dict(request.feature_lengths)
     expected = list(find_task(request).get_dataset(lengths, split, shuffle=False, seed=0).as_numpy_iterator())
@@ -92,7 +92,7 @@ def test_pretraining_examples_are_what_seqio_gives(text, tmp_path):
 
 
 def test_no_token_is_cut_before_it_is_counted(demo):
-    """TASK_FEATURE_LENGTHS cuts when a batch is made, so that a user is told of how many."""
+    """TASK_FEATURE_LENGTHS truncates when a batch is made, so that truncated examples can be counted and reported."""
     longest = int(demo.inputs.lengths.max())
     assert longest > LENGTHS["inputs"]
     assert demo.cut({"inputs": longest, "targets": 4}) == {"inputs": 0, "targets": 0}
@@ -155,7 +155,7 @@ def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
 
 
 def start_builder(tiny, request, split, cache, before="", **options):
-    """What `load_tasks` starts, after the statements `before`, in a process whose stdin must be kept open."""
+    """Starts the process that `load_tasks` starts, with the statements `before` first; its stdin must stay open."""
     order = json.dumps(request.order(split=split, cache_dir=str(cache), to_train=True))
     program = (
         f"import sys; sys.argv[1:] = [{order!r}]; {before}\nfrom prompt_tuning_jax.batches import build; build.main()"
@@ -165,7 +165,7 @@ def start_builder(tiny, request, split, cache, before="", **options):
 
 
 def finish(builder):
-    """Its exit code, stdout and stderr; its stdin stays open until it ends."""
+    """Waits for a builder, with its stdin open, and returns its exit code, stdout and stderr."""
     builder.wait(timeout=120)
     stdout, stderr = builder.communicate()
     return builder.returncode, stdout, stderr
@@ -191,7 +191,7 @@ def test_a_builder_that_was_killed_leaves_nothing_that_is_read(tiny, tmp_path):
     assert not (root / "train").exists()
     assert (root / ".train.lock").exists()
 
-    # What a copy that was cut short leaves is no cache either; nor is a dead builder waited for.
+    # What an interrupted copy leaves is not a cache either, and a dead builder is not waited for.
     shutil.copytree(next(root.glob(".train-*")), root / "train")
     started = time.monotonic()
     assert open_current(root / "train") is None
@@ -202,7 +202,7 @@ def test_a_builder_that_was_killed_leaves_nothing_that_is_read(tiny, tmp_path):
 
 
 def test_a_builder_ends_with_the_process_that_started_it(tiny, tmp_path):
-    """However that ends: its end of a pipe is then closed."""
+    """However the process ends, its end of a pipe is then closed."""
     builder = start_builder(tiny, sst2(tiny, tmp_path / "data", 10), "train", tmp_path / "cache", "import time")
     builder.stdin.close()
     assert builder.wait(timeout=60) == 1
@@ -242,7 +242,7 @@ def test_who_waits_says_for_whom(tiny, tmp_path, capsys):
 
 @contextlib.contextmanager
 def limited(size):
-    """No file of this process may grow beyond `size` bytes."""
+    """Limits the size of the files that this process writes, in bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -268,7 +268,7 @@ def saved_by(save):
     return lambda: mock.patch.object(np, "save", save)
 
 
-# 3,000 rows: the fields are over 400,000 bytes, the tokens over 60,000, the ends 24,000.
+# 3,000 rows: the fields have over 400,000 bytes, the tokens over 60,000, the ends 24,000.
 @pytest.mark.parametrize(
     "full, reason",
     [
@@ -310,7 +310,7 @@ def test_what_decides_the_tokens_decides_the_cache(tiny, tmp_path):
 
 @pytest.fixture
 def built_here(monkeypatch):
-    """Lets `load_tasks` tokenise in this process; gives the growing list of what it would have started."""
+    """Makes `load_tasks` tokenise in this process, and returns a list to which each module it would start is added."""
     started = []
 
     def start(module, order, what, pipe):
@@ -325,7 +325,7 @@ def built_here(monkeypatch):
 
 
 def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path, built_here):
-    """And of no other: a change of one of them is seen, whatever else lies under DATA_DIR is not looked at."""
+    """A change of one of these files rebuilds the cache. Other files under DATA_DIR are not read and change nothing."""
     request, cache = sst2(tiny, tmp_path / "data", 3), tmp_path / "cache"
     folder = split_folder(request, request.name, "train", cache)
 
@@ -343,7 +343,7 @@ def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path, built_here):
     assert list(read) == [str(tmp_path / "data" / "SST-2" / "train.tsv")]
 
     tsv = tmp_path / "data" / "SST-2" / "train.tsv"
-    tsv.write_text(tsv.read_text().replace("dull 2", "good 2"))  # of the same size
+    tsv.write_text(tsv.read_text().replace("dull 2", "good 2"))  # the size stays the same
     assert [fields["inputs_pretokenized"][-7:] for fields in load_split(request, "train", cache).fields] == [
         "dull 0 ", "dull 1 ", "good 2 ",
     ]  # fmt: skip
@@ -361,13 +361,13 @@ def test_a_file_more_in_a_folder_of_text_is_seen(text, tmp_path):
 
 
 def ends_of(request, cache):
-    """The last two words of each row's sentence."""
+    """Returns the last two words of each row's sentence."""
     return [fields["inputs_pretokenized"].split()[-2:] for fields in load_split(request, "train", cache).fields]
 
 
 @pytest.mark.parametrize("link", ["file", "folder"])
 def test_a_link_that_leads_out_of_data_dir_is_followed(tiny, tmp_path, built_here, link):
-    """Its file may change, keep its size and time while it does, or be another one: the rows are those it holds now."""
+    """The rows are always the current ones, also if the file changes with the same size and time, or is replaced."""
     request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
     inside = tmp_path / "data" / "SST-2"
     shutil.copytree(inside, tmp_path / "elsewhere")
@@ -386,7 +386,7 @@ def test_a_link_that_leads_out_of_data_dir_is_followed(tiny, tmp_path, built_her
     os.utime(outside, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert ends_of(request, cache) == [["dull", "0"], ["good", "1"]]
 
-    shutil.copytree(outside.parent, other.parent)  # with the times
+    shutil.copytree(outside.parent, other.parent)  # also copies the modification times
     other.write_text(other.read_text().replace("dull 0", "good 0"))
     os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
     linked, target = (inside / "train.tsv", other) if link == "file" else (inside, other.parent)
@@ -400,7 +400,7 @@ def test_a_link_that_leads_out_of_data_dir_is_followed(tiny, tmp_path, built_her
 
 
 def test_the_same_rows_in_a_newer_file_are_not_tokenised_again(tiny, tmp_path, built_here):
-    """As where each job copies its data to the disk of its machine."""
+    """This is the case if each job copies its data to the disk of its machine."""
     request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
     load_split(request, "train", cache)
     shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
@@ -411,7 +411,7 @@ def test_the_same_rows_in_a_newer_file_are_not_tokenised_again(tiny, tmp_path, b
 
 
 def test_a_file_that_would_be_read_in_place_of_another_is_seen(tiny, tmp_path, built_here):
-    """train.tsv comes before train.tsv.gz."""
+    """train.tsv is read in place of train.tsv.gz if both exist."""
     request, cache = sst2(tiny, tmp_path / "data", 2), tmp_path / "cache"
     path = tmp_path / "data" / "SST-2" / "train.tsv"
     path.with_suffix(".tsv.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -427,7 +427,7 @@ def test_files_that_change_while_they_are_tokenised_leave_no_cache(tiny, tmp_pat
     path, write = tmp_path / "data" / "SST-2" / "train.tsv", build._write
 
     def slow(examples, *rest):
-        path.write_text(path.read_text().replace("dull", "good"))  # the rows were read, and are not yet tokenised
+        path.write_text(path.read_text().replace("dull", "good"))  # after the rows were read, before they are tokenised
         write(examples, *rest)
 
     monkeypatch.setattr(build, "_write", slow)
@@ -437,7 +437,7 @@ def test_files_that_change_while_they_are_tokenised_leave_no_cache(tiny, tmp_pat
 
 
 def test_the_files_of_a_source_that_tensorflow_reads_are_seen(tiny, tmp_path, monkeypatch, built_here, forget_tasks):
-    """Those of a task in the user's own module, wherever they lie; also one more of them."""
+    """For a task in the user's own module, changed and added files are seen, wherever they are."""
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.txt").write_text("a film\n")
     (tmp_path / "lines_of_files.py").write_text(
@@ -459,14 +459,14 @@ def test_the_files_of_a_source_that_tensorflow_reads_are_seen(tiny, tmp_path, mo
     (tmp_path / "rows" / "a.txt").write_text("a bore\n")
     assert texts() == ["a bore"]
     (tmp_path / "rows" / "b.txt").write_text("a joy\n")
-    # In this process SeqIO remembers its list of files.
+    # The rows are not loaded again, because SeqIO caches its list of files in this process.
     assert open_current(split_folder(request, request.name, "train", tmp_path / "cache")) is None
     assert len(built_here) == 2
 
 
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory):
-    """Three rows of SST-2, and beside their folder the cache of them."""
+    """Returns a request for three rows of SST-2, whose cache is beside the data folder."""
     folder = tmp_path_factory.mktemp("small")
     request = sst2(tiny, folder / "data", 3)
     build_missing(request, "train", folder / "cache", True)
@@ -508,7 +508,7 @@ def test_a_cache_that_is_not_whole_is_made_again(small, tmp_path, built_here, na
     "name", ["inputs.npy", "inputs_ends.npy", "targets.npy", "targets_ends.npy", "fields.jsonl", "task.json", "names"]
 )
 def test_one_flipped_bit_is_found_before_it_is_read(small, tmp_path, built_here, capsys, name):
-    """At the start, in the middle and at the end of each file; then the split is made again, and a line says why."""
+    """Flips a bit at the start, middle and end of each file: the split is rebuilt each time, and a line says why."""
     request, cache = small, tmp_path / "cache"
     shutil.copytree(Path(request.data_dir).parent / "cache", cache)
     folder = split_folder(request, request.name, "train", cache)
@@ -521,7 +521,7 @@ def test_one_flipped_bit_is_found_before_it_is_read(small, tmp_path, built_here,
         load_split(request, "train", cache)
         assert path.read_bytes() == whole and len(built_here) == 1 + count
         whys = [f"its {name}"]
-        if name == "task.json" or (name.endswith(".npy") and count < 2):  # what cannot be read is found without a hash
+        if name == "task.json" or (name.endswith(".npy") and count < 2):  # an unreadable file is found without a hash
             whys.append("it")
         start, end = f"tokenising {request.name}, train again, since ", f" is damaged (once; kept in {folder})\n"
         assert capsys.readouterr().out in ([""] if name == "names" else [start + why + end for why in whys])
@@ -538,7 +538,7 @@ def test_ids_beyond_the_vocabulary_in_a_cache_are_found(small, tmp_path, built_h
 
 
 def test_a_builder_that_fails_says_why(tiny, tmp_path, monkeypatch):
-    """A user's error is one line; a kill is named; anything else comes with its traceback."""
+    """A user's error is one line, a kill names the signal, and any other error has its traceback."""
     with pytest.raises(ValueError, match=r"^no task 'demo_review'; did you mean 'demo_reviews'"):
         load_split(dataclasses.replace(tiny.demo, name="demo_review"), "train", tmp_path)
     order = tiny.demo.order(split="train", cache_dir=str(tmp_path), to_train=True)
@@ -576,7 +576,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("contents", ["", "[]", '{"pid": 1, "host": "another"}'])
 def test_a_lock_that_is_not_touched_is_taken(tmp_path, contents):
-    """Of another host, whose processes cannot be asked for, or written by half; one that is touched is waited for."""
+    """The lock is from another host, whose processes cannot be checked, or half-written. A touched lock is kept."""
     (tmp_path / "lock").write_text(contents)
     released = threading.Event()
 
@@ -603,7 +603,7 @@ def test_an_owner_touches_its_lock(tmp_path):
 
 
 def test_a_changed_task_is_tokenised_again(tiny, tmp_path):
-    """Whether the task is this project's own or in a module of the user's."""
+    """This holds for the project's own tasks and for tasks in a user's module."""
     shutil.copytree(ROOT / "prompt_tuning_jax", tmp_path / "prompt_tuning_jax")
     (tmp_path / "own").mkdir()
     module = tmp_path / "own" / "tasks.py"
@@ -651,7 +651,7 @@ def test_a_task_that_is_not_there_is_named_with_its_near_misses(tiny, change, me
 
 @pytest.mark.parametrize("name", ["perceptron_train", "perceptron"])
 def test_examples_that_are_no_lists_of_ids_are_refused(tiny, tmp_path, name):
-    """A task, and a mixture of such; whether they would be kept or read as they come."""
+    """Both a task and a mixture of such tasks are refused, whether they would be cached or streamed."""
     request = dataclasses.replace(sst2(tiny, tmp_path / "data", 10), name=f"glue_sst2_v200_{name}")
     message = (
         "^the inputs of glue_sst2_v200_perceptron_(train|test) are int32 of rank 2, expected token ids .integers of "
@@ -672,7 +672,7 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tiny, tmp_path):
 
 
 def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch, forget_tasks):
-    """Its postprocessor and metric score the cache, options and all."""
+    """The cache is scored with the task's postprocessor and metric, including their options."""
     (tmp_path / "own_reviews.py").write_text(
         "import functools, seqio, tensorflow as tf\n"
         "from prompt_tuning_jax.tasks.register import FEATURES\n"
@@ -698,7 +698,7 @@ def test_a_module_of_the_users_own_registers_tasks(tiny, tmp_path, monkeypatch, 
 
 
 def imported(source: str, tiny) -> set[str]:
-    """The top-level modules that a program has imported when it ends."""
+    """Returns the top-level modules that a program has imported when it ends."""
     source += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run(
         [sys.executable, "-c", source], env=os.environ | tiny.environment, capture_output=True, text=True, check=True

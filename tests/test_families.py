@@ -1,4 +1,4 @@
-"""The families of models that load: one list of them, each compared with transformers, and the table of them in docs.
+"""Compares each supported family of models with transformers, and tests the table of families in the docs.
 
 A family is a tiny model that `transformers` makes, with random weights and the settings of the family's config.json.
 """
@@ -37,31 +37,31 @@ from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import output_axis, scale_path
 
 ROOT = Path(__file__).parent.parent
-# Whether the model has the ids of its config.json; without them every family is compared with T5's own.
+# Whether our configuration has special ids. If not, every family is compared with T5's ids.
 OWN_IDS = "pad_token_id" in {field.name for field in dataclasses.fields(T5Config)}
 VOCAB, WIDTH, LENGTH = 61, 9, 8
 PROMPT = np.random.default_rng(1).normal(0, 1, (5, 24)).astype(np.float32)
 
 
 def only_the_decoders_table(folder: Path) -> None:
-    """Leaves the embedding table under one name, that of its copy in the decoder."""
+    """Keeps the embedding table only under the name of its copy in the decoder."""
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class Family(NamedTuple):
-    """A family of models.
+    """Describes a family of models.
 
     Attributes:
-      name: by which people know it.
-      differs: what it has otherwise than T5 1.1, for the table.
-      fields: of its configuration, over those of `SIZE`.
-      kind: transformers' prefix of its classes.
-      head: its logits: a matrix of their own ("own"), or the embedding table ("tied").
+      name: the family's common name.
+      differs: how it differs from T5 1.1, for the table.
+      fields: fields of its config.json, which replace those of `SIZE`.
+      kind: the prefix of its classes in transformers.
+      head: "own" if the logits have a matrix of their own, "tied" if they use the embedding table.
       expected: the fields of our configuration that differ from T5 1.1's.
-      ids: of padding, end and start.
-      change: what else its folders have.
+      ids: the ids of padding, end of sequence and decoder start.
+      change: changes a saved folder to have what the family's own folders have; does nothing by default.
       listed: whether it is a row of the table in docs/guides/base_models.md.
     """
 
@@ -164,7 +164,7 @@ ALL_AT_ONCE = BY_NAME["umT5 of all differences at once"].name
 
 
 def table(families: list[Family]) -> str:
-    """The families as a table of Markdown."""
+    """Returns the families as a Markdown table."""
     rows = [("family", "otherwise than T5 1.1"), ("---", "---")]
     rows += [(family.name, family.differs) for family in families if family.listed]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -176,7 +176,7 @@ def ids_of(family: Family) -> tuple[int, int, int]:
 
 @functools.cache
 def their_model(name: str) -> Any:
-    """A family's model with every weight random, layer norms too."""
+    """Returns a family's model with random weights, layer norms included."""
     import torch
     import transformers
 
@@ -185,19 +185,19 @@ def their_model(name: str) -> Any:
     ids = {"pad_token_id": pad, "eos_token_id": end, "decoder_start_token_id": start}
     config = getattr(transformers, f"{family.kind}Config")(**SIZE | family.fields | ids)
     model = getattr(transformers, f"{family.kind}ForConditionalGeneration")(config).eval()
-    if family.head == "own":  # transformers 5 makes it tied, whatever the family is
+    if family.head == "own":  # transformers 5 ties the logits of every family
         model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB, config.d_model))
     randomise(model, config.d_kv)
     with torch.no_grad():
         if getattr(config, "scale_decoder_outputs", False):
-            model.lm_head.weight *= config.d_model**0.5  # logits of the same size, though scaled
+            model.lm_head.weight *= config.d_model**0.5  # keeps the size of the logits, which are scaled
         model.lm_head.weight[end] *= 2 if family.head == "own" else 4 if end == 1 else 8  # so that some answers end
     return model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The folder of a family by its name, as transformers saves it."""
+    """Returns a function that returns the folder of a family's model, as transformers saves it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     pytest.importorskip("torch").set_num_threads(1)
     pytest.importorskip("transformers")
@@ -213,7 +213,7 @@ def folders(tmp_path_factory):
 
 
 def some_tokens(family: Family, rows: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Padded inputs of 1 to WIDTH tokens, and decoder inputs."""
+    """Returns padded inputs of 1 to WIDTH tokens, and decoder inputs."""
     rng = np.random.default_rng(0)
     pad, _, start = ids_of(family)
     lengths = np.array([1, WIDTH, *rng.integers(1, WIDTH + 1, rows - 2)])
@@ -223,7 +223,7 @@ def some_tokens(family: Family, rows: int = 64) -> tuple[np.ndarray, np.ndarray]
 
 
 def their_inputs(model: Any, inputs: np.ndarray, prompt: np.ndarray | None) -> dict[str, Any]:
-    """A prompt goes before what the inputs are embedded as, and is never masked."""
+    """Returns the arguments of their model. A prompt is put before the embedded inputs, and is never masked."""
     import torch
 
     tokens = torch.tensor(inputs.astype(np.int64))
@@ -236,13 +236,13 @@ def their_inputs(model: Any, inputs: np.ndarray, prompt: np.ndarray | None) -> d
 
 
 def theirs(model: Any, inputs: np.ndarray, decoder_inputs: np.ndarray, prompt: np.ndarray | None):
-    """Their logits, and their greedy answers."""
+    """Returns transformers' logits and greedy answers."""
     import torch
 
     given = their_inputs(model, inputs, prompt)
     with torch.no_grad():
         logits = model(**given, decoder_input_ids=torch.tensor(decoder_inputs.astype(np.int64))).logits.numpy()
-        # Their cache has a place for each encoder layer, and some decoders here have more.
+        # Their cache has a slot for each encoder layer, and some decoders here have more layers.
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": LENGTH, "use_cache": False}
         tokens = model.generate(**given, **options).numpy()[:, 1:]
     padding = ((0, 0), (0, LENGTH - tokens.shape[1]))
@@ -251,7 +251,7 @@ def theirs(model: Any, inputs: np.ndarray, decoder_inputs: np.ndarray, prompt: n
 
 @functools.cache
 def compiled(config: T5Config, with_prompt: bool) -> Callable:
-    """Our logits and greedy answers: one program for all weights of a size."""
+    """Returns a compiled function that returns our logits and greedy answers for any weights of this size."""
 
     @fast_jit
     def run(params, inputs, decoder_inputs, prompt):
@@ -273,7 +273,7 @@ def logits_of(config: T5Config, params: Any, inputs: Any, decoder_inputs: Any, p
 
 @functools.cache
 def compiled_logits(config: T5Config) -> Callable:
-    """Our logits alone, which compile faster, of parameters of any kind."""
+    """Returns a compiled function that returns only our logits, which compiles faster, for any kind of parameters."""
     return fast_jit(functools.partial(logits_of, config))
 
 
@@ -283,7 +283,7 @@ def read(arrays: dict[str, StoredArray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_logits_and_greedy_answers_are_those_of_transformers(folders, name):
-    """Over 64 padded inputs, with a prompt and without; with a cache here and without one there."""
+    """Compares 64 padded inputs with and without a prompt; we decode with a cache, transformers without."""
     family, model = BY_NAME[name], their_model(name)
     config, arrays = huggingface.open_folder(folders(name))
     size = SIZE | family.fields
@@ -301,7 +301,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(folders, name):
         np.testing.assert_array_equal(our_answers, answers)
         ended = np.any(answers == ids_of(family)[1], axis=1).sum()
         assert 0 < ended < 64  # some end, some do not
-        # The random model that starts from T5's end gives one answer besides the end at once.
+        # The random model that starts from T5's end of sequence gives a single answer besides the empty one.
         assert len({tuple(answer) for answer in answers}) > (1 if family.ids == (0, 2, 1) else 3)
 
 
@@ -310,7 +310,7 @@ def test_the_guide_has_the_table_of_families():
 
 
 def resaved(folder: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
-    """The folder with other tensors."""
+    """Copies a folder to `target` with changed tensors."""
     target.mkdir()
     (target / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = change(load_file(folder / "model.safetensors"))
@@ -320,13 +320,13 @@ def resaved(folder: Path, target: Path, change: Callable[[dict[str, np.ndarray]]
 
 @pytest.mark.parametrize("name", ["T5 1.0", ALL_AT_ONCE])
 def test_a_copy_of_the_table_for_the_logits_is_no_matrix_of_its_own(folders, tmp_path, monkeypatch, name):
-    """Files of older versions hold the table under each of its names; compared by blocks of rows."""
+    """Files of older versions have the table under several names; the copies are compared in blocks of rows."""
     monkeypatch.setattr(huggingface, "BLOCK_BYTES", 7 * 24 * 4)
     config, arrays = huggingface.open_folder(folders(name))
     copies = (*huggingface.TABLE_COPIES, huggingface.LOGITS)
     everywhere = lambda tensors: tensors | {copy: tensors["shared.weight"].copy() for copy in copies}  # noqa: E731
     found, same = huggingface.open_folder(resaved(folders(name), tmp_path / "copies", everywhere))
-    # Where nothing is scaled, two equal matrices give the logits of one.
+    # If the logits are not scaled, two equal matrices give the same logits as one.
     untied = dataclasses.replace(config, logits_via_embedding=False, scale_decoder_outputs=None)
     assert found == (config if config.scales_logits else untied)
     for path, array in arrays.items():
@@ -364,9 +364,10 @@ def test_transformers_reads_what_we_write(folders, tmp_path, name):
 
 
 def test_every_gradient_is_that_of_transformers(folders):
-    """With respect to the prompt and to every parameter: all layers' tables, and the embedding table, used twice.
+    """Compares the gradients by the prompt and by every parameter.
 
-    Layers are computed again in the backward pass, their tables beside them.
+    These include each layer's position table, and the embedding table, which is used twice. Layers are recomputed in
+    the backward pass, with their tables.
     """
     import torch
 
@@ -448,11 +449,11 @@ def test_every_layers_position_table_is_divided_by_heads():
     assert {axes[path] for path in tables} == {("heads", "relpos_buckets")}
 
 
-# What peft 0.21 asks of transformers 5, which has other names for it.
+# peft 0.21 needs names that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 def test_peft_computes_the_same_with_a_model_of_a_table_per_layer(peft, folders, tmp_path):
-    """LoRA and a prefix of the decoder, as folders that PEFT loads."""
+    """Compares LoRA and a prefix of the decoder, from folders that PEFT loads."""
     import torch
 
     config, arrays = huggingface.open_folder(folders("umT5"))
@@ -481,7 +482,7 @@ def test_peft_computes_the_same_with_a_model_of_a_table_per_layer(peft, folders,
 
 @pytest.fixture(scope="module")
 def scalable():
-    """T5X's scalable_t5 with `scan_layers`: see fixtures/README.md."""
+    """Returns the numbers of T5X's scalable_t5 with `scan_layers`; see fixtures/README.md."""
     return reference("t5x_scalable_scan.npz")
 
 
@@ -493,7 +494,7 @@ def stacked(scalable: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def test_stacked_layers_are_read_as_t5x_computes_with_them(scalable, tmp_path, monkeypatch):
-    """Nothing is read when the checkpoint is opened, and each of its arrays once when it is loaded."""
+    """No array is read when the checkpoint is opened, and each is read once when it is loaded."""
     write_legacy(tmp_path, stacked(scalable))
     opened, reads, read_part = open_t5x(tmp_path), [], StoredArray.__getitem__
 
@@ -528,7 +529,7 @@ def test_stacked_layers_are_read_as_t5x_computes_with_them(scalable, tmp_path, m
 
 
 def test_parts_of_stacked_layers_are_those_of_the_whole(scalable, tmp_path):
-    """As each device of a mesh reads its own."""
+    """Each device of a mesh reads such parts."""
     write_legacy(tmp_path, stacked(scalable))
     for path, array in t5x.from_scalable(open_t5x(tmp_path)).items():
         whole = np.asarray(array)
@@ -553,7 +554,7 @@ def test_layers_along_another_axis_are_refused(scalable, tmp_path):
 
 
 def test_a_table_per_layer_becomes_a_checkpoint_of_scalable_t5_and_comes_back(scalable, tmp_path):
-    """Its arrays are those of T5X with each layer apart (`scan_layers` False), bit for bit."""
+    """Its arrays are bit for bit those of T5X with separate layers (`scan_layers=False`)."""
     write_legacy(tmp_path, stacked(scalable))
     said = convert(str(tmp_path), str(tmp_path / "apart"), "t5x")
     assert "T5X's scalable_t5 restores it with scan_layers=False" in said

@@ -1,4 +1,4 @@
-"""The network against T5X's and the official prompt-tuned model, number for number, and what must hold for any size."""
+"""Compares the network with T5X's and the official prompt-tuned model, and tests properties that hold for any size."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_s
 SMALL = T5Config(
     vocab_size=23, emb_dim=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, mlp_dim=16, head_dim=5
 )
-# A prompt that the model is given, and one that is a parameter of its own, as under T5X.
+# Either the prompt is passed to the model, or it is a parameter of the model, as in T5X.
 HOSTED = pytest.mark.parametrize("with_prompt", [Transformer, prompted], ids=["given", "hosted"])
 
 
@@ -47,7 +47,11 @@ def logits_of(model, params, reference, prefix=""):
 
 
 def with_its_prompt(model, params, prompt=None):
-    """`(variables, prompts)`: the prompt among `params`, or another, given to a model that does not have it itself."""
+    """Returns `(variables, prompts)` for `apply`.
+
+    If the prompt is a parameter of the model, it stays in `params`. Otherwise it is an argument: `prompt`, or else the
+    one that is taken out of `params`.
+    """
     own, found = (tree(params), None) if model.prompt_factory else apart(params)
     return {"params": own}, {"prompt": found if prompt is None else prompt}
 
@@ -72,7 +76,7 @@ def gradients_of(model, params, inputs, targets):
 
 @functools.cache
 def compiled(model):
-    """`(params, inputs, decoder_inputs, prompt or None) -> logits`, compiled once a shape."""
+    """Returns `(params, inputs, decoder_inputs, prompt or None) -> logits`, which is compiled once per shape."""
 
     @jax.jit
     def run(params, inputs, decoder_inputs, prompt):
@@ -83,7 +87,7 @@ def compiled(model):
 
 
 def test_shapes_in_signatures_are_checked():
-    """Without the check a prompt of another width would fail deep inside, or broadcast."""
+    """Without the check, a prompt of another width would fail deep inside the model, or be broadcast."""
     with pytest.raises(jaxtyping.TypeCheckError, match="prompt"):
         prepend_prompt(jnp.zeros((2, 3, 4)), jnp.zeros((5, 6)))
 
@@ -109,9 +113,11 @@ def test_logits_are_t5x(t5x, tiny_config):
 
 
 def test_bfloat16_logits_are_t5x(t5x, tiny_config):
-    """bfloat16 keeps 8 bits: logits of 3.4 in steps of 1/64, and T5X's own lie up to 0.046 from its float32 ones. Ours
-    round elsewhere (T5X takes the softmax in bfloat16, too), so the two may be apart by both errors; but ours may be no
-    worse."""
+    """The difference is at most the sum of both errors, and our error is no larger than T5X's.
+
+    bfloat16 has 8 bits, so logits near 3.4 have steps of 1/64, and T5X's logits differ from its float32 ones by up to
+    0.046. Our network rounds in other steps, because T5X also computes the softmax in bfloat16.
+    """
     config = T5Config(**{**vars(tiny_config), "dtype": "bfloat16"})
     logits = logits_of(Transformer(config), parameters(t5x), t5x, "short:")
     assert logits.dtype == jnp.float32
@@ -162,13 +168,15 @@ def test_prompted_model_is_the_official_one(official, tiny_config, with_prompt):
 
 @HOSTED
 def test_ten_training_steps_are_the_official_ones(official, tiny_config, with_prompt):
-    """T5X's trainer, from optimiser step 0 at learning rate 0.3. Adafactor divides by the size of gradients that may be
-    tiny, so differences of rounding grow to 1.3e-5, on values up to 3."""
+    """Repeats ten steps of T5X's trainer, from optimiser step 0, with a learning rate of 0.3.
+
+    Adafactor divides by the size of gradients, which may be tiny, so rounding errors grow to 1.3e-5 for values up to 3.
+    """
     optimizer = adafactor(0.3)
     frozen = parameters(official)
     trainable = {PROMPT: frozen.pop(PROMPT)}
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros(2, jnp.uint32))
-    # The hosted prompt is one of the model's parameters, which is tuned.
+    # In T5X the prompt is one of the model's parameters, and the one that is trained.
     method = PromptTuning(5) if with_prompt is Transformer else ModelTuning((PROMPT,))
     step = make_train_step(with_prompt(tiny_config), method, optimizer)
     inputs, targets = official["encoder_input_tokens"], official["decoder_target_tokens"]
@@ -190,7 +198,7 @@ def test_ten_training_steps_are_the_official_ones(official, tiny_config, with_pr
     ],
 )
 def test_official_sizes(size, model_parameters, prompt_parameters):
-    """Parameter counts of T5 1.1's checkpoints, and of a prompt of 100, without making a single array."""
+    """Compares the parameter counts with those of T5 1.1's checkpoints and of a prompt of 100, from shapes alone."""
     shapes = shapes_of(prompted(SIZES[size], 100))
     assert math.prod(shapes.pop(PROMPT)) == prompt_parameters
     assert sum(map(math.prod, shapes.values())) == model_parameters
@@ -207,7 +215,7 @@ def test_padding_never_reaches_the_output(lengths, prompt_length, seed):
     rng = np.random.default_rng(seed)
     inputs = random_tokens(rng, lengths, 6, SMALL.vocab_size)
     decoder_inputs = random_tokens(rng, (4, 4, 4), 4, SMALL.vocab_size)
-    # What stands under the mask: the embedding of the padding token, and then what the encoder makes of it.
+    # The masked values are the embedding of the padding token, and then the encoder's output for it.
     table = params["token_embedder/embedding"]
     other = params | {"token_embedder/embedding": table.at[0].set(rng.normal(0, 100, table.shape[1]))}
     run = encode_and_decode(model)
@@ -215,7 +223,7 @@ def test_padding_never_reaches_the_output(lengths, prompt_length, seed):
     other_logits, other_encoded = run(other, params, inputs, decoder_inputs)
     np.testing.assert_array_equal(logits, other_logits)
     if min(lengths) < 6:
-        assert not np.array_equal(encoded, other_encoded)  # there was something to hide
+        assert not np.array_equal(encoded, other_encoded)  # the masked values do differ
 
 
 @functools.cache
@@ -244,7 +252,7 @@ def encode_and_decode(model):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_more_padding_changes_nothing(lengths, more, seed):
-    """The same rows in a longer bucket; the sums run over more zeros, in another order."""
+    """The same rows in a longer bucket give equal results up to rounding: sums have more zeros and another order."""
     model, params = random_model(SMALL, 3)
     rng = np.random.default_rng(seed)
     inputs = random_tokens(rng, lengths, 5, SMALL.vocab_size)
@@ -264,7 +272,7 @@ def test_more_padding_changes_nothing(lengths, more, seed):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_prompt_of_real_tokens_is_those_tokens(lengths, prompt_length, seed):
-    """A prompt equal to the embeddings of P tokens does what those tokens do in front of the input."""
+    """A prompt equal to the embeddings of P tokens has the same effect as these tokens in front of the input."""
     model, params = random_model(SMALL)
     rng = np.random.default_rng(seed)
     inputs = random_tokens(rng, lengths, 5, SMALL.vocab_size)
@@ -282,7 +290,7 @@ def test_prompt_of_real_tokens_is_those_tokens(lengths, prompt_length, seed):
 
 @given(prompt_length=st.sampled_from([1, 4]), seed=st.integers(0, 2**32 - 1))
 def test_a_prompt_a_row_is_that_rows_prompt(prompt_length, seed):
-    """A batch that mixes tasks gives each row what it gets in a batch of its own task."""
+    """In a batch that mixes tasks, each row has the same result as in a batch of its own task."""
     model, params = random_model(SMALL, 4)
     rng = np.random.default_rng(seed)
     inputs = random_tokens(rng, rng.integers(1, 6, 3), 5, SMALL.vocab_size)
@@ -297,7 +305,7 @@ def test_a_prompt_a_row_is_that_rows_prompt(prompt_length, seed):
 
 
 def test_packed_examples_are_as_alone():
-    """Two examples in one row, told apart by segment ids, as in T5X's pre-training."""
+    """Two examples in one row, separated by segment ids as in T5X's pre-training, have the results of single rows."""
     model, params = random_model(SMALL)
     rng = np.random.default_rng(0)
     first, second = random_tokens(rng, [4], 4, 23), random_tokens(rng, [3], 3, 23)
@@ -330,7 +338,7 @@ def test_packed_examples_with_a_prompt_are_refused():
 
 
 def test_a_prompt_that_is_given_is_as_one_of_the_models_own():
-    """And is not ignored by a model that has none: the answers would be those of no prompt."""
+    """A prompt that is passed to a model without one is used and not ignored."""
     model, params = random_model(SMALL, 3)
     hosted, bare = prompted(SMALL, 3), {path: value for path, value in params.items() if path != PROMPT}
     rng = np.random.default_rng(0)
@@ -343,10 +351,10 @@ def test_a_prompt_that_is_given_is_as_one_of_the_models_own():
 
 
 def encode_layer_by_layer(config, params, inputs, prompt, layer_prompts, prompt_mask):
-    """The encoder's output [B, P+T, D], the prompts of the layers as the formula has them.
+    """Returns the encoder's output [B, P+T, D], computed layer by layer from the formula.
 
-    Without a prompt, layer l reads [p_l; x] for what the layer before made of [_; x]. With one, layer l reads
-    [e + p_l; x] for what the layer before made of [e; x], and the first one [prompt + p_0; embedded inputs].
+    Let [e; x] be the output of layer l - 1, where e has the P positions of the prompt. Without a prompt, layer l reads
+    [p_l; x]. With a prompt, layer l reads [e + p_l; x], and layer 0 reads [prompt + p_0; embedded inputs].
     """
     own = tree(params)
     embedded, length = own["token_embedder"]["embedding"][inputs], layer_prompts.shape[-2]
@@ -370,7 +378,7 @@ def encode_layer_by_layer(config, params, inputs, prompt, layer_prompts, prompt_
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
 @pytest.mark.parametrize("added", [False, True], ids=["replace", "add"])
 def test_layer_prompts_are_their_formula(added, per_row, masked):
-    """The encoder's output and the gradients of all prompts, over rows with padding."""
+    """Compares the encoder's output and the gradients of all prompts, for rows with padding."""
     config = dataclasses.replace(SMALL, num_encoder_layers=3)
     model, params = random_model(config)
     rng, length = np.random.default_rng(0), 4
@@ -401,7 +409,7 @@ def test_layer_prompts_are_their_formula(added, per_row, masked):
     for gradient, expected in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted[0]), strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         each = np.abs(gradient).max(-1)
-        if per_row and masked:  # a position that a row sees counts in every layer; one that it does not, in none
+        if per_row and masked:  # every layer sees the unmasked positions, and no layer sees the others
             visible = prompt_mask if each.ndim == 2 else prompt_mask[:, None]
             np.testing.assert_array_equal(each > 0, np.broadcast_to(visible, each.shape))
         else:
@@ -410,7 +418,7 @@ def test_layer_prompts_are_their_formula(added, per_row, masked):
 
 @pytest.mark.parametrize("added", [False, True], ids=["replace", "add"])
 def test_layer_prompts_behind_masked_positions_are_the_shorter_ones(added):
-    """The whole model's logits: the decoder does not see the masked positions, either."""
+    """Compares the logits, because the decoder must not see the masked positions either."""
     model, params = random_model(SMALL)
     rng = np.random.default_rng(1)
     inputs, targets = random_tokens(rng, [5, 2], 5, 23), random_tokens(rng, [4, 3], 4, 23)
@@ -429,7 +437,7 @@ def test_layer_prompts_behind_masked_positions_are_the_shorter_ones(added):
 
 
 def test_rows_of_each_kind_of_prompt_share_a_batch():
-    """One replaces, one adds, one is an ordinary prompt, and one has none: each is as it is alone, without padding."""
+    """One row has prompts that replace, one has additions, one an ordinary prompt, one none: each as if alone."""
     config = dataclasses.replace(SMALL, num_encoder_layers=3)
     model, params = random_model(config)
     rng, lengths = np.random.default_rng(2), [2, 4, 3, 0]
@@ -465,10 +473,10 @@ def test_layer_prompts_of_zero_beside_a_prompt_add_nothing():
 
 
 def test_one_dropout_mask_for_all_positions():
-    """Positions that hold the same stay the same under dropout, in every layer: the masks broadcast along the length.
+    """Equal positions stay equal under dropout in every layer, because the masks are broadcast along the length.
 
-    All positions hold one token and see the same (no position bias, no causal attention), so only a mask that differs
-    between positions could tell them apart.
+    All positions have the same token and attend to the same (there is no position bias and no causal mask), so only a
+    dropout mask that differs between positions could make them different.
     """
     config = T5Config(**{**vars(SMALL), "dropout_rate": 0.3})
     model, params = random_model(config)
@@ -487,7 +495,7 @@ def test_one_dropout_mask_for_all_positions():
 
 
 def test_prompt_is_dropped_with_the_input():
-    """The prompt enters before the input's dropout: the same features are missing from both."""
+    """The prompt is added before the input's dropout, so the same features of both are dropped."""
     config = T5Config(**{**vars(SMALL), "num_encoder_layers": 0, "dropout_rate": 0.5})
     model, params = random_model(config, 3)
     seen = {}
@@ -508,7 +516,7 @@ def test_prompt_is_dropped_with_the_input():
 
 
 def test_logits_through_the_embedding():
-    """T5 1.0's logits: the transposed table, and the decoder's output divided by the square root of d_model."""
+    """T5 1.0 multiplies by the transposed table, after dividing the decoder's output by the square root of d_model."""
     tied = Transformer(T5Config(**{**vars(SMALL), "logits_via_embedding": True}))
     model, params = random_model(SMALL)
     table = params["token_embedder/embedding"]
@@ -523,8 +531,10 @@ def test_logits_through_the_embedding():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (4, 8), (16, 64)])
 def test_relative_position_bucket(bidirectional, buckets, max_distance):
-    """Against the definition in whole numbers: with E exact buckets of N, bucket E + k begins at the distance
-    E (max_distance / E) ** (k / (N - E)), and the last one has no end."""
+    """Compares with the definition in integers, where E of the N buckets are exact.
+
+    Bucket E + k begins at the distance E (max_distance / E) ** (k / (N - E)), and the last bucket has no end.
+    """
 
     def bucket(key_minus_query):
         count, first, distance = buckets, 0, -key_minus_query
@@ -546,7 +556,7 @@ def test_relative_position_bucket(bidirectional, buckets, max_distance):
 
 
 def loss_and_gradient(config):
-    """Of the prompt; a function, and its arguments."""
+    """Returns a function that computes the loss and its gradient by the prompt, and its arguments."""
     model = prompted(config)
     rng = np.random.default_rng(0)
     inputs, targets = random_tokens(rng, [9, 4, 1], 9, 128), random_tokens(rng, [3, 2, 1], 3, 128)
@@ -607,7 +617,7 @@ def test_fused_attention_has_the_encoder_where_lengths_say_what_is_seen(
         calls.clear()
         logits.append(model.apply(params, inputs, targets, targets, *packed, enable_dropout=False))
     assert len(calls) == (tiny_config.num_encoder_layers if fused else 0)
-    # A row of padding alone attends to nothing, which neither way of attending defines.
+    # A row that is all padding attends to nothing, for which neither kind of attention is defined.
     np.testing.assert_allclose(logits[1][:2], logits[0][:2], rtol=0, atol=1e-5)
     assert np.isfinite(logits[1]).all()
 
@@ -630,5 +640,5 @@ def test_attention_is_fused_where_the_device_can(monkeypatch, backend, capabilit
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert dataclasses.replace(SIZES["small"], dtype=dtype, attention="auto").attention == expected
-    odd = dataclasses.replace(SMALL, dtype=dtype, attention="auto")  # heads of 5, which no fused kernel takes
+    odd = dataclasses.replace(SMALL, dtype=dtype, attention="auto")  # head_dim 5, which no fused kernel supports
     assert odd.attention == "products"

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: read like `peft` reads them, written so that it reads them, refused when damaged."""
+"""Tests PEFT's prompt folders: they are read as `peft` reads them, `peft` loads ours, and damaged ones are refused."""
 
 import json
 import pickle
@@ -24,10 +24,10 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import greedy
 from prompt_tuning_jax.t5.network import Transformer
 
-# What peft 0.21 asks of transformers 5.23, which has another name for it.
+# peft 0.21 needs a name that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-# No two dimensions alike, and stacks of different depth: a transposed or misplaced matrix cannot fit.
+# No two dimensions are equal, and the stacks differ in depth: a transposed or misplaced matrix cannot fit.
 CONFIG = T5Config(61, 24, 3, 2, 3, 40, head_dim=7)
 WIDTH, VOCABULARY = CONFIG.emb_dim, CONFIG.vocab_size
 LENGTH = 5
@@ -35,9 +35,9 @@ LENGTH = 5
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    """A T5 1.1 with every weight random, logits of its own, in a folder that both sides load."""
+    """Returns the folder of a T5 1.1 with random weights and a matrix of its own for the logits."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    # Thrice what comes of attending to the encoder: answers differ with the input and the prompt, and some end.
+    # Cross-attention is three times as strong, so that answers depend on inputs and prompt, and some of them end.
     params = jax.device_get(random_model(CONFIG)[1])
     stronger = {path: 3 * value for path, value in params.items() if "encoder_decoder_attention/out" in path}
     huggingface.write(folder, CONFIG, params | stronger)
@@ -50,16 +50,16 @@ def our_params(base_folder):
 
 
 def their_base(base_folder):
-    """A fresh one each time: PEFT changes the model that it is given."""
+    """Returns a new model for each call, because PEFT changes the model that it is given."""
     import transformers
 
     model = transformers.T5ForConditionalGeneration.from_pretrained(base_folder).eval()
-    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties what is not T5 1.1
+    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties the logits unless the model is T5 1.1
     return model
 
 
 def some_tokens(rows=8, width=20, seed=0):
-    """Padded inputs of 1 to `width` tokens, and decoder inputs."""
+    """Returns padded inputs of 1 to `width` tokens, and decoder inputs."""
     rng = np.random.default_rng(seed)
     return random_tokens(rng, rng.integers(1, width + 1, rows), width, VOCABULARY), random_tokens(
         rng, [6] * rows, 6, VOCABULARY
@@ -93,7 +93,7 @@ def their_answers(model, inputs, length=12):
         do_sample=False,
         num_beams=1,
         max_new_tokens=length,
-        use_cache=False,  # their cache has a place for each encoder layer, and the decoder has one more
+        use_cache=False,  # their cache has a slot for each encoder layer, and the decoder has one layer more
     ).numpy()[:, 1:]
     return np.pad(answers, ((0, 0), (0, length - answers.shape[1])))
 
@@ -109,7 +109,7 @@ def random_prompt(length=LENGTH, width=WIDTH, seed=0):
 
 @pytest.fixture(scope="module", params=[None, 1], ids=["default", "encoder-only"])
 def trained(request, peft, base_folder, tmp_path_factory):
-    """A prompt that PEFT trained, as it leaves it: (model, folder, rows in its file, the losses)."""
+    """Returns a prompt that PEFT trained and saved: (model, folder, number of rows in its file, losses)."""
     import torch
 
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def test_prompt_that_peft_trained_gives_its_logits(trained, our_params):
 
 @pytest.mark.parametrize("trained", [None], indirect=True)
 def test_peft_reads_the_first_half_alone(peft, base_folder, trained, tmp_path):
-    """Why we do: the rows for a second stack are saved, and no forward pass or gradient reaches them."""
+    """So do we: PEFT saves rows for a second stack, but neither its forward pass nor a gradient uses them."""
     model, folder, rows, _ = trained
     assert rows == 2 * LENGTH  # the default
     gradient = model.prompt_encoder["default"].embedding.weight.grad.numpy()
@@ -169,7 +169,7 @@ def test_peft_reads_the_first_half_alone(peft, base_folder, trained, tmp_path):
 
 @pytest.mark.parametrize("length", [1, LENGTH, 20])
 def test_peft_generates_our_answers_from_our_folder(peft, base_folder, our_params, tmp_path, length):
-    """64 inputs of 1 to 20 tokens: the same logits, and token for token the same greedy answers."""
+    """64 inputs of 1 to 20 tokens have the same logits, and exactly the same greedy answers."""
     prompt = random_prompt(length)
     write_adapter(tmp_path / "adapter", prompt, str(base_folder))
     model = peft.PeftModel.from_pretrained(their_base(base_folder), tmp_path / "adapter")
@@ -186,7 +186,7 @@ def test_peft_generates_our_answers_from_our_folder(peft, base_folder, our_param
 
 
 def test_adapter_finds_its_base(peft, base_folder, tmp_path):
-    """One path is enough for PEFT: the folder names the model it was trained on."""
+    """The folder names the model that the prompt was trained on, so PEFT needs only the folder's path."""
     write_adapter(tmp_path / "adapter", random_prompt(), str(base_folder))
     model = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
     expected = peft.PeftModel.from_pretrained(their_base(base_folder), tmp_path / "adapter")
@@ -199,7 +199,7 @@ def test_config_is_one_that_peft_writes(peft, trained, tmp_path):
     write_adapter(tmp_path / "adapter", read_adapter(folder), "google/t5-v1_1-base")
     ours = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     theirs = json.loads((folder / "adapter_config.json").read_text())
-    assert theirs["num_transformer_submodules"] == rows // LENGTH  # never null in a file of theirs
+    assert theirs["num_transformer_submodules"] == rows // LENGTH  # never null in a file that PEFT wrote
     chosen = {"base_model_name_or_path": "google/t5-v1_1-base", "num_transformer_submodules": 1}
     assert ours == {name: theirs[name] for name in ours} | chosen
     loaded = peft.PeftConfig.from_pretrained(tmp_path / "adapter").to_dict()
@@ -209,7 +209,7 @@ def test_config_is_one_that_peft_writes(peft, trained, tmp_path):
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
 def test_released_prompts_go_to_peft_and_back(peft, data_dir, tmp_path, name):
-    """Bit for bit, in PEFT's own reader, too."""
+    """The values stay bit for bit the same, also as PEFT's own reader sees them."""
     prompt = read_prompt(data_dir / "t5" / "released_prompts" / f"{name}.npy")
     assert (prompt.shape, prompt.dtype) == ((100, 768), np.float32)
     write_adapter(tmp_path / "adapter", prompt, "google/t5-base-lm-adapt")
@@ -242,7 +242,7 @@ def test_other_floats_are_read_as_float32(tmp_path, dtype):
 
 
 def test_folder_is_written_whole(tmp_path):
-    """New folders on the way are made, an earlier prompt is replaced, and nothing else is left."""
+    """Missing parent folders are created, an earlier prompt is replaced, and no other file is left."""
     folder = tmp_path / "new" / "adapter"
     for length in (3, 4):
         write_adapter(folder, random_prompt(length))
@@ -253,7 +253,7 @@ def test_folder_is_written_whole(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     (tmp_path / "other").touch()
-    for path in (folder, *folder.iterdir()):  # readable to whom the umask says
+    for path in (folder, *folder.iterdir()):  # the permissions follow the umask
         assert path.stat().st_mode & 0o444 == (tmp_path / "other").stat().st_mode & 0o444
 
 
@@ -273,7 +273,7 @@ def test_failed_writes_leave_what_was_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["README.md", "checkpoint-500", "precious"])
 def test_folders_of_others_are_not_overwritten(tmp_path, name):
-    """A training run of PEFT is a folder with an adapter and its checkpoints in it."""
+    """The folder of a training run of PEFT has an adapter and checkpoints in it."""
     write_adapter(tmp_path / "run", random_prompt(3))
     (tmp_path / "run" / name).mkdir()
     (tmp_path / "file").write_text("precious")
@@ -286,7 +286,7 @@ def test_folders_of_others_are_not_overwritten(tmp_path, name):
 
 
 def test_reading_and_writing_need_no_torch(tmp_path):
-    """A host that serves prompts has neither torch nor PEFT."""
+    """A host that serves prompts needs neither torch nor PEFT."""
     write_adapter(tmp_path / "adapter", random_prompt())
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'peft', 'transformers', 'jax']));"  # None: not found
@@ -298,7 +298,7 @@ def test_reading_and_writing_need_no_torch(tmp_path):
     np.testing.assert_array_equal(read_adapter(again), random_prompt())
 
 
-# What PEFT writes for a T5, with its [2P, D] prompt: the files that the tests below damage.
+# The files that PEFT writes for a T5, with its prompt [2P, D]. The tests below damage them.
 WHOLE_CONFIG = {
     "auto_mapping": None,
     "base_model_name_or_path": "google/t5-v1_1-base",
@@ -325,7 +325,7 @@ ENCODER_ONLY = {"num_transformer_submodules": 1}
 
 
 def damage(folder, config=ENCODER_ONLY, weights=WHOLE_WEIGHTS):
-    """A folder with the whole config but for some fields (dict), or other bytes; the weights as given, or absent."""
+    """Writes a folder whose config has some changed fields (dict) or other bytes, with the given weights or none."""
     text = config if isinstance(config, bytes) else json.dumps(WHOLE_CONFIG | config).encode()
     (folder / "adapter_config.json").write_bytes(text)
     (folder / "adapter_model.safetensors").unlink(missing_ok=True)
@@ -334,7 +334,7 @@ def damage(folder, config=ENCODER_ONLY, weights=WHOLE_WEIGHTS):
 
 
 def refused(folder):
-    """The one line that a user gets."""
+    """Returns the single line that a user sees."""
     with pytest.raises(SettingError) as error:
         read_adapter(folder)
     assert error.value.setting == "prompt_file"
@@ -346,7 +346,7 @@ def refused(folder):
 
 @pytest.mark.parametrize("trained", [None], indirect=True)
 def test_whole_files_are_those_that_peft_writes(peft, trained):
-    """So that what is damaged below is the real thing."""
+    """The files that are damaged below are equal to those that PEFT writes."""
     _, folder, _, _ = trained
     theirs = json.loads((folder / "adapter_config.json").read_text())
     assert theirs["peft_version"] == peft.__version__
@@ -357,7 +357,7 @@ def test_whole_files_are_those_that_peft_writes(peft, trained):
 
 
 def test_two_stacks_give_the_encoders_half(tmp_path):
-    for config in (WHOLE_TEXT, {"num_transformer_submodules": None}):  # null: PEFT takes it for 2
+    for config in (WHOLE_TEXT, {"num_transformer_submodules": None}):  # null: PEFT sets it to 2
         damage(tmp_path, config)
         np.testing.assert_array_equal(read_adapter(tmp_path), BOTH_STACKS[:LENGTH])
 
@@ -453,14 +453,14 @@ def test_weights_that_are_no_prompt_are_refused(tmp_path, tensors, found):
 
 
 def test_an_embedding_table_that_peft_saved_along_is_refused(peft, base_folder, tmp_path):
-    """It belongs to another base than the one that is named, whatever the prompt."""
+    """Such a table belongs to another base model than the one that the folder names."""
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
     peft.get_peft_model(their_base(base_folder), config).save_pretrained(tmp_path, save_embedding_layers=True)
     assert "holds more than prompt_embeddings" in refused(tmp_path)
 
 
 class Exploit:
-    """Unpickling this writes a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -479,7 +479,7 @@ def test_pickled_weights_run_no_code(tmp_path):
     assert "adapter_model.bin cannot be read (it asks for 'io.open', which no state dict needs)" in refused(tmp_path)
     damage(tmp_path, weights=pickle.dumps(Exploit(harm)))
     refused(tmp_path)
-    damage(tmp_path, WHOLE_TEXT)  # beside a safetensors file it does not matter, as in PEFT
+    damage(tmp_path, WHOLE_TEXT)  # ignored beside a safetensors file, as in PEFT
     read_adapter(tmp_path)
     assert not harm.exists()
 
@@ -507,7 +507,7 @@ def test_weights_of_torch_that_are_no_prompt_are_refused(tmp_path, tensors, foun
 
 
 def read_or_refuse(folder):
-    """The prompt, of the shape and kind that it must have, or None after one line; never another error."""
+    """Returns the prompt, after checking its shape and dtype, or None if it is refused in one line."""
     try:
         prompt = read_adapter(folder)
     except ValueError:
@@ -583,7 +583,7 @@ def test_truncated_and_lengthened_weights_are_refused(tmp_path):
 
 
 def test_flipped_bits_in_configs_are_refused_or_harmless(tmp_path):
-    """Every single one of them: one line, or the very prompt."""
+    """Each flipped bit gives either one line or exactly the right prompt."""
     survived = 0
     for place in range(8 * len(WHOLE_TEXT)):
         damage(tmp_path, flipped(WHOLE_TEXT, place))
@@ -591,7 +591,7 @@ def test_flipped_bits_in_configs_are_refused_or_harmless(tmp_path):
         if prompt is not None:
             survived += 1
             np.testing.assert_array_equal(prompt, BOTH_STACKS[:LENGTH])
-    assert survived  # in the fields that say nothing about the prompt
+    assert survived  # flips in fields that do not affect the prompt
 
 
 def test_flipped_bits_in_headers_are_refused_or_harmless(tmp_path):
@@ -604,7 +604,7 @@ def test_flipped_bits_in_headers_are_refused_or_harmless(tmp_path):
 @FUZZ
 @given(places=st.lists(st.integers(0, 8 * len(WHOLE_WEIGHTS) - 1), min_size=1, max_size=9))
 def test_flipped_bits_in_weights_are_refused_or_another_prompt(tmp_path, places):
-    """No format without a checksum can tell another number from the right one; NaN and infinity it can."""
+    """A format without a checksum cannot detect a wrong number, but NaN and infinity are detected."""
     content = WHOLE_WEIGHTS
     for place in places:
         content = flipped(content, place)

@@ -1,4 +1,4 @@
-"""The service over real sockets: the answers are the predictor's, and nobody can break it for the others."""
+"""Tests the service over real sockets: its answers are the predictor's, and no client can break it for others."""
 
 import asyncio
 import contextlib
@@ -61,14 +61,14 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(tiny, prompts):
-    """Warm, so that rows of the two kinds are computed on the model's own thread."""
+    """Returns a predictor whose programs are compiled, so that rows of both kinds run on the model's thread."""
     predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
     warm_up(predictor, [GREEDY, RANKED])
     return predictor
 
 
 class Served(NamedTuple):
-    """A service in a thread."""
+    """Holds a service that runs in a thread, and sends it requests."""
 
     port: int
     service: Service
@@ -118,7 +118,7 @@ def serving(predictor, folder=None, wait=0.001, door=None, connections=4096, **l
 
 
 def until(true, seconds=30) -> None:
-    """Waits for something to become true."""
+    """Waits until `true()` is true; fails after `seconds`."""
     limit = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < limit
@@ -126,7 +126,7 @@ def until(true, seconds=30) -> None:
 
 
 class Gate:
-    """Lets a predictor compute only while it is open, and remembers what was computed."""
+    """Lets a predictor compute only while the gate is open, and records what was computed."""
 
     def __init__(self, predictor):
         self.predictor = copy.copy(predictor)
@@ -134,7 +134,7 @@ class Gate:
         self.open, self.windows, self._answer = threading.Event(), [], predictor.answer
 
     def __call__(self, requests):
-        self.windows.append([request.seed for request in requests])  # the default seed: which row of its request
+        self.windows.append([request.seed for request in requests])  # by default, a row's index in its request
         assert self.open.wait(60)
         return self._answer(requests)
 
@@ -151,8 +151,11 @@ def head(length, *lines) -> bytes:
 
 
 def same(found, expected) -> bool:
-    """Scores may differ by rounding: a sum over 4 tokens, each the difference of float32 logits near 10, which come in
-    steps of 1e-6, in batches of other sizes. A score near 0 is as far off as any other."""
+    """Returns whether two scores are equal up to rounding, because batches of another size round differently.
+
+    A score is a sum over 4 tokens of differences of float32 logits near 10, which have steps of 1e-6. So the absolute
+    error does not depend on the score.
+    """
     if isinstance(expected, float):
         return found == pytest.approx(expected, rel=2e-5, abs=1e-5)
     if isinstance(expected, dict):
@@ -161,7 +164,7 @@ def same(found, expected) -> bool:
 
 
 def test_answers_are_the_predictors(served, predictor):
-    """Sixteen clients at once, whose rows share batches; the seeds are those of the places in each request."""
+    """Sixteen clients at the same time, whose rows share batches. A row's seed depends on its index in its request."""
     kinds = [
         GREEDY,
         RANKED,
@@ -216,7 +219,7 @@ def test_what_is_no_request_is_said_in_one_line(served, body, expected, message)
 
 
 def test_rows_are_answered_as_deep_as_json_reads_them(served):
-    """Whatever depth Python's reader takes, its writer may not: an answer, or one line."""
+    """Python reads some rows that are nested too deep for it to write: they get an answer or one line, never a 500."""
     for depth in (100, 400, 900, 980, 990, 1000):
         status, _, _ = served.ask('{"rows": [' + "[" * depth + "]" * depth + "]}")
         assert status in (200, 400)
@@ -286,13 +289,13 @@ def test_no_request_is_answered_with_a_500(served, method, path, more, body):
 
 
 def test_a_large_body_is_refused_without_being_read(served):
-    """Announced, before its first byte; in chunks, as soon as it is over the limit; the client gets to read why."""
+    """With Content-Length before its first byte; in chunks once it is over the limit. The client gets the reason."""
     with served.send(head(10**12)) as connection:
         assert b" 413 " in connection.recv(1000)
     chunked = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     chunked += b"transfer-encoding: chunked\r\n\r\n"
     with served.send(chunked) as connection:
-        for _ in range(100):  # what comes after the refusal is read and forgotten
+        for _ in range(100):  # what is sent after the refusal is read and discarded
             connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
         assert b" 413 " in connection.recv(1000)
     assert served.service._held == 0
@@ -302,7 +305,7 @@ def test_too_many_rows_are_turned_away_and_told_when_to_come_back(predictor):
     gate = Gate(predictor)
     gate.open.set()
     with serving(gate.predictor, max_rows=20, max_queue=20) as served, ThreadPoolExecutor(8) as clients:
-        assert served.predict([GREEDY] * 4)[0] == 200  # from which it knows its rate
+        assert served.predict([GREEDY] * 4)[0] == 200  # measures the rate, which Retry-After needs
         gate.open.clear()
         first = clients.submit(served.predict, [GREEDY])
         until(lambda: len(gate.windows) == 2)
@@ -322,7 +325,7 @@ def test_bodies_in_progress_are_bounded_together(predictor):
     large = json.dumps({"rows": [GREEDY | {"note": "x" * 9_900}]})
     with serving(gate.predictor, max_bytes=10_100) as served, ThreadPoolExecutor(20) as clients:
         asked = [clients.submit(served.ask, large) for _ in range(20)]
-        until(lambda: sum(task.done() for task in asked) == 4)  # 16 are held
+        until(lambda: sum(task.done() for task in asked) == 4)  # 16 bodies are in progress
         gate.open.set()
         assert sorted(task.result()[0] for task in asked) == [200] * 16 + [429] * 4
         assert served.ask(large)[0] == 200
@@ -337,7 +340,7 @@ def test_rows_of_a_client_that_went_away_are_not_computed(predictor):
         with served.send(head(len(body)) + body):
             until(lambda: served.metric("prompt_tuning_queue_rows") == 7)
         until(lambda: served.metric("prompt_tuning_queue_rows") == 0)
-        with served.send(head(len(body)) + body[:20]):  # and one that goes in the middle of its body
+        with served.send(head(len(body)) + body[:20]):  # another client disconnects in the middle of its body
             until(lambda: served.service._held > 20)
         gate.open.set()
         assert first.result()[0] == 200
@@ -349,7 +352,7 @@ def test_rows_of_a_client_that_went_away_are_not_computed(predictor):
 
 
 def test_what_takes_too_long_is_given_up(predictor):
-    """503 without an answer, 408 without a body; the health check fails while the model is stuck, and then no more."""
+    """503 if the answer is late, 408 if the body is late; the health check fails only while the model is stuck."""
     gate = Gate(predictor)
     with serving(gate.predictor, timeout=0.5) as served:
         started = time.monotonic()
@@ -360,7 +363,7 @@ def test_what_takes_too_long_is_given_up(predictor):
         gate.open.set()
         until(lambda: served.get("/healthz") == (200, {"status": "ok"}))
         with served.send(head(100) + b'{"rows"') as connection:
-            for _ in range(100):  # a byte now and then is no body
+            for _ in range(100):  # a byte now and then does not extend the time for the body
                 time.sleep(0.02)
                 with contextlib.suppress(ConnectionError):
                     connection.sendall(b" " if _ < 40 else b"")
@@ -385,7 +388,7 @@ def test_a_model_that_fails_fails_one_window(predictor):
 
 
 def test_a_request_that_would_take_too_long_is_refused(predictor):
-    """Rows x labels x tokens, whatever the number of rows and bytes."""
+    """The limit is on rows x labels x tokens; the rows and the bytes of the request are within their limits."""
     rows = [RANKED | {"labels": [f"{'the plot ' * 20}{label}" for label in LABELS]}] * 8
     with serving(predictor, max_tokens=10_000) as served:
         status, found = served.predict(rows)
@@ -405,7 +408,7 @@ def test_a_row_of_many_labels_is_ranked_in_parts(predictor, monkeypatch):
 
 
 def test_rows_that_wait_for_a_program_hold_nobody_up(predictor):
-    """Rows of a new shape are computed elsewhere, and the time that takes is not the client's fault."""
+    """Rows of a new shape are computed on another thread, and compiling does not count for the client's timeout."""
     beam, warm = GREEDY | {"decode": "beam"}, copy.copy(predictor)
     compiled, begun, compute = threading.Event(), threading.Event(), predictor.answer
 
@@ -425,7 +428,7 @@ def test_rows_that_wait_for_a_program_hold_nobody_up(predictor):
         assert not cold.done() and served.get("/readyz")[0] == 200
         waiting = served.send(head(len(body := json.dumps({"rows": [beam] * 3}).encode())) + body)
         until(lambda: served.metric("prompt_tuning_queue_rows") == 3)
-        waiting.close()  # whose rows are dropped before they are computed
+        waiting.close()  # its rows are dropped before they are computed
         until(lambda: served.metric("prompt_tuning_queue_rows") == 0)
         compiled.set()
         status, found = cold.result()
@@ -443,7 +446,7 @@ def test_small_requests_are_read_beside_large_ones(predictor):
 
 
 def test_connections_without_a_request_are_closed(predictor, monkeypatch):
-    """After a while, and the oldest of them at once where there are too many."""
+    """They are closed after a while; if there are too many, the oldest is closed at once."""
     monkeypatch.setattr(connections_module, "connection_limit", lambda wanted: 20)
     monkeypatch.setattr(connections_module, "HEADERS", 1.0)
 
@@ -512,7 +515,7 @@ def test_only_a_port_that_others_reach_takes_any_host(tmp_path):
 
 
 def test_requests_are_taken_as_http_1_1_asks(served):
-    """A target with scheme and host; and one of the two ways to say where a body ends, not both (smuggling)."""
+    """A target may have scheme and host; both Content-Length and Transfer-Encoding are refused (request smuggling)."""
 
     def ask(data):
         with served.send(data) as connection:
@@ -526,7 +529,7 @@ def test_requests_are_taken_as_http_1_1_asks(served):
 
 
 def test_the_service_describes_itself(served):
-    """Every route and method, every field of a row and of an answer, and every status that the code can give."""
+    """The document has every route and method, every field of rows and answers, and every status of the code."""
     document = served.get("/openapi.json")[1]
     app = inspect.getclosurevars(inspect.getclosurevars(served.service.app).nonlocals["app"]).nonlocals["app"]._app
     routes = {route.path: {method.lower() for method in route.methods} - {"head"} for route in app.routes}
@@ -555,7 +558,7 @@ def test_a_busy_service_is_live_until_it_cannot_recover(predictor, monkeypatch):
 
 
 def test_a_broken_prompt_is_named_with_its_reason_and_shows_nothing_else(tiny, tmp_path):
-    """Neither a path of the server's, nor what is in a file to which a link leads."""
+    """The reason shows no path of the server and no content of a file that a link points to."""
     folder, secret = tmp_path / "prompts", tmp_path / "secret"
     folder.mkdir()
     secret.write_text("root:x:0:0:root:/root:/bin/bash")
@@ -576,10 +579,10 @@ def test_a_broken_prompt_is_named_with_its_reason_and_shows_nothing_else(tiny, t
 
 
 def test_a_prompt_that_is_overwritten_in_place_is_never_half_served(tiny, tmp_path):
-    """Each answer is that of the old or of the new prompt, however slowly the file is written."""
+    """Each answer is computed with the old or the new prompt, however slowly the file is written."""
     write_prompt(tmp_path, "a", length=40, seed=1)
     predictor = Predictor.load(str(tiny.base), tmp_path, input_length=16, max_new_tokens=4, batch_size=2)
-    # A writer that pauses longer than between two looks has finished, for all that a reader can see.
+    # A reader cannot tell a writer that pauses longer than `poll` from one that has finished, so `poll` is large here.
     with serving(predictor, PromptFolder(tmp_path), door={"poll": 2.0}, timeout=120) as served:
 
         def score():
@@ -600,7 +603,7 @@ def test_a_prompt_that_is_overwritten_in_place_is_never_half_served(tiny, tmp_pa
 
 
 def test_windows_have_a_limit_in_tokens():
-    """Rows of 1,000 tokens are computed a few at a time; others come in between, and what a client left is dropped."""
+    """Few rows of 1,000 tokens are computed at a time, other callers get their turn, and cancelled rows are dropped."""
     windows = []
 
     def answer(requests):
@@ -670,12 +673,12 @@ def test_the_folder_is_followed(tiny, tmp_path):
         until(lambda: named()["prompts"] == {"a": 3, "b": 6})
         other = answer("b")
         assert first != other and same(answer("a"), first)
-        write_prompt(folder, "b", seed=0)  # replaced by what a is
+        write_prompt(folder, "b", seed=0)  # now b has the values of a
         until(lambda: named()["prompts"] == {"a": 3, "b": 3})
         assert same(answer("b"), first)
         (folder / "b.npy").write_bytes(b"broken")
         until(lambda: "b" in named()["broken"])
-        assert same(answer("b"), first) and same(answer("a"), first)  # the old one goes on
+        assert same(answer("b"), first) and same(answer("a"), first)  # the earlier version of b is still served
         (folder / "a.npy").unlink()
         until(lambda: named()["prompts"] == {"b": 3})
         assert answer("a") is None
@@ -689,7 +692,7 @@ def test_the_folder_is_followed(tiny, tmp_path):
 
 
 def test_callers_share_windows_and_take_turns():
-    """A large request delays a small one by a window at most, and rows that wait share the next window."""
+    """A large request delays a small one by at most one window, and rows that wait share the next window."""
     windows = []
 
     def answer(requests):
@@ -720,7 +723,7 @@ def test_callers_share_windows_and_take_turns():
         await asyncio.gather(*(ask(batcher, name, 1) for name in "abc"))
         assert windows == [[("a", 0), ("b", 0), ("c", 0)]]
         started = time.monotonic()
-        await ask(batcher, "a", 16)  # a whole batch waits for nothing
+        await ask(batcher, "a", 16)  # a full batch is computed without waiting
         assert time.monotonic() - started < 0.4
         running.cancel()
         model.close()
@@ -729,7 +732,7 @@ def test_callers_share_windows_and_take_turns():
 
 
 def test_rows_to_warm_up_with_are_lines_as_infer_reads_them(tmp_path):
-    """With a byte-order mark in front, and a line separator of Unicode's in a text, which ends no line."""
+    """The file has a byte-order mark, and a text with a Unicode line separator, which does not end a line."""
     rows = [GREEDY, GREEDY | {"inputs": "a\u2028movie"}]
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
@@ -740,7 +743,7 @@ def test_rows_to_warm_up_with_are_lines_as_infer_reads_them(tmp_path):
 
 
 def test_after_warming_up_mixed_batches_compile_nothing_either(tiny):
-    """With a prompt per layer in the bank both kinds of batch are warm; new prompts of either kind change nothing."""
+    """If the bank has prompts per layer, both kinds of batches are compiled; new prompts of either kind add none."""
     engine._engine_of.cache_clear()
     rng, width = np.random.default_rng(0), CONFIG.emb_dim
     shapes = {"ordinary": (5, width), "layered": (CONFIG.num_encoder_layers, 3, width)}
@@ -757,8 +760,8 @@ def test_after_warming_up_mixed_batches_compile_nothing_either(tiny):
 
 
 def test_after_warming_up_nothing_is_compiled(tiny, prompts):
-    """For any mix of the rows in any number, and for as many more prompts as one likes."""
-    engine._engine_of.cache_clear()  # other tests' programs
+    """No mix of rows compiles anything, whatever the number of rows and of added prompts."""
+    engine._engine_of.cache_clear()  # drops the programs of other tests
     predictor = Predictor.load(str(tiny.base), prompts, input_length=16, max_new_tokens=4, batch_size=2)
     rows = [GREEDY, RANKED, RANKED | {"labels": ["a", "b", "negative plot of the film"]}]
     assert (sizes(1), sizes(2), sizes(3), sizes(32)) == ([1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32])
@@ -821,7 +824,7 @@ def test_what_it_cannot_start_with_is_one_line(tiny, prompts):
 
 
 def test_under_load_every_answer_is_infers(tiny):
-    """The benchmark itself, smaller: `infer` first, then clients that compare, then more than the queue holds."""
+    """Runs a small benchmark: `infer`, clients that compare answers with it, then more rows than the queue holds."""
     flags = [f"--base={tiny.base}", "--clients=20", "--seconds=3", "--rows=80", "--batch_size=2"]
     command = [sys.executable, "-m", "experiments.benchmarks.serving", *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | tiny.environment, capture_output=True, text=True)

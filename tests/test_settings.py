@@ -1,4 +1,4 @@
-"""Settings of wrong types and ranges: one line that says what was found, what is expected and which setting it is."""
+"""Checks that settings of wrong type or range give one line: what was found, what is expected, and which setting."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ RUNS = ["runs/prompt_tune.gin", "runs/model_tune.gin", *METHODS]
 
 
 class Reached(Exception):
-    """All settings were accepted: the first file of the base model would be opened now."""
+    """Says that all settings were accepted, when the first file of the base model would be opened."""
 
 
 def reached(*args, **kwargs):
@@ -68,13 +68,16 @@ def reached(*args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def caches(tiny, monkeypatch):
-    """Those of the tiny runs, not the user's."""
+    """Sets the caches to those of the tiny runs, so that the user's are not touched."""
     with own_caches(tiny, monkeypatch):
         yield
 
 
 def line_of(main, arguments, folder) -> Any:
-    """Returns the one line with which a command line refuses; None if it accepts. Neither makes the folder."""
+    """Returns the single line with which a command refuses its arguments; None if it accepts them.
+
+    Checks that `folder` is not created in either case.
+    """
     gin.clear_config()
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
@@ -127,7 +130,7 @@ FITTING = {"steps": 2, "batch_size": 2, "lengths": {"inputs": 8, "targets": 4}, 
 
 @pytest.fixture
 def refused(model, tmp_path):
-    """Returns the error of `pt.train`, which nothing has been written before."""
+    """Returns a function that calls `pt.train` and returns its error; it checks that nothing was written."""
 
     def error(train=pt.train, method=None, **changed) -> SettingError:
         method = pt.PromptTuning(3) if method is None else method
@@ -375,7 +378,7 @@ def test_what_is_made_beforehand_says_it_when_it_is_made(make, message):
 
 
 def test_optax_has_the_same_adamw():
-    """Update for update, with the numbers that optax has by default."""
+    """Every update is equal, with optax's default settings."""
     ours, theirs = optimizer.adamw(0.1), optax.adamw(0.1)
     params = {"x": jnp.linspace(-1, 1, 7)}
     states, found = [ours.init(params), theirs.init(params)], []
@@ -489,7 +492,8 @@ def test_the_status_of_a_sweep_needs_its_folder_alone(tmp_path, capsys):
         _main(sweep.main, [f"--status={tmp_path}"])
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "2 trials: 1 stopped, 1 waiting" and "20/40" in shown[1].replace(" ", "")
-    with pytest.raises(SystemExit, match="0"):  # no macro of the start, as MODEL_DIR's, is asked for again
+    # The macros that the sweep was started with, such as MODEL_DIR, are not needed.
+    with pytest.raises(SystemExit, match="0"):
         _main(sweep.main, ["--gin_file=sweeps/demo.gin", "--status", f"--gin.SWEEP_DIR={str(tmp_path)!r}"])
     assert capsys.readouterr().out.splitlines()[-1] == "8 trials: 1 stopped, 7 waiting"
     found = line_of(sweep.main, [f"--status={tmp_path / 'absent'}"], tmp_path / "absent")
@@ -546,7 +550,7 @@ def test_the_gin_file_that_leaves_the_size_to_the_files(tiny, tmp_path, monkeypa
 
 
 def test_early_stopping_counts_what_an_undisturbed_run_would_have():
-    """A run that was extended has evaluated at its old last step, 25, too."""
+    """A run that was extended also has an evaluation at its earlier last step, 25, which must not count."""
     dataset = DatasetConfig("rows", "train", 2, LENGTHS)
 
     def config(steps):
@@ -624,7 +628,7 @@ PYTHONS = st.one_of(ODD, st.sampled_from(OBJECTS))
 
 
 def macros_of(*files):
-    """The macros that gin files set."""
+    """Returns the names of the macros that gin files set."""
     gin.clear_config()
     for folder in gin_files.SEARCH_PATHS:
         gin.add_config_file_search_path(str(folder))
@@ -637,7 +641,7 @@ def macros_of(*files):
 
 
 def whole_command(file):
-    """The files and macros that a run of a method's file needs beside those of `tiny.arguments`."""
+    """Returns the gin files and macros that a run with `file` needs in addition to those of `tiny.arguments`."""
     text = (ROOT / "gin_configs" / file).read_text()
     own = {"POPULATION": 300, "TOKENS": 8, "RANK": 4, "TASKS": ("a", "b")}
     macros = {name: value for name, value in own.items() if f"\n{name} = " in text}
@@ -696,7 +700,7 @@ def test_train_does_so_for_the_starts_of_prompts(tiny, tmp_path):
     accepts_or_refuses()
 
 
-OF_COMMAND = ("config", "allow_other_config", "model_dir")  # which the command sets, and the folder
+OF_COMMAND = ("config", "allow_other_config", "model_dir")  # set by the command itself, and the output folder
 FIELDS_OF_RUN = [field.name for field in dataclasses.fields(run.TrainConfig) if field.name not in OF_COMMAND]
 OF_SIZE = [f"config.T5Config.{field.name}" for field in dataclasses.fields(T5Config)]
 OF_DATA = [field.name for field in dataclasses.fields(DatasetConfig)]
@@ -873,7 +877,8 @@ def test_a_flag_is_accepted_or_refused_in_one_line_that_names_it(tmp_path_factor
         number = float(text)
     if number is None or not np.isfinite(number) or number < 0:
         assert line is not None
-    if line is not None and name not in ("max_rows", "max_queue", "wait_ms", "timeout"):  # these are compared, too
+    # The message may name another of these settings, because they are also compared with each other.
+    if line is not None and name not in ("max_rows", "max_queue", "wait_ms", "timeout"):
         assert re.match(rf"--{name} is .*, expected ", line), line
 
 

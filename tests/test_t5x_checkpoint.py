@@ -1,4 +1,4 @@
-"""T5X checkpoints in both layouts: every array as tensorstore reads it, each kind of damage named, and `gs://`."""
+"""Tests T5X checkpoints in both layouts: arrays against tensorstore, errors about each kind of damage, and `gs://`."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ LAYOUTS = {
     "legacy": "t5x_runs/legacy/checkpoint_9",  # all in zarr folders
     "orbax": "t5x_runs/orbax/checkpoint_9",  # an OCDBT database, in two levels of folders
 }
-LARGE = "decoder/logits_dense/kernel"  # tiny has it in chunks of 4,096 columns
+LARGE = "decoder/logits_dense/kernel"  # in tiny it has chunks of 4,096 columns
 PROMPT = "encoder/prompt/prompt/prompt"
 
 
@@ -53,7 +53,7 @@ def checkpoint(data_dir: Path, layout: str) -> Path:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A copy that can be damaged."""
+    """Copies a checkpoint, so that the copy can be damaged."""
     shutil.copytree(source, target, copy_function=shutil.copy)
     for path in [target, *target.rglob("*")]:
         path.chmod(0o755)
@@ -70,7 +70,7 @@ def database(state: Path) -> tensorstore.KvStore:
 
 
 def by_tensorstore(folder: Path) -> dict[str, np.ndarray]:
-    """Every parameter that lies in zarr, in folders or in a database, by its path."""
+    """Returns every parameter in zarr folders or in a database by path, read with tensorstore."""
     if (folder / INDEX).is_file():
         stores = {path.name: {"driver": "file", "path": f"{path}/"} for path in folder.glob("target.*")}
     else:
@@ -86,7 +86,10 @@ def by_tensorstore(folder: Path) -> dict[str, np.ndarray]:
 
 @functools.cache
 def whole(folder: Path) -> dict[str, np.ndarray]:
-    """Every parameter of an undamaged layout; what tiny has in its index is where the legacy run began."""
+    """Returns every parameter of an undamaged checkpoint.
+
+    The arrays in tiny's index are taken from the legacy run, whose base model was tiny.
+    """
     arrays = by_tensorstore(folder)
     if folder.name == LAYOUTS["tiny"]:
         arrays |= {
@@ -113,7 +116,7 @@ def refused(call, *expected: str) -> str:
     return message
 
 
-# Sound ones.
+# Undamaged checkpoints.
 
 
 def test_every_array_is_what_tensorstore_reads(checkpoint: Path, layout: str):
@@ -128,13 +131,13 @@ def test_every_array_is_what_tensorstore_reads(checkpoint: Path, layout: str):
 
 
 def test_the_size_is_told_from_the_shapes(checkpoint: Path):
-    """All but the greatest distance of relative positions, which no file says: T5's own is taken."""
+    """The largest distance of relative positions is in no file; it is T5's default."""
     fields = vars(TINY) | {"relative_attention_max_distance": 128}
     assert open_model(str(checkpoint)).config == T5Config(**fields)
 
 
 def test_is_a_base(checkpoint: Path):
-    """Whatever the layout, and without the prompt: the three hold the same base."""
+    """All three layouts give the same base model, without the prompt."""
     base = load_base(str(checkpoint), TINY)
     assert base.params.keys() == expected_shapes(TINY).keys()
     for name, array in base.params.items():
@@ -172,13 +175,13 @@ def test_another_size_is_refused(checkpoint: Path):
 
 
 def test_the_state_in_a_checkpoint_is_the_same_checkpoint(data_dir: Path):
-    """Orbax's own folder, `state/`, for those who point at it."""
+    """The path may also be that of Orbax's own folder, `state/`."""
     folder = data_dir / "t5" / LAYOUTS["orbax"]
     for name, array in open_t5x(folder / "state").items():
         same(array, whole(folder)[name])
 
 
-# Written ones.
+# Checkpoints that this project writes.
 
 
 def bfloat16_params() -> dict[str, np.ndarray]:
@@ -189,7 +192,8 @@ def bfloat16_params() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("write", [t5x.write, t5x.write_orbax])
 def test_written_checkpoints_are_what_tensorstore_reads(tmp_path: Path, write, dtype: str):
     params = bfloat16_params() if dtype == "bfloat16" else jax.device_get(random_model(SMALL, 5)[1])
-    params["encoder/encoder_norm/scale"] = np.zeros_like(params["encoder/encoder_norm/scale"])  # chunks of zeros, too
+    # Chunks of zeros must be written correctly, too.
+    params["encoder/encoder_norm/scale"] = np.zeros_like(params["encoder/encoder_norm/scale"])
     write(tmp_path / "checkpoint_0", params)
     model = open_model(str(tmp_path / "checkpoint_0"))
     assert model.config == SMALL
@@ -212,7 +216,7 @@ def test_orbax_restores_what_is_written(tmp_path: Path, dtype: str):
 
 @pytest.mark.parametrize("ocdbt", [False, True])
 def test_layouts_that_orbax_alone_writes(tmp_path: Path, ocdbt: bool):
-    """A tree under `target`, saved without our help; zarr folders where OCDBT is off."""
+    """Orbax itself saves a tree under `target`; without OCDBT it writes zarr folders."""
     params = bfloat16_params()
     tree = {}
     for name, value in params.items():
@@ -228,7 +232,7 @@ def test_layouts_that_orbax_alone_writes(tmp_path: Path, ocdbt: bool):
 
 
 def test_bfloat16_as_t5x_writes_it(tmp_path: Path, data_dir: Path):
-    """gzip, and the large table in chunks: the tiny checkpoint over again, in bfloat16."""
+    """Writes the tiny checkpoint in bfloat16, with gzip and with the large table in chunks."""
     folder = copied(data_dir / "t5" / LAYOUTS["tiny"], tmp_path / "checkpoint_1")
     expected = {}
     for path in folder.glob("target.*"):
@@ -249,7 +253,7 @@ def test_bfloat16_as_t5x_writes_it(tmp_path: Path, data_dir: Path):
     }
 
 
-# Damaged ones.
+# Damaged checkpoints.
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
@@ -257,7 +261,7 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def both_refuse(folder: Path, name: str) -> None:
-    """As a base, or as a prompt, by the array's name."""
+    """Checks that reading the checkpoint as a base model and as a prompt both raise an error that names the array."""
     if name in IN_T5X:
         refused(lambda: read_prompt(folder), name, "`prompt`")
     else:
@@ -266,7 +270,7 @@ def both_refuse(folder: Path, name: str) -> None:
 
 
 class Zarr:
-    """The files of one array in zarr folders."""
+    """Reads and changes the files of one array in zarr folders."""
 
     def __init__(self, folder: Path, name: str):
         self.folder = folder / f"target.{name.replace('/', '.')}"
@@ -288,7 +292,7 @@ class Zarr:
 
 
 class Ocdbt:
-    """The same in a database."""
+    """Reads and changes the entries of one array in a database, with the same methods as `Zarr`."""
 
     def __init__(self, folder: Path, name: str):
         self.store, self.prefix = database(folder / "state"), f"target.{name.replace('/', '.')}/"
@@ -328,7 +332,7 @@ def another_shape(array: Zarr | Ocdbt) -> None:
 
 
 def a_larger_shape(array: Zarr | Ocdbt) -> None:
-    """Of as many chunks, in tiny: the rest would be zeros."""
+    """In tiny, the number of chunks stays the same, so the added values would be read as zeros."""
     change_metadata(array, lambda old: {"shape": [*old["shape"][:-1], old["shape"][-1] + 1]})
 
 
@@ -341,12 +345,12 @@ def an_enormous_chunk(array: Zarr | Ocdbt) -> None:
 
 
 def an_enormous_array(array: Zarr | Ocdbt) -> None:
-    """In one chunk: tensorstore would end the process for want of memory."""
+    """The array is one chunk: tensorstore would run out of memory and end the process."""
     change_metadata(array, lambda old: dict.fromkeys(("shape", "chunks"), [size * 10**6 for size in old["shape"]]))
 
 
 def another_separator(array: Zarr | Ocdbt) -> None:
-    """As many chunks are there, but none under its name: all would be zeros."""
+    """No chunk has the expected name any more: all values would be read as zeros."""
     change_metadata(array, lambda old: {"dimension_separator": "/"})
 
 
@@ -406,7 +410,7 @@ def test_a_damaged_array_is_named(copy: Path, layout: str, damage):
 @pytest.mark.parametrize("layout", ["legacy"], indirect=True)
 @pytest.mark.parametrize("file", ["checkpoint", "{array}/.zarray", "{array}/0.0"])
 def test_only_regular_files_are_opened(copy: Path, layout: str, file: str):
-    """A named pipe would be waited for without end; /dev/zero would give a chunk of zeros."""
+    """Reading a named pipe would block forever; /dev/zero would give a chunk of zeros."""
     path = copy / file.format(array=access(layout, copy, PROMPT).folder.name)
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         path.unlink()
@@ -434,12 +438,12 @@ def test_whichever_array_is_damaged_it_is_named(checkpoint: Path, copy: Path, la
             array.folder.mkdir(exist_ok=True)
         for key, value in kept.items():
             array.write(key, value)
-    assert read_all(copy).keys() == whole(checkpoint).keys()  # mended, it is whole again
+    assert read_all(copy).keys() == whole(checkpoint).keys()  # after the repair, it is complete again
 
 
 @pytest.mark.parametrize("layout", ["legacy", "orbax"], indirect=True)
 def test_a_chunk_cut_anywhere_is_refused_or_whole(checkpoint: Path, copy: Path, layout: str):
-    """The last bytes of a compressed chunk are a checksum, if anything: without them the values may still be right."""
+    """The last bytes of a compressed chunk are at most a checksum: without them the values may still be right."""
     array = access(layout, copy, PROMPT)
     (chunk,) = array.chunks()
     content = array.read(chunk)
@@ -459,7 +463,7 @@ def test_a_chunk_cut_anywhere_is_refused_or_whole(checkpoint: Path, copy: Path, 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("layout", ["orbax"], indirect=True)
 def test_each_truncated_file_of_a_database_is_found(checkpoint: Path, copy: Path, part: float):
-    """Or had nothing in it that belongs to the parameters."""
+    """A file whose damage is not found has no data of the parameters."""
     files = [path for path in copy.rglob("*") if path.parent.name == "d" or path.name == "manifest.ocdbt"]
     assert len(files) > 10
     refusals = []
@@ -476,7 +480,7 @@ def test_each_truncated_file_of_a_database_is_found(checkpoint: Path, copy: Path
             for name, array in found.items():
                 same(array, whole(checkpoint)[name])
         path.write_bytes(content)
-    # The others are of versions that the last one no longer needs.
+    # The other files belong to earlier versions, which the last version no longer needs.
     needed = {copy / "state" / "manifest.ocdbt", *(copy / "state" / "d").iterdir(), max(files, key=os.path.getsize)}
     assert needed <= set(refusals)
 
@@ -500,7 +504,7 @@ def test_a_truncated_index_is_refused(copy: Path, keep: int):
 
 @pytest.mark.parametrize("layout", ["legacy"], indirect=True)
 def test_an_index_that_points_at_another_array_is_refused(copy: Path):
-    """Of the same shape, one bit away: the first layer's kernel would be the second's."""
+    """Both arrays have the same shape, and their paths differ in one bit: layer 0 would get the kernel of layer 1."""
     index = (copy / INDEX).read_bytes()
     path = b"target.encoder.layers_0.mlp.wi_0.kernel"
     assert index.count(path) == 1
@@ -510,12 +514,12 @@ def test_an_index_that_points_at_another_array_is_refused(copy: Path):
 
 @pytest.mark.parametrize("layout", ["legacy"], indirect=True)
 def test_an_index_may_say_where_it_was_first_written(checkpoint: Path, copy: Path):
-    """Of the paths in it, the last part counts."""
+    """Only the last part of each path in the index is used."""
     path = "target.encoder.layers_0.mlp.wi_0.kernel/"
     index = (copy / INDEX).read_bytes()
     for first in ("/a/b/", "gs:/"):
         told = (first + path).encode()
-        old = bytes([0xD9, len(path)]) + path.encode()  # msgpack's text of up to 255 bytes
+        old = bytes([0xD9, len(path)]) + path.encode()  # msgpack's string of up to 255 bytes
         assert index.count(old) == 1
         (copy / INDEX).write_bytes(index.replace(old, bytes([0xD9, len(told)]) + told))
         name = "encoder/layers_0/mlp/wi_0/kernel"
@@ -523,7 +527,7 @@ def test_an_index_may_say_where_it_was_first_written(checkpoint: Path, copy: Pat
 
 
 def test_nothing_is_read_of_another_size(checkpoint: Path, monkeypatch):
-    """It is refused by shapes alone: of a checkpoint of 40 GB, too."""
+    """The shapes alone are enough to refuse it, so that a checkpoint of 40 GB is refused at once."""
     reads = []
     real = tensorstore.TensorStore.read
 
@@ -547,16 +551,16 @@ def test_other_folders_are_no_checkpoint(tmp_path: Path):
         open_t5x("nowhere://x/y")
 
 
-# By URL: a stand-in for Google Cloud Storage.
+# Checkpoints by URL, on a mock of Google Cloud Storage.
 
 
 class Storage(http.server.BaseHTTPRequestHandler):
-    """What tensorstore asks of its JSON interface: lists by prefix, and reads of whole objects and of ranges."""
+    """Serves the requests of tensorstore to the JSON interface: lists by prefix, and reads of objects and ranges."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # head and body in one packet: else each answer waits 40 ms for an acknowledgement
-    root: Path  # a folder a bucket
-    unavailable = "never"  # a pattern of paths that are answered with 503
+    wbufsize = 1 << 16  # head and body in one packet: otherwise each answer waits 40 ms for an acknowledgement
+    root: Path  # has one folder per bucket
+    unavailable = "never"  # a pattern of the paths that get a 503
     log: list[str]
 
     def log_message(self, *_):
@@ -621,7 +625,10 @@ def buckets(data_dir: Path, tmp_path_factory) -> Path:
 
 
 def in_a_process(url: str, code: str, folder: Path) -> str:
-    """tensorstore reads where its storage is once in a process's life. No credentials: public buckets need none."""
+    """Runs code in a process of its own, because tensorstore reads the storage's address once per process.
+
+    The process has no credentials, because public buckets need none.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOOGLE_", "GCE_"))}
     environment |= {"TENSORSTORE_GCS_HTTP_URL": url, "HOME": str(folder), "JAX_PLATFORMS": "cpu"}
     environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "GCE_METADATA_ROOT": "127.0.0.1:9"}
@@ -701,8 +708,10 @@ def test_absent_urls_are_one_line_at_once(buckets: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("unavailable", ["alt=media", "o\\?", "kernel/0.0"])
 def test_a_storage_that_fails_is_given_up(buckets: Path, tmp_path: Path, unavailable: str):
-    """At the first question, at the list, or at the arrays; as often as NETWORK says, here once, where tensorstore by
-    itself asks for a quarter of an hour."""
+    """The storage fails at the first request, at the list, or at the arrays.
+
+    The number of retries is that of NETWORK, here one. By itself, tensorstore would retry for 15 minutes.
+    """
     code = """
         import tensorstore as ts
         t5x.NETWORK = ts.Context({"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms"}})

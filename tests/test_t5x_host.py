@@ -1,4 +1,4 @@
-"""Under T5X: its own trainer, checkpoints, decoding and command line, run for real against this project's own."""
+"""Compares T5X's own trainer, checkpoints, decoding and command line, with our modules in T5X, with this project's."""
 
 import asyncio
 import functools
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 REASON = "T5X cannot be imported: it is not on PyPI; docs/guides/t5x.md says how to install it"
-pytest.importorskip("t5x.train", reason=REASON)  # ignores what T5X warns of while it is imported
+pytest.importorskip("t5x.train", reason=REASON)  # ignores T5X's warnings while it is imported
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -51,7 +51,7 @@ from prompt_tuning_jax.training.step import (  # noqa: E402
     make_train_step,
 )
 
-# What T5X's HEAD does that the libraries under it have deprecated.
+# Deprecated functions of its libraries that T5X's HEAD calls.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`with mesh:DeprecationWarning"),
 ]
@@ -68,7 +68,7 @@ OPTIMIZER = adafactor(0.3)
 
 @pytest.fixture(autouse=True)
 def loops_are_closed(monkeypatch):
-    """T5X's own checkpointer leaves its event loops open, which would be some later test's warning."""
+    """Closes the event loops that T5X's checkpointer leaves open, because they would warn in a later test."""
     loops, make = [], asyncio.new_event_loop
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(make()) or loops[-1])
     yield
@@ -80,7 +80,7 @@ def loops_are_closed(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """T5X compiles the same programs anew for each trainer, restore and process."""
+    """Caches compiled programs, because T5X compiles them again for each trainer, restore and process."""
     folder = str(tmp_path_factory.mktemp("compiled"))
     settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in settings}
@@ -95,7 +95,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture
 def compiled_fast():
-    """For tests that compile much and run little."""
+    """Compiles without optimisations, for tests that compile much and run little."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -112,7 +112,7 @@ def hosted(module, vocab_size, optimizer=OPTIMIZER):
 
 
 def batch(seed=0, config=CONFIG):
-    """Four rows, two of them with padding in both features."""
+    """Returns four rows, two of which have padding in both features."""
     rng = np.random.default_rng(seed)
     inputs, targets = (random_tokens(rng, lengths, width, config.vocab_size) for lengths, width in SHAPES)
     return Batch(np.asarray(inputs), np.asarray(targets), np.arange(4, dtype=np.int32))
@@ -122,7 +122,7 @@ SHAPES = [([9, 4, 9, 1], 9), ([6, 6, 2, 3], 6)]
 
 
 def features(rows):
-    """As T5X's feature converter gives them."""
+    """Returns the rows as T5X's feature converter gives them."""
     inputs, targets = jnp.asarray(rows.inputs), jnp.asarray(rows.targets)
     return {
         "encoder_input_tokens": inputs,
@@ -133,25 +133,25 @@ def features(rows):
 
 
 def tokens_of(rows):
-    """As a network takes them."""
+    """Returns the rows' inputs, decoder inputs and targets, as a network takes them."""
     inputs, shifted, targets, _ = features(rows).values()
     return inputs, shifted, targets
 
 
 def apply(module, params, rows):
-    """The logits."""
+    """Returns the logits."""
     return jax.jit(functools.partial(module.apply, enable_dropout=False))({"params": tree(params)}, *tokens_of(rows))
 
 
 def loss_and_gradients(model, params, rows):
-    """By T5X's `loss_fn`, without dropout; the gradients by path."""
+    """Returns the loss of T5X's `loss_fn` without dropout, and the gradients by path."""
     loss_fn = jax.value_and_grad(lambda params, rows: model.loss_fn(params, rows, None), has_aux=True)
     (loss, _), gradients = jax.jit(loss_fn)(tree(params), features(rows))
     return loss, flatten_dict(gradients, sep="/")
 
 
 def state_of(model, params):
-    """A state of its own, which the trainer may give up."""
+    """Returns a state with copies of the parameters, because the trainer donates its state."""
     params = {path: jnp.array(value, copy=True) for path, value in params.items()}
     return train_state.FlaxOptimTrainState.create(model.optimizer_def, freeze({"params": tree(params)}))
 
@@ -168,7 +168,7 @@ def initializer(model, config=CONFIG):
 
 
 def train(model, state, axes, batches, microbatches=None):
-    """T5X's own trainer: the state after a step for each batch, and what it reports."""
+    """Trains one step per batch with T5X's own trainer, and returns the state and the trainer's summary."""
     rate = utils.create_learning_rate_scheduler(factors="constant", base_learning_rate=0.3)
     arguments = (model, state, partitioner(), [], None, axes, jax.random.PRNGKey(1), rate, microbatches)
     with trainer.Trainer(*arguments) as t5x_trainer:
@@ -186,7 +186,7 @@ def changed(before, after):
 
 @functools.cache
 def native_step():
-    """Of the model that is given its prompt, as this project's own runs have it."""
+    """Returns the training step of this project's own runs, which pass the prompt to the model."""
     return make_train_step(Transformer(CONFIG), PromptTuning(LENGTH), OPTIMIZER)
 
 
@@ -198,7 +198,7 @@ def native_start(params):
 
 
 def start_prompt(init, embeddings, vocabulary, seed):
-    """What this project's own runs start from."""
+    """Returns the initial prompt of this project's own runs."""
     config = SimpleNamespace(emb_dim=embeddings.shape[1])
     model = SimpleNamespace(config=config, parameters={}, embeddings=embeddings, tokenizer=vocabulary)
     key = jax.random.fold_in(jax.random.key(seed), 1)  # as in training.run
@@ -206,7 +206,7 @@ def start_prompt(init, embeddings, vocabulary, seed):
 
 
 def native_steps(params, batches):
-    """The same steps by this project's own trainer: the prompt, and the losses."""
+    """Trains one step per batch with this project's own trainer, and returns the prompt and the losses."""
     (state, frozen), losses = native_start(params), []
     step = native_step()
     for rows in batches:
@@ -216,14 +216,14 @@ def native_steps(params, batches):
 
 
 def close(found, expected, within):
-    """`within` is a share of the largest entry."""
+    """Checks that arrays are equal up to `within` times the largest absolute value of `expected`."""
     np.testing.assert_allclose(found, expected, rtol=0, atol=within * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_three_steps_of_t5xs_trainer_change_the_prompt_alone_and_as_ours_do(microbatches):
     module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
-    # Adding the zero update of a frozen parameter could make this one +0.0.
+    # Adding a zero update to a frozen parameter could turn -0.0 into +0.0.
     kernel = "encoder/layers_0/mlp/wi_0/kernel"
     params = params | {kernel: params[kernel].at[0, 0].set(-0.0)}
     model, batches = hosted(module, CONFIG.vocab_size), [batch(seed) for seed in range(3)]
@@ -233,7 +233,7 @@ def test_three_steps_of_t5xs_trainer_change_the_prompt_alone_and_as_ours_do(micr
     assert int(after.step) == 3
 
     prompt, losses = native_steps(params, batches)
-    # Three updates of root mean square 0.3: 1e-5 of the prompt is 1e-5 of an update, too.
+    # The updates have a root mean square of 0.3, so 1e-5 of the prompt is about 1e-5 of an update.
     close(flat(after)[PROMPT], prompt, 1e-5)
     tokens = sum(int((rows.targets > 0).sum()) for rows in batches)
     np.testing.assert_allclose(summary["loss_per_nonpadding_target_token"].value, sum(losses) / tokens, rtol=1e-6)
@@ -272,9 +272,9 @@ def test_loss_and_every_gradient_are_those_of_the_native_step(compiled_fast):
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_xla_drops_the_frozen_gradients(microbatches):
-    """T5X asks for the gradient of every parameter. The step costs no more than the native one, which does not.
+    """T5X computes the gradient of every parameter, but its step costs no more than ours, which does not.
 
-    XLA counts a loop's body once: that of a step in two microbatches is half of the batch.
+    XLA counts the body of a loop once: in a step of two micro-batches, the body has half of the batch.
     """
     module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     rows = batch()
@@ -325,7 +325,7 @@ def test_decoding_is_ours(compiled_fast):
 
 
 def test_beams_share_no_cache(compiled_fast):
-    """T5X reorders the cache by rows: each of four beams has the score that `score_batch` gives it."""
+    """T5X reorders the cache by rows: each of four beams must have the score that `score_batch` gives it."""
     module, params = prompted(CONFIG, LENGTH), random_model(CONFIG, LENGTH)[1]
     model = hosted(module, CONFIG.vocab_size)
     given = features(batch())
@@ -406,12 +406,12 @@ def test_t5xs_own_network_refuses_packed_examples():
         t5x_own().init(jax.random.key(0), *tokens_of(rows), jnp.ones((4, 9), jnp.int32))
 
 
-# Checkpoints. The base is a real one of T5X's.
+# Checkpoints. The base model is a real checkpoint of T5X's.
 
 
 @pytest.fixture
 def base(data_dir, tmp_path, compiled_fast):
-    """T5X tells the step of a checkpoint by its folder's name."""
+    """Returns the base model at a path of the form checkpoint_<step>, because T5X reads the step from the name."""
     path = tmp_path / "base" / "checkpoint_3"
     path.parent.mkdir()
     path.symlink_to(data_dir / "t5" / "t5x_tiny_checkpoint")
@@ -419,7 +419,11 @@ def base(data_dir, tmp_path, compiled_fast):
 
 
 def restore(base, model_dir, use_orbax=True, config=TINY, resume=False):
-    """What `t5x.train` does with gin_configs/t5x: the state, where it lies, how to save it, and the model."""
+    """Restores as `t5x.train` does with gin_configs/t5x.
+
+    Returns:
+      The state, its axes, a function that saves a state, and the model.
+    """
     module = prompted(config, LENGTH)
     model = hosted(module, config.vocab_size)
     made = initializer(model, config)
@@ -469,7 +473,7 @@ def test_a_public_checkpoint_is_prompt_tuned_saved_and_resumed(base, tmp_path, u
     assert changed(stored, flat(state)) == []
     saved = tmp_path / "run" / "checkpoint_6"
     prompts = {path.name: read_prompt(path) for path in (tmp_path / "run" / "numpy_checkpoints").iterdir()}
-    assert prompts.keys() == {"checkpoint_4", "checkpoint_6"}  # T5X itself has kept the last
+    assert prompts.keys() == {"checkpoint_4", "checkpoint_6"}  # T5X itself keeps only the last checkpoint
     assert not (prompts["checkpoint_4"] == prompts["checkpoint_6"]).any()
     np.testing.assert_array_equal(prompts["checkpoint_6"], flat(state)[PROMPT])
     np.testing.assert_array_equal(prompts["checkpoint_6"], np.asarray(open_model(str(saved)).arrays[PROMPT]))
@@ -508,7 +512,7 @@ def test_t5x_restores_what_this_project_writes(tmp_path, write, compiled_fast):
 
 
 def test_a_base_that_does_not_fit_is_refused(base, tmp_path):
-    """The official runs would fill in what the file lacks at random."""
+    """The official runs would initialise missing parameters at random."""
     other = T5Config(32128, 4, 2, 3, 2, 8, head_dim=2)
     with pytest.raises(ValueError) as error:
         restore(base, tmp_path / "run", config=other)
@@ -529,14 +533,14 @@ def test_a_base_that_does_not_fit_is_refused(base, tmp_path):
 def test_a_prompt_is_written_to_an_object_store_too():
     prompt = np.arange(6, dtype=np.float32).reshape(2, 3)
     state = {"state": {"step": np.int32(7)}, "target": {"encoder": {"prompt": {"prompt": prompt}}}}
-    for _ in range(2):  # a second time after a run that was cut off between the prompt and the checkpoint
+    for _ in range(2):  # the second time as after a run that ended between writing the prompt and the checkpoint
         assert checkpoints.save_prompt(state, {}, folder="ram://bucket/run") == (state, {})
     path = f"ram://bucket/run/numpy_checkpoints/checkpoint_7/{OFFICIAL_NAME}"
     with gfile.GFile(path, "rb") as file:
         np.testing.assert_array_equal(np.load(io.BytesIO(file.read())), prompt)
 
 
-# How a prompt starts.
+# Initial values of a prompt.
 
 
 def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
@@ -551,7 +555,7 @@ def test_a_prompt_starts_as_in_this_projects_own_runs(base, data_dir):
         expected = start_prompt(init, embeddings, Vocabulary(path), 4)
         drawn = jax.jit(lambda key, bound=bound: bound(key, (LENGTH, 4)))
         np.testing.assert_array_equal(drawn(jax.random.PRNGKey(8)), expected)
-        # T5X initialises in a compiled function, which should not hold the table.
+        # T5X initialises in a compiled function, in which the table should not be a constant.
         assert len(drawn.lower(jax.random.PRNGKey(8)).as_text()) < embeddings.size
 
 
@@ -590,7 +594,7 @@ def test_a_base_without_embeddings_is_refused(tmp_path):
         prompt_init.read_embeddings(str(tmp_path / "checkpoint_0"))
 
 
-# The command line, in processes of its own: it replaces tasks in SeqIO's registry, and gin's is global.
+# The command line, in separate processes: it replaces tasks in SeqIO's registry, and gin's settings are global.
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -626,7 +630,7 @@ def python(arguments, folder, cache):
 
 @pytest.fixture
 def command(base, data_dir, tmp_path):
-    """The command line of a run of three steps on the demo's task."""
+    """Returns a function that makes the command line of a run of three steps on the demo's task."""
     (tmp_path / "tiny.gin").write_text(TINY_GIN)
     macros = {
         "MODEL_DIR": str(tmp_path / "run"),
@@ -669,7 +673,7 @@ def test_t5x_train_from_gin_files(command, base, data_dir, tmp_path, compiled_on
     stored = {name: np.asarray(array) for name, array in open_model(str(base)).arrays.items()}
     assert changed(stored, saved) == []
     np.testing.assert_array_equal(saved[PROMPT], prompts["checkpoint_6"])
-    # Two updates of root mean square 0.3, and a third.
+    # The last of three updates, each with a root mean square of about 0.3.
     assert 0.2 < np.sqrt(np.mean((prompts["checkpoint_6"] - prompts["checkpoint_5"]) ** 2)) < 0.31
     assert '"accuracy"' in (run / "inference_eval" / "demo_reviews-metrics.jsonl").read_text()
 

@@ -1,4 +1,4 @@
-"""Tasks: T5's text formats, rows from the benchmarks' own files, the noise of pre-training, and vocabularies."""
+"""Tests tasks: T5's text formats, rows from the benchmarks' own files, the noise of pre-training, and vocabularies."""
 
 import importlib
 import json
@@ -18,13 +18,13 @@ from prompt_tuning_jax.batches.cache import TaskRequest
 from prompt_tuning_jax.tasks import imdb, module_for, preprocessors, review_grammar, sources
 from prompt_tuning_jax.tokenizers.vocabulary import EOS, PAD, UNK, Vocabulary
 
-SENTINEL = 31_999  # <extra_id_0> of the noise tests; their tokens are far below
+SENTINEL = 31_999  # <extra_id_0> in the tests of noise, whose tokens are much smaller
 SENTINELS = range(SENTINEL, SENTINEL - 100, -1)
 
 
 @pytest.fixture(scope="module")
 def t5(data_dir):
-    """The vocabulary of the public T5 1.1 checkpoints: ours, and SeqIO's."""
+    """Returns the vocabulary of the public T5 1.1 checkpoints, as ours and as SeqIO's."""
     path = str(data_dir / "t5" / "spiece.model")
     return Vocabulary(path), seqio.SentencePieceVocabulary(path, extra_ids=100)
 
@@ -46,7 +46,7 @@ def find_module(name):
 
 
 def columns(name, data_dir):
-    """A whole training split as one batch: row by row, TensorFlow is slow."""
+    """Returns a whole training split as one batch, because TensorFlow is slow row by row."""
     sources.set_data_dir(str(data_dir))
     dataset = find_module(name).source.get_dataset("train", shuffle=False)
     return next(dataset.batch(100_000).as_numpy_iterator())
@@ -67,7 +67,7 @@ SST2 = "sentence\tlabel\na fine film . \t1\nit 's \"dull \t0\n"
 
 @pytest.mark.parametrize("prefix, name", [("sst2 ", "glue_sst2_v200"), ("", "taskless_glue_sst2_v200")])
 def test_sst2_reads_as_t5_wrote_it(tiny, tmp_path, prefix, name):
-    """The blank at the end is in GLUE's file and in T5's inputs; a quote is a character like any other."""
+    """The space at the end is in GLUE's file and in T5's inputs; a quote is an ordinary character."""
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").write_text(SST2)
     found = examples(tiny, name, data_dir=tmp_path)
@@ -92,13 +92,13 @@ def test_sst2_of_glue_is_whole(data_dir):
     found = columns("glue_sst2_v200", data_dir / "glue")
     assert len(found["label"]) == 67_349
     assert list(np.bincount(found["label"])) == [29_780, 37_569]
-    # The first row as TFDS has it.
+    # The first row, as in TFDS.
     assert (found["sentence"][0], found["label"][0], found["idx"][0]) == (
         b"hide new secretions from the parental units ", 0, 0,
     )  # fmt: skip
 
 
-# Two rows of each of GLUE's files as GLUE writes them; the texts of the first are below.
+# Two rows of each of GLUE's files in GLUE's own format; the texts of the first row are below.
 GLUE_FILES = {
     "cola": ("CoLA/train.tsv", ["gj04\t1\t\tA b c.", "gj04\t0\t*\tC b a."]),
     "sst2": ("SST-2/dev.tsv", ["sentence\tlabel", "a fine film . \t1", "dull \t0"]),
@@ -175,7 +175,7 @@ def test_glues_own_files(tiny, tmp_path, name, version):
     assert [example["idx"] for example in found] == [*range(len(lines) - (name != "cola"))]
 
 
-# The test files have no labels, and CoLA's has a header that its others have not.
+# The test files have no labels, and of CoLA's files only the test file has a header.
 TEST_FILES = {
     "cola": ("CoLA/test.tsv", ["index\tsentence", "0\tA b c."]),
     "sst2": ("SST-2/test.tsv", ["index\tsentence", "0\ta fine film . "]),
@@ -209,7 +209,7 @@ def test_mnli_has_its_splits_of_tfds(tiny, tmp_path):
 
 
 def test_rows_of_qqp_with_too_few_cells_are_left_out(tiny, tmp_path):
-    """As TFDS leaves them out, and an empty question stays; the numbers of the others are their lines'."""
+    """As in TFDS, such rows are left out, rows with an empty question stay, and a row's index is that of its line."""
     title, *lines = GLUE_FILES["qqp"][1]
     write(tmp_path, "QQP/train.tsv", title, "4\t1\t2\tQ?\tno more", *lines)
     found = examples(tiny, "glue_qqp_v200", "train", tmp_path)
@@ -221,7 +221,7 @@ def test_rows_of_qqp_with_too_few_cells_are_left_out(tiny, tmp_path):
 
 @pytest.mark.parametrize("score", [*(round(i / 10, 1) for i in range(51)), 3.333, 4.444, 1.7])
 def test_a_score_is_rounded_to_a_fifth(tiny, tmp_path, score):
-    """Half way between two fifths, to the even one, as T5's tf.round has it of float32."""
+    """A score half way between two fifths is rounded to the even one, as by T5's tf.round in float32."""
     title = GLUE_FILES["stsb"][1][0]
     write(tmp_path, "STS-B/dev.tsv", title, f"0\tg\tf\ty\to\ts\ts\tS.\tS.\t{score}")
     (found,) = examples(tiny, "glue_stsb_v200", "validation", tmp_path)
@@ -511,7 +511,7 @@ def test_the_demos_task_is_the_grammars_sentences(tiny, split):
 
 @pytest.mark.parametrize("name", ["text_span_corruption", "text_prefix_lm"])
 def test_a_text_task_holds_every_document_once(tiny, tmp_path, name):
-    """Long documents are cut into pieces that fit and short ones kept: no token of the text is lost."""
+    """Long documents are split into parts that fit, and short ones are kept: no token of the text is lost."""
     documents = [" ".join(["the plot was dull ."] * n) for n in (1, 2, 5, 30, 3)]
     (tmp_path / "a.txt").write_text("\n".join([*documents[:2], "", "  ", *documents[2:4]]) + "\n")
     with lzma.open(tmp_path / "b.txt.xz", "wt") as file:
@@ -540,7 +540,7 @@ def test_a_part_of_the_text_is_for_validation(tmp_path):
 
 
 def splice(inputs, targets, first):
-    """The source of a corrupted example: each sentinel of the inputs is replaced by what follows it in the targets."""
+    """Returns the source of a corrupted example: each sentinel is replaced by the tokens after it in the targets."""
     spans = {}
     for token in targets:
         if token > first - 100:
@@ -576,21 +576,22 @@ def test_corrupted_spans_put_back_give_the_source(source, noise):
 
 
 def test_spans_have_all_lengths_and_every_place():
-    """Of twelve tokens, four lost in two spans: every way of it comes up, about as often as every other."""
+    """Four of twelve tokens are dropped, in two spans: all ways to do this occur, and about equally often."""
     tokens = np.arange(3, 15, dtype=np.int32)
     rng = np.random.default_rng(0)
     seen = {}
     for _ in range(4_200):
         inputs, _ = preprocessors.corrupt_spans(tokens, rng, SENTINELS, density=4 / 12, mean_span=2.0)
         seen[tuple(inputs)] = seen.get(tuple(inputs), 0) + 1
-    assert len(seen) == 7 * 3  # ways to split eight kept tokens in two, times ways to split four lost ones
-    assert min(seen.values()) > 120 and max(seen.values()) < 280  # 200 expected of each; six standard deviations
+    assert len(seen) == 7 * 3  # ways to split eight kept tokens in two, times ways to split four dropped ones
+    # Expected: 200 of each. The bounds are six standard deviations.
+    assert min(seen.values()) > 120 and max(seen.values()) < 280
 
 
 def corrupted_length(length, density, mean_span):
     tokens = np.full(length, 3, np.int32)
     inputs, targets = preprocessors.corrupt_spans(tokens, np.random.default_rng(0), SENTINELS, density, mean_span)
-    return len(inputs) + 1, len(targets) + 1  # an end of sequence each
+    return len(inputs) + 1, len(targets) + 1  # each has an end of sequence
 
 
 @given(st.integers(3, 3_000), st.sampled_from([(0.15, 3.0), (0.5, 3.0), (0.15, 8.0)]))
@@ -601,7 +602,7 @@ def test_the_source_is_as_long_as_fits_the_inputs(inputs_length, noise):
 
 
 def test_t5s_own_lengths():
-    """T5 pre-trains on inputs of 512 and targets of 114 (its gin files), from 568 tokens."""
+    """T5's gin files pre-train with inputs of 512 and targets of 114 tokens, made from 568 tokens."""
     assert preprocessors.span_corruption_length(512, 0.15, 3.0) == 568
     assert corrupted_length(568, 0.15, 3.0) == (512, 114)
 
@@ -620,7 +621,7 @@ def test_a_prefix_may_end_anywhere():
     rng = np.random.default_rng(0)
     cuts = [len(preprocessors.split_prefix(np.arange(20, dtype=np.int32), rng, 16, 12)[0]) for _ in range(900)]
     assert set(cuts) == set(range(8, 17))
-    assert max(map(cuts.count, set(cuts))) < 160  # 100 expected of each
+    assert max(map(cuts.count, set(cuts))) < 160  # expected: 100 of each
 
 
 def test_a_pretraining_example_has_noise_of_its_own_and_the_same_each_time(tiny, tmp_path):
@@ -659,7 +660,7 @@ def test_sentinels_are_the_last_ids(t5):
     assert ours.size == theirs.vocab_size == 32_100
     for token, text in ((32_099, "<extra_id_0>"), (32_000, "<extra_id_99>")):
         assert ours.decode([token]) == ours.piece(token) == theirs.decode([token]) == text
-    for token in (32_100, 32_127):  # rows that pad a model's table
+    for token in (32_100, 32_127):  # ids of padding rows in a model's embedding table
         assert ours.decode([token, *ours.encode("a film")]) == ours.decode([UNK, *ours.encode("a film")])
         assert ours.piece(token) == "<unk>"
     assert ours.decode([*ours.encode("a film"), 32_099, *ours.encode("good"), EOS]) == "a film <extra_id_0> good"
@@ -688,5 +689,5 @@ def test_a_vocabularys_fingerprint_is_its_contents(tiny, tmp_path):
 
 
 def test_tensorflow_is_told_nothing_of_the_gpu():
-    """The tests' own safety: TensorFlow beside JAX in one process takes no memory of an accelerator."""
+    """Protects the tests: TensorFlow takes no memory of an accelerator in a process that also uses JAX."""
     assert not tf.config.get_visible_devices("GPU")

@@ -1,4 +1,4 @@
-"""A base so small that a run of it takes seconds: what the tests of the command line train on."""
+"""Makes a base model so small that a run takes seconds; the tests of the command lines train on it."""
 
 import contextlib
 import io
@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 CONFIG = T5Config(
     vocab_size=400, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, mlp_dim=32, head_dim=8
 )
-LENGTHS = {"inputs": 32, "targets": 8}  # the demo's sentences are 25 to 55 tokens: cuts most of them, fills one bucket
+# The demo's sentences have 25 to 55 tokens: most are truncated, and all fill one bucket.
+LENGTHS = {"inputs": 32, "targets": 8}
 PROMPT_LENGTH = 5
 GIN = """
 from __gin__ import dynamic_registration
@@ -48,7 +49,7 @@ config.T5Config:
 
 
 class Tiny(NamedTuple):
-    """Everything a run of the tiny base needs, in one folder that all tests share."""
+    """Holds the folder, shared by all tests, with everything that a run of the tiny base model needs."""
 
     folder: Path
 
@@ -66,7 +67,7 @@ class Tiny(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a run: its caches are in the folder, and it compiles fast rather than well."""
+        """The environment of a run: its caches are in the folder, and XLA compiles without optimisation."""
         return {
             "PROMPT_TUNING_CACHE": str(self.folder / "cache"),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
@@ -81,7 +82,7 @@ class Tiny(NamedTuple):
         return TaskRequest("demo_reviews", str(self.vocabulary), LENGTHS)
 
     def arguments(self, *files: str, **macros) -> list[str]:
-        """Of a prompt-tuning run on the demo's task, or of the run and prompt `files`."""
+        """Returns the command line of a run on the demo's task: prompt tuning, or what the gin `files` say."""
         files = files or ("prompts/random_uniform.gin", "runs/prompt_tune.gin")
         settings = {
             "MIXTURE_OR_TASK_NAME": "demo_reviews",
@@ -103,7 +104,7 @@ class Tiny(NamedTuple):
         ]
 
     def start(self, arguments: list[str], python: Sequence[str] = (), **options) -> subprocess.Popen:
-        """`python -m prompt_tuning_jax.train` in a process of its own; `python` is for the interpreter."""
+        """Starts `python -m prompt_tuning_jax.train` as a process; `python` has arguments of the interpreter."""
         command = [sys.executable, *python, "-m", "prompt_tuning_jax.train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         return subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, **pipes)
@@ -115,7 +116,7 @@ class Tiny(NamedTuple):
 
 
 def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
-    """The shared folder, made by the first test, of whichever worker, that asks for it."""
+    """Returns the shared folder; the first test in any worker that needs it creates it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     if not folder.exists():
@@ -132,7 +133,7 @@ def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
 
 @contextlib.contextmanager
 def keeping_compiled_programs(folder: Path) -> Iterator[None]:
-    """Keeps what JAX compiles in this context in a folder, so that the same program is compiled once."""
+    """Caches what JAX compiles in this context in `folder`, so that equal programs are compiled once."""
     kept = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
     before = {name: getattr(jax.config, name) for name in kept}
     for values in (kept, before):
@@ -145,7 +146,7 @@ def keeping_compiled_programs(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_caches(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For command lines that run in this process: the caches of the tiny runs, not the user's, and no settings left."""
+    """Lets command lines run in this process with the caches of the tiny runs; resets gin and JAX's cache after it."""
     for name, value in tiny.environment.items():
         monkeypatch.setenv(name, value)
     before = jax.config.jax_compilation_cache_dir
@@ -156,7 +157,7 @@ def own_caches(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train_vocabulary(pieces: int = 300) -> bytes:
-    """A case-folding SentencePiece model of the demo's sentences and labels."""
+    """Returns a case-folding SentencePiece model, trained on the demo's sentences and labels."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*unlabelled(400), *["negative", "positive"] * 20]),
@@ -174,7 +175,7 @@ def train_vocabulary(pieces: int = 300) -> bytes:
 
 
 def random_params(seed: int) -> dict[str, np.ndarray]:
-    """Weights of the tiny size."""
+    """Returns random weights of the tiny size, float32, by path."""
     rng = np.random.default_rng(seed)
     return {
         name: rng.normal(1.0 if name.endswith("scale") else 0.0, 0.3, shape).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Files of models and runs: base models in and out, training state."""
+"""Reads and writes base models, tuned parameters and training states."""

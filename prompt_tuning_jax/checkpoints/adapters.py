@@ -1,7 +1,8 @@
-"""LoRA and IA3 adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, or `.bin` (peft 0.21).
+"""Reads and writes LoRA and IA3 adapters in PEFT's layout (peft 0.21).
 
-Every field of a stranger's configuration is honoured, known to change nothing once training is over, or refused by
-name: what PEFT would compute with the folder is what we compute.
+A folder has `adapter_config.json`, and `adapter_model.safetensors` or `adapter_model.bin`. Each field of the
+configuration is applied, is known to change nothing after training, or is refused by name. So an adapter that is read
+computes what PEFT would compute with it.
 """
 
 import collections
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+from reprlib import repr as shown  # truncates a file's values, so that an error stays one line
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,15 +52,15 @@ HONOURED = {
     "layers_pattern init_lora_weights",
     IA3: "target_modules exclude_modules feedforward_modules",
 }
-# Fields that change nothing once training is over, or nothing of a T5 (it has no biases). The settings of a special
-# start matter only with an `init_lora_weights` that is refused, or with one that leaves the base model alone.
+# Fields that change nothing after training, or nothing in a T5, which has no biases. The settings of special initial
+# values matter only with an `init_lora_weights` that is refused, or that does not change the base model.
 HARMLESS = {
     LORA: "lora_dropout bias loftq_config eva_config corda_config lora_ga_config megatron_config megatron_core "
     "qalora_group_size runtime_config ensure_weight_tying",
     IA3: "init_ia3_weights",
 }
 COMMON = "peft_type task_type base_model_name_or_path revision inference_mode peft_version auto_mapping"
-# The others, "pissa" and so on, also change the base model's own weights.
+# The accepted values of `init_lora_weights`. All others, such as "pissa", also change the base model's own weights.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -67,7 +68,7 @@ def adapter_kind(folder: str | os.PathLike) -> str:
     """Returns the PEFT type of an adapter's folder: "LORA", "IA3", "PROMPT_TUNING", ...
 
     Raises:
-      ValueError: the folder is no adapter.
+      ValueError: the folder has no valid `adapter_config.json`.
     """
     return str(read_config(Path(folder, CONFIG), EXPECTED).get("peft_type"))
 
@@ -76,14 +77,14 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
     """Reads a LoRA or IA3 adapter that PEFT trained, or that `write_adapter` wrote.
 
     Args:
-      config: the size of the model that it is for.
+      config: the size of the base model.
 
     Returns:
-      float32 parameters by path, whatever float the file holds, with LoRA's scaling in each `lora_b`.
+      The parameters by path, in float32 whatever the file's dtype, with LoRA's scaling multiplied into each `lora_b`.
 
     Raises:
-      ValueError: the folder is no adapter, or one of another kind or for another model; it asks for what the model
-        cannot do; or its two files are damaged or disagree.
+      ValueError: the folder is not an adapter of LoRA or IA3, or it is for another model; its configuration has a field
+        that is not supported; or its two files are damaged or disagree.
     """
     folder = Path(folder)
     fields = read_config(folder / CONFIG, EXPECTED)
@@ -119,18 +120,18 @@ def write_adapter(
     base: str | None = None,
     alpha: float | int | None = None,
 ) -> None:
-    """Writes a folder that `PeftModel.from_pretrained` loads, whole or not at all.
+    """Writes a folder that `PeftModel.from_pretrained` loads; the folder appears whole or not at all.
 
     Args:
-      injection: what `LoRA` or `IA3` gives, or another method that gives parameters of one of these two kinds.
-      config: the size of the model that it is for.
+      injection: the injection of `LoRA` or `IA3`, or of another method whose parameters are all of one of these kinds.
+      config: the size of the base model.
       base: the base model's path or name on Hugging Face's hub, for `AutoPeftModelForSeq2SeqLM`.
-      alpha: written as `lora_alpha`, and each B is divided by alpha / rank. None: each adapter's rank, with which the
-        file holds B as it is.
+      alpha: written as `lora_alpha`; each B is divided by alpha / rank. None writes each adapter's rank, so that B is
+        written unchanged.
 
     Raises:
-      ValueError: the injection is of neither kind; or the folder is there and holds anything but an earlier adapter
-        from here.
+      ValueError: the parameters are of neither kind; or the folder exists and has anything in it but an adapter that
+        this function wrote.
     """
     if injection.length:
         raise ValueError("the method gives a prompt, which a PEFT adapter of LoRA or IA3 cannot hold")
@@ -165,11 +166,12 @@ def _modules(config: T5Config) -> dict[str, str]:
     return {theirs.removesuffix(".weight"): ours.removesuffix("/kernel") for theirs, ours in kernels}
 
 
-Tensors = dict[str, tuple[str, tuple[int, ...], float]]  # by name: the parameter's path, the tensor's shape, a factor
+# By name: the parameter's path, the tensor's shape, and the factor that the tensor is multiplied by.
+Tensors = dict[str, tuple[str, tuple[int, ...], float]]
 
 
 def _lora_tensors(fields: dict, modules: list[str], config: T5Config) -> Tensors:
-    """Returns what the weights must hold."""
+    """Returns the tensors that a LoRA file must have."""
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     paths, shapes = _modules(config), expected_shapes(config)
     tensors: Tensors = {}
@@ -188,7 +190,7 @@ def _lora_tensors(fields: dict, modules: list[str], config: T5Config) -> Tensors
 
 
 def _ia3_tensors(fields: dict, modules: list[str], config: T5Config) -> Tensors:
-    """Returns what the weights must hold."""
+    """Returns the tensors that an IA3 file must have."""
     paths, shapes = _modules(config), expected_shapes(config)
     tensors: Tensors = {}
     for module in modules:
@@ -217,7 +219,7 @@ def _ia3_folder(modules: Mapping[str, dict[str, ArrayLike]], targets: list[str])
     """Returns the `target_modules`, the other fields of `adapter_config.json`, and the tensors."""
     of_input = {module for module, adapters in modules.items() if INPUT_SCALE in adapters}
     feedforward = sorted({module.rpartition(".")[2] for module in of_input})
-    # PEFT wants them among the targets, and takes "o" for "wo", too.
+    # PEFT requires feed-forward modules to be targets, too. Its "o" also matches "wo".
     exact = all(_is_feedforward(feedforward, module) == (module in of_input) for module in modules)
     if not exact or not set(feedforward) <= set(targets):
         feedforward = sorted(of_input)
@@ -230,7 +232,7 @@ def _ia3_folder(modules: Mapping[str, dict[str, ArrayLike]], targets: list[str])
 
 
 def _short_names(modules: Mapping[str, Any], config: T5Config) -> list[str]:
-    """Returns `target_modules`: "q" if every q of the model is adapted, else the whole name of each that is."""
+    """Returns `target_modules`: "q" if every q of the model is adapted, else the full name of each adapted module."""
     everywhere = collections.defaultdict(set)
     for module in _modules(config):
         everywhere[module.rpartition(".")[2]].add(module)
@@ -242,8 +244,7 @@ def _check_fields(fields: dict) -> str:
     """Returns the kind of adapter.
 
     Raises:
-      ValueError: a field asks for what the model cannot do, or has no value of its type; the message is its name and
-        value.
+      ValueError: a field is not supported, or its value has the wrong type; the message has the field's name and value.
     """
     kind, task = fields.get("peft_type"), fields.get("task_type")
     if kind not in (LORA, IA3):
@@ -272,7 +273,7 @@ def _check_fields(fields: dict) -> str:
     return kind
 
 
-# What follows is PEFT's way to find modules by name (tuners/tuners_utils.py, utils/other.py, tuners/ia3/model.py).
+# The functions below find modules by name as PEFT does (tuners/tuners_utils.py, utils/other.py, tuners/ia3/model.py).
 
 
 def _is_named(wanted: str | list[str], module: str) -> bool:
@@ -307,7 +308,7 @@ def _pattern(patterns: dict, module: str) -> str | None:
 
 
 def _oddity(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | None:
-    """Returns what is wrong with the tensors of a file, by their shapes; None if they are those expected."""
+    """Returns what is wrong with the names or shapes of a file's tensors; None if they are as expected."""
     lacking, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if more:
         return f"holds {more[0]!r:.120}, which {CONFIG} does not name, or this model does not have"

@@ -1,4 +1,4 @@
-"""The frozen base: found by path or hub id, checked against the size asked for, known by its fingerprint."""
+"""Finds base models by path or hub id, checks their size, reads their parameters and computes their fingerprints."""
 
 import collections
 import contextlib
@@ -34,29 +34,30 @@ from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary, vocabular
 MODEL_SETTING = Setting("initial_checkpoint_path")
 EMBEDDED = {"nano": Path(__file__).parent.parent / "bases" / "nano"}
 
-TRIM_EVERY = 32 * 2**20  # bytes read
+TRIM_EVERY = 32 * 2**20  # after so many bytes have been read, freed memory is returned to the system
 FLOATS = ("float32", "bfloat16", "float16")
 
 SIZES = (
     *("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "mlp_dim", "head_dim"),
     "relative_bias_per_layer",
 )
-# What no shape says, and no checkpoint of T5X, but Hugging Face's config.json does.
+# Fields that Hugging Face's config.json has. Neither the arrays' shapes nor any T5X checkpoint shows them.
 CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attention_max_distance")
-HEAD = ("scale_decoder_outputs",)  # which config.json tells only together with the tensors
+HEAD = ("scale_decoder_outputs",)  # known only from config.json together with the tensors
 
 Params = dict[str, jax.Array]
-Place = Callable[[str, tuple[int, ...]], Sharding]  # of the array at a path, of a shape
+Place = Callable[[str, tuple[int, ...]], Sharding]  # returns the sharding of an array, from its path and shape
 
 
 class Base(NamedTuple):
-    """A base model in memory.
+    """Holds a base model in memory.
 
     Attributes:
       path: the folder or URL that it was read from, or its id on the hub with the commit; None for random weights.
-      params: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 base with scales beside it, see `t5.quantized`.
-      fingerprint: of the file's values and of what the model computes with them: the same in whatever dtype they are
-        in memory, in either layout on disk, and on any mesh.
+      params: the parameters by path, such as "encoder/layers_0/mlp/wi_0/kernel". An int8 model also has scales; see
+        `t5.quantized`.
+      fingerprint: identifies the file's values and what the model computes with them. It does not depend on the dtype
+        in memory, on the layout on disk, or on the mesh.
     """
 
     path: str | None
@@ -65,12 +66,12 @@ class Base(NamedTuple):
 
 
 class StoredModel(NamedTuple):
-    """A model on disk, of which nothing is read yet.
+    """Holds the arrays of a model on disk, which are not read yet.
 
     Attributes:
-      location: its folder, or URL.
-      config: its size, read from the files.
-      arrays: by path. A T5X checkpoint may have a soft prompt among them; see `prompts.files`.
+      location: the model's folder or URL.
+      config: the model's size, read from the files; None if the files do not show it.
+      arrays: the arrays by path. A T5X checkpoint may contain a soft prompt, too; see `prompts.files`.
     """
 
     location: str
@@ -81,12 +82,12 @@ class StoredModel(NamedTuple):
 def resolve(path: str) -> str:
     """Returns the folder or URL of a base model.
 
-    The configuration and the tokenizer of a hub id are downloaded, unless they are in the cache. `open_model` downloads
-    its parameters.
+    For a hub id, the configuration and the tokenizer are downloaded unless they are in the cache. `open_model`
+    downloads the parameters.
 
     Args:
       path: the name of an embedded model; a folder; a URL (`gs://`), returned as it is; "t5x:NAME", see `t5x_names`; or
-        a hub id, see `hub`. A folder that exists wins over a hub id of the same text.
+        a hub id, see `hub`. If a folder has the same name as a hub id, the folder is taken.
 
     Raises:
       ValueError: there is no such folder, and no such model on the hub.
@@ -110,23 +111,23 @@ def resolve(path: str) -> str:
 
 
 def default_vocabulary(path: str | None) -> str | None:
-    """The vocabulary that lies in the base's folder, or that its files name: see `vocabulary_in`."""
+    """Returns the vocabulary in the base model's folder, or the one that its files name; see `vocabulary_in`."""
     return vocabulary_in(resolve(path)) if path else None
 
 
 def open_model(path: str) -> StoredModel:
-    """Opens a base or a tuned model of any format, by its path alone: Hugging Face's, or T5X's in either layout.
+    """Opens a base model or a tuned model in Hugging Face's layout or either layout of T5X. No array is read yet.
 
     Args:
-      path: what `resolve` takes. A hub id's parameters are downloaded, unless they are in the cache.
+      path: what `resolve` takes. For a hub id, the parameters are downloaded unless they are in the cache.
 
     Raises:
-      ValueError: there is none, or it is not whole; the message names what is wrong.
+      ValueError: there is no model, or a part of it is missing or damaged; the message says which.
     """
     location = resolve(path)
     with _explained():
         if Path(location, huggingface.CONFIG).is_file():
-            huggingface.read_config(location)  # refused before its parameters are downloaded
+            huggingface.read_config(location)  # raises before the parameters are downloaded
             hub.fetch_weights(location)
             return StoredModel(location, *huggingface.open_folder(location))
         if is_t5x(location):
@@ -145,31 +146,35 @@ def _no_model(location: str) -> SettingError:
 
 
 def check_base_dtype(dtype: Any) -> None:
-    """Raises ValueError where a base cannot be held in `dtype`."""
+    """Raises ValueError if `dtype` is not a dtype for the parameters of a base model."""
     if dtype not in ("auto", None, "float32", "bfloat16", "int8", jnp.float32, jnp.bfloat16):
         expected = "'auto', 'float32', 'bfloat16', 'int8' or None for the file's own"
         raise SettingError(Setting("base_dtype"), f" is {dtype!r}, expected {expected}")
 
 
 def auto_dtype(*, only_read: bool = True) -> str | None:
-    """What "auto" is for a base: float32 on CPU; on accelerators bfloat16, the dtype of their products, for a base that
-    is only read, and the file's own (None) for one that is trained, whose start bfloat16 would round."""
+    """Returns the dtype that "auto" stands for.
+
+    On a CPU it is float32. On an accelerator it is bfloat16, the dtype of its matmuls, for a base model that is only
+    read; and None, the file's own, for one that is trained, because bfloat16 would round its initial values.
+    """
     if jax.default_backend() == "cpu":
         return "float32"
     return "bfloat16" if only_read else None
 
 
 def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Place | None = None) -> Base:
-    """Reads a base into device memory, one array at a time, after checking every array's shape against `config`.
+    """Checks the shape of every array against `config`, then reads a base model into device memory, array by array.
 
     Args:
-      place: where each array is to lie, by its path and shape; a process then reads only what lies on its own devices.
-        None for all on the first device.
-      dtype: of the parameters; None for the file's; "auto" for `auto_dtype` of a base that is only read. "int8" for
-        matrices of int8 (`t5.quantized`) and "auto" for the rest: half of bfloat16's memory, but only to be read.
+      path: what `resolve` takes.
+      dtype: the dtype of the parameters. None is the file's own, "auto" is `auto_dtype()`. "int8" quantizes matrices
+        (`t5.quantized`) and takes "auto" for the rest: half of bfloat16's memory, but such a model cannot be trained.
+      place: returns each array's sharding; each process then reads only the shards of its own devices. If None, all
+        arrays are on the first device.
 
     Raises:
-      ValueError: no base is there, it is not whole, or its size is another.
+      ValueError: there is no base model, a part of it is missing or damaged, or its size is not that of `config`.
     """
     check_base_dtype(dtype)
     location = resolve(path)
@@ -183,13 +188,13 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
         check_size(model.config, config, model.location, HEAD if told else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
     sums, params, passed = {}, {}, 0
-    # The largest first: what an array needs besides its place on the device is then never on top of all the others.
+    # The largest first: an array's temporary memory is then never needed while all other arrays are in memory.
     with _explained():
         for name in sorted(arrays, key=lambda name: arrays[name].nbytes, reverse=True):
             if arrays[name].dtype.name not in FLOATS:
                 raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
             array = jnp.asarray(np.asarray(arrays[name])) if place is None else _read_shards(arrays[name], name, place)
-            # Of the file's own values: a base has one fingerprint, in whatever dtype it is held.
+            # From the file's own values, so that the fingerprint does not depend on the dtype in memory.
             sums[name] = _sums(array)
             if count := int(sums[name][2]):
                 of = f"{count:,} of {math.prod(array.shape):,} values"
@@ -204,13 +209,13 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Plac
 
 
 def _trim_heap() -> None:
-    """Gives memory that was freed back to the system: glibc keeps pieces below 32 MB, a tenth of a base in the end."""
+    """Returns freed memory to the system: glibc would keep blocks below 32 MB, in total a tenth of a base model."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read_shards(stored: StoredArray, name: str, place: Place) -> Array:
-    """An array on its devices. Each part of it that lies on a device of this process is read, once."""
+    """Returns an array on its devices. Each shard on a device of this process is read once."""
     sharding = place(name, stored.shape)
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(stored.shape).items():
@@ -223,10 +228,10 @@ def _read_shards(stored: StoredArray, name: str, place: Place) -> Array:
 
 
 def _held(name: str, array: Array, asked: Any, place: Place | None) -> Params:
-    """What stands in memory for one of the file's arrays, by path."""
+    """Returns an array of the file in the dtype that is kept in memory, by path: int8 gives an array and its scales."""
     if asked == "int8":
         convert = functools.partial(quantized, name)
-        if len(jax.eval_shape(convert, array)) == 1:  # no matrix
+        if len(jax.eval_shape(convert, array)) == 1:  # not a matrix
             return _held(name, array, "auto", place)
     else:
         dtype = _parameter_dtype(asked, array.dtype)
@@ -247,7 +252,7 @@ def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says which setting names the files that are not as they should be."""
+    """Adds the setting to change to errors about a base model's files."""
     try:
         yield
     except ArrayError as error:
@@ -257,7 +262,7 @@ def _explained() -> Iterator[None]:
 
 
 def _nearby(location: str) -> str:
-    """Where the model may be that was meant."""
+    """Returns a hint at the model in a subfolder that was probably meant; "" if there is none."""
     steps = [path for path in Path(location).glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
     if steps:
         return f"; did you mean {max(steps, key=lambda path: int(path.name.removeprefix('checkpoint_')))}?"
@@ -266,7 +271,7 @@ def _nearby(location: str) -> str:
 
 
 def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base:
-    """Random weights, for pre-training; made where `place` has them lie."""
+    """Returns a model with random weights, for pre-training. The weights are made with the shardings of `place`."""
 
     def init(key: Array) -> Params:
         tokens = jnp.ones((1, 2), jnp.int32)
@@ -280,7 +285,7 @@ def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base
 
 
 def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, by shape evaluation alone."""
+    """Returns the shape of each parameter by path. Computes no values."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     init = functools.partial(Transformer(config).init, enable_dropout=False)
     tree = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
@@ -290,7 +295,7 @@ def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def check_size(
     found: T5Config, expected: T5Config, where: str | os.PathLike, fields: tuple[str, ...] = SIZES + CHOICES
 ) -> None:
-    """Raises ValueError where the file's size is not the one configured."""
+    """Raises ValueError if `fields` of the file's configuration differ from those of the expected one."""
     odd = [
         f"{f} {getattr(found, f)}, not {getattr(expected, f)}"
         for f in fields
@@ -304,13 +309,13 @@ def check_size(
 
 
 def sized(config: T5Config, path: str | None) -> T5Config:
-    """Returns a configuration whose size, if it is left out, is that of the base model's files.
+    """Returns `config`, with the size of the base model's files if `config` has no size.
 
     Args:
-      path: of the base model; None for random weights, whose size must be given.
+      path: the base model's path; None for random weights, for which `config` must have a size.
 
     Raises:
-      ValueError: the files give no size, or another one than a field that is given.
+      ValueError: the files do not show the size, or a field that `config` sets has another value in the files.
     """
     if config.has_size:
         return config
@@ -330,7 +335,7 @@ def sized(config: T5Config, path: str | None) -> T5Config:
 
 
 def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
-    """Raises ValueError where the vocabulary cannot be the model's: its ids fill the table's rows but for padding."""
+    """Raises ValueError if the vocabulary does not fit the model: its ids must fill the table, except for padding."""
     if not vocabulary.size <= config.vocab_size < vocabulary.size + 1024:
         raise SettingError(
             f"vocabulary {vocabulary.path} has {vocabulary.size} ids, the model {config.vocab_size} rows: they do not "
@@ -340,10 +345,10 @@ def check_vocabulary(vocabulary: Vocabulary, config: T5Config) -> None:
 
 
 def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Vocabulary:
-    """The vocabulary at `path`, or beside the base, with the ids that the base model's files name.
+    """Returns the vocabulary at `path`, or else beside the base model, with the ids that the base model's files name.
 
     Raises:
-      ValueError: there is none, or it cannot belong to the model.
+      ValueError: there is no vocabulary, or its number of ids does not fit the model.
     """
     path = path or default_vocabulary(base)
     if path is None:
@@ -361,7 +366,7 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
 
 
 def _told_ids(base: str | None) -> dict[str, int]:
-    """Returns the ids that a base model's own files name, as arguments of `Vocabulary`; T5X's files name none."""
+    """Returns the special ids in a base model's config.json, as arguments of `Vocabulary`; {} for T5X's files."""
     location = base and resolve(base)
     if not location or not Path(location, huggingface.CONFIG).is_file():
         return {}
@@ -371,10 +376,13 @@ def _told_ids(base: str | None) -> dict[str, int]:
 
 
 def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
-    """Returns the config with the ids of the base model's vocabulary, as `open_vocabulary` gives it.
+    """Returns `config` with the special ids of the base model's vocabulary.
+
+    Args:
+      vocabulary: the vocabulary that `open_vocabulary` returned.
 
     Raises:
-      ValueError: `config` has ids of its own, which are neither T5's nor these.
+      ValueError: an id of `config` is neither T5's default nor the vocabulary's.
     """
     found = {
         "pad_token_id": vocabulary.pad_id,
@@ -391,7 +399,7 @@ def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: str | os.PathLike) -> None:
-    """Raises ValueError naming each tensor that is missing, superfluous or of another shape."""
+    """Raises ValueError if an array is missing, is not part of the model, or has another shape; names up to three."""
     expected = expected_shapes(config)
     odd = [f"{name} is missing" for name in expected if name not in found]
     odd += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -406,16 +414,17 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: 
 
 
 def _checksum(array: Array) -> UInt32[Array, "3"]:
-    """Two sums over hashes of each entry's float32 bit pattern and place: integer, so the order of adding cannot
-    matter, nor how the array is divided over devices. The third number counts entries that are NaN or infinity.
+    """Returns two checksums of an array, and the number of entries that are NaN or infinity.
 
-    A sum of the bit patterns themselves would not do: doubling or negating each of 512 entries adds a multiple of 2^32.
+    A checksum is the sum over hashes of each entry's float32 bit pattern and index. The sums are integer, so they do
+    not depend on the order of addition or on the sharding. Sums of the bit patterns themselves would miss changes:
+    doubling or negating each of 512 entries adds a multiple of 2^32.
     """
     if jnp.issubdtype(array.dtype, jnp.floating):
         bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
     else:
         bits = array.astype(jnp.uint32)
-    number = jnp.zeros(bits.shape, jnp.uint32)  # of each entry, row by row
+    number = jnp.zeros(bits.shape, jnp.uint32)  # index of each entry in row-major order
     for axis, size in enumerate(bits.shape):
         number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     places = (number * jnp.uint32(0x9E3779B1), number * jnp.uint32(0x85EBCA77) + jnp.uint32(0xC2B2AE3D))
@@ -424,7 +433,7 @@ def _checksum(array: Array) -> UInt32[Array, "3"]:
 
 
 def _mixed(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """MurmurHash3's 32-bit finalizer: one to one, and each bit of the input changes about half of the output's."""
+    """Hashes with MurmurHash3's 32-bit finalizer: one to one; each input bit changes about half of the output bits."""
     number = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
     number = (number ^ (number >> 13)) * jnp.uint32(0xC2B2AE35)
     return number ^ (number >> 16)
@@ -436,18 +445,20 @@ def _compiled_checksum(whole: NamedSharding | None) -> Callable[[Array], Array]:
 
 
 def _sums(array: Array) -> np.ndarray:
-    """The array's checksum, on the host of every process that has a part of it."""
+    """Returns the array's checksum on the host of every process that has a shard of the array."""
     sharding = getattr(array, "sharding", None)
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     return np.asarray(_compiled_checksum(whole)(array))
 
 
 def fingerprint(params: Mapping[str, jax.Array], config: T5Config | None = None) -> str:
-    """16 hexadecimal digits that change with any parameter's name, shape or value; computed where the arrays lie.
+    """Returns 16 hexadecimal digits that change with any parameter's name, shape or value.
+
+    The checksums are computed on the devices of the arrays.
 
     Args:
-      config: of the model, of which the fields of `NOT_IN_SHAPES` count if they are not T5 1.1's own; None for the
-        parameters alone.
+      config: the model's configuration. Its fields in `NOT_IN_SHAPES` change the fingerprint if they differ from T5
+        1.1's; None for the parameters alone.
     """
     return _digest(params, {name: _sums(params[name]) for name in params}, config)
 
@@ -470,5 +481,5 @@ def _digest(
 
 
 def not_in_shapes(config: T5Config) -> dict[str, Any]:
-    """Returns the fields that change what the model computes, that no shape shows, and that are not T5 1.1's own."""
+    """Returns the fields that change what the model computes, that no shape shows, and that differ from T5 1.1's."""
     return {name: found for name, own in NOT_IN_SHAPES.items() if (found := getattr(config, name)) != own}

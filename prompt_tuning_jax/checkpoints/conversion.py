@@ -1,4 +1,4 @@
-"""From any format of models and prompts to any other, one array in memory at a time."""
+"""Converts models and prompts between formats, with one array in memory at a time."""
 
 import contextlib
 import math
@@ -35,24 +35,26 @@ MODEL_FORMATS, PROMPT_FORMATS = ("t5x", "huggingface", "orbax"), ("npy", "peft",
 
 
 def convert(source: str, target: str, to: str, *, base: str | None = None, vocabulary: str | None = None) -> str:
-    """Writes what lies at `source` to `target`, whole or not at all, bit for bit in the dtype it has.
+    """Writes the model or prompt at `source` to `target`, which appears whole or not at all.
+
+    A model keeps its values and dtypes bit for bit; a prompt is written in float32.
 
     Args:
-      source: a model or a prompt, of any format that `open_model` or `read_prompt` knows; a model also by its hub id.
-      target: a path at which nothing is yet.
+      source: a model or a prompt in any format that `open_model` or `read_prompt` reads; a model also by its hub id.
+      target: a path that does not exist yet.
       to: for a model, "huggingface" (a folder for `transformers`), "t5x" (T5X's own layout) or "orbax" (the layout that
         T5X writes through Orbax); for a prompt, "npy", "peft" (an adapter folder) or "t5x" (a folder with the
         official implementation's file).
-      base: the base that a prompt was trained on, which a PEFT adapter names. Its width is checked if it can be read; a
-        hub id that cannot be read now is only named.
+      base: the base model that a prompt was trained on; "peft" writes its name. Its d_model is compared with the
+        prompt's, unless it is a hub id that cannot be read now.
       vocabulary: a SentencePiece model, a tokenizer.json or 'bytes', to put beside a model; None for the one beside
         `source`.
 
     Returns:
-      What was written, in one line.
+      One line that says what was written.
 
     Raises:
-      ValueError: `source` cannot be read or is not of the kind that `to` is for, or `target` is there already.
+      ValueError: `source` cannot be read or cannot become `to`, or `target` exists or cannot be written.
     """
     if os.path.lexists(target):
         raise SettingError(f"{target} is there already: set ", TARGET, " to a new path, or delete it")
@@ -83,7 +85,7 @@ def convert(source: str, target: str, to: str, *, base: str | None = None, vocab
 
 
 def is_prompt(source: str) -> bool:
-    """Whether `source` is a prompt and not a model. A T5X checkpoint is a model, even with a prompt in it."""
+    """Returns whether `source` is a prompt and not a model. A T5X checkpoint with a prompt in it is a model."""
     folder = Path(source)
     if "://" in source or _is_model_alone(source):
         return False
@@ -178,7 +180,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
 
 
 def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) -> list[str]:
-    """Returns what a reader of a T5X checkpoint has to be told, because its arrays do not tell it.
+    """Returns notes on the settings that a T5X checkpoint does not store and that its user must set.
 
     Raises:
       ValueError: no network of T5X computes what the model does.
@@ -202,12 +204,12 @@ def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) ->
 
 
 def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> list[str]:
-    """Returns what a reader of a T5X checkpoint has to be told of the ids.
+    """Returns notes on the special ids that a T5X checkpoint does not store and that its user must set.
 
-    T5X takes the end of sequence from the tokenizer; it pads and starts with 0.
+    T5X takes the id of the end of sequence from the tokenizer, and uses 0 for padding and the decoder's start.
 
     Raises:
-      ValueError: the model has other ids.
+      ValueError: the model has other ids than T5X would use.
     """
     end = "eos_token_id"
     in_t5x = IDS | ({} if tokenizer is None else {end: tokenizer.eos_id})

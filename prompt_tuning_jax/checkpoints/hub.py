@@ -1,8 +1,8 @@
-"""Base models by their id on the Hugging Face hub: `google/flan-t5-base`, or `google/flan-t5-base@REVISION`.
+"""Downloads base models by their hub id: `google/flan-t5-base`, or `google/flan-t5-base@REVISION`.
 
 `huggingface_hub` downloads into its own cache, and reads its own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE and others. It is imported only for text that has the form of an id. An id becomes a snapshot: the folder
-that the cache has for one commit of the repository.
+HF_HUB_OFFLINE and others. It is imported only for text that has the form of an id. A snapshot is the folder that the
+cache has for one commit of the repository.
 """
 
 import re
@@ -25,7 +25,7 @@ DESCRIPTION = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# The files of parameters, the preferred format first; shards have an index, such as model.safetensors.index.json.
+# The files of parameters, the preferred format first. Shards have an index, such as model.safetensors.index.json.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([^@\s]+))?", re.ASCII)
@@ -33,7 +33,7 @@ _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{40})")
 
 
 class HubError(ValueError):
-    """The hub has no such base model, or does not deliver it. The message says why; one line."""
+    """Says in one line why a base model on the hub cannot be found or downloaded."""
 
 
 def is_id(text: str) -> bool:
@@ -63,7 +63,7 @@ def fetch(text: str) -> str:
 
     repository, revision = found.groups()
     try:
-        # Once, so that all files are those of one commit. In offline mode the hub's own fallback would warn.
+        # Only once, so that all files are of the same commit. In offline mode the library's own fallback would warn.
         commit = resolve_revision(repository, revision=revision, local_files_only=is_offline_mode()).resolved
     except Exception as error:
         raise HubError(_reason(error, repository, revision)) from None
@@ -76,7 +76,7 @@ def fetch(text: str) -> str:
 
 
 def fetch_weights(folder: str) -> None:
-    """Downloads the parameters of a snapshot that are not there yet. Does nothing if `folder` is no snapshot.
+    """Downloads the parameters of a snapshot that are not in the cache yet. Does nothing if `folder` is not a snapshot.
 
     Raises:
       HubError: the repository has no parameters, or they cannot be downloaded.
@@ -93,12 +93,12 @@ def fetch_weights(folder: str) -> None:
         if first.endswith(INDEX):
             _download(path, _shards(path / first))
     except HubError:
-        if not _has_weights(path):  # another program may have left them there, in another format
+        if not _has_weights(path):  # another program may have downloaded them in another format
             raise
 
 
 def first_weights(names: Collection[str]) -> str | None:
-    """Returns the file of parameters to read, or the index of its shards; None if there is none among `names`.
+    """Returns the name of the file of parameters to read, or of the index of its shards; None if `names` has neither.
 
     >>> first_weights(["pytorch_model.bin", "model.safetensors.index.json", "flax_model.msgpack"])
     'model.safetensors.index.json'
@@ -107,7 +107,7 @@ def first_weights(names: Collection[str]) -> str | None:
 
 
 def files(folder: str) -> dict[str, int]:
-    """Returns the size in bytes of each file of a snapshot's commit, whether it is downloaded or not.
+    """Returns the size in bytes of each file of a snapshot's commit, whether or not it is downloaded.
 
     If the cache has no list of the commit's files, or `folder` is no snapshot, the files in the folder are returned.
     """
@@ -118,7 +118,7 @@ def files(folder: str) -> dict[str, int]:
 
 
 def name_of(folder: str) -> str | None:
-    """Returns the id of a snapshot with its commit; None if `folder` is no snapshot.
+    """Returns the id of a snapshot with its commit; None if `folder` is not a snapshot.
 
     >>> name_of("/cache/models--google--flan-t5-base/snapshots/7bcac572ce56db69c1ea7c8af255c5d7c9672fc2")
     'google/flan-t5-base@7bcac572ce56db69c1ea7c8af255c5d7c9672fc2'
@@ -132,7 +132,7 @@ def _repository(snapshot: re.Match[str]) -> str:
 
 
 def _listed(folder: Path) -> dict[str, int] | None:
-    """Returns the size of each file of a snapshot's commit, if the cache knows them all."""
+    """Returns the size of each file of a snapshot's commit; None if the cache has no list of them."""
     snapshot = _SNAPSHOT.fullmatch(str(folder))
     if snapshot is None:
         return None
@@ -147,7 +147,7 @@ def _listed(folder: Path) -> dict[str, int] | None:
 
 
 def _shards(index: Path) -> list[str]:
-    """Returns the names of the files that an index lists."""
+    """Returns the names of the shards that an index lists."""
     try:
         return sorted(set(read_index(index).values()))
     except ArrayError as error:
@@ -177,7 +177,8 @@ def _download(folder: Path, names: Collection[str]) -> None:
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
-            hidden = {} if options.get("unit") == "B" else {"disable": True}  # bytes, but not the number of files
+            # Shows the bar of bytes, and hides the bar of files.
+            hidden = {} if options.get("unit") == "B" else {"disable": True}
             super().__init__(*args, **options | hidden)
 
     snapshot = _SNAPSHOT.fullmatch(str(folder))
@@ -190,16 +191,16 @@ def _download(folder: Path, names: Collection[str]) -> None:
             allow_patterns=[*names],
             tqdm_class=Bar,
         )
-    except Exception as error:  # what ends a download is of many types: of HTTP, of Xet, of the disk
+    except Exception as error:  # errors of HTTP, of Xet and of the disk have many types
         raise HubError(_reason(error, _repository(snapshot), snapshot[2])) from None
 
 
 def _reason(error: Exception, repository: str, revision: str | None) -> str:
-    """Returns what an exception of `huggingface_hub` means for a user."""
+    """Returns the message for users about an exception of `huggingface_hub`."""
     from huggingface_hub import constants, errors, is_offline_mode
 
     named = repository if revision is None else f"{repository}@{revision}"
-    # Before a download, the hub's error is the cause of another one, which says that the cache has no such file either.
+    # Before a download, the HTTP error is the cause of another error, which says that the file is not in the cache.
     before = isinstance(error, (errors.RevisionResolutionError, errors.LocalEntryNotFoundError))
     cause = error.__cause__ if before and error.__cause__ else error
     status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None

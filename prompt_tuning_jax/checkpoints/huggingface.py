@@ -1,9 +1,10 @@
-"""T5 and its relatives in Hugging Face's layout: a folder with `config.json` and weights, in one file or in shards.
+"""Reads and writes T5 and related models in Hugging Face's layout: a folder with `config.json` and weights.
 
-The weights are `model.safetensors`, `pytorch_model.bin` or `flax_model.msgpack`: the first of these that lies there.
+The weights are `model.safetensors`, `pytorch_model.bin` or `flax_model.msgpack`, or shards of one of these; the first
+format that the folder has is read.
 
-Their matrices are [out, in], ours and T5X's [in, out]; the relative position table is [buckets, heads], ours
-[heads, buckets].
+Hugging Face's matrices are [out, in]; ours and T5X's are [in, out]. Its relative position table is [buckets, heads];
+ours is [heads, buckets].
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
 WEIGHTS, TORCH, FLAX = FORMATS
 EPSILON = 1e-6
 
-# The architectures that this project has, and why others of the same kind of file are none of them.
+# The supported values of model_type, and what the unsupported ones are.
 MODEL_TYPES = ("t5", "mt5", "umt5")
 OTHER_NETWORKS = {
     "longt5": "LongT5, whose encoder attends to a part of the inputs at a time",
@@ -54,8 +55,8 @@ ONLY = {
     "pruned_heads": ({},),
     "quantization_config": (),
 }
-# Fields of config.json and generation_config.json that change which tokens are generated, however they are searched
-# for, as transformers' GenerationConfig names them.
+# Fields of config.json and generation_config.json that change which tokens are generated, whether by greedy decoding,
+# beam search or sampling; with the values that change nothing. The names are those of transformers' GenerationConfig.
 GENERATED = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
@@ -79,21 +80,21 @@ GENERATED = {
 GENERATION = "generation_config.json"
 ACTIVATIONS = {
     "relu": ("relu",),
-    "gated-gelu": ("gelu", "linear"),  # transformers takes its "gelu_new" for this name: the one of Flax
+    "gated-gelu": ("gelu", "linear"),  # for this name transformers uses its "gelu_new", which is Flax's gelu
     "gated-relu": ("relu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-# Tensors that some files have besides: copies of the shared table, and a table that no version has ever read.
+# Tensors that only some files have: copies of the shared table, and a table that no version has ever read.
 TABLE, TABLE_COPIES = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 LOGITS = "lm_head.weight"
-BLOCK_BYTES = 2**24  # of each of two tables that are compared
+BLOCK_BYTES = 2**24  # read at a time from each of two tables that are compared
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-# The last part of a parameter's path in Flax, and whether the tensor in PyTorch is the transposed array.
+# By the last part of a parameter's path in Flax: whether the tensor in PyTorch is the transposed array.
 FLAX_LEAVES = {"kernel": True, "embedding": False, "weight": False}
 
 
 def names(config: T5Config) -> dict[str, tuple[str, bool]]:
-    """For each parameter's path, Hugging Face's name and whether that tensor is transposed."""
+    """Returns for each parameter's path Hugging Face's name, and whether Hugging Face's tensor is transposed."""
     table = {"token_embedder/embedding": ("shared.weight", False)}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = ("lm_head.weight", True)
@@ -131,10 +132,10 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
 
 
 def read_config(folder: str | os.PathLike) -> T5Config:
-    """The model's size from `config.json`; see `open_folder` for what its tensors say besides.
+    """Returns the model's size from `config.json`; `open_folder` also reads what only the tensors show.
 
     Raises:
-      ArrayError: it is not the configuration of a T5 that this project has.
+      ArrayError: the file is damaged, or is not the configuration of a T5 that is supported.
     """
     path = Path(folder, CONFIG)
     try:
@@ -146,8 +147,8 @@ def read_config(folder: str | os.PathLike) -> T5Config:
             raise ValueError(f"feed_forward_proj is {feed_forward!r:.60}, expected one of {', '.join(ACTIVATIONS)}")
         if found.get("layer_norm_epsilon", EPSILON) != EPSILON:
             raise ValueError(f"layer_norm_epsilon is {found['layer_norm_epsilon']}, expected {EPSILON}")
-        # transformers 5 writes "tie_word_embeddings": true whatever the model, and says here which T5 it is; of mT5,
-        # which has logits of its own, it says nothing.
+        # transformers 5 writes "tie_word_embeddings": true for every model. "scale_decoder_outputs" tells T5 1.0, whose
+        # logits are tied, from T5 1.1. For mT5, whose logits are never tied, transformers writes no such field.
         tied = not mt5 and found.get("scale_decoder_outputs", found.get("tie_word_embeddings", True))
         if not isinstance(tied, bool):
             raise ValueError(f"tie_word_embeddings is {tied!r:.60}, expected true or false")
@@ -173,7 +174,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
 
 
 def _check_kind(found: Mapping[str, Any]) -> None:
-    """Raises ValueError if the configuration is that of another network, or of a T5 that computes something else."""
+    """Raises ValueError if the configuration is for an unsupported network, or has a field that is not supported."""
     kind = found.get("model_type", "t5")
     if "chronos_config" in found:
         raise ValueError("it is Chronos, a T5 of numbers without a text tokenizer, which is not supported")
@@ -184,7 +185,7 @@ def _check_kind(found: Mapping[str, Any]) -> None:
 
 
 def _check_values(found: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError if a field has none of its harmless values."""
+    """Raises ValueError if a field is set to a value that is not in `only`."""
     for field, harmless in only.items():
         value = found.get(field)
         if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
@@ -193,7 +194,7 @@ def _check_values(found: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]])
 
 
 def _check_activation(found: Mapping[str, Any], feed_forward: str) -> None:
-    """Raises ValueError if the fields that transformers derives from feed_forward_proj say something else."""
+    """Raises ValueError if a field that transformers derives from feed_forward_proj contradicts it."""
     gate, _, function = feed_forward.rpartition("-")
     derived = {
         "is_gated_act": (gate == "gated",),
@@ -205,10 +206,11 @@ def _check_activation(found: Mapping[str, Any], feed_forward: str) -> None:
 
 
 def _read_generation(path: Path) -> dict[str, Any]:
-    """Returns what generation_config.json says, which is nothing if there is no such file.
+    """Returns the fields of generation_config.json; {} if there is no such file.
 
     Raises:
-      ValueError: it is no JSON object, or asks for other tokens than the likeliest ones, or for several ends.
+      ValueError: it is not a JSON object, has a field that changes which tokens are generated, or has several ids of
+        the end of sequence.
     """
     if not path.is_file():
         return {}
@@ -226,9 +228,10 @@ def _read_generation(path: Path) -> dict[str, Any]:
 
 
 def _ids(found: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Returns the model's ids: of config.json, else of generation_config.json (`others`), else T5's.
+    """Returns the model's special ids: from config.json (`found`), else generation_config.json (`others`), else T5's.
 
-    Where both name one, and they differ, transformers trains with the first and its `generate` takes the second.
+    If the two files differ, config.json's id is used and a warning is logged: transformers trains with config.json's
+    id, but its `generate` uses generation_config.json's.
     """
     ids = {}
     for name, default in IDS.items():
@@ -249,13 +252,13 @@ def _ids(found: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> dic
 
 
 def _one(value: Any) -> Any:
-    """Returns the id of a list that has one alone, and anything else as it is."""
+    """Returns the only item of a list of one item; returns any other value unchanged."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 @functools.lru_cache(1024)
 def _warn_once(line: str) -> None:
-    """Logs a warning: once in a process, which reads a configuration several times."""
+    """Logs a warning once per process, because a process reads a configuration several times."""
     logging.warning(line)
 
 
@@ -267,18 +270,18 @@ def _size(config: dict, name: str, default: int | None = None, at_most: int = 2*
 
 
 def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredArray]]:
-    """The model's size, and every parameter by its path, in the file's dtype.
+    """Returns the model's size, and every parameter by its path, in the file's dtype.
 
-    No array is read yet, but for two tables that may or may not be the same: see `_with_head`.
+    No array is read yet, except the embedding table and the logits' matrix if they must be compared; see `_with_head`.
 
     Raises:
-      ArrayError: a file is absent, truncated, or has too few tensors or too many; each is named.
+      ArrayError: a file is missing or truncated, or tensors are missing or unexpected; the message names them.
     """
     folder = Path(folder)
     config = read_config(folder)
     found = _open_tensors(folder)
     copy = next((name for name in TABLE_COPIES if name in found), None)
-    if TABLE not in found and copy:  # MADLAD-400 has the decoder's alone
+    if TABLE not in found and copy:  # MADLAD-400 has only the decoder's copy
         found[TABLE] = found[copy]
     config = _with_head(config, folder, found)
     table = names(config)
@@ -295,7 +298,7 @@ def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredAr
 
 
 def _open_tensors(folder: Path) -> dict[str, StoredArray]:
-    """Opens the one set of weights that is read: of safetensors, else of PyTorch, else of Flax."""
+    """Opens the weights of the folder: safetensors if it has them, else PyTorch's, else Flax's."""
     first = first_weights([path.name for path in folder.iterdir() if path.is_file()])
     if first is None:
         raise ArrayError(f"{folder} has no weights: expected {', '.join(FORMATS)}, or shards of one of these")
@@ -307,7 +310,7 @@ def _open_tensors(folder: Path) -> dict[str, StoredArray]:
 
 
 def _as_in_torch(arrays: Mapping[str, StoredArray], folder: Path) -> dict[str, StoredArray]:
-    """Returns the arrays of transformers' FlaxT5 under the names, and in the layout, of its T5 in PyTorch."""
+    """Returns the arrays of transformers' FlaxT5 with the names and layout of its T5 in PyTorch."""
     found = {}
     for path, array in arrays.items():
         *parents, leaf = path.split("/")
@@ -319,10 +322,10 @@ def _as_in_torch(arrays: Mapping[str, StoredArray], folder: Path) -> dict[str, S
 
 
 def _with_head(config: T5Config, folder: Path, found: Mapping[str, StoredArray]) -> T5Config:
-    """Returns `config` with the logits that transformers 5 computes, which the flags alone do not tell.
+    """Returns `config` with the logits that transformers 5 computes, which config.json alone does not show.
 
     transformers 5 writes "tie_word_embeddings": true for every model. The logits are tied if the file has no matrix for
-    them, or one that equals the embedding table. Whether they are scaled is a flag of its own.
+    them, or one that equals the embedding table. A separate field says whether they are scaled.
     """
     if LOGITS in found and TABLE in found:
         if not config.logits_via_embedding or _equal(found[LOGITS], found[TABLE]):
@@ -335,7 +338,7 @@ def _with_head(config: T5Config, folder: Path, found: Mapping[str, StoredArray])
 
 
 def _equal(matrix: StoredArray, other: StoredArray) -> bool:
-    """Whether two matrices have the same values, reading both by blocks of rows up to the first that differs."""
+    """Returns whether two matrices are equal. Reads both in blocks of rows, up to the first block that differs."""
     if matrix.shape != other.shape:
         return False
     count, *_ = matrix.shape
@@ -349,7 +352,7 @@ def _ignored(config: T5Config) -> set[str]:
 
 
 def _compared(table: StoredArray, copies: Mapping[str, StoredArray], folder: Path) -> StoredArray:
-    """The shared table, whose copies are read with it: one that has other values makes another model."""
+    """Returns the shared table. Reading it also reads its copies, and raises ArrayError if a copy has other values."""
 
     def read(index: Index) -> np.ndarray:
         array = table[index]
@@ -369,16 +372,18 @@ def write(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a folder that `transformers` and this project load, whole or not at all, a shard in memory at a time.
+    """Writes a folder that `transformers` and this project load; the folder appears whole or not at all.
+
+    At most one shard is in memory at a time.
 
     Args:
-      params: by path; a soft prompt is left out.
-      vocabulary: to put beside the weights, as `write_vocabulary` takes it.
+      params: the parameters by path; a soft prompt among them is not written.
+      vocabulary: the vocabulary to write beside the weights, as `write_vocabulary` takes it.
       dtype: "float32" or "bfloat16"; None for each array's own.
-      shard_bytes: how much goes into one file, a larger tensor apart.
+      shard_bytes: the largest size of a shard; a larger tensor gets a shard of its own.
 
     Raises:
-      ValueError: Hugging Face has no name for the model's feed-forward, or no place for a prefix among `params`.
+      ValueError: Hugging Face's T5 does not have the model's feed-forward, or `params` has a learned prefix.
     """
     for path in filter(is_prefix, params):
         raise ValueError(f"{path} is a learned prefix, which Hugging Face's T5 has no place for: save it by itself")
@@ -424,7 +429,7 @@ def _head_fields(config: T5Config) -> dict[str, bool]:
 
 
 def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:
-    """`value` as it will be written, brought to the host no sooner."""
+    """Returns `value` in the dtype and layout of the file; it is copied to the host only when it is written."""
     kind = np.dtype(dtype or value.dtype)
     stored = StoredArray(tuple(value.shape), kind, lambda index: np.asarray(value)[index].astype(kind, copy=False))
     return stored.T if turned else stored

@@ -1,4 +1,4 @@
-"""What a base model is, as far as its files tell, and why it would be refused. No parameters are read."""
+"""Describes a base model from its files, and says why it cannot be loaded. Reads no parameters by default."""
 
 import fnmatch
 import math
@@ -27,12 +27,12 @@ Arrays = Mapping[str, StoredArray]
 
 
 class Inspection(NamedTuple):
-    """What was found.
+    """Holds the description of a base model.
 
     Attributes:
-      facts: texts by name: base, files, family, size, parameters, dtype, ids, tokenizer, head, fingerprint. What the
-        files do not tell is left out.
-      refused: why the model cannot be loaded as it is; empty if its files give no reason.
+      facts: texts by name: base, files, family, size, parameters, dtype, ids, tokenizer, head, fingerprint. A fact that
+        the files do not show is missing.
+      refused: the errors with which the model cannot be loaded; empty if none were found.
     """
 
     facts: dict[str, str]
@@ -40,11 +40,13 @@ class Inspection(NamedTuple):
 
 
 def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
-    """Returns what a base model is. The parameters of a hub id are not downloaded.
+    """Returns a description of a base model.
+
+    The parameters of a hub id are downloaded only if `fingerprint` is true.
 
     Args:
       source: what `base.resolve` takes.
-      fingerprint: whether to tell the fingerprint, for which all parameters are downloaded and read.
+      fingerprint: whether to compute the fingerprint, for which all parameters are downloaded and read.
 
     Raises:
       ValueError: there is no base model.
@@ -54,7 +56,7 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
     """
     location = resolve(source)
     if fingerprint:
-        open_model(location)  # downloads the parameters of a hub id, or says why they cannot be read
+        open_model(location)  # downloads the parameters of a hub id, or raises why they cannot be read
     facts = {"base": hub.name_of(location) or location}
     told, config, arrays, refused = _opened(location, facts)
     facts["family"] = family(told, config)
@@ -64,7 +66,7 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
         facts["tokenizer"] = _tokenizer(vocabulary)
         if config is not None:
             check_vocabulary(vocabulary, config)
-        if config is not None and not told:  # T5X's files name no ids
+        if config is not None and not told:  # T5X's files have no special ids
             config = with_ids(config, vocabulary)
             facts |= _ids(told, config)
     except ValueError as error:
@@ -79,9 +81,11 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
 def _opened(
     location: str, facts: dict[str, str]
 ) -> tuple[dict[str, Any], T5Config | None, Arrays | None, list[ValueError]]:
-    """Returns what config.json says, the size, the arrays and what is wrong with them, and adds "files" to `facts`.
+    """Opens a model, and adds "files" to `facts`.
 
-    There is no config.json of T5X, no size if it cannot be told, and there are no arrays if they are not downloaded.
+    Returns:
+      The fields of config.json, which are {} for T5X; the size, or None if it cannot be told; the arrays, or None if
+      they are not downloaded; and the errors found.
     """
     if not Path(location, huggingface.CONFIG).is_file():
         model = open_model(location)
@@ -103,7 +107,7 @@ def _opened(
 
 
 def _files(location: str) -> tuple[bool, str]:
-    """Returns whether the parameters of a Hugging Face folder are there, and in which files they are."""
+    """Returns whether the parameters of a Hugging Face folder are downloaded, and a text that names their files."""
     sizes = hub.files(location)
     first = hub.first_weights(sizes)
     if first is None:
@@ -119,7 +123,7 @@ def _files(location: str) -> tuple[bool, str]:
 
 
 def _unfit(arrays: Arrays, config: T5Config, location: str) -> list[ValueError]:
-    """Returns what is wrong with a model's arrays."""
+    """Returns the errors in the dtypes, names and shapes of a model's arrays."""
     found: list[ValueError] = []
     odd = sorted({array.dtype.name for array in arrays.values()} - {*FLOATS})
     if odd:
@@ -132,11 +136,11 @@ def _unfit(arrays: Arrays, config: T5Config, location: str) -> list[ValueError]:
 
 
 def family(told: Mapping[str, Any], config: T5Config | None) -> str:
-    """Returns which of the published families a model is of, by its size and what its files say.
+    """Returns the published family that a model belongs to, judging by its size and its config.json.
 
     Args:
-      told: what config.json says; empty for a checkpoint of T5X.
-      config: the size; None if it is not that of a T5 that this project has.
+      told: the fields of config.json; empty for a checkpoint of T5X.
+      config: the size; None if it is not the size of a T5 that is supported.
     """
     kind = told.get("model_type", "t5")
     rows = config.vocab_size if config is not None else told.get("vocab_size")

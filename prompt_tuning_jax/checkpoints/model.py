@@ -1,4 +1,4 @@
-"""A base model by its name or path alone: size, parameters, tokenizer and fingerprint, all read from its files."""
+"""Loads a base model by its name or path alone: size, parameters, tokenizer and fingerprint."""
 
 import dataclasses
 import functools
@@ -17,17 +17,18 @@ from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A base model in memory, which is only read.
+    """Holds a base model in memory, which is only read.
 
     Attributes:
-      path: its folder or URL, or its id on the hub with the commit, "google/flan-t5-base@COMMIT"; None for random
-        weights.
-      config: its size, and the numerics that it runs with.
-      parameters: by path, "encoder/layers_0/mlp/wi_0/kernel"; of an int8 model with scales, see `t5.quantized`.
-      tokenizer: its own, or the one that was asked for.
-      fingerprint: 16 hexadecimal digits that change with its values and with what it computes with them; the same in
-        whatever dtype they are in memory.
-      gather: how the embedding table is read where the parameters lie on a mesh.
+      path: the model's folder or URL, or its id on the hub with the commit, "google/flan-t5-base@COMMIT"; None for
+        random weights.
+      config: the model's size, and the numerics that it runs with.
+      parameters: the parameters by path, such as "encoder/layers_0/mlp/wi_0/kernel". An int8 model also has scales; see
+        `t5.quantized`.
+      tokenizer: the model's own tokenizer, or the one that the user chose.
+      fingerprint: 16 hexadecimal digits that change with the file's values and with what the model computes with them,
+        but not with the dtype in memory.
+      gather: returns the embedding table in floats from the parameters, which may be sharded over a mesh.
     """
 
     path: str | None
@@ -59,13 +60,13 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
       where: "nano", the embedded model; the path or `gs://` URL of a folder, in Hugging Face's layout or T5X's; an id
         on the Hugging Face hub, such as "google/flan-t5-base" or "google/flan-t5-base@REVISION"; or "t5x:NAME", a
         checkpoint that T5X publishes, such as "t5x:t5_1_1_lm100k_base".
-      dtype: of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto", which is
-        float32 on a CPU and bfloat16 on an accelerator.
+      dtype: the dtype of the parameters in memory: "float32", "bfloat16", "int8", None for the file's own, or "auto",
+        which is float32 on a CPU and bfloat16 on an accelerator.
       vocabulary: a SentencePiece `.model` file, a `tokenizer.json`, or "bytes" for ByT5; None for the tokenizer beside
         the model.
 
     Raises:
-      ValueError: no model is there, it is not whole, or its tokenizer is missing or another model's.
+      ValueError: there is no model, a part of it is missing or damaged, or its tokenizer is missing or does not fit it.
 
     >>> load("nano").config.emb_dim
     128

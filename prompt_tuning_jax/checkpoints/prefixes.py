@@ -1,18 +1,18 @@
-"""Prefixes of keys and values on disk: the decoder's as PEFT's prefix tuning (peft 0.21), all others in our own file.
+"""Reads and writes prefixes of keys and values: the decoder's as PEFT's prefix tuning, all others in our own file.
 
-Two things about PEFT's folders of a T5, which its own forward pass decides:
+Two facts about PEFT's folders for a T5, from the forward pass of peft 0.21:
 
-- PEFT puts the prefix into the decoder's self-attention alone, and drops what it has for the cross-attention.
-- `prompt_embeddings` is [P, 2 N D], N pairs of a key and a value. With PEFT's default of two submodules, layer l takes
-  pair 2 l modulo N, where N is `num_layers`. N is the number of layers unless it is set: of an even number of layers,
-  two each share a pair, and half of the pairs are never read. We read what PEFT computes. We write N = 2 L - 1, with
-  which every layer has a pair of its own; the pairs that PEFT does not read are 0.
+- PEFT uses the prefix only in the decoder's self-attention, and ignores what it has for the cross-attention.
+- `prompt_embeddings` is [P, 2 N D]: N pairs of a key and a value. With PEFT's default of two submodules, layer l uses
+  pair 2 l modulo N, where N is `num_layers`. By default N is the number of layers L: if L is even, two layers share
+  each pair that is used, and half of the pairs are never used. We read the pairs that PEFT uses. We write N = 2 L - 1,
+  so that every layer has a pair of its own; the pairs that PEFT does not use are 0.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+from reprlib import repr as shown  # truncates a file's values, so that an error stays one line
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,15 +41,15 @@ FILE = f"{STEM}.safetensors"
 EXPECTED = ("a prefix of this model: set ", Setting("prompt_file"))
 DECODER = (f"decoder/{PREFIX_KEY}", f"decoder/{PREFIX_VALUE}")
 
-# Fields that change what PEFT computes, all of them read below; and fields that change nothing once training is over:
-# what a network made of its input is saved, and not the network.
+# Fields that change what PEFT computes, all of them read below; and fields that change nothing after training: PEFT
+# saves the output of a network that computes the prefix, not the network.
 HONOURED = "peft_type task_type num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers"
 HARMLESS = "base_model_name_or_path revision inference_mode peft_version auto_mapping encoder_hidden_size "
 HARMLESS += "prefix_projection init_weights"
 
 
 def holds_prefix(folder: str | os.PathLike) -> bool:
-    """Returns whether a folder is one that `read_prefix` is for."""
+    """Returns whether `read_prefix` can read the folder: our own file is in it, or PEFT's prefix tuning."""
     if Path(folder, FILE).is_file():
         return True
     path = Path(folder, CONFIG)
@@ -60,10 +60,10 @@ def read_prefix(folder: str | os.PathLike, config: T5Config) -> Injection:
     """Reads a prefix that PEFT trained, or that `write_prefix` wrote.
 
     Args:
-      config: the size of the model that it is for.
+      config: the size of the base model.
 
     Raises:
-      ValueError: its files are damaged or disagree, or it is for another model, or for what PEFT cannot run.
+      ValueError: its files are damaged or disagree, it is for another model, or it has settings that PEFT cannot run.
     """
     folder = Path(folder)
     if (folder / FILE).is_file():
@@ -84,15 +84,17 @@ def read_prefix(folder: str | os.PathLike, config: T5Config) -> Injection:
 
 
 def write_prefix(folder: str | os.PathLike, injection: Injection, config: T5Config, base: str | None = None) -> None:
-    """Writes a prefix, whole or not at all. One of the decoder becomes a folder that `PeftModel.from_pretrained` reads.
+    """Writes a prefix; the folder appears whole or not at all.
+
+    A prefix of the decoder alone is written as a folder that `PeftModel.from_pretrained` loads.
 
     Args:
-      injection: what `PrefixTuning` gives.
-      config: the size of the model that it is for.
+      injection: the injection of `PrefixTuning`.
+      config: the size of the base model.
       base: the base model's path or name on Hugging Face's hub, for `AutoPeftModelForSeq2SeqLM`.
 
     Raises:
-      ValueError: the injection has other parameters or a prompt, too; or the folder is there and holds anything else.
+      ValueError: the injection also has other parameters or a prompt; or the folder exists and has anything else in it.
     """
     parameters = {path: np.asarray(value, np.float32) for path, value in injection.parameters.items()}
     more = sorted(path for path in parameters if not is_prefix(path)) + ["a prompt"] * bool(injection.length)
@@ -124,7 +126,7 @@ def _read_fields(path: Path, config: T5Config) -> tuple[int, int]:
     """Returns the number of pairs of a key and a value, and the prefix's length.
 
     Raises:
-      ValueError: a field asks for what the model or PEFT cannot do, or has no value of its type.
+      ValueError: a field is not supported by the model or by PEFT, or its value has the wrong type.
     """
     fields = read_config(path, EXPECTED)
     task, submodules = fields.get("task_type"), fields.get("num_transformer_submodules")
@@ -133,7 +135,7 @@ def _read_fields(path: Path, config: T5Config) -> tuple[int, int]:
     for name, value in fields.items():
         if name not in (*HONOURED.split(), *HARMLESS.split()) and value:
             raise refusal(f"{path} has {name!a:.60} {shown(value)}, which this project does not have", EXPECTED)
-    if submodules not in (2, None):  # PEFT's own rule for this task makes it 2
+    if submodules not in (2, None):  # for this task, PEFT sets it to 2 if it is None
         raise refusal(
             f"{path} has num_transformer_submodules {shown(submodules)}, with which PEFT runs no T5", EXPECTED
         )

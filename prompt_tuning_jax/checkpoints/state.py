@@ -1,7 +1,7 @@
-"""The training state on disk, through Orbax: small, atomic, written while training goes on.
+"""Saves and restores the training state with Orbax, atomically, and writes it while training goes on.
 
-Each checkpoint has a checksum of its values, which is compared when it is restored. Orbax is slow to import, and is
-not imported where no state is read or written.
+Each checkpoint has a checksum of its values, which is compared when the checkpoint is restored. Orbax is slow to
+import, so it is imported only when a state is read or written.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.errors import Setting, SettingError
 
-METADATA = "_CHECKPOINT_METADATA"  # Orbax's name of the file that keeps what `save` is given beside a state
+METADATA = "_CHECKPOINT_METADATA"  # the file in which Orbax keeps the JSON that `save` takes beside a state
 KEYS = frozenset(
     ("item_handlers", "metrics", "performance_metrics", "init_timestamp_nsecs", "commit_timestamp_nsecs",
      "custom_metadata")
@@ -33,13 +33,15 @@ CHECKSUM = "checksum"
 
 
 class StateStore:
-    """`MODEL_DIR/checkpoints/<step>`: every state saved; the frozen base is never among it."""
+    """Saves states in `MODEL_DIR/checkpoints/<step>`. The frozen base model is not part of a state."""
 
     def __init__(self, folder: str | os.PathLike, keep: int | None = None):
-        """Of several processes, all call all of this, on one file system.
+        """Creates the folder if it does not exist.
+
+        With several processes, every process must call every method, and they must share a file system.
 
         Args:
-          keep: the number of latest checkpoints to leave; all where None.
+          keep: the number of latest checkpoints to keep; None keeps all.
         """
         self._folder, self._keep = Path(folder).absolute(), keep
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ class StateStore:
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def _remove_damaged_metadata(self) -> None:
-        """Removes metadata that are no JSON of Orbax's: it would open none of the checkpoints.
+        """Removes each metadata file that is not Orbax's JSON, because it would keep Orbax from opening any checkpoint.
 
         A checkpoint without metadata counts as damaged.
         """
@@ -72,31 +74,32 @@ class StateStore:
             multihost_utils.sync_global_devices("metadata")
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that were written to their end, in order."""
+        """Returns the steps of the completely written checkpoints, in ascending order."""
         return sorted(self._manager.all_steps()) if any(self._folder.iterdir()) else []
 
     def save(self, step: int, state: Any, beside: Mapping[str, Any] | None = None) -> None:
-        """Starts to write `state`; a checkpoint of that step that is already there stands.
+        """Starts to write `state`. If there already is a checkpoint of this step, it is kept and nothing is written.
 
         Args:
-          beside: what else the checkpoint keeps, as JSON can hold it. With several processes, process 0's is kept.
+          beside: more values for the checkpoint, which JSON can hold. With several processes, process 0's are kept.
         """
         import orbax.checkpoint as ocp
 
         if step not in self._manager.all_steps():
-            # Of several processes each writes what lies on its devices; what one alone has is small, or on its host.
+            # With several processes, each writes the shards of its own devices. With one process, the state is copied
+            # to the host, because it is small or already there.
             saved = state if jax.process_count() > 1 else jax.tree.map(np.asarray, state)
-            # A copy, since Orbax writes it later.
+            # A copy, because Orbax writes it later.
             kept = json.loads(json.dumps(beside or {}))
             kept[CHECKSUM] = checksum(state, kept)
             with _raised_in_words(f"checkpoint {step} cannot be written to {self._folder}"):
                 self._manager.save(step, args=ocp.args.StandardSave(saved), custom_metadata=kept)
 
     def beside(self, step: int) -> dict[str, Any]:
-        """Returns what the checkpoint of `step` keeps beside its state; nothing if it is an earlier version's.
+        """Returns the values that `save` got as `beside`; {} if an earlier version wrote the checkpoint.
 
         Raises:
-          ValueError: it cannot be read.
+          ValueError: the checkpoint's metadata cannot be read.
         """
         path = self._folder / str(step) / METADATA
         try:
@@ -106,7 +109,7 @@ class StateStore:
             raise ValueError(f"{METADATA} cannot be read: {error}") from None
 
     def _checksum(self, step: int) -> str | None:
-        """Returns the checksum that a checkpoint was saved with; None if it is an earlier version's."""
+        """Returns the checksum that a checkpoint was saved with; None if an earlier version wrote the checkpoint."""
         kept = json.loads((self._folder / str(step) / METADATA).read_text(encoding="utf-8"))["custom_metadata"]
         return str(kept.get(CHECKSUM)) if kept else None
 
@@ -114,7 +117,7 @@ class StateStore:
         """Returns the state of `step`, with the structure, shapes and dtypes of `like`.
 
         Raises:
-          ValueError: the checkpoint is damaged, or of another structure.
+          ValueError: the checkpoint is damaged, or has another structure.
         """
         state, reason = self._restored(step, like)
         if reason:
@@ -128,16 +131,16 @@ class StateStore:
         return state
 
     def restore_newest(self, like: Any) -> tuple[int, Any, list[str]]:
-        """Restores the newest checkpoint that is whole, and deletes damaged ones that are newer.
+        """Restores the newest checkpoint that is not damaged, and deletes the damaged ones that are newer.
 
         Args:
-          like: as of `restore`.
+          like: see `restore`.
 
         Returns:
-          The step and the state, 0 and `like` if there is no checkpoint; and a line about each one that is damaged.
+          The step and the state, or 0 and `like` if there is no checkpoint; and one line per damaged checkpoint.
 
         Raises:
-          ValueError: there are checkpoints, and none can be restored. Nothing is deleted then.
+          ValueError: there are checkpoints, but none can be restored. No checkpoint is deleted then.
         """
         damaged: dict[int, str] = {}
         steps = self.steps()
@@ -160,7 +163,7 @@ class StateStore:
         return 0, like, []
 
     def _restored(self, step: int, like: Any) -> tuple[Any, str]:
-        """Returns the state of `step`, or why it cannot be restored, on which all processes agree."""
+        """Returns the state of `step` and "", or None and why it cannot be restored. All processes agree which."""
         import orbax.checkpoint as ocp
 
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -169,9 +172,9 @@ class StateStore:
             with _hushed():
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
                 beside, wanted = self.beside(step), self._checksum(step)
-        except jax.errors.JaxRuntimeError:  # of a device, or of another process
+        except jax.errors.JaxRuntimeError:  # an error of a device or of another process
             raise
-        except Exception as error:  # any: TensorStore's are plain exceptions
+        except Exception as error:  # of any type: TensorStore raises plain exceptions
             reason = _first_line(error)
         if not all_agree(not reason):
             return None, reason or "another process cannot read its part of it"
@@ -180,7 +183,11 @@ class StateStore:
         return state, ""
 
     def wait(self) -> None:
-        """Returns once all that was saved is on disk."""
+        """Waits until all saved states are on disk.
+
+        Raises:
+          SettingError: a state could not be written.
+        """
         if "_manager" in vars(self):
             with _raised_in_words(f"a checkpoint cannot be written to {self._folder}"):
                 self._manager.wait_until_finished()
@@ -191,39 +198,37 @@ class StateStore:
                 self.wait()
             finally:
                 manager = vars(self).pop("_manager")
-                with contextlib.suppress(Exception):  # `wait` has raised it, if it is a failed write's
+                with contextlib.suppress(Exception):  # `wait` has already raised the error of a failed write
                     manager.close()
 
 
 def checksum(state: Any, beside: Mapping[str, Any]) -> str:
-    """Returns 16 hexadecimal digits that change with any value of a state, or of what lies beside it.
-
-    They are the same on any mesh.
-    """
+    """Returns 16 hexadecimal digits that change with any value of `state` or of `beside`, but not with the mesh."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     text = f"{fingerprint(leaves)} {json.dumps(beside, sort_keys=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def all_agree(value: bool) -> bool:
-    """Returns whether `value` is true on every process. All processes call this."""
+    """Returns whether `value` is true on every process. All processes must call this function."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 _HUSHED = threading.RLock()
-LATE_READS = 0.5  # seconds that the other reads of a failed restore are given to end
+LATE_READS = 0.5  # seconds to wait for the other reads of a failed restore
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Hides what Orbax says of a failure beside raising it.
+    """Hides what Orbax prints about a failure in addition to raising it.
 
-    It logs tracebacks, and leaves a failed restore's other reads running, each of which would print through
-    `sys.unraisablehook` that its event loop is closed. Both are as they were when this context ends.
+    Orbax logs tracebacks. It also leaves the other reads of a failed restore running, and each of these would print
+    through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the context
+    ends.
     """
-    with _HUSHED:  # one thread at a time, so that each puts back what it found
+    with _HUSHED:  # one thread at a time, so that each restores the values it found
         show, level = sys.unraisablehook, logging.get_verbosity()
 
         def hook(unraisable: Any) -> None:
@@ -244,11 +249,11 @@ def _hushed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _raised_in_words(what: str) -> Iterator[None]:
-    """Turns whatever Orbax raises of a write that failed into one line: of a full disk it raises a plain exception."""
+    """Raises a SettingError of one line for a failed write; Orbax raises a plain exception if the disk is full."""
     try:
         with _hushed():
             yield
-    except jax.errors.JaxRuntimeError:  # of a device, or of another process
+    except jax.errors.JaxRuntimeError:  # an error of a device or of another process
         raise
     except Exception as error:
         raise SettingError(

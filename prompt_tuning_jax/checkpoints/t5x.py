@@ -1,4 +1,4 @@
-"""T5X's checkpoints: the size of the model in one, and models written as T5X restores them, in either layout."""
+"""Infers the size of the model in a T5X checkpoint, and writes models that T5X restores, in either of its layouts."""
 
 import math
 import os
@@ -17,15 +17,15 @@ from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
 
 Arrays = Mapping[str, ArrayLike | StoredArray]
-Part = tuple[Any, ...]  # an array's name, and the start and end along each axis
+Part = tuple[Any, ...]  # an array's name, and the start and end along each axis of the part
 STACKED = re.compile(r"(encoder|decoder)/\1/(.+)")
 ATTENTION_KERNEL = re.compile(r"(?:encoder|decoder)/layers_\d+/\w*attention/(query|key|value|out)/kernel")
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> T5Config | None:
-    """The size of the model with parameters of these shapes; None where too much of it is missing to say.
+    """Returns the size of the model with parameters of these shapes; None if too many are missing to infer it.
 
-    No file of T5X says the greatest distance of its relative positions; T5's 128 is taken.
+    No T5X file has the largest distance of the relative positions; T5's default of 128 is assumed.
     """
     try:
         vocab_size, emb_dim = shapes["token_embedder/embedding"]
@@ -54,11 +54,11 @@ def _layers(stack: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def from_scalable(arrays: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
-    """Returns the parameters of a checkpoint of T5X's scalable_t5 by our paths and shapes; others as they are.
+    """Converts the parameters of T5X's scalable_t5 to our paths and shapes; other parameters are returned unchanged.
 
-    scalable_t5 (network.py and layers.py) has an attention's heads apart: a kernel is [D, H, K], and that of the output
-    [H, K, D]. With `scan_layers` all layers of a stack are one array, along axis 1: `encoder/encoder/mlp/wo/kernel` is
-    [F, L, D].
+    scalable_t5 (network.py and layers.py) separates the heads of an attention: a kernel is [D, H, K], and the output's
+    is [H, K, D]. With `scan_layers` all layers of a stack are one array, along axis 1: `encoder/encoder/mlp/wo/kernel`
+    is [F, L, D].
 
     No array is read here. A chunk of such a file holds many layers: reading one of them reads the whole array, which
     stays in memory until its last layer or another array is read.
@@ -85,7 +85,7 @@ def from_scalable(arrays: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
 
 
 def _layer(name: str, stacked: StoredArray, number: int, latest: dict[Part, np.ndarray]) -> StoredArray:
-    """Returns one layer of a stacked array; `latest` keeps the parts that were read last, of one stacked array."""
+    """Returns one layer of a stacked array; `latest` caches the parts of the stacked array that was read last."""
 
     def read(index: Index) -> np.ndarray:
         part = (name, *((span.start, span.stop) for span in index))
@@ -100,7 +100,7 @@ def _layer(name: str, stacked: StoredArray, number: int, latest: dict[Part, np.n
 
 
 def _join_heads(name: str, array: StoredArray) -> StoredArray:
-    """Returns an attention's kernel [D, H, K] or [H, K, D] as one matrix, and any other array as it is."""
+    """Returns an attention's kernel [D, H, K] or [H, K, D] as a matrix, and any other array unchanged."""
     match = ATTENTION_KERNEL.fullmatch(name)
     if match is None or len(array.shape) != 3:
         return array
@@ -120,7 +120,7 @@ def _join_heads(name: str, array: StoredArray) -> StoredArray:
 
 
 def to_scalable(arrays: Mapping[str, StoredArray], num_heads: int) -> dict[str, StoredArray]:
-    """Returns the parameters with an attention's heads apart, as scalable_t5 has them without `scan_layers`."""
+    """Returns the parameters with separate attention heads, as in scalable_t5 without `scan_layers`."""
     return {name: _split_heads(name, array, num_heads) for name, array in arrays.items()}
 
 
@@ -134,20 +134,22 @@ def _split_heads(name: str, array: StoredArray, num_heads: int) -> StoredArray:
 
 
 def write(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.PathLike | None = None) -> None:
-    """Writes a checkpoint in T5X's own layout, whole or not at all, an array in memory at a time.
+    """Writes a checkpoint in T5X's own layout, with one array in memory at a time.
+
+    The folder appears whole or not at all.
 
     Args:
-      folder: T5X wants it to be named `checkpoint_<step>`.
-      params: by path.
-      vocabulary: to put beside it, as `write_vocabulary` takes it.
+      folder: the folder to write, which T5X expects to be named `checkpoint_<step>`.
+      params: the parameters by path.
+      vocabulary: the vocabulary to write beside them, as `write_vocabulary` takes it.
     """
     _write(t5x.write_legacy, folder, params, vocabulary)
 
 
 def write_orbax(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.PathLike | None = None) -> None:
-    """Writes a checkpoint in the layout that T5X writes through Orbax; all of it is in host memory meanwhile.
+    """Writes a checkpoint in the layout that T5X writes through Orbax. All arrays are in host memory at once.
 
-    Arguments as of `write`.
+    See `write` for the arguments.
     """
     _write(t5x.write_orbax, folder, params, vocabulary)
 

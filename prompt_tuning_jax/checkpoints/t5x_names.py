@@ -1,6 +1,6 @@
-"""Short names of the checkpoints that T5X publishes: `t5x:t5_1_1_lm100k_base`.
+"""Gives short names to the checkpoints that T5X publishes, such as `t5x:t5_1_1_lm100k_base`.
 
-Names and steps are those of T5X's docs/models.md. The bucket is public.
+Names and steps are from T5X's docs/models.md. The bucket is public.
 """
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
@@ -29,7 +29,7 @@ def t5x_url(text: str) -> str:
     """Returns the URL of a checkpoint that T5X publishes.
 
     Args:
-      text: its short name, "t5x:NAME".
+      text: the checkpoint's short name, "t5x:NAME".
 
     Raises:
       SettingError: there is no such name.

@@ -18,12 +18,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class TrainedOn(NamedTuple):
-    """Holds what the files beside a prompt say of its training.
+    """Holds what the files beside a prompt say about its training.
 
     Attributes:
-      base: the base model's fingerprint; None if nothing says it.
-      tokenizer: the tokenizer's fingerprint; None if nothing says it.
-      name: the base model's path or id on the hub, as the file of a PEFT adapter has it, with @REVISION if it says one.
+      base: the base model's fingerprint; None if it is not known.
+      tokenizer: the tokenizer's fingerprint; None if it is not known.
+      name: the base model's path or hub id in the configuration of a PEFT adapter, with @REVISION if it has one.
     """
 
     base: str | None = None
@@ -31,11 +31,11 @@ class TrainedOn(NamedTuple):
     name: str | None = None
 
     def check(self, what: str, base: str | None, tokenizer: str | None) -> None:
-        """Raises SettingError if it was another base model or tokenizer.
+        """Raises SettingError if the prompt was trained on another base model or with another tokenizer.
 
         Args:
-          what: what was trained, "prompt sst2".
-          base, tokenizer: the fingerprints of those that it is to run with; None if they are not known yet.
+          what: what was trained, such as "prompt sst2".
+          base, tokenizer: fingerprints of the base model and tokenizer in use; None if they are not known yet.
         """
         if self.base and base and self.base != base:
             raise SettingError(
@@ -53,16 +53,16 @@ class TrainedOn(NamedTuple):
             )
 
     def of(self, injection: Injection) -> "TrainedOn":
-        """Returns itself, or only the tokenizer if a whole model was trained, because that needs no base model."""
+        """Returns itself; if a whole model was trained, only the tokenizer, because no base model is needed then."""
         whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
         return TrainedOn(tokenizer=self.tokenizer) if whole else self
 
     def remark(self, what: str, path: str | None) -> str | None:
-        """Returns a line if a PEFT file names another base model, which the fingerprint does not show to be the same.
+        """Returns a warning if a PEFT adapter names another base model and no fingerprint is known; None otherwise.
 
         Args:
-          what: what was trained, "prompt sst2".
-          path: the base model's, as `Model.path` has it.
+          what: what was trained, such as "prompt sst2".
+          path: the path of the base model in use, as in `Model.path`.
         """
         if self.base or self.name is None or path is None or is_called(path, self.name):
             return None
@@ -70,11 +70,11 @@ class TrainedOn(NamedTuple):
 
 
 def is_called(path: str, name: str) -> bool:
-    """Returns whether a base model may be the one of a name: the same folder or id, or a copy of the same last name.
+    """Returns whether `name` may mean the base model at `path`: the same folder or id, or the same last path part.
 
     Args:
-      path: the base model's, as `Model.path` has it: an absolute path, a URL, or an id of the hub with its commit.
-      name: a path, URL or id.
+      path: the base model's path, as in `Model.path`: an absolute path, a URL, or a hub id with its commit.
+      name: a path, URL or hub id.
 
     >>> is_called("google/flan-t5-base@7bcac572ce56", "google/flan-t5-base")
     True
@@ -92,14 +92,14 @@ def is_called(path: str, name: str) -> bool:
 
 
 def trained_on(path: str | os.PathLike) -> TrainedOn:
-    """Returns what the files beside a prompt, or in its folder, say.
+    """Returns what the files beside a prompt or in its folder say about its training.
 
     Args:
       path: what `tuned.injection_of` takes: a run's folder, or a file or folder in it; NAME.npy with NAME.json, the
-        summary.json of its run, beside it; or any other prompt, of which nothing is known.
+        summary.json of its run, beside it; or any other prompt, about which nothing is known.
 
     Raises:
-      ValueError: the summary is no JSON object.
+      ValueError: the summary is not a JSON object.
     """
     if "://" in str(path):
         return TrainedOn()
@@ -108,10 +108,10 @@ def trained_on(path: str | os.PathLike) -> TrainedOn:
 
 
 def read_trained_on(path: Path, summary: Path) -> TrainedOn:
-    """Returns what a summary.json says, and the configuration of the adapter in the folder `path`, if that is one.
+    """Returns what the file `summary` says, and, if `path` is a PEFT adapter, what its configuration says.
 
     Raises:
-      ValueError: the summary is no JSON object.
+      ValueError: the summary is not a JSON object.
     """
     found = {}
     if summary.is_file():
@@ -128,7 +128,7 @@ def read_trained_on(path: Path, summary: Path) -> TrainedOn:
 
 
 def summary_of(path: Path) -> Path:
-    """Returns where the summary.json of a prompt's run is, if it is anywhere."""
+    """Returns the path at which the summary.json of a prompt's run would be; the file may not exist."""
     if path.is_dir():
         in_run = path.parent.name == "best" and not (path / RUN_SUMMARY).is_file()
         return path.parents[1] / RUN_SUMMARY if in_run else path / RUN_SUMMARY

@@ -1,4 +1,4 @@
-"""What is trained, on disk: a prompt, prompts per layer, an adapter, or a whole model. No method is known by name."""
+"""Reads and writes what any method trains: a prompt, prompts per layer, an adapter, or a whole model."""
 
 import os
 from collections.abc import Mapping
@@ -34,16 +34,18 @@ def write_tuned(
     base: str | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes what a model runs with.
+    """Writes an injection into a folder, in up to five parts:
 
-    prompt.npy is a prompt [P, D], or one per encoder layer [L, P, D]; where both are there, layer_prompts.npy has the
-    second. prompts/ has a prompt [P, D] per task, TASK.npy. adapter/ is a PEFT folder of LoRA or IA3, or holds a prefix
-    of keys and values. model/ is a folder in Hugging Face's layout, with all parameters.
+    - prompt.npy: a prompt [P, D]; or prompts per encoder layer [L, P, D] if there is no prompt [P, D].
+    - layer_prompts.npy: what each encoder layer adds to the prompt, [L, P, D].
+    - prompts/TASK.npy: the prompt [P, D] of each task.
+    - adapter/: a PEFT folder of LoRA or IA3, or a prefix of keys and values.
+    - model/: a folder in Hugging Face's layout with all parameters.
 
     Args:
-      frozen: the base model's parameters; those that the injection replaces may be missing.
-      base: the base model's path, which an adapter names.
-      dtype: of model/.
+      frozen: the base model's parameters; parameters that the injection replaces may be missing.
+      base: the base model's path, which is written into an adapter.
+      dtype: the dtype of model/.
     """
     folder = Path(folder)
     _write_prompts(folder, injection)
@@ -54,13 +56,13 @@ def write_tuned(
 
 
 def write_prompts(path: str | os.PathLike, injection: Injection) -> None:
-    """Writes an injection's prompts, whole or not at all, for `read_prompts`.
+    """Writes an injection's prompts for `read_prompts`; the file or folder appears whole or not at all.
 
-    A prompt, or one per encoder layer, becomes a `.npy` file. A prompt with additions per layer becomes a folder of two
-    files, prompts per task a folder of one file each.
+    A prompt, or prompts per encoder layer, are written as a `.npy` file. A prompt with additions per layer is written
+    as a folder of two files, and prompts per task as a folder of one file per task.
 
     Raises:
-      ValueError: such a folder is there already and holds anything but these two files.
+      ValueError: the folder for a prompt with additions exists and has anything in it but these two files.
     """
     path = Path(path)
     if injection.task_prompts is not None:
@@ -89,12 +91,12 @@ def _write_prompts(folder: Path, injection: Injection) -> None:
 
 
 def is_one_file(injection: Injection) -> bool:
-    """Returns whether `write_prompts` writes one file, and no folder."""
+    """Returns whether `write_prompts` writes a single file and not a folder."""
     return injection.task_prompts is None and (injection.prompt is None or injection.layer_prompts is None)
 
 
 def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) -> None:
-    """Writes a folder of one prompt per task, TASK.npy, whole or not at all."""
+    """Writes a folder with one prompt per task, TASK.npy; the folder appears whole or not at all."""
     with whole_folder(folder) as partial:
         for task, prompt in prompts.items():
             write_prompt(partial / f"{task}.npy", np.asarray(prompt))
@@ -116,13 +118,13 @@ def _read_adapters(folder: Path, config: T5Config) -> Injection:
 
 
 def read_tuned(folder: str | os.PathLike, config: T5Config) -> Injection:
-    """Reads what `write_tuned` wrote.
+    """Reads a folder that `write_tuned` wrote.
 
     Args:
       config: the size of the base model.
 
     Raises:
-      ValueError: a file is damaged, or there is none.
+      ValueError: a file is damaged, or the folder has none of the files.
     """
     folder = Path(folder)
     prompts = read_prompts(folder / PROMPT) if (folder / PROMPT).is_file() else Injection()
@@ -143,11 +145,11 @@ def read_prompts(path: str | os.PathLike) -> Injection:
     """Reads a prompt of any format, prompts per layer, or a prompt with additions per layer.
 
     Args:
-      path: what `read_prompt` takes; or a folder with prompt.npy and layer_prompts.npy, or either of these two files,
-        which are then read together: the one is not what was trained without the other.
+      path: what `read_prompt` takes; or a folder with prompt.npy and layer_prompts.npy, or either of these two files.
+        If both exist, they are always read together, because they were trained together.
 
     Raises:
-      ValueError: as `read_prompt` does; or the two files do not fit each other.
+      ValueError: there is no prompt at `path`, it cannot be read, or the two files do not fit each other.
     """
     folder = folder_of_additions(path)
     if folder is None:
@@ -159,29 +161,32 @@ def read_prompts(path: str | os.PathLike) -> Injection:
 
 
 def _check_additions(where: str, prompt: Any, additions: Any) -> None:
-    """Raises SettingError if what the layers add does not fit the prompt that it is added to."""
+    """Raises SettingError if the additions per layer do not have the shape of the prompt."""
     if prompt is not None and additions is not None and additions.shape[1:] != prompt.shape:
         found = f"{where} has a prompt {list(prompt.shape)} and additions {list(additions.shape)} to it"
         raise SettingError(f"{found}, expected [P, D] and [L, P, D]: set ", Setting("prompt_file"))
 
 
 def folder_of_additions(path: str | os.PathLike) -> Path | None:
-    """Returns the folder of a prompt with additions per layer if `path` is one, or one of its two files."""
+    """Returns the folder of a prompt with additions per layer if `path` is the folder or either of its two files.
+
+    Any other path gives None.
+    """
     folder = Path(path)
     folder = folder.parent if folder.is_file() and folder.name in (PROMPT, LAYER_PROMPTS) else folder
     return folder if (folder / PROMPT).is_file() and (folder / LAYER_PROMPTS).is_file() else None
 
 
 def injection_of(tuned: Any, config: T5Config) -> Injection:
-    """Returns what a model of this size is to run with.
+    """Returns the injection for a model of this size from anything that was trained.
 
     Args:
-      tuned: a prompt [P, D] or prompts per layer [L, P, D]; prompts by task; an `Injection`; or a path: of a prompt
-        file of any format, of a folder that `Result.save` wrote, of a PEFT adapter's folder, or of a run's folder,
-        whose best evaluation is taken.
+      tuned: a prompt [P, D] or prompts per layer [L, P, D]; a mapping from tasks to prompts; an `Injection`; or a path:
+        a prompt file of any format, a folder that `Result.save` wrote, a PEFT adapter's folder, or a run's folder,
+        from which the parameters of the best evaluation are taken.
 
     Raises:
-      SettingError: there is nothing of that kind, or it is of another model size.
+      SettingError: `tuned` is none of these, or was trained on another model size.
     """
     where = f"prompt {tuned}" if isinstance(tuned, (str, os.PathLike)) else "the prompt"
     if isinstance(tuned, (str, os.PathLike)):
@@ -213,7 +218,7 @@ def injection_of(tuned: Any, config: T5Config) -> Injection:
 
 
 def read_injection(path: str | os.PathLike, config: T5Config) -> Injection:
-    """Reads prompts of any format, an adapter's folder, or a run's folder."""
+    """Reads prompts in any format, an adapter's folder, or the parameters of the best evaluation in a run's folder."""
     folder = Path(path)
     if (folder / "best").is_dir():
         return read_tuned(folder / "best", config)

@@ -1,1 +1,1 @@
-"""Answers from one frozen base and any number of prompts."""
+"""Answers rows with one frozen base model and any number of prompts."""

@@ -1,7 +1,7 @@
-"""The prompts of one base model by name. They stay in host memory; each batch takes copies of its rows' own (figure 2).
+"""Keeps the named prompts of one base model in host memory, and copies those of a batch's rows (figure 2).
 
-So a new prompt compiles nothing, a row pays for the longest prompt of its own batch and no other, and the memory of a
-removed prompt is free again.
+So adding a prompt compiles nothing, a row is padded only to the longest prompt of its own batch, and removing a prompt
+frees its memory.
 """
 
 import bisect
@@ -16,20 +16,21 @@ from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
 
-MAX_NAME = 255  # characters: no file's name is longer
-# The lengths to which a batch's prompts are padded: those that prompts often have, about a factor of two apart. They
-# are few, because each is a compiled program of its own.
+MAX_NAME = 255  # characters; no file name is longer
+# The lengths to which a batch's prompts are padded: common prompt lengths, about a factor of two apart. The list is
+# short because a program is compiled for each length.
 LENGTHS = (20, 40, 64, 100, 150, 256, 512, 1024, 2048, MAX_ENCODER_LENGTH)
 
 
 class Stored(NamedTuple):
-    """A prompt as `Transformer.encode` takes it.
+    """Holds a prompt as `Transformer.encode` takes it.
 
     Attributes:
-      prompt: what is in front of the inputs; without positions for the base model alone.
-      layer_prompts: what each layer replaces it by, or adds to it; None for an ordinary prompt.
-      replaces: whether `layer_prompts` replace.
-      padded: the length to which it is padded if no longer prompt shares its batch.
+      prompt: the prompt in front of the inputs; P is 0 for the base model alone.
+      layer_prompts: the prompt of each encoder layer, which replaces the first P positions of the layer's input or is
+        added to them; None for an ordinary prompt.
+      replaces: whether `layer_prompts` replace the positions; if not, they are added.
+      padded: the length to which the prompt is padded if its batch has no longer prompt.
     """
 
     prompt: Float[np.ndarray, "P D"]
@@ -44,11 +45,11 @@ class Stored(NamedTuple):
 
 
 class PromptBank:
-    """Named prompts of one base model. Threads may read it while one thread changes it.
+    """Holds the named prompts of one base model. Several threads may read it while one thread changes it.
 
     Attributes:
-      base: the base model's path, if it is known.
-      broken: what whoever asks for a prompt that cannot be read is told, by name.
+      base: the base model's path; None if it is not known.
+      broken: by name, the error of each prompt that could not be read or added; `find` quotes it in its own error.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class PromptBank:
         """Makes an empty bank.
 
         Args:
-          width: d_model.
-          fingerprint: of the base model.
-          tokenizer: the fingerprint of its tokenizer.
-          base: its path, as `Model.path` has it.
-          layers: of the base model's encoder; None if nobody knows, and prompts per layer are not checked against it.
-          longest: the most positions that a prompt may have.
+          width: d_model of the base model.
+          fingerprint: the base model's fingerprint; None if it is not known.
+          tokenizer: the fingerprint of the base model's tokenizer; None if it is not known.
+          base: the base model's path, as in `Model.path`.
+          layers: the number of encoder layers of the base model; None if it is not known: then the first prompt per
+            layer that is added sets it.
+          longest: the largest number of positions that a prompt may have.
         """
         self._width, self._layers, self._longest = width, layers, longest
         self._fingerprint, self._tokenizer, self.base = fingerprint, tokenizer, base
@@ -93,18 +95,18 @@ class PromptBank:
 
     @property
     def nbytes(self) -> int:
-        """The memory that the prompts take."""
+        """The memory that the prompts take, in bytes."""
         arrays = (array for stored in list(self._prompts.values()) for array in stored[:2])
         return sum(array.nbytes for array in arrays if array is not None)
 
     def find(self, name: str | None, *, search: bool = True) -> Stored:
-        """Returns the prompt of a name; None is the base model alone.
+        """Returns the prompt called `name`, or for None the empty prompt of the base model alone.
 
         Args:
-          search: whether the error says which names are similar. It looks at every name.
+          search: whether the error lists similar names, for which it compares `name` with every name.
 
         Raises:
-          ValueError: there is no such prompt, or it is broken.
+          ValueError: there is no such prompt, or it is in `broken`.
         """
         if name is None:
             return Stored(self._nothing, padded=LENGTHS[0] if self._prompts else 0)
@@ -127,15 +129,15 @@ class PromptBank:
         *,
         tokenizer: str | None = None,
     ) -> None:
-        """Adds a prompt, [P, D] or [L, P, D], or replaces the one of this name.
+        """Adds a prompt, [P, D] or [L, P, D], or replaces the prompt of the same name.
 
         Args:
-          fingerprint: of the base model that it was trained on, if that is known.
-          additions: what each layer adds to a prompt [P, D].
-          tokenizer: the fingerprint of the tokenizer that it was trained with, if that is known.
+          fingerprint: the fingerprint of the base model that the prompt was trained on; None if it is not known.
+          additions: what each encoder layer adds to a prompt [P, D].
+          tokenizer: the fingerprint of the tokenizer that the prompt was trained with; None if it is not known.
 
         Raises:
-          ValueError: it was trained on another base model or with another tokenizer, or it is too long.
+          ValueError: the prompt was trained on another base model or with another tokenizer, or it is too long.
         """
         per_layer = prompt if prompt.ndim == 3 else additions
         if prompt.shape[-1] != self._width:
@@ -155,7 +157,7 @@ class PromptBank:
         self._prompts[name] = _stored(prompt, additions)
 
     def remove(self, name: str) -> None:
-        """Forgets a prompt."""
+        """Removes a prompt."""
         del self._prompts[name]
 
     def take(self, names: Sequence[str | None], size: int) -> tuple[Injection, Bool[np.ndarray, "B P"], dict[str, Any]]:
@@ -167,11 +169,11 @@ def _stored(prompt: np.ndarray, additions: np.ndarray | None) -> Stored:
     padded = LENGTHS[bisect.bisect_left(LENGTHS, prompt.shape[-2])]
     if prompt.ndim == 2 and additions is None:
         return Stored(np.array(prompt, np.float32), padded=padded)
-    if additions is None:  # layer 0 replaces what is in front of the inputs by itself
+    if additions is None:  # layer 0 replaces the positions by the same values
         layers = np.array(prompt, np.float32)
         return Stored(layers[0], layers, replaces=True, padded=padded)
     layers = np.array(additions, np.float32)
-    first = prompt + layers[0]  # what is added before the first layer is as good as part of the prompt
+    first = prompt + layers[0]  # what the first layer adds can be added to the prompt itself
     layers[0] = 0
     return Stored(first.astype(np.float32), layers, padded=padded)
 
@@ -179,12 +181,12 @@ def _stored(prompt: np.ndarray, additions: np.ndarray | None) -> Stored:
 def batch_of(prompts: Sequence[Stored], size: int) -> tuple[Injection, Bool[np.ndarray, "B P"], dict[str, Any]]:
     """Returns what a batch of rows with these prompts runs with: an injection, its mask, and an engine's arguments.
 
-    A prompt stands behind padding up to the padded length of the longest. If one has prompts per layer, all rows get
-    them, which are 0 for an ordinary prompt, so that every such mixture runs the same program.
+    Each prompt is padded on the left to the padded length of the longest one. If any row has prompts per layer, all
+    rows get prompts per layer, which are 0 for an ordinary prompt, so that all such mixtures run the same program.
 
     Args:
       prompts: one per row.
-      size: the rows of the batch; those that are left over have no prompt.
+      size: the number of rows of the batch; rows after the last prompt get no prompt.
     """
     length, width = padded_length(prompts), prompts[0].prompt.shape[1]
     layers = next((len(stored.layer_prompts) for stored in prompts if stored.layer_prompts is not None), 0)
@@ -200,7 +202,7 @@ def batch_of(prompts: Sequence[Stored], size: int) -> tuple[Injection, Bool[np.n
 
 
 def padded_length(prompts: Sequence[Stored]) -> int:
-    """Returns the prompt positions of a batch of rows with these prompts."""
+    """Returns the number of prompt positions of a batch whose rows have these prompts."""
     return max(stored.padded for stored in prompts)
 
 
@@ -213,5 +215,5 @@ def _other_size(name: str, shape: tuple[int, ...], has: str) -> SettingError:
 
 
 def power_of_two(least: int) -> int:
-    """The first power of two from `least` on."""
+    """Returns the smallest power of two that is at least `least`."""
     return 1 << (least - 1).bit_length()

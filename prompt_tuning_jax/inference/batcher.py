@@ -1,7 +1,8 @@
-"""Rows of many callers share batches: while some are computed the next ones gather (dynamic batching).
+"""Puts rows of many callers into shared batches: while some rows are computed, the next ones queue (dynamic batching).
 
-Everything here but the model's own work runs on the event loop. Work is counted in tokens, the positions of encoder and
-decoder that a row takes. Rows whose program must be compiled first wait for that beside the others.
+Everything in this module runs on the event loop, except the model's own work. Work is counted in tokens: the encoder
+and decoder positions that a row takes. Rows whose program must be compiled first wait in a list of their own, so that
+they do not delay the other rows.
 """
 
 import asyncio
@@ -15,19 +16,20 @@ from typing import Any
 
 from prompt_tuning_jax.inference.requests import Request
 
-SHARE = 8  # rows that a caller gets into a window before the next caller's turn
-SMOOTHING = 0.2  # of the measured rate: what the latest window counts
-PASS, PASS_SECONDS = 4_096, 0.5  # a window has at most so many tokens, or what the model computes in so many seconds
+SHARE = 8  # rows of one caller that enter a window before the next caller's turn
+SMOOTHING = 0.2  # weight of the latest window in the moving average of the rate
+# The budget of a window: PASS tokens, or the tokens that the model computes in PASS_SECONDS if these are more.
+PASS, PASS_SECONDS = 4_096, 0.5
 
 Rows = list[tuple["Job", int]]
 Groups = tuple[list[list[int]], list[list[int]]]
 
 
 class Overloaded(Exception):
-    """More rows wait than may.
+    """Says that the queue has no room for more rows.
 
     Attributes:
-      seconds: until those that wait now are answered, by the rate measured.
+      seconds: the estimated time until the rows that wait now are answered, from the measured rate.
     """
 
     def __init__(self, message: str, seconds: int):
@@ -36,18 +38,18 @@ class Overloaded(Exception):
 
 
 class ModelError(Exception):
-    """The model failed on a window of rows, or ended."""
+    """Says that the model failed on a window of rows, or that the service is shutting down."""
 
 
 class ModelThread:
-    """The one thread that touches a predictor: its answers and the changes to its prompts take turns there."""
+    """Runs work on one thread, one call at a time; `busy` tells how long the current call has run."""
 
     def __init__(self):
         self._executor = ThreadPoolExecutor(1, "model")
         self._since: float | None = None
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work` gives."""
+        """Calls `work(*arguments)` on the thread, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._timed, work, *arguments)
 
     def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -58,29 +60,33 @@ class ModelThread:
             self._since = None
 
     def busy(self) -> float:
-        """Seconds that it has worked on what it is doing now."""
+        """Returns for how many seconds the current call has run; 0 if there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
     def close(self) -> None:
-        """Begins nothing more; what it is doing goes on."""
+        """Starts no further call. The current call goes on to its end."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Job:
-    """A caller's requests.
+    """Holds the requests of one caller, and collects their answers.
 
     Attributes:
-      answers: resolves to the answer to each, or to a `ModelError`.
-      costs: the tokens of each request.
+      answers: a future of the answers, one per request in order, or of a `ModelError`.
+      costs: the number of tokens of each request.
     """
 
     def __init__(self, requests: Sequence[Request], costs: Sequence[int], deadline: asyncio.Timeout | None = None):
-        """`deadline` is when the caller leaves: it stands still while requests wait for a program to be compiled."""
+        """Starts with no answer.
+
+        Args:
+          deadline: the caller's timeout. It does not run while a request waits for a program to be compiled.
+        """
         self.requests, self.costs = requests, costs
         self.answers: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
         self.arrived = time.monotonic()
-        self.next = 0  # the first request that is in no window yet
+        self.next = 0  # index of the first request that has entered no window yet
         self._found: list[dict[str, Any]] = [{} for _ in requests]
         self._open = len(requests)
         self._deadline, self._left, self._compiling = deadline, 0.0, 0
@@ -92,7 +98,11 @@ class Job:
             self.answers.set_result(self._found)
 
     def wait_for_program(self, requests: int) -> None:
-        """Stops the deadline for so many requests more, or fewer."""
+        """Changes how many requests wait for a program. The deadline stops at the first one and goes on after the last.
+
+        Args:
+          requests: the number to add; negative for requests that wait no longer.
+        """
         before, self._compiling = self._compiling, self._compiling + requests
         if self._deadline is None or self._deadline.expired() or self.answers.done():
             return
@@ -105,14 +115,14 @@ class Job:
 
 
 class Batcher:
-    """Hands windows of the rows that wait to the model.
+    """Hands waiting rows to the model, one window of rows at a time.
 
-    Callers take turns, `SHARE` rows each, so that a large request delays a small one by a window at most.
+    Callers take turns, `SHARE` rows each, so that a large request delays a small one by at most one window.
 
     Attributes:
-      waiting: rows that nobody computes yet.
-      tokens: how many these rows take.
-      rate: tokens that the model computes per second; 0 before the first window.
+      waiting: the number of rows that wait, which are not being computed yet.
+      tokens: the number of tokens of these rows.
+      rate: tokens that the model computes per second, a moving average; 0 before the first window.
     """
 
     def __init__(
@@ -130,19 +140,19 @@ class Batcher:
         compiler: ModelThread | None = None,
         observe: Callable[[int], None] = lambda rows: None,
     ):
-        """Begins with `run`.
+        """Starts nothing; `run` does.
 
         Args:
-          answer: the predictor's; runs on `model`, and on `compiler`.
-          batch_size: rows for which nothing is waited for.
-          window: rows handed over at once, which `answer` sorts into batches.
-          wait: seconds that rows wait for more while the model has nothing to do.
-          max_queue: rows that may wait.
-          max_tokens: that these rows may take.
-          cost: returns the tokens of a request.
-          groups: divides requests into batches whose programs are compiled, and batches whose programs are not.
-          compiler: the thread that answers the second kind.
-          observe: is told the rows of each window.
+          answer: answers requests (`Predictor.answer`); it is called on the threads `model` and `compiler`.
+          batch_size: if this many rows wait, they are computed without waiting for more.
+          window: the largest number of rows handed over at once; `answer` sorts them into batches.
+          wait: seconds that fewer rows wait for more while the model is idle.
+          max_queue: the largest number of rows that may wait.
+          max_tokens: the largest number of tokens that these rows may have.
+          cost: returns the number of tokens of a request.
+          groups: divides requests into batches whose programs are compiled and batches whose programs are not.
+          compiler: the thread for batches whose programs are not compiled; `model` if None.
+          observe: called with the number of rows each time rows have been computed.
         """
         self.waiting, self.tokens, self.rate = 0, 0, 0.0
         self._answer, self._model, self._compiler, self._observe = answer, model, compiler or model, observe
@@ -150,15 +160,15 @@ class Batcher:
         self._max_queue, self._max_tokens, self._cost, self._groups = max_queue, max_tokens, cost, groups
         self._open: set[Job] = set()
         self._jobs: deque[Job] = deque()
-        self._aside: Rows = []  # their programs are not compiled
-        self._ready: deque[Rows] = deque()  # batches from aside, whose programs are compiled now
+        self._aside: Rows = []  # rows whose programs are not compiled
+        self._ready: deque[Rows] = deque()  # batches that were in `_aside`, whose programs are compiled now
         self._arrived, self._put_aside = asyncio.Event(), asyncio.Event()
 
     def submit(self, requests: Sequence[Request], deadline: asyncio.Timeout | None = None) -> Job:
-        """Puts requests into the queue; whoever does must `cancel` the job in the end.
+        """Adds requests to the queue, and returns their job. The caller must `cancel` the job in the end.
 
         Raises:
-          Overloaded: they do not fit.
+          Overloaded: the queue has no room for so many rows or tokens.
         """
         job = Job(requests, [*map(self._cost, requests)], deadline)
         tokens = sum(job.costs)
@@ -182,11 +192,11 @@ class Batcher:
         return job
 
     def seconds(self) -> int:
-        """How long the model will need for what waits."""
+        """Returns the estimated seconds that the waiting rows take, 1 to 3600; 1 before the first window."""
         return min(max(math.ceil(self.tokens / self.rate), 1), 3600) if self.rate else 1
 
     def cancel(self, job: Job) -> int:
-        """Forgets what of a job is not being computed: nobody waits for it. Returns how many rows those were."""
+        """Removes the rows of a job that still wait, and returns their number."""
         job.answers.cancel()
         self._open.discard(job)
         dropped = [(job, at) for at in range(job.next, len(job.requests))]
@@ -200,7 +210,7 @@ class Batcher:
         return len(dropped)
 
     async def run(self) -> None:
-        """Answers what comes, until it is cancelled; what waits then gets a `ModelError`."""
+        """Answers rows until it is cancelled; jobs that are then unfinished fail with a `ModelError`."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._run())
@@ -233,7 +243,10 @@ class Batcher:
             await self._compute([window[place] for place in places], self._model)
 
     async def _run_aside(self) -> None:
-        """Answers rows aside, a batch at a time, and hands back to the model those whose program is there by now."""
+        """Answers rows whose programs are not compiled, one batch at a time.
+
+        Rows whose program another batch has compiled in the meantime go back to the model.
+        """
         while True:
             await self._put_aside.wait()
             rows, self._aside = self._aside, []
@@ -254,7 +267,7 @@ class Batcher:
                 self._put_aside.clear()
 
     def _take(self) -> Rows:
-        """Returns the next window; its last request may be the first that is over the tokens of a window."""
+        """Returns the rows of the next window; it may exceed its token budget by its last row."""
         window: Rows = []
         tokens, budget = 0, max(PASS, self.rate * PASS_SECONDS)
         while self._jobs and len(window) < self._window and tokens < budget:
@@ -269,7 +282,7 @@ class Batcher:
         return self._begin(window)
 
     def _begin(self, rows: Rows) -> Rows:
-        """Counts rows as waiting no more, since they are about to be computed."""
+        """Stops counting rows as waiting, because they are computed next, and returns them."""
         self._count(rows, -1)
         return rows
 

@@ -1,4 +1,4 @@
-"""Closes connections whose clients send no request, or read no answer: uvicorn waits for these without end."""
+"""Closes connections whose clients send no request or do not read the answer; uvicorn would wait for them forever."""
 
 import asyncio
 import resource
@@ -6,22 +6,22 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADERS = 10.0  # seconds that a connection may be open without a whole request's headers
+HEADERS = 10.0  # seconds that a connection may wait for all headers of a request
 UNREAD = 60.0  # seconds that a client may leave an answer unread
 
 
 def connection_limit(wanted: int) -> int:
-    """Returns how many connections may be open: `wanted`, or half of the files that the process may open."""
+    """Returns how many connections may be open: `wanted`, but at most half of the process's limit of open files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return wanted if files == resource.RLIM_INFINITY else min(wanted, max(files // 2, 1))
 
 
 def protocol_of(limit: int) -> type[H11Protocol]:
-    """Returns the class of connections for uvicorn.
+    """Returns the protocol class for uvicorn, whose instances are connections.
 
     Args:
-      limit: of open connections. One more closes the connection that has waited for its request for longest; where all
-        have theirs, it is closed itself.
+      limit: the largest number of open connections. One more connection closes the one that has waited longest for a
+        request; if all others have a request in progress, the new one itself is closed.
     """
 
     class Protocol(H11Protocol):
@@ -59,7 +59,7 @@ def protocol_of(limit: int) -> type[H11Protocol]:
                 self.unread.cancel()
 
         def _watch(self) -> None:
-            """Lets the timer run while, and only while, there is no request in progress."""
+            """Starts the timer if no request is in progress; stops it otherwise."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
             elif self.timer is None:

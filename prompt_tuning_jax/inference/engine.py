@@ -1,7 +1,7 @@
-"""The programs that answer, compiled once per shape: what evaluation, ensembles and prediction share.
+"""Compiles the programs that generate and score answers, once per shape, for evaluation, ensembles and prediction.
 
-Each is called as `program(injection, frozen, inputs, prompt_mask, ...)`. The injection's prompts may be one for all
-rows, or one per row with a mask that hides the padding in front of shorter ones.
+Each program is called as `program(injection, frozen, inputs, prompt_mask, ...)`. The injection has one prompt for all
+rows, or one prompt per row with a mask that hides the padding in front of shorter prompts.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from prompt_tuning_jax.t5.network import Transformer
 
 
 class Engine:
-    """One model's programs.
+    """Holds the programs of one model.
 
     Attributes:
-      greedy: `(..., length)`, see `decoding.greedy`; `length` is compiled in, as in the next two.
+      greedy: `(..., length)`, see `decoding.greedy`; `length` is static, as in `sample` and `beam`.
       sample: `(..., length, seeds=, temperature=, top_k=, top_p=)`, see `decoding.sample`.
       beam: `(..., length)`, see `decoding.beam_search`.
-      rank: `(..., choices, count=None)`, see `scoring.choice_scores`.
+      rank: `(..., choices, count=None)`, see `log_likelihood.choice_scores`.
     """
 
     def __init__(self, model: Transformer, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4):
         """Compiles nothing yet.
 
         Args:
-          partitioner: of the mesh that the frozen parameters lie on; every process gets the whole answer.
-          beams: of `beam`.
+          partitioner: shards the programs over the mesh of the frozen parameters; every process gets all answers.
+          beams: the number of beams of `beam`.
         """
 
         def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -56,21 +56,21 @@ class Engine:
         self._score = program(target_scores)
 
     def forget(self) -> None:
-        """Drops every compiled program, and the memory it takes."""
+        """Drops all compiled programs, and frees their memory."""
         for program in (self.greedy, self.sample, self.beam, self.rank, self._score):
             program.clear_cache()  # pyright: ignore[reportFunctionMemberAccess]
 
     def score(self, injection: Injection, frozen: Params, inputs: Any, targets: Any) -> Any:
-        """Returns the log-probability of each row's targets; see `scoring.target_scores`."""
+        """Returns the log-probability of each row's targets; see `log_likelihood.target_scores`."""
         return self._score(injection, frozen, inputs, None, targets)
 
 
 def check_finite(scores: Any, ids: Any) -> None:
-    """Raises SettingError if the model gives a row scores that are not finite.
+    """Raises SettingError if a row with an example has a score that is not finite.
 
     Args:
-      scores: [B, ...], log-probabilities.
-      ids: the place of each row in its split, -1 for a row without an example; see `Batch`.
+      scores: log-probabilities, [B, ...].
+      ids: the index of each row's example in its split, -1 for a row without an example; see `Batch`.
     """
     scores, ids = np.asarray(scores), np.asarray(ids)
     finite = np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)
@@ -87,7 +87,7 @@ def check_finite(scores: Any, ids: Any) -> None:
 
 
 def engine_of(size: T5Config, partitioner: Partitioner | OneDevice = ONE_DEVICE, beams: int = 4) -> Engine:
-    """Returns the engine of models of this size; the same one for the same arguments, with all it has compiled."""
+    """Returns the engine for models of this size. Equal arguments give the same engine, with its compiled programs."""
     return _engine_of(dataclasses.replace(size, dropout_rate=0.0), partitioner, beams)
 
 

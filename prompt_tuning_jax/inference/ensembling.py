@@ -1,4 +1,4 @@
-"""Several prompts of one task as one model (section 6): every example once a prompt in one pass, then a vote."""
+"""Combines several prompts of one task by majority vote; one batch runs every example with every prompt (section 6)."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -19,23 +19,23 @@ from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 class Ballots(NamedTuple):
-    """What each of N prompts answers to the n rows of a split, in order.
+    """Holds the votes: the answer of each of N prompts to each of the n examples of a split, in order.
 
     Attributes:
       texts: N lists of n answers.
-      scores: their log-probabilities.
+      scores: the log-probability of each answer.
     """
 
     texts: list[list[str]]
     scores: Float[np.ndarray, "N n"]
 
     def elected(self) -> list[str]:
-        """The answer to each row that most prompts give."""
+        """Returns the majority vote for each example; see `vote`."""
         return [vote(*ballot) for ballot in zip(zip(*self.texts, strict=True), self.scores.T, strict=True)]
 
 
 def vote(texts: Sequence[str], scores: Sequence[float] | Float[np.ndarray, " N"]) -> str:
-    """The commonest text; of several as common, the one whose scores add up to most."""
+    """Returns the most frequent text; if several are equally frequent, the one with the largest sum of scores."""
     counts, sums = collections.Counter(texts), collections.defaultdict(float)
     for text, score in zip(texts, scores, strict=True):
         sums[text] += float(score)
@@ -43,15 +43,14 @@ def vote(texts: Sequence[str], scores: Sequence[float] | Float[np.ndarray, " N"]
 
 
 class Ensemble:
-    """N prompts of one base model, which answer every example together: a batch of B examples is one pass of N x B
-    rows."""
+    """Answers every example with N prompts of one base model: B examples run as one batch of N x B rows."""
 
     def __init__(self, size: T5Config, tokenizer: Vocabulary, prompts: Sequence[Float[np.ndarray, "P D"]]):
         """Keeps the prompts; compiles nothing yet.
 
         Args:
-          size: of the base model.
-          prompts: of any lengths.
+          size: the configuration of the base model.
+          prompts: prompts, which may have different lengths.
         """
         self._tokenizer, self._engine = tokenizer, engine_of(size)
         bank = PromptBank(size.emb_dim)
@@ -60,17 +59,17 @@ class Ensemble:
         self._prompts = [bank.find(str(number)) for number in range(len(prompts))]
 
     def _replicated(self, inputs: Int[np.ndarray, "B T"]) -> tuple[Injection, Int[np.ndarray, "NB T"], Any]:
-        """Returns each prompt with each of the inputs, as an engine's programs take them."""
+        """Returns each prompt with each row of inputs, as the injection, inputs and mask of an engine's programs."""
         prompts = [prompt for prompt in self._prompts for _ in range(len(inputs))]
         injection, mask, _ = batch_of(prompts, len(prompts))
         return injection, np.tile(inputs, (len(self._prompts), 1)), mask
 
     def _by_prompt(self, answers: Any) -> Any:
-        """Returns arrays with a row for each prompt and example, [N, B, ...]."""
+        """Reshapes arrays [N B, ...] to [N, B, ...]: by prompt, then by example."""
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self._prompts), -1, *x.shape[1:]), answers)
 
     def generated(self, frozen: Params, batches: Batches) -> Ballots:
-        """Returns the greedy answers; one that is a label, as the task writes it."""
+        """Returns the greedy answers; an answer that is a label is spelled as the task spells it."""
         written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
         def answer(batch: Batch) -> tuple[Sequence[Sequence[str]], Float[np.ndarray, "N B"]]:
@@ -83,7 +82,7 @@ class Ensemble:
         return _collect(batches, answer)
 
     def ranked(self, frozen: Params, batches: Batches) -> Ballots | None:
-        """Returns the best-scored labels; None for a task whose answers are no closed set."""
+        """Returns the labels with the highest scores; None for a task that has no fixed set of labels."""
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
             return None

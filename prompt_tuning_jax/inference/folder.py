@@ -1,13 +1,14 @@
-"""A folder of prompts, as a bank is filled from it and kept up with it.
+"""Fills a prompt bank from a folder of prompts, and updates the bank when the folder changes.
 
-Each entry is one prompt, named after it:
+Each entry of the folder is one prompt, which has the name of the entry:
 
-    sst2.npy, and beside it, where one wants the base checked, sst2.json: the summary.json of its run
+    sst2.npy        a prompt; if sst2.json, the summary.json of its run, is beside it, the base model is checked
     rte/            a run (best/prompt.npy, summary.json), a prompt with additions per layer (prompt.npy and
                     layer_prompts.npy), a PEFT adapter, a folder with the official file, or a T5X checkpoint with a
                     prompt in it
 
-A single prompt, by its own path, is a folder of one. A run with one prompt per task is the folder of these.
+The path of a single prompt counts as a folder of one prompt. The folder of a run that trained one prompt per task
+counts as the folder of these prompts.
 """
 
 import os
@@ -28,13 +29,13 @@ from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, R
 
 
 class Entry(NamedTuple):
-    """A prompt on disk.
+    """Holds the paths of a prompt on disk.
 
     Attributes:
-      prompt: for `read_prompts`.
-      summary: the summary.json of its run; it need not be there.
-      state: changes when the files do.
-      paths: where it is in the folder; several if a file and a folder share its name.
+      prompt: the path for `read_prompts`.
+      summary: the path of its run's summary.json, which may not exist.
+      state: the files' sizes, modification times and inodes; it changes when a file changes.
+      paths: the entries of the folder that have the prompt's name; several if a file and a folder share the name.
     """
 
     prompt: Path
@@ -44,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a look at the folder has changed in the bank, by name; broken prompts are in all changes while they are."""
+    """Holds the names of the prompts that `sync` added and removed, and the error of each prompt that is now broken."""
 
     added: list[str]
     removed: list[str]
@@ -52,19 +53,19 @@ class Changes(NamedTuple):
 
 
 class PromptFolder:
-    """Fills a bank, and says what has changed since.
+    """Copies the prompts of a folder into a bank, and reports what has changed.
 
     Attributes:
-      broken: why each prompt that cannot be had cannot, by name, as of the last `sync`.
-      told: the same for a client: without paths, and without anything that a file holds.
-      remarks: what there is to say of prompts that were read, by name.
+      broken: by name, the error of each prompt that could not be read or added at the last `sync`.
+      told: the same errors as clients see them: without paths and without file contents.
+      remarks: by name, the remark about a prompt that was read, if there is one; see `TrainedOn.remark`.
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Looks at nothing yet.
+        """Reads no prompt yet.
 
         Raises:
-          ValueError: there is nothing at `path`.
+          ValueError: `path` does not exist.
         """
         self.path = Path(path)
         if (self.path / RUN_PROMPTS).is_dir():
@@ -74,18 +75,18 @@ class PromptFolder:
                 f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
             )
         self._seen: dict[str, tuple] = {}  # the state of each prompt that was read
-        self._looked: dict[str, tuple] = {}  # the state of each prompt at the last look
+        self._looked: dict[str, tuple] = {}  # the state of each prompt at the last `sync`
         self.broken: dict[str, Exception] = {}
         self.told: dict[str, Exception] = {}
         self.remarks: dict[str, str] = {}
 
     @property
     def single(self) -> str | None:
-        """The prompt's name where `path` is one prompt and not a folder of them."""
+        """The prompt's name if `path` is a single prompt; None if it is a folder of prompts."""
         return _name(self.path) if _entry(self.path) else None
 
     def entries(self) -> dict[str, Entry]:
-        """The prompts in the folder, by name, in order."""
+        """Returns the prompts in the folder by name; the names are sorted."""
         try:
             paths = [self.path] if self.single else sorted(self.path.iterdir())
         except OSError as error:
@@ -101,13 +102,14 @@ class PromptFolder:
         return found
 
     def sync(self, bank: PromptBank, *, settled: bool = False) -> Changes:
-        """Brings the bank up to the folder. A prompt that is broken, or becomes so, changes nothing in the bank.
+        """Updates the bank from the folder: adds new and changed prompts, removes deleted ones.
 
-        A prompt whose files change while they are read is read again at the next call.
+        A broken prompt is not added, and if an earlier version of it is in the bank, that version stays. A prompt whose
+        files change while they are read is read again at the next call.
 
         Args:
           settled: whether a prompt is read only if its files have not changed since the last call, so that files which
-            are being written are left alone.
+            are still being written are not read.
         """
         entries = self.entries()
         looked, self._looked = self._looked, {name: entry.state for name, entry in entries.items()}
@@ -139,10 +141,14 @@ class PromptFolder:
         return Changes(added, removed, dict(self.broken))
 
     def _try(self, bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
-        """Reads a prompt into the bank; returns what is wrong with it, and what a client is told of that."""
+        """Reads a prompt into the bank.
+
+        Returns:
+          The error, or None; and the error as clients see it, or None if both are the same.
+        """
         try:
             read = read_entry(entry)
-        except Exception as error:  # any: whatever is in a file, the other prompts are served
+        except Exception as error:  # of any type: whatever a file contains, the other prompts are served
             return error, _without_private_parts(error)
         if _is_unchanged(entry):
             prompt, source, additions = read
@@ -162,7 +168,7 @@ def _is_unchanged(entry: Entry) -> bool:
 
 
 def _without_private_parts(error: Exception) -> ValueError:
-    """Returns an error that shows a client no path, and nothing that a file holds."""
+    """Returns the error for clients, which contains no path and no file content."""
     if isinstance(error, SettingError) and any(isinstance(part, Private) for part in error.parts):
         return error.public
     return ValueError("its files cannot be read as a prompt; the service's own log says why")
@@ -171,10 +177,10 @@ def _without_private_parts(error: Exception) -> ValueError:
 def read_entry(
     entry: Entry,
 ) -> tuple[Float[np.ndarray, "*L P D"], TrainedOn, Float[np.ndarray, "L P D"] | None]:
-    """Returns the prompt, what is known of the base model it was trained on, and its additions if it has any.
+    """Returns the prompt, what its files say of its training, and its additions per layer or None.
 
     Raises:
-      ValueError: the prompt cannot be read, or the summary beside it.
+      ValueError: the prompt or its summary cannot be read, or two entries have the same name.
     """
     if len(entry.paths) > 1:
         both = " and ".join(path.name for path in entry.paths)
@@ -189,7 +195,7 @@ def read_entry(
 
 
 def _check_files(entry: Entry) -> None:
-    """Raises ValueError if a file is none: to open a named pipe would wait for whoever writes into it."""
+    """Raises ValueError if a path is not a regular file: opening a named pipe would block until it is written to."""
     inside = entry.prompt.rglob("*") if entry.prompt.is_dir() else (entry.prompt,)
     for path in (*inside, entry.summary):
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -201,7 +207,7 @@ def _name(path: Path) -> str:
 
 
 def _entry(path: Path) -> Entry | None:
-    """The prompt at `path`, if that is what it is."""
+    """Returns the prompt at `path`; None if there is no prompt."""
     if path.is_dir():
         summary = summary_of(path)
         if (path / RUN_PROMPT).is_file():

@@ -1,4 +1,4 @@
-"""Bodies in and refusals out, for requests of any size and shape."""
+"""Reads request bodies, checks headers, and answers invalid requests of any size with an error."""
 
 import asyncio
 import contextlib
@@ -15,11 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prompt_tuning_jax.inference.requests import read_json, shown
 
 JSON = "application/json"
-LINGER = 2.0  # seconds that the rest of a refused body is read for
+LINGER = 2.0  # seconds for which the rest of a refused body is read
 
 
 class Refusal(Exception):
-    """A request that gets no rows back: its status, and what to say."""
+    """Says why a request is refused, with the status of the response."""
 
     def __init__(self, status: int, message: str, retry_after: int | None = None):
         super().__init__(message)
@@ -35,19 +35,20 @@ class Refusal(Exception):
 
 
 class ClientGone(Exception):
-    """Nobody is there to be answered."""
+    """Says that the client has closed the connection."""
 
 
 class Door:
-    """Lets requests pass to an application, or refuses them by their headers alone."""
+    """Passes requests to an application, or refuses them by their headers alone."""
 
     def __init__(self, app: ASGIApp, *, keys: Collection[str], hosts: Collection[str], open_to_all: Collection[str]):
         """Checks nothing yet.
 
         Args:
-          keys: "Authorization: Bearer KEY" must have one of these; if there are none, nobody is asked for one.
-          hosts: a request must be for one of these, whatever the port: otherwise a web page whose name leads to this
-            machine could ask with its visitor's browser. If there are none, any host will do.
+          keys: the accepted API keys, which requests send as "Authorization: Bearer KEY"; if empty, no key is needed.
+          hosts: the accepted hosts of the Host header, with any port; if empty, any host is accepted. A list of hosts
+            prevents DNS rebinding, in which the domain of a web page resolves to this machine, so that the visitor's
+            browser lets the page send requests to the service.
           open_to_all: the paths that need no key.
         """
         self._app, self._keys, self._hosts, self._open = app, [key.encode() for key in keys], hosts, open_to_all
@@ -70,7 +71,7 @@ class Door:
 
 
 def origin_form(app: ASGIApp) -> ASGIApp:
-    """Returns an application that takes `GET http://host/path` as `GET /path` to that host (RFC 9112, 3.2.2)."""
+    """Returns an application that treats `GET http://host/path` as `GET /path` for that host (RFC 9112, 3.2.2)."""
 
     async def taken(scope: Scope, receive: Receive, send: Send) -> None:
         raw = scope["raw_path"]
@@ -86,28 +87,35 @@ def origin_form(app: ASGIApp) -> ASGIApp:
 
 
 class Body:
-    """The body of a request, as it comes.
+    """Reads the body of one request.
 
     Attributes:
-      size: bytes so far.
-      whole: whether all of it is read.
+      size: the number of bytes read so far.
+      whole: whether the whole body has been read.
     """
 
     def __init__(self, max_bytes: int, hold: Callable[[int], None]):
-        """`hold` is told of every piece, and may refuse it."""
+        """Reads nothing yet.
+
+        Args:
+          max_bytes: the largest size of the body.
+          hold: called with the size of each chunk of the body; it may raise `Refusal`.
+        """
         self.size, self.whole = 0, False
         self._max_bytes, self._hold = max_bytes, hold
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """All of it.
+        """Returns the whole body.
 
         Raises:
-          Refusal: it is no JSON by its content type, or too large, which may be known before a byte is read.
-          ClientGone: it ended early.
+          Refusal: the content type is not JSON, or the body is too large: Content-Length is checked before any byte is
+            read.
+          ClientGone: the client disconnected before the end of the body.
         """
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").decode("latin-1")
-        if kind.partition(";")[0].strip().lower() != JSON:  # a web page may send other types to any host, unasked
+        # A web page may send other content types to any host without a CORS preflight.
+        if kind.partition(";")[0].strip().lower() != JSON:
             raise Refusal(415, f"the content type is {shown(kind) if kind else 'missing'}, expected {JSON}")
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced[:20]) > self._max_bytes:
@@ -131,10 +139,10 @@ class Body:
 
 
 def rows_of(data: bytes, max_rows: int) -> list[Any]:
-    """The rows of a body.
+    """Returns the rows of a request's body.
 
     Raises:
-      Refusal: it has none, or too many.
+      Refusal: the body is not JSON, has no list of rows, or has more than `max_rows`.
     """
     try:
         found = read_json(data.decode())
@@ -152,16 +160,16 @@ def rows_of(data: bytes, max_rows: int) -> list[Any]:
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when a client whose body was read has gone."""
+    """Returns when the client disconnects. The body of its request must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def part(response: Response, receive: Receive, send: Send) -> None:
-    """Sends a response before the request's body is whole, and ends the connection.
+    """Sends a response before the whole request body has been read, then closes the connection.
 
-    Closed at once, a connection is reset where the client still sends, and the response may be lost. So what comes is
-    read and forgotten for a while.
+    If a connection is closed while the client still sends, it is reset, and the client may lose the response. So the
+    rest of the body is read and discarded first, for at most `LINGER` seconds.
     """
     headers = [*response.raw_headers, (b"connection", b"close")]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
@@ -174,7 +182,7 @@ async def part(response: Response, receive: Receive, send: Send) -> None:
 
 
 async def explain(request: Request, error: Exception) -> Response:
-    """No such path, or no such method there, in the form of every other error."""
+    """Returns the response for an unknown path or method, in the same form as every other error."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {shown(request.url.path)}"
     return JSONResponse({"error": f"{error.detail}: {what}"}, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""A closed set of answers, as tokens and as a vocabulary writes them."""
+"""Converts a fixed set of labels to token ids, and to the text that their ids decode to."""
 
 import sys
 import threading
@@ -13,10 +13,10 @@ from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
 def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
-    """Each label by how the vocabulary writes it: one that folds case can never answer "True", only "true".
+    """Returns each label by the text that its tokens decode to: a lower-casing vocabulary writes "True" as "true".
 
     Raises:
-      ValueError: two labels are written alike.
+      ValueError: two labels decode to the same text.
     """
     written: dict[str, str] = {}
     for label in labels:
@@ -35,7 +35,7 @@ def written_labels(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, s
 
 
 def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray, "C L"]:
-    """The token ids of each label, end of sequence included, then padding: the choices of `scoring.choice_scores`."""
+    """Returns the token ids of each label, with end of sequence and padding, for `log_likelihood.choice_scores`."""
     rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
     table = np.full((len(rows), max(map(len, rows))), vocabulary.pad_id, np.int32)
     for row, ids in zip(table, rows, strict=True):
@@ -44,14 +44,14 @@ def label_table(labels: Sequence[str], vocabulary: Vocabulary) -> Int[np.ndarray
 
 
 class LabelTables:
-    """Keeps the token ids of label sets up to a number of bytes; the set that was not used for longest goes first."""
+    """Caches the token ids of label sets up to a number of bytes; the least recently used set is dropped first."""
 
     def __init__(self, read: Callable[[tuple[str, ...]], Int[np.ndarray, "C L"]], max_bytes: int):
-        """Keeps nothing yet.
+        """Starts with an empty cache.
 
         Args:
-          read: makes the table of a label set; its errors are passed on, and not kept.
-          max_bytes: of labels and tables together.
+          read: returns the table of a label set. Its errors are raised to the caller and not cached.
+          max_bytes: the largest size of all labels and tables together.
         """
         self.size, self._read, self._max_bytes = 0, read, max_bytes
         self._tables: OrderedDict[tuple[str, ...], Int[np.ndarray, "C L"]] = OrderedDict()

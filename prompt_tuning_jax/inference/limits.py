@@ -11,7 +11,7 @@ class Limits(NamedTuple):
 
     Attributes:
       max_rows: rows per request.
-      max_bytes: bytes of a request's body. The requests in progress together may have `service.BODIES` times as many.
+      max_bytes: bytes of a request's body. All requests in progress together may have `service.BODIES` times as many.
       max_queue: rows of all requests that wait for the model.
       timeout: seconds from a request's headers to its answer.
       max_tokens: positions of a request's prompts, inputs, labels and answers. `service.QUEUE` times as many may wait.

@@ -1,4 +1,4 @@
-"""The service's description of itself, an OpenAPI 3.1 document."""
+"""Describes the service's HTTP interface as an OpenAPI 3.1 document."""
 
 from typing import Any
 
@@ -71,10 +71,10 @@ ERRORS = {
 
 
 def document(max_rows: int) -> dict[str, Any]:
-    """Returns the document.
+    """Returns the OpenAPI document.
 
     Args:
-      max_rows: of a request.
+      max_rows: the largest number of rows of a request.
     """
 
     def error(status: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One frozen model that answers rows of many tasks at once: each row of a batch has its own prompt (figure 2)."""
+"""Answers rows of many tasks with one frozen model: each row of a batch has its own prompt (figure 2)."""
 
 import itertools
 import math
@@ -24,26 +24,27 @@ from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
 from prompt_tuning_jax.settings import Count, Int, check_values, whole
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
-WINDOW = 32  # batches whose rows are sorted by length together
-MAX_PROGRAMS = 256  # compiled ones in memory; one more, and all are dropped (on disk they stay)
-PASS = 4_096  # positions of labels that a row is ranked with at once where passes are to be short
-SEARCHES = 8  # unknown prompts of one call whose error says what was meant
+WINDOW = 32  # number of batches whose rows are sorted by length together
+MAX_PROGRAMS = 256  # in memory; before one more is compiled, all are dropped (the cache on disk stays)
+PASS = 4_096  # label positions of a request; `parts_of` splits a request that has more
+SEARCHES = 8  # unknown prompts per call whose error suggests similar names
 
 
 class Predictor:
-    """Answers rows `{"prompt": name, "inputs": text}`, those of all prompts in the same batches.
+    """Answers rows `{"prompt": name, "inputs": text}`; rows with different prompts share batches.
 
-    A row gets `"prediction"`, and `"score"`, its log-probability (with beam search divided by the length penalty).
-    With `"labels"` they are ranked: `"prediction"` is the best, `"scores"` and `"probabilities"` are of all. `"cut"` is
-    there, and true, where the inputs were longer than `input_length`. See `requests.Reader` for all fields.
+    An answer has `"prediction"`, and `"score"`, the log-probability of the prediction (for beam search divided by the
+    length penalty). If the row has `"labels"`, they are ranked: `"prediction"` is the best label, and `"scores"` and
+    `"probabilities"` have a value per label. If the inputs were longer than `input_length`, the answer has `"cut"`,
+    which is true. See `requests.Reader` for all fields of a row.
 
         predictor = Predictor(load("nano"), {"sst2": "prompts/sst2.npy"})
         for answer in predictor.predict([{"prompt": "sst2", "inputs": "sentence: a joy"}]):
             print(answer["prediction"])
 
     Attributes:
-      bank: the prompts, which may change between calls, and from another thread at any time.
-      fingerprint: of the base.
+      bank: the prompts, which may be changed between calls, and by another thread at any time.
+      fingerprint: the base model's fingerprint.
     """
 
     def __init__(
@@ -57,21 +58,21 @@ class Predictor:
         decoding: Decoding | None = None,
         prompt: str | None = None,
     ):
-        """Compiles nothing yet: each shape is compiled where it is first met.
+        """Compiles nothing yet: each shape is compiled when it first occurs.
 
         Args:
-          model: of `load`.
-          prompts: by name, arrays [P, D], or [L, P, D] of prompts per layer, or what else
-            `checkpoints.tuned.injection_of` takes; or a folder of prompts, or one prompt's file, which is then the
-            default of rows that name none (`folder`); None for the model alone.
-          input_length: tokens of inputs; longer ones are truncated, their end of sequence kept.
-          max_new_tokens: of an answer, end of sequence included.
-          batch_size: rows of the largest batch.
-          decoding: for rows that do not say.
-          prompt: the name for rows that have no "prompt".
+          model: the base model, from `load`.
+          prompts: None for the base model alone; or the path of a folder of prompts, or of a single prompt, which is
+            then the default for rows without "prompt" (see `folder`); or a mapping from names to arrays [P, D], to
+            arrays [L, P, D] of prompts per layer, or to anything else that `checkpoints.tuned.injection_of` takes.
+          input_length: the largest number of input tokens. Longer inputs are truncated and keep their end of sequence.
+          max_new_tokens: the largest number of tokens of an answer, end of sequence included.
+          batch_size: the largest number of rows of a batch.
+          decoding: the settings for rows that do not give their own.
+          prompt: the prompt's name for rows that have no "prompt".
 
         Raises:
-          ValueError: a setting is impossible, or a prompt does not fit the model.
+          ValueError: a setting is invalid, or a prompt does not fit the model.
         """
         check_values(Predictor.__init__, locals())
         decoding = decoding or Decoding()
@@ -91,23 +92,31 @@ class Predictor:
     def load(
         cls, base: str = "nano", prompts: Any = None, *, vocabulary: str | None = None, dtype: Any = "auto", **more: Any
     ) -> "Predictor":
-        """Returns the predictor of a base model's files: `Predictor(load(base, dtype, vocabulary), prompts, **more)`.
+        """Loads a base model, and returns its predictor: `Predictor(load(base, dtype, vocabulary), prompts, **more)`.
 
         Raises:
-          ValueError: something is not there, or does not fit.
+          ValueError: a file is missing or invalid, a setting is invalid, or a prompt does not fit the model.
         """
         return cls(load(base, dtype, vocabulary), prompts, **more)
 
     def request(self, row: Any, number: int = 0) -> Request:
-        """A row, checked and tokenised: see `requests.Reader.request`."""
+        """Returns the request for a row, as `requests.Reader.request` does.
+
+        Raises:
+          ValueError: the row is invalid, or there is no such prompt.
+        """
         request = self._reader.request(row, number)
         self.bank.find(request.prompt)
         return request
 
     def requests(self, rows: Iterable[tuple[int, Any]]) -> list[Request | ValueError]:
-        """Reads rows, each with its number; what is no row becomes its error.
+        """Returns a request per row, or a ValueError for an invalid row.
 
-        Similar names are searched for once per unknown prompt, and for `SEARCHES` of them.
+        An error about an unknown prompt suggests similar names, but only for the first `SEARCHES` unknown prompts,
+        because the search compares all names.
+
+        Args:
+          rows: pairs of a row's number and the row, or a ValueError instead of the row, which is returned.
         """
         found: list[Request | ValueError] = []
         unknown: dict[str | None, ValueError] = {}
@@ -129,22 +138,22 @@ class Predictor:
         return found
 
     def cost(self, request: Request) -> int:
-        """Returns how many positions, of encoder and decoder, the answer takes where no other row shares its batch."""
+        """Returns how many encoder and decoder positions the answer takes if no other row shares its batch."""
         try:
             prompt = self.bank.find(request.prompt, search=False).padded
-        except ValueError:  # it was there when the row was read
+        except ValueError:  # the prompt has been removed since the row was read
             prompt = 0
         answer = math.prod(label_size(request)) or self._length * (self._beams if request.method == "beam" else 1)
         return prompt + self.bucket(request) + answer
 
     def predict(self, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """The rows with their answers, in order, as they come. A row that cannot be answered has an "error" instead."""
+        """Yields each row with its answer, in order. A row that cannot be answered gets an "error" instead."""
         numbered = enumerate(rows)
         while window := [*itertools.islice(numbered, self.batch_size * WINDOW)]:
             yield from self.answer_rows(window)
 
     def answer_rows(self, rows: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
-        """The rows, each with its number, and what was found: an answer or an error."""
+        """Returns the fields of each row with its answer or "error"; `rows` has pairs of a row's number and the row."""
         found = self.requests(rows)
         answers = iter(self.answer([request for request in found if isinstance(request, Request)]))
         return [
@@ -153,12 +162,12 @@ class Predictor:
         ]
 
     def answer(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """The answer to each request: "prediction" and more, or "error"."""
+        """Returns the answer to each request: "prediction" and the other fields, or "error"."""
         answers: list[dict[str, Any]] = [{} for _ in requests]
         running = None
         for batch in self.plan(requests, answers):
             started = self._start([requests[at] for at in batch.places], batch)
-            if running:  # the device computes the next batch while the last one's answers are written
+            if running:  # the device computes this batch while the previous one's answers are decoded
                 self._finish(*running, requests, answers)
             running = (batch, started)
         if running:
@@ -166,19 +175,20 @@ class Predictor:
         return answers
 
     def plan(self, requests: Sequence[Request], answers: list[dict[str, Any]] | None = None) -> Iterator["Planned"]:
-        """Yields batches: rows of one method and about the same size, the largest first.
+        """Yields batches, the longest rows first. The rows of a batch have the same method and similar lengths.
 
-        Rows of other sizes, which are positions of prompt, inputs and labels, share a batch if it at most doubles the
-        positions of each. Rows with prompts per layer follow the others: at most one batch of a method has both.
+        A row's length is its number of prompt, input and label positions. Rows share a batch only if padding at most
+        doubles the length of each. Rows with prompts per layer come after all others, so that at most one batch per
+        method has both kinds.
 
         Args:
-          answers: is given the error of each row whose prompt has gone since the row was read.
+          answers: gets the error of each request whose prompt has been removed since the row was read.
         """
         rows: list[_Row] = []
         for at, request in enumerate(requests):
             try:
                 prompt = self.bank.find(request.prompt, search=False)
-            except ValueError as error:  # it was there when the row was read
+            except ValueError as error:  # the prompt has been removed since the row was read
                 if answers is not None:
                     answers[at]["error"] = str(error)
             else:
@@ -208,25 +218,27 @@ class Predictor:
         return Planned(batch.method, batch.length, [row.at for row in rows], prompts, program)
 
     def groups(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[list[int]]]:
-        """Divides requests, by index, into those that can be answered at once and those that must be compiled for.
+        """Divides the indices of requests by whether their programs are compiled.
 
         Returns:
-          First all requests together if they can be; else, batch by batch, what can. Then, batch by batch, what cannot.
+          Two lists of groups of indices: groups whose programs are compiled, and groups whose programs are not. If all
+          programs are compiled, the first list has all requests in one group; otherwise a group is a batch.
         """
         batches = [*self.plan(requests)]
         later = [batch.places for batch in batches if batch.program not in self._compiled]
         if not later:
             return [[*range(len(requests))]], []
         now = [batch.places for batch in batches if batch.program in self._compiled]
-        gone = set(range(len(requests))).difference(*(batch.places for batch in batches))  # their prompts have gone
+        # The prompts of these requests have been removed.
+        gone = set(range(len(requests))).difference(*(batch.places for batch in batches))
         return [*now, *([sorted(gone)] if gone else [])], later
 
     def bucket(self, request: Request) -> int:
-        """The length that its inputs are padded to where no longer ones share the batch."""
+        """Returns the length to which the inputs are padded if the batch has no longer inputs."""
         return next(length for length in self._buckets if length >= len(request.inputs))
 
     def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
-        """Sends a batch to the device, padded by rows of no prompt and no inputs to a power of two of rows."""
+        """Starts a batch on the device. Rows without prompt and inputs pad it to the size of its program."""
         size = batch.program[1]
         inputs = np.full((size, batch.length), self._tokenizer.pad_id, np.int32)
         for place, request in enumerate(requests):
@@ -264,13 +276,14 @@ class Predictor:
 
 
 def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str | None]:
-    """Returns the prompts of a model by name, and the name of the only one where one file was given.
+    """Returns a bank of a model's prompts, and the prompt's name if `prompts` is the path of a single prompt.
 
     Args:
-      longest: the most positions that a prompt may have.
+      prompts: as `Predictor` takes them, or a `PromptFolder`.
+      longest: the largest number of positions that a prompt may have.
 
     Raises:
-      ValueError: one of them does not fit; of a folder's prompts, only if the path is that of one prompt.
+      ValueError: a prompt does not fit the model. In a folder of several prompts, such a prompt is left out instead.
     """
     folder = PromptFolder(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
     size, fingerprint = model.config, model.fingerprint
@@ -287,7 +300,7 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
         changes = folder.sync(bank)
         if folder.single and changes.broken:
             raise changes.broken[folder.single]
-        if folder is not prompts:  # whoever has made the folder looks at it for itself
+        if folder is not prompts:  # the caller that made the folder reads the remarks itself
             for remark in folder.remarks.values():
                 warnings.warn(remark, stacklevel=3)
         return bank, folder.single
@@ -327,19 +340,19 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
 
 
 def asked(row: Any) -> dict[str, Any]:
-    """A row without what an earlier answer left in it: its fields come back beside the new one."""
+    """Returns a row's fields without those of an earlier answer, to be returned beside the new answer."""
     return {name: row[name] for name in row if name not in ANSWER} if isinstance(row, Mapping) else {}
 
 
 class Planned(NamedTuple):
-    """A batch to be.
+    """Holds the plan of a batch.
 
     Attributes:
-      method: how it is answered.
-      length: of its inputs.
-      places: the indices of its requests.
-      prompts: of its rows.
-      program: what the compiled program depends on.
+      method: a member of `METHODS`, or `RANK`.
+      length: the length to which the inputs are padded.
+      places: the indices of the batch's requests.
+      prompts: the prompt of each row.
+      program: the method and all sizes that the compiled program depends on; the second entry is the number of rows.
     """
 
     method: str
@@ -350,12 +363,13 @@ class Planned(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What a request needs of a batch, or several of them do.
+    """Holds the sizes that a batch must have for one request, or for several.
 
     Attributes:
       at: the index of the request.
-      length: to which the inputs are padded.
-      labels, tokens: how many labels are ranked, and the tokens to which each is padded; 0 where none are.
+      prompt: the request's prompt, or of several requests the one with the largest padded length.
+      length: the length to which the inputs are padded.
+      labels, tokens: the number of labels to rank, and the tokens to which each is padded; 0 if an answer is generated.
     """
 
     at: int
@@ -367,17 +381,17 @@ class _Row(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """The positions of a row, of encoder and decoder."""
+        """The number of encoder and decoder positions of a row, without generated tokens."""
         return self.prompt.padded + self.length + self.labels * self.tokens
 
     def around(self, other: "_Row") -> "_Row":
-        """Returns what both need."""
+        """Returns the sizes that are large enough for both."""
         sizes = (max(pair) for pair in zip(self[3:], other[3:], strict=True))
         return _Row(self.at, self.method, max(self.prompt, other.prompt, key=lambda prompt: prompt.padded), *sizes)
 
 
 def label_size(request: Request) -> tuple[int, int]:
-    """Returns how many labels a request ranks, and the tokens to which each is padded."""
+    """Returns how many labels a request ranks, and the tokens to which each is padded; zeros if it ranks none."""
     if request.choices is None:
         return 0, 0
     count, tokens = request.choices.shape
@@ -385,12 +399,12 @@ def label_size(request: Request) -> tuple[int, int]:
 
 
 def table_size(labels: int, tokens: int) -> tuple[int, int]:
-    """Returns the size of the table that such labels are ranked in: few sizes, since each is a compiled program."""
+    """Returns the size of the table for such labels, rounded up because a program is compiled for each size."""
     return max(power_of_two(labels), 16), tokens
 
 
 def parts_of(request: Request) -> list[Request]:
-    """Returns requests that rank a few of the labels each, so that no pass takes long; `joined` makes one answer."""
+    """Splits a request into requests that rank a few labels each, so that no batch takes long; see `joined`."""
     labels, tokens = label_size(request)
     if labels * tokens <= PASS or request.choices is None:
         return [request]
@@ -402,7 +416,7 @@ def parts_of(request: Request) -> list[Request]:
 
 
 def joined(request: Request, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the answer to a request from those to its parts."""
+    """Returns the answer to a request from the answers to its parts."""
     failed = [answer for answer in answers if "error" in answer]
     if failed or len(answers) == 1:
         return (failed or answers)[0]
@@ -411,7 +425,7 @@ def joined(request: Request, answers: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.ndarray]:
-    """The arguments of `sample`, of `size` rows."""
+    """Returns the arguments of `sample` for a batch of `size` rows."""
 
     def column(values: Iterable[Any], dtype: Any) -> np.ndarray:
         return np.resize(np.array([*values], dtype), size)
@@ -425,7 +439,7 @@ def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.nda
 
 
 def _choices(requests: Sequence[Request], shape: tuple[int, ...], pad: int) -> dict[str, Any]:
-    """The arguments of `choice_scores`: tables of `shape`, rows x labels x tokens."""
+    """Returns the arguments of `choice_scores`: label tables of `shape` [B, C, L] and the largest number of labels."""
     tables = [request.choices for request in requests if request.choices is not None]
     choices = np.full(shape, pad, np.int32)
     for row, table in zip(choices, tables, strict=False):

@@ -1,4 +1,4 @@
-"""What a service counts, for Prometheus."""
+"""Counts and times the service's requests for Prometheus."""
 
 import time
 from collections.abc import Callable
@@ -6,21 +6,28 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CLIENT_GONE = 499  # nginx's code for who went away before the answer: there is no response to have another
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the response, which has no status of its own
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """Counters and histograms, in a registry of their own.
+    """Holds the service's counters and histograms, in a registry of their own.
 
     Attributes:
-      rows: how many were "answered", got an "error", or were "dropped" from the queue since nobody waited for them.
-      windows: rows that the model was given at once.
+      rows: counts rows that were "answered", that got an "error", and that were "dropped" from the queue because their
+        request had ended.
+      windows: histogram of the number of rows that the model was given at once.
     """
 
     def __init__(self, paths: tuple[str, ...], waiting: Callable[[], int]):
-        """Counts requests to any other path as "other": who asks cannot make new series. Times those to the first."""
+        """Makes the metrics.
+
+        Args:
+          paths: the paths that are counted by name. Any other path counts as "other", so that a client cannot create
+            new time series. Requests to the first path are timed.
+          waiting: returns the number of rows that wait for the model.
+        """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._paths, self._timed = paths, paths[0]
@@ -34,7 +41,7 @@ class Metrics:
         return kind(f"prompt_tuning_{name}", text, labels or [], registry=self.registry, **options)
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """`app`, its requests counted."""
+        """Returns an application that counts the requests to `app`."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             status, started = CLIENT_GONE, time.monotonic()

@@ -1,10 +1,10 @@
-"""From a user's row to what a program needs, and what of a row is not as it should be."""
+"""Checks and tokenises users' rows."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from reprlib import repr as shown  # a stranger's values, cut short: an error stays one line
+from reprlib import repr as shown  # truncates a user's values, so that an error stays one line
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -32,27 +32,29 @@ METHODS = ("greedy", "beam", "sample")
 RANK = "rank"
 SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "seed": int}  # fields that only `sample` reads
 MAX_LABELS, MAX_LABEL_TOKENS, MAX_LABEL_CHARACTERS = 256, 128, 2_048
-LABEL_BYTES = 32 * 2**20  # of label sets that are kept tokenised
-CHARACTERS = 64  # per token of the longest inputs: what is behind them is not tokenised
+LABEL_BYTES = 32 * 2**20  # size of the cache of tokenised label sets
+CHARACTERS = 64  # per token of `input_length`; the text after them is not tokenised
 SMALLEST = 1.18e-38  # just above float32's smallest normal number: below it XLA computes with 0
 FIELDS = ("prompt", "inputs", "labels", "decode", *SAMPLING)
-OWN_FIELDS = ("id", "note", "targets")  # the user's own, which come back as they are
-ANSWER = ("prediction", "score", "scores", "probabilities", "cut", "error")  # an earlier answer's, which are replaced
-FIXED = ("base", "dtype", "input_length", "max_new_tokens", "batch_size", "beams")  # settings of the whole command
+OWN_FIELDS = ("id", "note", "targets")  # the user's own, which are returned unchanged
+ANSWER = ("prediction", "score", "scores", "probabilities", "cut", "error")  # fields of an earlier answer, replaced
+# Settings of the whole command, which a row cannot change.
+FIXED = ("base", "dtype", "input_length", "max_new_tokens", "batch_size", "beams")
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How an answer is found, where a row does not say so itself.
+    """Says how answers are found for rows that do not say so themselves.
 
     Attributes:
-      decode: "greedy"; "beam", with T5X's brevity penalty; or "sample".
-      beams: for "beam".
-      temperature: for "sample"; 0 is greedy.
-      top_k: the tokens that may be drawn, the likeliest; 0 for all.
-      top_p: the share of probability that may be drawn, the likeliest tokens; 1 for all (nucleus sampling).
-      seed: of the first row; the next row's is one more.
-      labels: rank these and generate nothing.
+      decode: "greedy"; "beam", with T5X's length penalty; or "sample".
+      beams: the number of beams of "beam".
+      temperature: divides the logits of "sample"; 0 is greedy.
+      top_k: "sample" draws from the `top_k` most likely tokens; 0 for all tokens.
+      top_p: "sample" draws from the fewest most likely tokens whose probabilities add up to `top_p` (nucleus sampling);
+        1 for all tokens.
+      seed: the seed of the first row; row n has `seed` + n.
+      labels: if given, these labels are ranked and nothing is generated.
     """
 
     decode: Annotated[Str, OneOf(METHODS)] = "greedy"
@@ -65,15 +67,15 @@ class Decoding:
 
 
 class Request(NamedTuple):
-    """A row, checked and tokenised.
+    """Holds a row that has been checked and tokenised.
 
     Attributes:
-      prompt: its name; None for the base alone.
-      inputs: token ids, end of sequence included.
+      prompt: the prompt's name; None for the base model alone.
+      inputs: token ids, int32, end of sequence included.
       cut: whether the text was longer than `inputs`.
-      method: one of `METHODS`, or `RANK`.
-      labels: to rank.
-      choices: their token ids, int32 [C, L], end of sequence included, and padding.
+      method: a member of `METHODS`, or `RANK`.
+      labels: the labels to rank; empty if an answer is generated.
+      choices: the labels' token ids, int32 [C, L], with end of sequence and padding; None if an answer is generated.
     """
 
     prompt: str | None
@@ -89,15 +91,15 @@ class Request(NamedTuple):
 
 
 class Reader:
-    """Makes requests of rows, for one vocabulary."""
+    """Converts rows to requests with one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, input_length: int, decoding: Decoding, prompt: str | None = None):
-        """Checks the defaults as rows are checked.
+        """Checks the defaults in the same way as rows.
 
         Args:
-          input_length: tokens of inputs, end of sequence included; longer ones are cut.
-          decoding: for rows that do not say.
-          prompt: the name for rows that have no "prompt".
+          input_length: the largest number of input tokens, end of sequence included; longer inputs are truncated.
+          decoding: the settings for rows that do not give their own.
+          prompt: the prompt's name for rows that have no "prompt"; None if rows must have one.
         """
         self._vocabulary, self._input_length, self._prompt = vocabulary, input_length, prompt
         self._choices = LabelTables(lambda labels: _choices(labels, vocabulary), LABEL_BYTES)
@@ -107,16 +109,16 @@ class Reader:
             self.request({"inputs": "a", "prompt": None, "labels": decoding.labels})
 
     def request(self, row: Any, number: int = 0) -> Request:
-        """The request of a row.
+        """Returns the request for a row.
 
         Args:
-          row: {"prompt": name, or null for the base alone; "inputs": text}; further, where wanted, "labels", to rank
-            them, or "decode" and, for "sample", "temperature", "top_k", "top_p" and "seed". `OWN_FIELDS` may hold
-            anything, and so may those of an earlier answer.
-          number: of the row, which the default seed depends on.
+          row: a mapping with "prompt", a name or None for the base model alone, and "inputs", a text. Optional fields:
+            "labels", which are ranked; or "decode" and, for "sample", "temperature", "top_k", "top_p" and "seed".
+            `OWN_FIELDS` and the fields of an earlier answer (`ANSWER`) may have any value.
+          number: the row's index, which is added to the default seed.
 
         Raises:
-          ValueError: it is none; the message says which field is wrong.
+          ValueError: the row is invalid; the message names the field.
         """
         if not isinstance(row, Mapping):
             raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
@@ -167,7 +169,7 @@ class Reader:
 
 
 def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Ids[np.ndarray, "C L"]:
-    """The table of labels that are neither empty, nor too long, nor the same tokens."""
+    """Returns the label table; raises ValueError if a label is empty or too long, or if two have the same tokens."""
     for label in labels:
         if len(label) > MAX_LABEL_CHARACTERS:
             raise ValueError(
@@ -186,7 +188,7 @@ def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Ids[np.ndarray, "
 
 
 def _check_values(row: Mapping[str, Any]) -> None:
-    """Raises ValueError if a field of a row is not what the field of `Decoding` of its name must be."""
+    """Raises ValueError if a field of a row has a value that the field of the same name of `Decoding` cannot have."""
     for name, annotation in annotations_of(Decoding).items():
         if name in row and (fault := fault_of(row[name], annotation)):
             raise ValueError(f"{name}{fault}")
@@ -212,7 +214,7 @@ def _check_fields(row: Mapping[str, Any]) -> None:
 
 
 def _beginning(text: str, characters: int) -> str:
-    """Returns as much of a text as is tokenised: whole words, up to so many characters."""
+    """Returns the beginning of a text that is tokenised: whole words, at most `characters` characters in total."""
     if len(text) > characters and not text[:characters].strip():
         text = text.lstrip()
     if len(text) <= characters:
@@ -223,10 +225,10 @@ def _beginning(text: str, characters: int) -> str:
 
 
 def read_json(text: str) -> Any:
-    """Reads JSON as it is defined: Python would also read NaN and 1e999, which JSON cannot write back.
+    """Reads strict JSON: Python would also accept NaN and 1e999, which cannot be written as JSON again.
 
     Raises:
-      ValueError: it is no JSON, or is nested too deep.
+      ValueError: `text` is not JSON, or is nested too deep.
     """
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite)

@@ -1,16 +1,24 @@
-"""The service: HTTP in front of a predictor, as an ASGI application.
+"""Serves a predictor over HTTP, as an ASGI application.
 
-    POST /v1/predict    {"rows": [...]}; the answers, in order, as `infer` writes them
-    GET  /v1/prompts    what there is, and what is broken
+    POST /v1/predict    {"rows": [...]}; returns the answers in order, as `infer` writes them
+    GET  /v1/prompts    the prompts, and the errors of broken prompts
     GET  /livez         503 if the service must be restarted
     GET  /readyz        200 while the model answers; /healthz is the same
-    GET  /metrics       for Prometheus
-    GET  /openapi.json  all of this for programs
+    GET  /metrics       counters for Prometheus
+    GET  /openapi.json  the OpenAPI description of these paths
 
-A row that cannot be answered has its "error" in a 200. The other answers are {"error": one line}: 400 for what is no
-request, 401 without the API key, 408 for a body that does not come, 413 for one that is too large, 415 for one that is
-no JSON, 421 for a request to another host, 429 where too many rows wait, 503 while the base loads, where the model
-fails, and where the answer takes longer than `Limits.timeout`, in which compiling does not count.
+If a row cannot be answered, the response is still a 200, and the row has an "error". Other errors are {"error": one
+line}, with one of these statuses:
+
+    400  the body is not a valid request
+    401  the API key is missing or wrong
+    408  the body did not arrive in time
+    413  the body, its rows or their tokens are too many
+    415  the content type is not JSON
+    421  the request is for another host
+    429  too many rows, tokens or bodies are waiting
+    503  the base model is loading, the model failed, or the answer took longer than `Limits.timeout`, which does not
+         count the time for compiling
 """
 
 import asyncio
@@ -54,20 +62,20 @@ from prompt_tuning_jax.settings import NotNegative, Positive, check_values
 PREDICT, PROMPTS, METRICS, OPENAPI = "/v1/predict", "/v1/prompts", "/metrics", "/openapi.json"
 LIVEZ, READYZ, HEALTHZ = PROBES = ("/livez", "/readyz", "/healthz")
 PATHS = (PREDICT, PROMPTS, METRICS, OPENAPI, *PROBES)
-BODIES = 16  # times `max_bytes`: what all requests together may hold
-QUEUE = 8  # times `max_tokens`: what may wait
-SMALL = 64 * 1024  # bytes of a body that is read beside the large ones, on a thread of its own
-LOST = 10  # times `timeout`: a pass of the model that takes longer does not end
+BODIES = 16  # times `max_bytes`: the largest size of all bodies in progress together
+QUEUE = 8  # times `max_tokens`: the largest number of tokens that may wait
+SMALL = 64 * 1024  # bytes; bodies up to this size are parsed on a thread of their own
+LOST = 10  # times `timeout`: a model call that takes longer is taken to be stuck for good
 LOADING = "the base is still being loaded"
-WINDOW = 4  # batches handed to the model at once
+WINDOW = 4  # number of batches handed to the model at once
 
 
 class Service:
-    """Owns the predictor, the thread it works on and the queue in front of it.
+    """Owns the predictor, the predictor's threads, and the queue of rows.
 
     Attributes:
-      app: the ASGI application; it answers /healthz from the beginning, and rows once `start` has ended.
-      model: the thread of the predictor.
+      app: the ASGI application. It answers /healthz from the beginning, and rows after `start` has returned.
+      model: the thread on which the predictor computes.
     """
 
     def __init__(
@@ -85,12 +93,13 @@ class Service:
         """Loads nothing yet.
 
         Args:
-          load: the predictor, and the folder whose prompts it has; called by `start`, on the model's thread.
-          base: its path, of which clients are told the last part.
-          wait: seconds that a batch waits for more rows while the model has nothing to do.
-          poll: seconds between looks at the folder.
-          text: returns an error's message, with settings written as whoever starts the service calls them.
-          keys, hosts: who may ask; see `Door`.
+          load: returns the predictor, and the folder of its prompts or None; `start` calls it on the model's thread.
+          base: the base model's path. Clients see its last part.
+          limits: the limits of a request; None for the defaults.
+          wait: seconds that a batch waits for more rows while the model is idle.
+          poll: seconds between two checks of the folder.
+          text: returns an error's message with the names of settings that the front end uses.
+          keys, hosts: the accepted API keys and hosts; see `Door`.
         """
         check_values(Service.__init__, locals())
         limits = limits or Limits()
@@ -98,7 +107,7 @@ class Service:
         self.model, self._compiler = ModelThread(), ModelThread()
         self._load, self._base, self._limits, self._wait, self._poll = load, base, limits, wait, poll
         self._text = text
-        # JSON and tokens: a large request must hold up neither the loop nor small requests.
+        # Threads that parse and tokenise: a large request must not delay the event loop or small requests.
         self._small, self._large, self._files = (ThreadPoolExecutor(1, name) for name in ("small", "large", "files"))
         self._predictor: Predictor | None = None
         self._batcher: Batcher | None = None
@@ -124,10 +133,10 @@ class Service:
         self.app = origin_form(self._metrics.around(door))
 
     async def start(self) -> None:
-        """Loads, and begins to answer.
+        """Loads the predictor, and starts to answer rows.
 
         Raises:
-          ValueError: as `load` does.
+          ValueError: `load` failed.
         """
         predictor, folder = await self.model.run(self._load)
         if folder is not None:
@@ -151,7 +160,7 @@ class Service:
         self._predictor = predictor
 
     async def stop(self) -> None:
-        """Ends what `start` began; what the model is computing goes on."""
+        """Stops what `start` started. The batch that the model is computing goes on to its end."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -161,7 +170,7 @@ class Service:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def busy(self) -> bool:
-        """Returns whether the model computes, or a program is being compiled."""
+        """Returns whether the model is computing or a program is being compiled."""
         return bool(self.model.busy() or self._compiler.busy())
 
     @staticmethod
@@ -169,7 +178,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
     async def predict(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """POST /v1/predict."""
+        """Handles POST /v1/predict."""
         body = Body(self._limits.max_bytes, self._hold)
         try:
             response = await self._respond(scope, receive, body)
@@ -194,7 +203,7 @@ class Service:
             if body.whole:
                 return Refusal(503, f"there was no answer {late}", self._seconds()).response
             return Refusal(408, f"the body was not there {late}").response
-        except asyncio.CancelledError:  # the server ends, and has waited long enough
+        except asyncio.CancelledError:  # the server shuts down, and its grace period is over
             return Refusal(503, "the service is shutting down", 1).response
 
     async def _answer(self, scope: Scope, receive: Receive, body: Body, deadline: asyncio.Timeout) -> bytes:
@@ -222,10 +231,10 @@ class Service:
             gone.cancel()
 
     def _read(self, data: bytes) -> tuple[list[Any], Sequence[Request | ValueError]]:
-        """Returns the rows of a body, and of each its request or what is wrong with it.
+        """Returns the rows of a body, and for each row its request or its error.
 
         Raises:
-          Refusal: the body is none, or its rows are too many, or would take too long.
+          Refusal: the body is invalid, or it has too many rows or tokens.
         """
         assert self._predictor is not None
         rows = rows_of(data, self._limits.max_rows)
@@ -242,7 +251,11 @@ class Service:
     def _write(
         self, rows: list[Any], found: Sequence[Request | ValueError], answers: Sequence[dict[str, Any]]
     ) -> bytes:
-        """Returns the answer's body; a row keeps its fields."""
+        """Returns the body of the response: each row's own fields with its answer.
+
+        Raises:
+          Refusal: a row is nested too deep to be written as JSON.
+        """
         rest, whole = iter(answers), []
         for row, request in zip(rows, found, strict=True):
             if isinstance(request, Request):
@@ -259,10 +272,10 @@ class Service:
             raise Refusal(400, "a row is nested too deep to be written back") from None
 
     def _hold(self, size: int) -> None:
-        """Counts bytes of a body as held.
+        """Adds `size` bytes to the size of all bodies in progress.
 
         Raises:
-          Refusal: those of all requests are too many.
+          Refusal: all bodies in progress together are too large.
         """
         self._held += size
         if self._held > BODIES * self._limits.max_bytes:
@@ -272,7 +285,7 @@ class Service:
         return self._batcher.seconds() if self._batcher else 1
 
     def _refresh(self, predictor: Predictor, folder: PromptFolder, settled: bool) -> Changes:
-        """Brings the bank up to the folder; not on the model's thread, which a slow disk would hold up."""
+        """Updates the bank from the folder, on a thread of its own, so that a slow disk does not delay the model."""
         changes = folder.sync(predictor.bank, settled=settled)
         self._prompts = {
             "prompts": predictor.bank.lengths,
@@ -281,7 +294,7 @@ class Service:
         return changes
 
     async def _keep_up(self, predictor: Predictor, folder: PromptFolder) -> None:
-        """Looks at the folder again and again, and tells what has changed. Whatever is wrong there, the bank serves."""
+        """Checks the folder every `poll` seconds, and prints what has changed. An error does not stop the service."""
         said: dict[str, str] = {}
         while True:
             await asyncio.sleep(self._poll)
@@ -305,7 +318,7 @@ class Service:
                     print(f"prompts: {self._text(error) or type(error).__name__}", file=sys.stderr)
 
     async def prompts(self, request: HTTPRequest) -> Response:
-        """GET /v1/prompts: lengths by name, messages of the broken ones by name, and "folder" where that is broken."""
+        """Handles GET /v1/prompts: lengths by name, errors of broken prompts by name, and an error of the folder."""
         if self._predictor is None:
             return Refusal(503, LOADING, 1).response
         base = os.path.basename(self._base.rstrip("/"))
@@ -313,29 +326,29 @@ class Service:
         return JSONResponse({"base": base, "fingerprint": self._predictor.fingerprint} | found)
 
     async def livez(self, request: HTTPRequest) -> Response:
-        """GET /livez: 503 only if the service cannot recover, and should be restarted."""
+        """Handles GET /livez: 503 only if the service cannot recover, and should be restarted."""
         lost = self.model.busy() > LOST * self._limits.timeout and self._predictor is not None
         ended = self._answering is not None and self._answering.done()
         return JSONResponse({"status": "lost" if lost or ended else "ok"}, 503 if lost or ended else 200)
 
     async def readyz(self, request: HTTPRequest) -> Response:
-        """GET /readyz: the model is stuck where one window takes longer than any request may."""
+        """Handles GET /readyz: 503 while the model loads, and while a model call takes longer than `Limits.timeout`."""
         if self._predictor is None:
             return JSONResponse({"status": "loading"}, 503)
         stuck = self.model.busy() > self._limits.timeout
         return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
 
     async def openapi(self, request: HTTPRequest) -> Response:
-        """GET /openapi.json."""
+        """Handles GET /openapi.json."""
         return JSONResponse(document(self._limits.max_rows))
 
     async def metrics(self, request: HTTPRequest) -> Response:
-        """GET /metrics."""
+        """Handles GET /metrics."""
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Endpoint:
-    """An endpoint that reads and writes by itself: Starlette gives a function a request whose body it reads."""
+    """Makes `Service.predict` an ASGI application: Starlette would wrap a function and read the body itself."""
 
     def __init__(self, service: Service):
         self._service = service

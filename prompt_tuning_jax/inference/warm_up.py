@@ -1,4 +1,4 @@
-"""Compiles, before the first row comes, the programs that rows like given ones need."""
+"""Compiles the programs for rows like the given examples, before the first request arrives."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -10,16 +10,17 @@ from prompt_tuning_jax.inference.requests import RANK, Request
 
 
 def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
-    """Answers batches of each size for each method, length of inputs, length of prompts, and size of label tables.
+    """Answers one batch per combination of batch size, method, input length, prompt length and label table size.
 
     Args:
-      rows: as those to come; which prompts they name does not matter.
+      rows: examples of the rows that are expected. The prompts that they name are ignored: every prompt length of the
+        bank is used.
 
     Returns:
       The number of batches.
 
     Raises:
-      ValueError: a row is none.
+      ValueError: a row is invalid.
     """
     kinds: dict[tuple[str, int], Request] = {}
     labels: dict[tuple[int, int], Request] = {}
@@ -45,5 +46,5 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
 
 
 def sizes(batch_size: int) -> list[int]:
-    """The batch sizes that programs are compiled for: powers of two, and the largest itself."""
+    """Returns the batch sizes that programs are compiled for: powers of two below `batch_size`, and `batch_size`."""
     return [*(1 << n for n in range((batch_size - 1).bit_length())), batch_size]
