@@ -57,7 +57,7 @@ class Result:
       metrics: the metrics of the best evaluation by name, in per cent. With several tasks, the names are "task/metric".
         A task without metrics has its loss, in nats per target token.
       trainable_parameters: the number of trained values.
-      summary: the content of summary.json in the run's folder, which is there without a folder, too.
+      summary: what summary.json has in a run's folder. It is also set if the run has no folder.
     """
 
     model: Model
@@ -168,16 +168,16 @@ def train(
     Args:
       model: a base model from `load`. It is not changed.
       method: what is trained, such as `PromptTuning(length=100)`.
-      train, validation: the data, in one of these forms:
-        - rows: a sequence of `{"inputs": text, "targets": text}`
-        - a `task` or `files`. If no split is chosen, as in `data["train[:-500]"]`, it is "train" or "validation".
-        - several tasks: a dictionary of the above by task name, `{"sst2": rows, "mrpc": rows}`. Training draws from the
-          tasks in proportion to their rows, and each task is evaluated separately.
+      train, validation: the data: rows, which are a sequence of `{"inputs": text, "targets": text}`; a `task`; or
+        `files`. A task and files give their splits "train" and "validation", unless another split is chosen, as in
+        `data["train[:-500]"]`. For several tasks, a dictionary of such data by task name, as in
+        `{"sst2": rows, "mrpc": rows}`. Training then draws from the tasks in proportion to their rows, and each task is
+        evaluated separately.
       steps: number of updates.
       optimizer: an optax optimiser. None for the paper's Adafactor at learning rate 0.3, which is meant for prompts.
       batch_size: rows per update.
-      labels: the possible answers, if they are a closed set. With several tasks, either one list for all or a
-        dictionary of lists by task name.
+      labels: the possible answers, if they are a closed set. A SeqIO task has its own. With several tasks, either one
+        list for all tasks, or a dictionary with a list, or None, for each task name.
       metrics: names of metrics; None for accuracy. With several tasks, either one list or a dictionary, like `labels`.
       lengths: the largest number of tokens of "inputs" and of "targets", end of sequence included. Longer rows are
         truncated. None for 512 tokens of inputs and enough for the longest target.
@@ -188,7 +188,7 @@ def train(
       seed: determines the initial parameters, the order of the rows and the dropout masks.
       dropout_rate: dropout of the frozen model during training; the official runs use 0.1.
       folder: a folder for checkpoints, metrics and the best prompt; None to write nothing. The same call again resumes
-        the run in the folder. A call with other settings raises ValueError.
+        the run in the folder, and a call with more steps extends it. A call for another run raises ValueError.
       on_record: called with each record of losses or metrics, a dictionary, when it is logged.
       progress: whether to show a progress bar.
       more: other fields of `training.run.TrainConfig`: early_stop_evals, keep_checkpoints, num_microbatches, z_loss,
@@ -282,8 +282,8 @@ def evaluate(
 
       - "ranking", if the data has labels: the metrics if each answer is the label with the highest log-probability
       - "examples": the number of examples
-      - "no_label": the most frequent answers that are no label, and how often each was given
-      - "no_label_count": the number of all answers that are no label
+      - "no_label": the five most frequent answers that are not a label, and how often each was given
+      - "no_label_count": the number of all answers that are not a label
 
       For several tasks, a dictionary with "tasks", which has such a dictionary for each task by name, and with "score"
       and "ranking_score", the means of the tasks' scores.

@@ -35,7 +35,7 @@ COMPILED_WHOLE = 24
 # Layers of (encoder, decoder). Two is the fewest, because the first and the last layer of a stack differ from the rest.
 SHALLOW = ((2, 2), (3, 2), (2, 3))
 TRIES = 5  # programs to compile in the search for the largest batch
-LARGEST_BATCH = 8_192  # end of this search
+LARGEST_BATCH = 8_192  # the search tries no larger batch size
 
 
 class Part(NamedTuple):
