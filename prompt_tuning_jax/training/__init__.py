@@ -1,1 +1,1 @@
-"""Training: loss, optimiser, one step for every use, and the loop around it."""
+"""Trains and evaluates: the loss, the optimisers, the training step, the loop, and the files of a run."""

@@ -1,4 +1,7 @@
-"""`train` and `evaluate` as a notebook calls them: rows in memory or tasks, no gin, and no file unless one is named."""
+"""Defines `train` and `evaluate` for Python: they take rows in memory, files or tasks, and need no gin.
+
+They write no file unless the caller names a folder or a path.
+"""
 
 import dataclasses
 import os
@@ -45,15 +48,16 @@ from prompt_tuning_jax.training.run_folder import kept_eval_period
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What a run came to, at its best evaluation.
+    """Holds what a run trained, as it was at the best evaluation.
 
     Attributes:
       model: the base model.
-      injection: what it runs with.
-      prompts: by task, [P, D] each, if the method trains one prompt per task; else empty.
-      metrics: of that evaluation, in per cent, by name.
-      trainable_parameters: how many numbers were trained.
-      summary: what a run's folder has in summary.json.
+      injection: what the base model runs with: the trained prompts or parameters.
+      prompts: one prompt [P, D] per task, by the task's name, if the method trains one per task; otherwise empty.
+      metrics: the metrics of the best evaluation by name, in per cent. With several tasks, the names are "task/metric".
+        A task without metrics has its loss, in nats per target token.
+      trainable_parameters: the number of trained values.
+      summary: what summary.json has in a run's folder. It is also set if the run has no folder.
     """
 
     model: Model
@@ -64,12 +68,12 @@ class Result:
 
     @property
     def prompt(self) -> Float[np.ndarray, "P D"] | Float[np.ndarray, "L P D"] | None:
-        """The prompt, [P, D], or [L, P, D] of prompts per layer; None if the method gives none.
+        """The prompt: [P, D], or [L, P, D] if there is one per encoder layer. None if the method gives no prompt.
 
-        Additions per layer to a prompt are in `injection.layer_prompts`.
+        If the layers add to a prompt, the additions are in `injection.layer_prompts`.
 
         Raises:
-          ValueError: there are several, one per task.
+          ValueError: there is one prompt per task; see `prompts`.
         """
         if self.prompts:
             raise ValueError(f"there is a prompt for each of {', '.join(self.prompts)}: take `prompts`, by task")
@@ -81,9 +85,12 @@ class Result:
         return {task: np.asarray(prompt) for task, prompt in (self.injection.task_prompts or {}).items()}
 
     def merged(self) -> Model:
-        """Returns a model of its own with the trained parameters in place of the base model's.
+        """Returns a new model in which the trained parameters are merged into the base model's or replace them.
 
-        A prefix of keys and values stays beside them.
+        A learned prefix of keys and values cannot be merged: the new model has it as parameters of its own.
+
+        Raises:
+          ValueError: the method trained only a prompt, or the parameters to merge into are int8.
         """
         if not self.injection.parameters:
             raise ValueError("the method trained a prompt, which is no part of a model's parameters")
@@ -93,15 +100,20 @@ class Result:
         return dataclasses.replace(self.model, path=None, parameters=parameters, fingerprint=own)
 
     def save(self, path: str | os.PathLike, *, merge: bool = False) -> None:
-        """Writes what was trained, whole or not at all.
+        """Writes what was trained. The write is atomic: `path` never holds part of a result.
 
-        A prompt becomes a `.npy` file, a prompt with additions per layer a folder of two, and prompts per task a folder
-        of such files, TASK.npy. A tuned model becomes a folder that `transformers` loads. LoRA, IA3 and a prefix of the
-        decoder become a folder that `peft` loads; a prefix of the encoder, which PEFT does not know, becomes a folder
-        that this project alone reads.
+        What `path` becomes depends on what was trained:
+
+        - a prompt, or prompts per layer: a `.npy` file
+        - a prompt with additions per layer: a folder of two `.npy` files
+        - prompts per task: a folder with a file TASK.npy per task
+        - the model's own parameters: a folder that `transformers` loads
+        - LoRA, IA3 or a decoder prefix: a folder that `peft` loads
+        - an encoder prefix, which PEFT does not have: a folder that only this project reads
 
         Args:
-          merge: write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
+          path: the file or folder to write.
+          merge: whether to write LoRA and IA3 merged into the model, as a folder that `transformers` loads.
         """
         parameters = self.injection.parameters
         if self.injection.length and not parameters:
@@ -113,7 +125,7 @@ class Result:
             huggingface.write(Path(path), model.config, model.parameters, model.tokenizer.path)
 
 
-# The fields of `TrainConfig` that `train` sets, with the arguments that it sets them from.
+# The fields of `TrainConfig` that `train` sets, and the argument that each is set from.
 FIELDS_OF_ARGUMENTS = {
     "train_steps": "steps",
     "log_period": "log_every",
@@ -151,39 +163,42 @@ def train(
     progress: Switch = True,
     **more: Any,
 ) -> Result:
-    """Trains what a method trains on a frozen model.
+    """Trains a prompt, an adapter or the whole model, as `method` defines, and returns the best result.
 
     Args:
-      model: of `load`; it is not changed.
-      method: what is trained, `PromptTuning(length=100)` for instance.
-      train, validation: rows, a sequence of `{"inputs": text, "targets": text}`; or a `task` or `files`, whose splits
-        of these names are taken unless one is chosen, `data["train[:-500]"]`; or several of these by their tasks'
-        names, `{"sst2": rows, "mrpc": rows}`: each task is drawn in proportion to its rows, and evaluated by itself.
-      steps: updates in all.
-      optimizer: of optax. None for the paper's Adafactor at learning rate 0.3, which is meant for prompts.
+      model: a base model from `load`. It is not changed.
+      method: what is trained, such as `PromptTuning(length=100)`.
+      train, validation: the data: rows, which are a sequence of `{"inputs": text, "targets": text}`; a `task`; or
+        `files`. A task and files give their splits "train" and "validation", unless another split is chosen, as in
+        `data["train[:-500]"]`. For several tasks, a dictionary of such data by task name, as in
+        `{"sst2": rows, "mrpc": rows}`. Training then draws from the tasks in proportion to their rows, and each task is
+        evaluated separately.
+      steps: number of updates.
+      optimizer: an optax optimiser. None for the paper's Adafactor at learning rate 0.3, which is meant for prompts.
       batch_size: rows per update.
-      labels: the answers, if they are a closed set; they are then ranked, too. Of several tasks they may be given for
-        each, by its name.
-      metrics: by name; None for accuracy. Of several tasks the same.
-      lengths: the most tokens of "inputs" and "targets", end of sequence included; longer rows are truncated. None for
-        512 and the longest target.
-      eval_every: updates between two evaluations; None for ten in all, or for the period of the run that is extended.
+      labels: the possible answers, if they are a closed set. A SeqIO task has its own. With several tasks, either one
+        list for all tasks, or a dictionary with a list, or None, for each task name.
+      metrics: names of metrics; None for accuracy. With several tasks, either one list or a dictionary, like `labels`.
+      lengths: the largest number of tokens of "inputs" and of "targets", end of sequence included. Longer rows are
+        truncated. None for 512 tokens of inputs and enough for the longest target.
+      eval_every: updates between two evaluations. None for the period of the run that is in `folder` already, or, if
+        there is none, for a tenth of `steps`.
       eval_batch_size: rows per evaluation batch.
       log_every: updates between two records of the training loss.
-      seed: of the start, the order of the rows and dropout.
-      dropout_rate: of the frozen model while training; the official runs train with 0.1.
-      folder: for checkpoints, metrics and the best prompt. The same call resumes the run that is there; another one
-        raises ValueError. None to write nothing.
-      on_record: is called with each record of losses or metrics, a dictionary, as it is made.
+      seed: determines the initial parameters, the order of the rows and the dropout masks.
+      dropout_rate: dropout of the frozen model during training; the official runs use 0.1.
+      folder: a folder for checkpoints, metrics and the best prompt; None to write nothing. The same call again resumes
+        the run in the folder, and a call with more steps extends it. A call for another run raises ValueError.
+      on_record: called with each record of losses or metrics, a dictionary, when it is logged.
       progress: whether to show a progress bar.
-      more: further fields of `training.run.TrainConfig`: early_stop_evals, keep_checkpoints, num_microbatches, z_loss,
+      more: other fields of `training.run.TrainConfig`: early_stop_evals, keep_checkpoints, num_microbatches, z_loss,
         num_partitions, mesh, ...
 
     Returns:
       The result at the best evaluation.
 
     Raises:
-      ValueError: something does not fit, said before the first step; or the loss is not finite.
+      ValueError: a setting or the data is invalid, which is reported before the first step; or the loss is not finite.
 
     Example:
 
@@ -255,20 +270,26 @@ def evaluate(
     """Returns the metrics of a model on data, in per cent.
 
     Args:
-      model: of `load`.
-      data: as of `train`; the split "validation" of a task or of files, unless one is chosen.
-      prompt: an array, [P, D] or [L, P, D]; prompts by task; a path of a prompt, an adapter or a run's folder; a
-        `Result`, or its `injection`; None for the model alone.
-      labels, metrics, lengths: as of `train`.
+      model: a base model from `load`.
+      data: the data, in a form that `train` takes. If no split of a task or of files is chosen, it is "validation".
+      prompt: an array, [P, D] or [L, P, D]; a dictionary of arrays by task name; the path of a prompt, of an adapter or
+        of a run's folder; a `Result` or its `injection`; or None for the base model alone.
+      labels, metrics, lengths: as in `train`.
       batch_size: rows per batch.
 
     Returns:
-      The metrics of the generated answers by name, "accuracy" for instance; "ranking", the metrics if the answer is the
-      label of the highest score, for data with labels; "examples"; "no_label", the commonest answers that are no label,
-      and "no_label_count". For a mixture of several tasks, "tasks", that by name, and "score".
+      A dictionary with the metrics of the generated answers by name, such as "accuracy", and with
+
+      - "ranking", if the data has labels: the metrics if each answer is the label with the highest log-probability
+      - "examples": the number of examples
+      - "no_label": the five most frequent answers that are not a label, and how often each was given
+      - "no_label_count": the number of all answers that are not a label
+
+      For several tasks, a dictionary with "tasks", which has such a dictionary for each task by name, and with "score"
+      and "ranking_score", the means of the tasks' scores.
 
     Raises:
-      ValueError: something does not fit.
+      ValueError: a setting, the data or the prompt is invalid, or they do not belong together.
 
     Example:
 
@@ -304,31 +325,31 @@ def evaluate(
 
 
 def check_model(model: Any) -> None:
-    """Raises SettingError if this is no base model."""
+    """Raises SettingError if `model` is not a base model."""
     if not isinstance(model, Model):
         hint = f"; did you mean pt.load({model!r})?" if isinstance(model, str) else ""
         raise SettingError(Setting("model"), f" is {shown(model)}, expected a base model of `load`{hint}")
 
 
 def check_batches(batch_size: Any, lengths: Any) -> None:
-    """Raises SettingError if a batch cannot be of so many rows, or of rows of these lengths."""
+    """Raises SettingError if the number of rows of a batch or the lengths of the rows are invalid."""
     check("batch_size", batch_size, Count)
     check("task_feature_lengths", lengths, Lengths | None)
 
 
 def check_texts(**settings: Any) -> None:
-    """Raises SettingError if labels or metrics, of all tasks or by task, are no lists of texts."""
+    """Raises SettingError if a setting is neither None, a list of texts, nor a mapping of these by task name."""
     for name, given in settings.items():
         for one in given.values() if isinstance(given, Mapping) else [given]:
             check(name, one, Texts | None)
 
 
 def _flat(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a task's result with its generated answers' metrics by name."""
+    """Returns a task's result without its scores, and with the metrics under "generation" moved to the top level."""
     rest = {name: value for name, value in result.items() if name not in ("generation", "score", "ranking_score")}
     return {**result["generation"], **rest}
 
 
 def warn(line: str) -> None:
-    """Warns of what of the data does not fit, at the caller's own line of code."""
+    """Issues a warning about the data, which Python shows with a line of code of the caller."""
     warnings.warn(line, stacklevel=3)

@@ -1,4 +1,7 @@
-"""Scoring what was trained on a split: by generation, and by ranking the labels if they are a closed set."""
+"""Evaluates the base model, alone or with what was trained, on the tasks of a split.
+
+A task's score is computed from generated answers and, if the task has labels, also from ranked labels.
+"""
 
 import dataclasses
 import json
@@ -61,30 +64,34 @@ def evaluate_prompt(
     model_dir: Name | None = None,
     check_only: Switch = False,
 ) -> dict[str, Any]:
-    """Returns the metrics of a task, or of each task of a mixture, in per cent; or a submission in their place.
+    """Evaluates a prompt, an adapter, a tuned model, an ensemble of prompts, or the base model alone.
+
+    With `submission`, it writes the predictions for a benchmark's server instead.
 
     Args:
-      size: of the base model.
-      initial_checkpoint_path: the base model: what `checkpoints.base.resolve` takes.
+      size: the base model's configuration.
+      initial_checkpoint_path: the base model, as `checkpoints.base.resolve` takes it.
+      dataset: the task or mixture, and the split.
       prompt_file: what was trained on this base model, see `checkpoints.tuned.injection_of`; None for the base model
         alone.
-      prompt_files: several prompts, which are scored each and as an ensemble (section 6).
-      prompt_text: a prompt in words, whose subwords are put before each row's inputs (prompt design).
-      vocabulary: None for the tokenizer beside the base model.
-      base_dtype: of the base model in memory; see `checkpoints.base.load_base`.
-      num_partitions, mesh: the mesh, as of `run.TrainConfig`; several prompts are answered on one device.
-      samples: how many right and how many wrong answers of each task to show on stderr.
-      submission: a folder for the files that a benchmark's server scores; nothing is scored here.
-      model_dir: a folder for summary.json, which holds what is returned; None to write nothing.
-      check_only: return {} once the settings are checked by themselves.
+      prompt_files: several prompts, which are evaluated separately and as an ensemble (section 6 of the paper).
+      prompt_text: a prompt in words, whose subwords are put in front of each row's inputs (prompt design).
+      vocabulary: a tokenizer; None for the tokenizer beside the base model.
+      base_dtype: dtype of the base model in memory; see `checkpoints.base.load_base`.
+      num_partitions, mesh: as in `run.TrainConfig`. Ensembles ignore them and use one device.
+      samples: number of right answers, and of wrong answers, of each task to write to stderr.
+      submission: a folder for the files that a benchmark's server scores. No metrics are then computed.
+      model_dir: a folder for summary.json, which gets the returned dictionary; None to write nothing.
+      check_only: whether to return {} after the checks that read no file.
 
     Returns:
-      For one task, what `task_result` gives. For several, "tasks": that by name; "score", the mean of their scores, and
-      "ranking_score", if all of them can be ranked. For a submission, "submission": what `submission.write` gives. For
-      several prompts, `ensemble_result` in place of `task_result`.
+      The task, split, number of examples, base model and prompt, and the results, with metrics in per cent. For one
+      task, these are the entries of `task_result`; for several, "tasks", with such entries for each task by name, and
+      the entries of `suite_result`. For an ensemble, `ensemble_result` replaces `task_result`. For a submission, the
+      only result is "submission", a list of what `submission.write_file` returned for each file.
 
     Raises:
-      ValueError: something does not fit; the message says what to set.
+      ValueError: a setting, a file or the data is invalid; the message names the setting to change.
     """
     check_values(evaluate_prompt, locals())
     check_base_dtype(base_dtype)
@@ -105,7 +112,7 @@ def evaluate_prompt(
         source.check(f"prompt {path}", None, tokenizer.fingerprint)  # before the base model is read
     if prompt_files:
         several = {path: prompt_of(injection_of(path, size), path) for path in prompt_files}
-        # An example is as many rows as there are prompts.
+        # An ensemble computes one row per example and prompt, so a batch holds fewer examples.
         dataset = dataclasses.replace(dataset, batch_size=max(dataset.batch_size // len(several), 1))
     elif prompt_file:
         injection = injection_of(prompt_file, size)
@@ -159,10 +166,14 @@ def evaluate_prompt(
 def results_of(
     evaluator: Evaluator, injection: Injection, frozen: Params, tasks: Mapping[str, Batches], samples: int = 0
 ) -> dict[str, Any]:
-    """Returns the scores of each task: for one task `task_result`; for several "tasks", that by name, and their means.
+    """Evaluates an injection on each task.
 
     Args:
-      samples: how many right and how many wrong answers of each task to show on stderr.
+      samples: number of right answers, and of wrong answers, of each task to write to stderr.
+
+    Returns:
+      For one task, its `task_result`. For several, "tasks", which has the `task_result` of each task by name, and the
+      entries of `suite_result`.
     """
     results = {}
     for name, batches in tasks.items():
@@ -177,7 +188,7 @@ def results_of(
 
 
 def check_task_prompts(injection: Injection, tasks: Iterable[str]) -> None:
-    """Raises SettingError if there is a prompt per task, but none for one of these."""
+    """Raises SettingError if the injection has one prompt per task, but no prompt for one of `tasks`."""
     own = injection.task_prompts
     for task in tasks:
         if own is not None and task not in own:
@@ -188,7 +199,14 @@ def check_task_prompts(injection: Injection, tasks: Iterable[str]) -> None:
 
 
 def prompt_of(injection: Injection, path: str) -> np.ndarray:
-    """Returns the prompt [P, D] of an ensemble's member; SettingError if it is anything else."""
+    """Returns the prompt [P, D] of a file for an ensemble.
+
+    Args:
+      path: the file or folder that the injection was read from, for the error message.
+
+    Raises:
+      SettingError: the injection is not one prompt of shape [P, D] alone.
+    """
     if injection.prompt is None or injection.layer_prompts is not None or injection.parameters:
         raise SettingError(
             f"{path} is no prompt of shape [P, D], expected prompts to ensemble: set ", Setting("prompt_files")
@@ -203,7 +221,7 @@ def evaluation_partitioner(
     num_partitions: int | None,
     base_dtype: str | None,
 ) -> Partitioner | OneDevice:
-    """Returns the partitioner that an evaluation takes."""
+    """Returns the partitioner for an evaluation; the arguments are those of `mesh_choice.partitioner_of`."""
 
     def resident() -> tuple[int, int]:
         numbers = sum(math.prod(shape) for shape in expected_shapes(size).values())
@@ -214,7 +232,7 @@ def evaluation_partitioner(
 
 
 def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, which is then also in summary.json of a folder."""
+    """Writes the result to summary.json in `model_dir`, if that is given, and returns the result."""
     if model_dir is not None and is_writer():
         Path(model_dir).mkdir(parents=True, exist_ok=True)
         write_text(Path(model_dir, "summary.json"), json.dumps(result, indent=1) + "\n")
@@ -222,14 +240,21 @@ def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | None) -> dict[str, Any]:
-    """What is said of one task.
+    """Returns the result of one task.
 
     Args:
-      ranking: its metrics by ranking the labels, where it has labels.
+      found: the answers to the split.
+      ranking: the metrics of the labels with the highest log-probabilities; None if the task has no labels.
 
     Returns:
-      "examples"; "generation" and, for a task with labels, "ranking": metrics by name; "score" and "ranking_score", the
-      means of these; "no_label_count", how many answers are no label, and "no_label", the commonest of them.
+      A dictionary with
+
+      - "examples": the number of examples
+      - "generation": the metrics of the answers by name
+      - "score": the mean of these metrics
+      - "ranking" and "ranking_score": the same for ranked labels, if the task has labels
+      - "no_label": the five most frequent invalid answers, with their counts
+      - "no_label_count": the number of all invalid answers
     """
     generation, odd = found.metrics(batches.examples), found.no_label()
     result: dict[str, Any] = {
@@ -245,12 +270,18 @@ def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | 
 
 
 def ensemble_result(ensemble: Ensemble, names: Sequence[str], params: Params, batches: Batches) -> dict[str, Any]:
-    """What is said of one task and several prompts: table 3 of the paper.
+    """Evaluates several prompts and their majority vote on one task, as table 3 of the paper does.
+
+    Args:
+      names: the prompts' names, in the ensemble's order.
 
     Returns:
-      "examples"; "generation" and, for a task with labels, "ranking", each with "average", the mean of each metric over
-      the prompts; "best", the metrics of the prompt of the highest score, and its name; "ensemble", those of the vote;
-      and "prompts", the metrics of each by name.
+      "examples", the number of examples; and "generation" and, for a task with labels, "ranking". Each of these two has
+      "average", the mean of each metric over the prompts; "best", the metrics and the name of the prompt with the
+      highest score; "ensemble", the metrics of the majority vote; and "prompts", the metrics of each prompt by name.
+
+    Raises:
+      SettingError: the task's metrics take scores, on which no vote is possible.
     """
     if takes_scores(batches.examples):
         raise SettingError(
@@ -264,7 +295,7 @@ def ensemble_result(ensemble: Ensemble, names: Sequence[str], params: Params, ba
 
 
 def ballot_result(batches: Batches, found: Ballots, names: Sequence[str]) -> dict[str, Any]:
-    """The columns of table 3, of one way to answer."""
+    """Returns the metrics of each prompt, their average, the best prompt's and the majority vote's."""
     each = [judge(batches.examples, texts).metrics(batches.examples) for texts in found.texts]
     best = max(range(len(names)), key=lambda at: task_score(each[at]) or 0.0)
     return {
@@ -276,7 +307,10 @@ def ballot_result(batches: Batches, found: Ballots, names: Sequence[str]) -> dic
 
 
 def suite_result(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The means of the tasks' scores; by ranking only where all tasks with a score have one by ranking."""
+    """Returns "score" and "ranking_score", the means of the tasks' scores.
+
+    "ranking_score" is left out if a task has a score, but no score by ranking.
+    """
     scored = {name: result for name, result in results.items() if "score" in result}
     means = {
         name: suite_score({task: result.get(name) for task, result in scored.items()})
@@ -287,7 +321,7 @@ def suite_result(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def check_labelled(tasks: Mapping[str, Batches], split: str) -> None:
-    """Raises SettingError if no row of a task has a label, as in the benchmarks' test splits."""
+    """Raises SettingError if a task has no labelled row, as in the test splits of the benchmarks."""
     for name, batches in tasks.items():
         fields = batches.examples.fields
         if all(row.get("targets_pretokenized") == UNLABELLED or row.get("label") == -1 for row in fields):
@@ -298,7 +332,7 @@ def check_labelled(tasks: Mapping[str, Batches], split: str) -> None:
 
 
 def show_samples(task: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
-    """Says on stderr what was asked, answered and right."""
+    """Writes the prediction, targets and inputs of each sample to stderr."""
     for kind, rows in samples.items():
         for row in rows:
             line = " ".join(f"{name} {row[name]!r}" for name in ("prediction", "targets", "inputs"))
@@ -308,7 +342,7 @@ def show_samples(task: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) 
 def check_prompt_files(
     prompt_file: str | None, prompt_files: Sequence[str] | None, prompt_text: str | None, submission: str | None
 ) -> None:
-    """Raises SettingError if it is not said what to score, or said twice."""
+    """Raises SettingError if the settings name nothing to evaluate, or more than one thing."""
     one, many, words = Setting("prompt_file"), Setting("prompt_files"), Setting("prompt_text")
     given = {one: prompt_file, many: prompt_files, words: prompt_text}
     twice = [name for name, value in given.items() if value]

@@ -1,4 +1,4 @@
-"""What a model makes of a split: decoded answers, label scores, and the loss with and without the right inputs."""
+"""Evaluates a model on a split: generated answers, ranked labels, and the loss with right and with shuffled inputs."""
 
 import collections
 import inspect
@@ -28,11 +28,11 @@ from prompt_tuning_jax.training.step import batch_loss
 
 
 class Judged(NamedTuple):
-    """The rows of a split as its metrics compare them, in order.
+    """Holds the model's answers to all rows of a split, and the targets, in the order of the rows.
 
     Attributes:
-      texts: what was answered; log-likelihoods for a task whose metrics take scores.
-      answers, targets: what the task's postprocessor made of the answers and of the targets.
+      texts: the answers as text; for a task whose metrics take scores, the log-probability of each row's targets.
+      answers, targets: the postprocessed answers and targets, which the metrics compare.
     """
 
     texts: Sequence[str] | Sequence[float]
@@ -40,22 +40,26 @@ class Judged(NamedTuple):
     targets: list[Any]
 
     def metrics(self, examples: Examples) -> dict[str, float]:
-        """The task's metrics by name."""
+        """Returns the task's metrics by name."""
         return {
             name: value for metric in examples.metrics for name, value in metric(self.targets, self.answers).items()
         }
 
     def no_label(self) -> collections.Counter[str]:
-        """How often each answer that is no label (number, referent) was given."""
+        """Returns how often each invalid answer was given: a text that is none of the task's labels.
+
+        For some tasks, a valid answer is a number or a referent instead of a label.
+        """
         pairs = zip(self.texts, self.answers, strict=True)
         return collections.Counter(
             text for text, answer in pairs if isinstance(text, str) and postprocessors.is_no_label(answer)
         )
 
     def samples(self, examples: Examples, count: int) -> dict[str, list[dict[str, str]]]:
-        """Up to `count` examples each of "right" and "wrong" answers, drawn by chance, the same each time.
+        """Returns up to `count` random examples with "right" answers, and as many with "wrong" answers.
 
-        Each has its "inputs", "targets" and "prediction". There are none of a task whose metrics take scores.
+        The seed is fixed, so the choice is the same each time. Each example has "inputs", "targets" and "prediction".
+        Both lists are empty for a task whose metrics take scores.
         """
         rows = [*zip(self.texts, self.answers, self.targets, examples.fields, strict=True)]
         random.Random(0).shuffle(rows)
@@ -69,11 +73,16 @@ class Judged(NamedTuple):
 
 
 def judge(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Judged:
-    """What the task's postprocessor makes of the answers to the rows of a split."""
+    """Applies the task's postprocessor to the answers and to the targets of all rows of a split.
+
+    Args:
+      examples: the split.
+      texts: the answer or the score of each row, in the order of the split.
+    """
     answers, targets = [], []
     by_score = takes_scores(examples)
     for row, text, fields in zip(examples.rows, texts, examples.fields, strict=True):
-        if by_score:  # T5's rank classification may divide by the length of the target
+        if by_score:  # T5's rank classification may divide a score by the number of target tokens
             fields = fields | {"targets": examples.targets[row]}
         answers.append(examples.postprocess(text, example=fields, is_target=False))
         targets.append(examples.postprocess(fields["targets_pretokenized"], example=fields, is_target=True))
@@ -81,7 +90,10 @@ def judge(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Judged:
 
 
 def is_right(target: Any, answer: Any) -> bool:
-    """Whether an answer is what was asked for; to a question, any of its answers as SQuAD compares them."""
+    """Returns whether a postprocessed answer matches its target.
+
+    If the target is a list, as for a question, the answer must match one of its texts after SQuAD's normalisation.
+    """
     if isinstance(target, dict):
         target, answer = target["value"], answer["value"]
     if isinstance(target, list):
@@ -90,12 +102,15 @@ def is_right(target: Any, answer: Any) -> bool:
 
 
 def takes_scores(examples: Examples) -> bool:
-    """Whether the task's metrics compare log-likelihoods of the targets: their second argument is called `scores`."""
+    """Returns whether the task has a metric of scores, as in SeqIO: its second parameter is called `scores`.
+
+    Such a metric compares the log-probabilities of the targets, and no text is generated.
+    """
     return any([*inspect.signature(metric).parameters][1:2] == ["scores"] for metric in examples.metrics)
 
 
 def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
-    """Raises ValueError where a task has two labels that the vocabulary cannot tell apart."""
+    """Raises ValueError if a task has two labels that are the same text as the vocabulary writes them."""
     for name, batches in tasks.items():
         try:
             written_labels(postprocessors.answers(batches.examples.postprocess) or (), vocabulary)
@@ -104,33 +119,43 @@ def check_labels(tasks: Mapping[str, Batches], vocabulary: Vocabulary) -> None:
 
 
 def data_warnings() -> Say | None:
-    """Returns what writes a line about the data on stderr; None in all processes but one."""
+    """Returns a function that writes a line about the data to stderr; None in all processes but process 0."""
     return to_stderr if is_writer() else None
 
 
 class Evaluator:
-    """Evaluates what a method gives one model; compiled once per shape."""
+    """Evaluates injections into one base model. Each program is compiled once per shape of a batch."""
 
     def __init__(self, size: T5Config, tokenizer: Vocabulary, partitioner: Partitioner | OneDevice = ONE_DEVICE):
-        """The devices of the partitioner's mesh share the rows of a batch; each process, which has read all of them,
-        gets all answers."""
+        """Compiles nothing yet.
+
+        Args:
+          size: the base model's configuration.
+          tokenizer: decodes the answers and encodes the labels.
+          partitioner: shards the rows of each batch over its mesh. Every process must have read all rows, and gets all
+            answers.
+        """
         model = Transformer(size)
         self._tokenizer, self._partitioner, self._engine = tokenizer, partitioner, engine_of(size, partitioner)
 
         def losses(injection: Injection, frozen: Params, inputs, targets):
             true = batch_loss(model, injection, frozen, inputs, targets)
-            # Every row with the inputs of the row before: what is lost is what the encoder had to say.
+            # Each row gets the inputs of the previous row. The loss grows by what the decoder took from its own inputs.
             other = batch_loss(model, injection, frozen, jnp.roll(inputs, 1, axis=0), targets)
             return true, other
 
         self._losses = partitioner.jit(losses, out_shardings=partitioner.replicated)
 
     def _placed(self, *arrays: np.ndarray) -> Sequence[Any]:
-        """Returns a batch's arrays on the mesh."""
+        """Places a batch's arrays on the mesh, and returns them."""
         return self._partitioner.spread(arrays, len(arrays[0]))
 
     def answers(self, injection: Injection, frozen: Params, batches: Batches) -> list[str]:
-        """Returns the greedy answer to each row of the split, in order; one that is a label, as the task writes it."""
+        """Returns the greedy answer to each row of the split, in order.
+
+        Some vocabularies change a text, for example to lower case. An answer that is a label as the vocabulary writes
+        it is therefore replaced by the task's label.
+        """
         written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
         def answer(batch) -> list[str]:
@@ -143,7 +168,10 @@ class Evaluator:
         return batches.in_order(answer)
 
     def ranked(self, injection: Injection, frozen: Params, batches: Batches) -> list[str] | None:
-        """Returns the best-scored label for each row of the split, in order; None if the answers are no closed set."""
+        """Returns the label with the highest log-probability for each row of the split, in order.
+
+        Returns None if the task's answers are not a closed set.
+        """
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
             return None
@@ -158,7 +186,7 @@ class Evaluator:
         return batches.in_order(best)
 
     def likelihoods(self, injection: Injection, frozen: Params, batches: Batches) -> list[float]:
-        """Returns the log-probability of each row's own targets, end of sequence included, in nats."""
+        """Returns the log-probability of each row's targets, end of sequence included, in nats."""
 
         def likelihood(batch) -> list[float]:
             scores = np.asarray(self._engine.score(injection, frozen, *self._placed(batch.inputs, batch.targets)))
@@ -168,7 +196,7 @@ class Evaluator:
         return batches.in_order(likelihood)
 
     def predictions(self, injection: Injection, frozen: Params, batches: Batches) -> Judged:
-        """Returns the answers to the split, generated, or scored if the task's metrics take scores."""
+        """Returns the answers to the split: log-probabilities if the task's metrics take scores, otherwise texts."""
         examples = batches.examples
         predict = self.likelihoods if takes_scores(examples) else self.answers
         return judge(examples, predict(injection, frozen, batches))
@@ -176,18 +204,21 @@ class Evaluator:
     def metrics(
         self, injection: Injection, frozen: Params, batches: Batches
     ) -> tuple[dict[str, float], dict[str, int]]:
-        """Returns the task's metrics of the greedy answers, and the commonest answers that are no label."""
+        """Returns the metrics of the task's answers, and the five most frequent invalid answers with their counts."""
         found = self.predictions(injection, frozen, batches)
         return found.metrics(batches.examples), dict(found.no_label().most_common(5))
 
     def rank_metrics(self, injection: Injection, frozen: Params, batches: Batches) -> dict[str, float] | None:
-        """Returns the task's metrics if the answer is the label of the highest score; None if it has no labels."""
+        """Returns the metrics of the labels with the highest log-probabilities; None if the task has no labels."""
         texts = self.ranked(injection, frozen, batches)
         return None if texts is None else judge(batches.examples, texts).metrics(batches.examples)
 
     def losses(self, injection: Injection, frozen: Params, batches: Batches, limit: int) -> dict[str, float]:
-        """Returns nats per target token over the first `limit` batches: the loss, and `encoder_use`, by how much it
-        grows when each row is given another row's inputs. A model that ignores its encoder has an `encoder_use` of 0.
+        """Returns the loss on the first `limit` batches, and how much of it depends on the encoder.
+
+        Returns:
+          "loss", in nats per target token; "encoder_use", the increase of this loss if each row gets another row's
+          inputs, which is 0 for a model that ignores its encoder; and "token_accuracy", in per cent.
         """
         sums = np.zeros(4)
         for number in range(min(limit, len(batches))):

@@ -1,6 +1,7 @@
-"""The training loop, as a recipe: read everything, then step, evaluate, save, and at the end say what came out.
+"""Trains: reads everything first, then updates, evaluates and saves, and returns the finished run.
 
-One run takes a program of its own, and several runs may share one: `take_steps` is the loop of both.
+One run has a compiled program of its own. Several runs of a sweep may share a program. Both use the loop of
+`take_steps`.
 """
 
 import contextlib
@@ -27,26 +28,33 @@ from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, mak
 
 States = tuple[TrainState, ...]
 Batches = Sequence[Batch]
-# (states, frozen, batches) -> (states, metrics), of all runs of a program
+# (states, frozen, batches) -> (states, metrics), with one state, batch and metrics per run of the program
 Step = Callable[[States, Params, Batches], tuple[States, Sequence[StepMetrics]]]
 
 
 def say_on_stderr(line: str, bar: tqdm | None = None) -> None:
-    """Shows a line on stderr, above the bar if there is one; with several processes one of them does."""
+    """Writes a line to stderr, above the progress bar if there is one. Only process 0 writes."""
     if is_writer():
         (bar or tqdm).write(line, file=sys.stderr)
 
 
 class Member:
-    """A run's place in a program.
+    """Holds one run's slot in a program, which several runs may share.
 
     Attributes:
-      active: false once its run is over or has failed; its slot in the program then computes on, for nothing.
-      failure: why it failed.
+      active: False once the run is over or has failed. Until the program is compiled anew, its slot still computes, and
+        the results are ignored.
+      failure: the error that ended the run; None if there was none.
+      summary: what `Run.finish` returned; empty before.
     """
 
     def __init__(self, run: Run, name: str = "", on_end: Callable[["Member"], None] = lambda member: None):
-        """`on_end` is called once the run is over or has failed."""
+        """Does not start the run.
+
+        Args:
+          name: written in front of each line about the run; "" for no name.
+          on_end: called once the run is over or has failed.
+        """
         self.run, self.name, self._on_end = run, name, on_end
         self.active = True
         self.failure: Exception | None = None
@@ -74,14 +82,14 @@ class Member:
 
     def end(self) -> None:
         self.active = False
-        # Before the summary is written: a run that has one counts as finished.
+        # Check before the summary is written, because a run with a summary counts as finished.
         check_unchanged(self.run.frozen, self._frozen_fingerprint)
         self.summary = self.run.finish()
         self._on_end(self)
 
     @contextlib.contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """What goes wrong with this run ends it, and no other."""
+        """Lets an error within this context end this run, and none of the other runs."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -100,25 +108,28 @@ def train(
     stop: Stop = lambda step: False,
     watch: PeerWatch | None = None,
 ) -> Run:
-    """Trains one run, and leaves in MODEL_DIR what `RunFolder` lists. A run that was interrupted is resumed.
+    """Trains one run, or resumes it if MODEL_DIR has it already. `run_folder` lists the files that it writes there.
 
-    With more than one device the run is sharded over a mesh, see `mesh_choice`. With several processes, every process
-    calls this.
+    With several devices, the run is sharded over a mesh, see `mesh_choice`. With several processes, every process must
+    call this function.
 
     Args:
-      say: shows a line of what happens; None for nothing but the progress bar.
-      on_record: is given every record of metrics.jsonl as it is made.
-      warn: is told what of the data does not fit, and what of the folder was damaged if `say` is None; None for stderr.
+      config: the run's settings.
+      say: called with each line that reports what happens; None to show only the progress bar.
+      on_record: called with each record of metrics.jsonl when it is logged.
+      warn: called with each line about the data that may be a mistake; and, if `say` is None, with each line about a
+        damaged file in the folder. None to write these lines to stderr.
       progress: whether to show a progress bar.
-      stop: asked after each step whether to save the run and raise `Stopped`.
-      watch: of the other processes, is told what was done.
+      stop: called with the step after each step; if it returns True, the run is saved and `Stopped` is raised.
+      watch: the watch over the other processes, which is notified of each batch and of each saved step.
 
     Returns:
       The finished run.
 
     Raises:
-      ValueError: something given does not fit, known before the first step; or the loss is not finite.
-      Stopped: `stop` returned true, and the run is saved.
+      ValueError: a setting, a file or the data is invalid, which is found before the first step; or the loss is not
+        finite.
+      Stopped: `stop` returned True, and the run is saved.
     """
     folder = config.open_folder()
     partitioner = partitioner_for(config)
@@ -142,7 +153,7 @@ def _train(
     stop: Stop,
     watch: PeerWatch | None,
 ) -> Run:
-    """Trains a run that has read everything; its folder is closed by the caller, however this ends."""
+    """Trains a run that has read its model and data. The caller closes the run's folder, also after an error."""
     for line in run.open():
         (say or say_nothing)(line)
     for line in run.go_back(max(run.saved_steps, default=0)):
@@ -167,7 +178,7 @@ def _train(
 
 
 def _own_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> Step:
-    """Returns the program of one run."""
+    """Returns the compiled step of a program with a single run."""
     (run,) = runs
     config = run.config
     step = make_train_step(
@@ -197,22 +208,24 @@ def take_steps(
     stop: Stop,
     saved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains runs that share a program until each is over or has failed. The program shrinks as runs end.
+    """Trains runs that share a program until each run is over or has failed.
+
+    When enough runs have ended, the program is compiled anew for those that are left; see `program_size`.
 
     Args:
-      members: the runs, each where it was saved.
-      program_of: returns the step of runs; they are those left of the members, or fewer.
-      evaluator_of: returns what evaluates a run.
-      say, progress, stop: as of `train`.
-      saved: is called after each step, when the runs may have been saved.
+      members: the started runs. Each continues from its own step.
+      program_of: returns the compiled step for some of the runs.
+      evaluator_of: returns the evaluator of a run.
+      say, progress, stop: as in `train`.
+      saved: called after each step; the runs may have been saved just before.
 
     Raises:
-      Stopped: `stop` returned true, and all runs are saved.
+      Stopped: `stop` returned True, and all runs are saved.
     """
     slots, step = [member for member in members if member.active], None
     steps = max((member.run.config.train_steps for member in slots), default=0)
     first = max((member.run.step for member in slots), default=0)
-    hidden = None if progress and is_writer() else True  # None: shown if stderr is a terminal
+    hidden = None if progress and is_writer() else True  # with None, tqdm shows the bar if stderr is a terminal
     with tqdm(total=steps, initial=first, disable=hidden, unit="step") as bar:
         show = say_nothing if say is None else functools.partial(_show, say, bar)
         while active := [member for member in slots if member.active]:
@@ -245,14 +258,20 @@ def _show(say: Say, bar: tqdm, line: str) -> None:
 
 
 def program_size(active: int) -> int:
-    """Returns how many slots a program for so many runs may keep: 1, 2, 3, 4, 6, 8, 12, ... A program of another size
-    is another compilation, which one run less does not pay for."""
+    """Returns the largest number of slots with which a program for `active` runs is kept: 1, 2, 3, 4, 6, 8, 12, ...
+
+    A smaller program must first be compiled, which costs more time than a few unused slots.
+    """
     sizes = sorted({2**n for n in range(12)} | {3 * 2**n for n in range(12)})
     return next(size for size in sizes if size >= active)
 
 
 def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_DEVICE) -> Model:
-    """Returns the base model that a run trains on, in its place on the mesh, with its tokenizer."""
+    """Returns the run's base model, placed on the mesh, and its tokenizer.
+
+    The model is `config.model` if that is set. Otherwise it is read from `config.initial_checkpoint_path`, or has
+    random parameters if there is no path.
+    """
     size, held = config.size, config.model
     if held is not None:
         parameters = partitioner.place(held.parameters)

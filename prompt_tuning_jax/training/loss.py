@@ -1,4 +1,4 @@
-"""Cross-entropy as T5X computes it: summed over target tokens, with a z-loss."""
+"""Computes the cross-entropy as T5X does: summed over the target tokens, with a z-loss."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from jaxtyping import Array, Float, Int
 
 
 class LossSums(NamedTuple):
-    """Sums over the target tokens of a batch, float32.
+    """Holds sums over the target tokens of a batch, all float32.
 
     Attributes:
-      loss: cross-entropy plus z-loss, in nats: what is differentiated.
-      z_loss: the part of it that keeps the logits' normaliser near 1.
-      tokens: target tokens, end of sequence included.
-      correct: tokens whose logit is the largest.
-      rows: with a target token: those of an example.
+      loss: cross-entropy plus z-loss, in nats. Training minimises it.
+      z_loss: the z-loss alone, which keeps the softmax normaliser near 1.
+      tokens: the number of target tokens, end of sequence included.
+      correct: the number of target tokens that have the largest logit.
+      rows: the number of rows with a target token. Rows of padding have no example.
     """
 
     loss: Float[Array, ""]
@@ -28,12 +28,13 @@ class LossSums(NamedTuple):
 def cross_entropy(
     logits: Float[Array, "B U V"], targets: Int[Array, "B U"], pad: int, z_loss: float = 1e-4
 ) -> LossSums:
-    """The loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
+    """Returns the loss of a batch (T5X losses.py, `LOSS_NORMALIZING_FACTOR=None`, label smoothing 0).
 
     Args:
-      targets: token ids; those that are `pad` weigh nothing.
+      logits: float32.
+      targets: token ids. Those that equal `pad` are ignored.
       pad: the model's padding id.
-      z_loss: factor of the squared logarithm of the softmax normaliser.
+      z_loss: coefficient of the z-loss, the squared logarithm of the softmax normaliser.
     """
     weights = (targets != pad).astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)

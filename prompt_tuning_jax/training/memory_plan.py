@@ -1,8 +1,8 @@
-"""What a training run needs of a device's memory, from shapes alone: no parameter is made and no base is read.
+"""Computes the device memory that a training run needs, from shapes alone: without arrays and without the base model.
 
-Parameters and optimiser state are exact. What a step needs besides them is what the compiler lays out for the step's
-own program, which is compiled and never run. Models of many layers are not compiled whole: each layer of a stack adds
-about the same bytes, so the same model's programs with two and three layers a stack give an estimate for any depth.
+The bytes of parameters and optimiser state are exact. To find what a step needs besides, its program is compiled, but
+not run, and the compiler reports the sizes of its buffers. Compiling a deep model takes long. Each layer of a stack
+adds about the same number of bytes, so a deep model is extrapolated from models with two and three layers per stack.
 """
 
 import dataclasses
@@ -28,21 +28,23 @@ from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_s
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
 
-SPARE_MEMORY = 0.9  # of what a device has or has free: its runtime, and the pieces between buffers, take the rest
-COMPILED_WHOLE = 24  # layers of both stacks; three shallow programs compile faster than one of more
-# Layers of encoder and decoder, of which the first and the last are like no other.
+SPARE_MEMORY = 0.9  # the usable part of a device's memory; the rest is for the runtime and for fragmentation
+# A model with at most this number of layers in both stacks is compiled as it is. For a deeper model, compiling the
+# three shallow models is faster.
+COMPILED_WHOLE = 24
+# Layers of (encoder, decoder). Two is the fewest, because the first and the last layer of a stack differ from the rest.
 SHALLOW = ((2, 2), (3, 2), (2, 3))
-TRIES = 5  # programs that the largest batch is looked for with
-LARGEST_BATCH = 8_192  # that is looked for
+TRIES = 5  # programs to compile in the search for the largest batch
+LARGEST_BATCH = 8_192  # the search tries no larger batch size
 
 
 class Part(NamedTuple):
-    """Arrays that are there from the first step to the last.
+    """Holds the size of a group of arrays that stay in memory from the first step to the last.
 
     Attributes:
-      count: numbers.
-      bytes: of the numbers.
-      dtypes: theirs, each once.
+      count: number of array elements.
+      bytes: size of all elements.
+      dtypes: the names of the dtypes, sorted, each once.
     """
 
     count: int
@@ -51,14 +53,15 @@ class Part(NamedTuple):
 
 
 class StepMemory(NamedTuple):
-    """Bytes of a step as compiled.
+    """Holds the bytes that a compiled step needs, as the compiler reports them.
 
     Attributes:
       arguments: frozen and trainable parameters, optimiser state and batch.
-      temporaries: what is made on the way, as much as there is of it at once.
+      temporaries: the largest total of intermediate results that are in memory at once.
       outputs: the new state and the metrics.
-      aliased: outputs that take the place of arguments.
-      compiled: of the configured depth; False where it is extrapolated from shallower models.
+      aliased: outputs that reuse the memory of donated arguments.
+      compiled: whether the model was compiled with the configured depth; False if the values are extrapolated from
+        shallower models.
     """
 
     arguments: int
@@ -69,22 +72,22 @@ class StepMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """All that is in memory at once."""
+        """The largest total in memory at once."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 class MemoryPlan(NamedTuple):
-    """What a run needs, part by part.
+    """Holds the memory that a run needs, part by part.
 
     Attributes:
       batch_size, input_length, target_length, prompt_length: B, T, U and P; P is 0 without a prompt.
-      rows: of the batch that pass through the model at once.
-      frozen, trainable, optimizer: exact.
-      activations: bytes that the forward pass of `rows` keeps for the backward pass, as differentiated; the compiler
-        keeps less where it computes anew what is cheap.
-      copies: bytes of parameters in another dtype or shape, kept likewise.
-      logits: bytes of those of `rows`, [rows, U, V] in float32, part of the activations.
-      step: as compiled.
+      rows: rows of the batch that pass through the model at once; see `step.micro_batch`.
+      frozen, trainable, optimizer: the parameters and the optimiser state; exact.
+      activations: bytes that the forward pass of `rows` rows saves for the backward pass, according to JAX's
+        differentiation. The compiler may save less and recompute cheap operations.
+      copies: bytes of parameters in another dtype or shape, which are also saved for the backward pass.
+      logits: bytes of the float32 logits [rows, U, V], which are a part of `activations`.
+      step: what the compiled step needs.
     """
 
     batch_size: int
@@ -102,12 +105,13 @@ class MemoryPlan(NamedTuple):
 
 
 class LargestBatch(NamedTuple):
-    """The end of a search.
+    """Holds the result of the search for the largest batch that fits into memory.
 
     Attributes:
-      fits: the largest batch whose step is known to fit; 0 where not even the smallest does.
-      step: of `fits` rows, or of the smallest batch: one row, or one a micro-batch.
-      too_large: the smallest batch above it that is known not to fit; None where none is.
+      fits: the largest batch size that is known to fit; 0 if even the smallest does not fit.
+      step: the memory of a step with `fits` rows. If `fits` is 0, that of the smallest batch, which has one row, or one
+        row per micro-batch.
+      too_large: the smallest batch size above `fits` that is known not to fit; None if none is known.
     """
 
     fits: int
@@ -116,10 +120,10 @@ class LargestBatch(NamedTuple):
 
 
 def plan(config: TrainConfig) -> MemoryPlan:
-    """The memory of a run on this machine's backend, at BATCH_SIZE and at the full TASK_FEATURE_LENGTHS.
+    """Returns the memory that a run needs on this machine's backend, with BATCH_SIZE rows of the full lengths.
 
     Raises:
-      ValueError: a setting is impossible by itself.
+      ValueError: a setting is invalid.
     """
     config.check()
     batch = _batch(config, config.train_dataset.batch_size)
@@ -145,9 +149,10 @@ def plan(config: TrainConfig) -> MemoryPlan:
 
 
 def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """`(state, frozen)` as a run starts with them, every array as its shape and dtype.
+    """Returns the shapes and dtypes of a run's start, as `(state, frozen)`.
 
-    The base model is not opened: where BASE_DTYPE leaves the dtype to its file, it is taken to be float32, the widest.
+    The base model is not opened. If BASE_DTYPE leaves the dtype to the base model's file, float32 is assumed, which is
+    the widest.
 
     Raises:
       ValueError: the method does not fit the model, or trains parameters of an int8 base model.
@@ -177,16 +182,17 @@ def start_shapes(config: TrainConfig) -> tuple[TrainState, dict[str, jax.ShapeDt
 
 
 def injection_shapes(config: TrainConfig, state: TrainState, frozen: Shapes) -> Injection:
-    """Returns what the model runs with, every array as its shape and dtype."""
+    """Returns the method's injection, with the shape and dtype of each array in its place."""
     return jax.eval_shape(config.method.apply, state.trainable, frozen)
 
 
 class DevicePart(NamedTuple):
-    """Bytes on each device of a mesh.
+    """Holds the bytes that each device of a mesh needs.
 
     Attributes:
-      frozen, state: of the frozen parameters, and of what is trained with its optimiser's state; exact.
-      activations: about what a step keeps for its backward pass, its rows divided and its layers not.
+      frozen, state: the frozen parameters, and the trainable parameters with the optimiser state; exact.
+      activations: estimate of what a step saves for its backward pass. It assumes that the rows are sharded, and that
+        the model axis shards nothing, so it is too high for a mesh with a model axis.
     """
 
     frozen: int
@@ -195,7 +201,7 @@ class DevicePart(NamedTuple):
 
 
 def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
-    """What lies on each device of a mesh; no device is needed, and nothing is compiled."""
+    """Returns the bytes on each device of a mesh of this shape. It needs no device, and compiles nothing."""
     mesh = AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     partitioner = Partitioner(mesh, config.size)
     state, frozen = start_shapes(config)
@@ -211,8 +217,11 @@ def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
 
 
 def resident_bytes(config: TrainConfig) -> tuple[int, int]:
-    """`(parameters, activations)`: bytes of all that is there from step to step, and of what a step keeps for its
-    backward pass if all rows of the batch pass at once; nothing is compiled."""
+    """Returns the bytes of `(parameters, activations)` on a single device, without compiling.
+
+    The parameters include the optimiser state and the copies of parameters in another dtype or shape. The activations
+    are what a step saves for its backward pass if all rows of the batch pass through the model at once.
+    """
     batch = _batch(config, config.train_dataset.batch_size)
     state, frozen = start_shapes(config)
     activations, copies = _kept(config, state, frozen, batch)
@@ -220,10 +229,10 @@ def resident_bytes(config: TrainConfig) -> tuple[int, int]:
 
 
 def base_dtype(config: TrainConfig) -> str:
-    """The dtype that the base is planned in.
+    """Returns the dtype that the plan assumes for the base model: "bfloat16", "int8" or "float32".
 
     Raises:
-      ValueError: BASE_DTYPE is none.
+      ValueError: BASE_DTYPE is invalid.
     """
     check_base_dtype(config.base_dtype)
     asked = config.held_dtype
@@ -231,7 +240,7 @@ def base_dtype(config: TrainConfig) -> str:
 
 
 def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
-    """Bytes of a step on `batch_size` rows of full length."""
+    """Returns the memory of a step with `batch_size` rows of the full lengths, extrapolated for a deep model."""
     cfg = config.size
     deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
     if sum(deep) <= COMPILED_WHOLE or not _uniform(config):
@@ -244,20 +253,23 @@ def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
 
 
 def largest_batch(config: TrainConfig, usable: int | float, known: MemoryPlan) -> LargestBatch:
-    """The largest batch whose step takes at most `usable` bytes, each one tried by a program of its own.
+    """Searches for the largest batch whose step needs at most `usable` bytes.
 
-    The peak is nearly affine in the batch, so that two points tell where to try next; it is not quite, so that a batch
-    counts only where its own program fits.
+    The peak is nearly affine in the batch size, so two known sizes predict the next size to try. Because it is not
+    exactly affine, each size is accepted only after its own program was compiled.
+
+    Args:
+      known: the plan at the configured batch size, where the search starts.
     """
     standing = known.frozen.bytes + known.trainable.bytes + known.optimizer.bytes
-    # A batch of no rows is what stands in memory anyway.
+    # A batch without rows needs only the parameters and the optimiser state.
     steps = {0: StepMemory(standing, 0, 0, 0, compiled=False), known.batch_size: known.step}
 
     def bracket() -> tuple[int, int | None]:
         fits = max((size for size, step in steps.items() if step.peak <= usable), default=0)
         return fits, min((size for size, step in steps.items() if size > fits and step.peak > usable), default=None)
 
-    unit = config.num_microbatches or 1  # which divides every batch
+    unit = config.num_microbatches or 1  # every batch size is a multiple of it
     for _ in range(TRIES if standing <= usable else 0):
         fits, too_large = bracket()
         if fits >= LARGEST_BATCH or (too_large and too_large - fits <= max(unit, fits // 32)):
@@ -271,7 +283,10 @@ def largest_batch(config: TrainConfig, usable: int | float, known: MemoryPlan) -
 
 
 def _next_size(steps: dict[int, StepMemory], usable: int | float, fits: int, too_large: int | None, unit: int) -> int:
-    """Where the line through two known sizes reaches `usable`: a multiple of `unit`, inside what is not known."""
+    """Returns the next batch size to try: where the line through two known sizes reaches `usable` bytes.
+
+    The result is a multiple of `unit` between `fits` and `too_large`.
+    """
     other = too_large or max(size for size in steps if size < fits)
     slope = (steps[other].peak - steps[fits].peak) / (other - fits)
     guess = fits + (usable - steps[fits].peak) / slope if slope > 0 else math.inf
@@ -280,10 +295,10 @@ def _next_size(steps: dict[int, StepMemory], usable: int | float, fits: int, too
 
 
 def _batch(config: TrainConfig, batch_size: int) -> Batch:
-    """Of the full TASK_FEATURE_LENGTHS, as its shapes.
+    """Returns the shapes and dtypes of a batch with the full TASK_FEATURE_LENGTHS.
 
     Raises:
-      ValueError: there is no such batch.
+      ValueError: the lengths are invalid.
     """
     lengths = config.train_dataset.checked_lengths()
     inputs, targets = (jax.ShapeDtypeStruct((batch_size, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
@@ -311,14 +326,17 @@ def _with_layers(config: TrainConfig, encoder: int, decoder: int) -> TrainConfig
 
 
 def _at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
-    """What the models of `SHALLOW` have, continued to so many layers of the encoder and the decoder."""
+    """Extrapolates the bytes of the three `SHALLOW` models to `layers`, the layers of (encoder, decoder)."""
     (least_encoder, least_decoder), *_ = SHALLOW
     more = (layers[0] - least_encoder) * (encoder - corner) + (layers[1] - least_decoder) * (decoder - corner)
     return corner + more
 
 
 def _uniform(config: TrainConfig) -> bool:
-    """Whether all layers of a stack are trained, or all frozen, so that what is trained of shallow models continues."""
+    """Returns whether a deep model may be extrapolated from the shallow ones.
+
+    This is so if all layers of a stack are trained alike: the trained bytes then grow by the same amount per layer.
+    """
     cfg = config.size
     deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
     if min(deep) < 2:
@@ -343,9 +361,10 @@ def _part(tree: Shapes) -> Part:
 
 
 def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) -> tuple[int, int]:
-    """Bytes that the forward pass keeps: those that the batch decides, and copies of parameters.
+    """Returns the bytes that the forward pass saves for the backward pass, as `(activations, copies)`.
 
-    A parameter that is kept as it is takes nothing. Constants, which are kept as well, are never laid out.
+    Saved arrays that depend on the batch are activations; those that depend only on parameters are copies. A parameter
+    that is saved unchanged takes no further memory. Constants are not counted, because they get no buffer.
     """
     model, method = Transformer(config.size), config.method
 
@@ -373,7 +392,10 @@ def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) 
 
 
 def free_bytes() -> int | None:
-    """Free memory of the first device, or of this host where the device has none of its own; None if it is unknown."""
+    """Returns the bytes of free memory on the first device, or on the host if the device has no memory of its own.
+
+    Returns None if they are unknown.
+    """
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

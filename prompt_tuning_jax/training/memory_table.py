@@ -1,4 +1,4 @@
-"""A memory plan as a table, and the largest batch that fits: what `train --memory-plan` prints."""
+"""Prints the memory plan of a run as a table, and the largest batch that fits, for `train --memory-plan`."""
 
 import math
 import re
@@ -25,10 +25,10 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**
 
 
 def read_size(text: str) -> int:
-    """Bytes of "80GB" or "79.6GiB".
+    """Returns the number of bytes of a size such as "80GB" or "79.6GiB".
 
     Raises:
-      ValueError: it is no size, has no unit, or is nothing.
+      ValueError: the text is not a size with a unit, or the size is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B|[MGT]iB)", text)
     size = round(float(found[1]) * UNITS[found[2]]) if found else 0
@@ -41,19 +41,20 @@ def read_size(text: str) -> int:
 
 
 def size_text(size: int | float) -> str:
-    """ "12.3 GB" """
+    """Returns a number of bytes as text with a decimal unit, such as "12.30 GB"."""
     unit = next(unit for unit in ("TB", "GB", "MB", "kB", "B") if size >= UNITS[unit] or unit == "B")
     return f"{size / UNITS[unit]:,.{0 if unit == 'B' else 2}f} {unit}"
 
 
 def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str], None] = print) -> None:
-    """Says what a run needs, and the largest batch that fits.
+    """Reports the memory that a run needs, and the largest batch that fits.
 
     Args:
-      memory: of the device planned for, as "80GB"; True for what is free on this machine's.
+      memory: memory of the device to plan for, such as "80GB"; True for the free memory of this machine's device.
+      say: called with each line of the report.
 
     Raises:
-      ValueError: a setting is impossible; or not even a batch of one row fits, said after the table.
+      ValueError: a setting is invalid; or, after the table, if not even the smallest batch fits.
     """
     device = jax.default_backend()
     total = read_size(memory) if isinstance(memory, str) else free_bytes()
@@ -89,7 +90,7 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
 
 
 def accelerator_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings, by name, that are left to a device and are others on an accelerator than on a CPU."""
+    """Returns the automatic settings that would have another value on an accelerator than on a CPU, with that value."""
     other: dict[str, Any] = {}
     if jnp.dtype(config.size.dtype) == jnp.float32:
         other["activation_dtype"] = "bfloat16"
@@ -101,10 +102,14 @@ def accelerator_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]) -> None:
-    """Says what lies on each device of the mesh that is asked for, which need not be here.
+    """Reports the memory that the run needs on each device of the configured mesh, whose devices need not exist here.
+
+    Args:
+      total: bytes of memory per device.
+      say: called with each line of the report.
 
     Raises:
-      ValueError: it does not fit.
+      ValueError: the run does not fit.
     """
     sizes = {"model": config.num_partitions or 1} | dict(config.mesh or {})
     shape = mesh_shape(sizes, config.num_partitions, math.prod(sizes.values()))
@@ -125,7 +130,7 @@ def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]
 
 
 def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
-    """The plan as lines of text: what, how many numbers, bytes, and where the figure is from."""
+    """Returns the plan as lines of text: each part with its number of elements, its bytes and a note on the source."""
     step = found.step
     shape = f"batch {found.batch_size}, inputs {found.input_length}, targets {found.target_length}"
     if found.prompt_length:

@@ -1,4 +1,4 @@
-"""Which mesh a run takes: the one that is asked for, or one by the size of the model and the memory of the devices."""
+"""Chooses a run's mesh: from the settings, or else by the size of the model and the memory of the devices."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ def partitioner_for(config: TrainConfig) -> Partitioner | OneDevice:
     """Returns the run's partitioner.
 
     Raises:
-      ValueError: the mesh that is asked for does not fit the devices or the batch.
+      ValueError: the mesh does not fit the devices or the batch.
     """
     rows, resident = config.train_dataset.batch_size, functools.partial(resident_bytes, config)
     partitioner = partitioner_of(config.size, config.mesh, config.num_partitions, rows, resident)
@@ -35,14 +35,16 @@ def partitioner_of(
     batch_size: int,
     resident: Callable[[], tuple[int, int]],
 ) -> Partitioner | OneDevice:
-    """Returns the partitioner of the mesh that is asked for, or of `mesh_for`.
+    """Returns the partitioner for the mesh of the settings, or, if they set none, for the mesh of `mesh_for`.
 
     Args:
       mesh, num_partitions: see `parallel.mesh.mesh_shape`.
-      resident: bytes, as `mesh_for` takes them; asked where the memory of a device is known.
+      batch_size: rows per batch.
+      resident: returns the bytes of `(parameters, activations)` for `mesh_for`. It is called only if the settings set
+        no mesh and the memory of a device is known.
 
     Raises:
-      ValueError: the mesh that is asked for does not fit the devices.
+      ValueError: the mesh of the settings does not fit the devices.
     """
     devices = jax.devices()
     if mesh is not None or num_partitions is not None:
@@ -55,16 +57,18 @@ def partitioner_of(
 
 
 def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters: int, activations: int) -> MeshShape:
-    """The mesh where none is asked for.
+    """Returns the shape of the mesh for a run whose settings set none.
 
-    The batch is divided by as many devices as can share its rows equally, and a layer's products by what is left over.
-    Parameters are whole on each device where they and its activations fit, and else divided by the least power of two
-    with which they do.
+    The batch is sharded over as many devices as can share its rows equally. The devices left form the model axis. The
+    fsdp axis has size 1 if the parameters fit beside a device's activations. Otherwise it gets the smallest power of
+    two with which they fit, or the largest possible one if they never fit.
 
     Args:
-      device_bytes: the memory of a device; None where it is not known, and then all fits.
-      parameters: bytes of all that is there from step to step.
-      activations: bytes that a step makes of the whole batch.
+      devices: number of devices of all processes.
+      batch_size: rows per batch.
+      device_bytes: memory per device; None if it is unknown, and then fsdp is 1.
+      parameters: bytes of the arrays that stay in memory between steps: parameters, their copies, optimiser state.
+      activations: bytes that a step saves for its backward pass for the whole batch.
     """
     rows = math.gcd(devices, batch_size)
     model, fsdp = devices // rows, 1
@@ -76,7 +80,7 @@ def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters
 
 
 def check_batch(config: TrainConfig, partitioner: Partitioner) -> None:
-    """Raises ValueError where the devices cannot share the rows of a batch, or of a micro-batch, equally."""
+    """Raises ValueError if the rows of a batch, or of a micro-batch, do not divide equally over the devices."""
     partitioner.own_rows(config.train_dataset.batch_size)
     parts, shards = config.num_microbatches or 1, partitioner.batch_shards
     rows = config.train_dataset.batch_size // parts

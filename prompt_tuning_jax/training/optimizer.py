@@ -1,4 +1,4 @@
-"""Adafactor as T5X runs it, AdamW with clipped gradients, both through optax, and learning-rate schedules."""
+"""Makes optax optimisers and learning-rate schedules: Adafactor as T5X runs it, and AdamW with or without clipping."""
 
 import math
 
@@ -16,23 +16,24 @@ def adafactor(
     parameter_scale: Switch = False,
     momentum: Share | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor with the paper's settings (section 3), equal to T5X's update for update.
+    """Returns Adafactor with the paper's settings (section 3). Each update equals T5X's.
 
     Args:
-      learning_rate: a number, or a schedule over this run's own steps.
-      start_step: the optimiser's step at which this run begins. T5X takes it from the base's checkpoint, 1,100,000 for
-        the LM-adapted T5 1.1; the second moment then averages over all steps so far, and each early update has a root
-        mean square of exactly the learning rate. 0 starts a fresh average.
-      decay_rate: the second moment's weight at step t is 1 - t ** -decay_rate.
-      weight_decay: share of a parameter taken off each step; T5X does not multiply it by the learning rate.
-      parameter_scale: updates in units of a parameter's own root mean square (pre-training).
-      momentum: decay of a first moment; None keeps none.
+      learning_rate: a number, or a schedule over the steps of this run.
+      start_step: the optimiser's step number at the start of this run. T5X takes it from the base model's checkpoint,
+        1,100,000 for the LM-adapted T5 1.1. With such a large step, the second moment decays slowly, and each early
+        update has a root mean square of exactly the learning rate. 0 starts a new average.
+      decay_rate: the decay of the second moment at step t is 1 - t ** -decay_rate.
+      weight_decay: the fraction by which each step shrinks the parameters. As in T5X, it is not multiplied by the
+        learning rate.
+      parameter_scale: whether to multiply each update by the root mean square of its parameter, as in pre-training.
+      momentum: the decay of the first moment; None for no momentum.
     """
     check_values(adafactor, locals())
     return optax.adafactor(
         learning_rate,
-        # T5X factors a second moment whose two dimensions are at least 128 and ignores its own rules for matrices,
-        # so that prompts shorter than 128 keep all of it.
+        # T5X factors a second moment only if both dimensions are at least 128, and ignores its own rules for matrices.
+        # So the second moment of a prompt with fewer than 128 positions is not factored.
         min_dim_size_to_factor=128,
         decay_rate=decay_rate,
         decay_offset=-start_step,
@@ -52,7 +53,7 @@ def adamw(
     *,
     weight_decay: NotNegative = 1e-4,
 ) -> optax.GradientTransformation:
-    """AdamW of optax, whose defaults these are, once its numbers are checked."""
+    """Returns optax's AdamW, with optax's defaults, after checking the arguments."""
     check_values(adamw, locals())
     return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
 
@@ -60,16 +61,18 @@ def adamw(
 def clipped_adamw(
     learning_rate: Rate, *, weight_decay: NotNegative = 1e-5, clip_norm: Positive = 1.0
 ) -> optax.GradientTransformation:
-    """AdamW of gradients whose global norm is at most `clip_norm`."""
+    """Returns AdamW after clipping the gradients to a global norm of at most `clip_norm`."""
     check_values(clipped_adamw, locals())
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
 
 
 def warmup_linear(peak: Peak, steps: Count, warmup: NotNegative = 0.0) -> optax.Schedule:
-    """Linear up to `peak`, then linear down to 0 at `steps`, as transformers' schedule of that name.
+    """Returns a schedule that rises linearly to `peak` and then falls linearly to 0 at `steps`.
+
+    It equals transformers' linear schedule with warm-up.
 
     Args:
-      warmup: how many steps the rise takes, or which share of `steps` if it is below 1.
+      warmup: the number of steps of the rise; below 1, a fraction of `steps`.
     """
     check_values(warmup_linear, locals())
     rise = math.ceil(warmup * steps) if warmup < 1 else math.ceil(warmup)
@@ -78,7 +81,11 @@ def warmup_linear(peak: Peak, steps: Count, warmup: NotNegative = 0.0) -> optax.
 
 
 def warmup_cosine(peak: Peak, steps: Count, warmup: Share = 0.05, floor: Share = 0.05) -> optax.Schedule:
-    """Linear up to `peak` over the first `warmup` share of `steps`, then a cosine down to `floor` times it."""
+    """Returns a schedule that rises linearly to `peak` and then falls along a cosine to `floor * peak` at `steps`.
+
+    Args:
+      warmup: the rise, as a fraction of `steps`.
+    """
     check_values(warmup_cosine, locals())
     rise = max(1, math.ceil(warmup * steps))
     return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1), floor * peak)

@@ -1,4 +1,4 @@
-"""What a run reports of itself while it goes on, and the signal that ends it early."""
+"""Collects what a run reports while it trains, and handles the signal that ends it early."""
 
 import contextlib
 import signal
@@ -19,17 +19,17 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import is_writer, preempted
 from prompt_tuning_jax.training.step import StepMetrics
 
-Stop = Callable[[int], bool]  # whether to save and leave after a step
+Stop = Callable[[int], bool]  # returns whether to save and end after a step, given its number
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and all runs are saved: the same call goes on from there."""
+    """Raised when training was asked to stop and all runs are saved. The same call resumes them."""
 
 
 class Window:
-    """Holds the steps since the last record.
+    """Collects the metrics of the steps since the last record.
 
-    A run checks the newest step's loss just before it adds the next one, so that it does not wait for the device.
+    A run checks the newest step's loss just before it adds the next step. So the host does not wait for the device.
     """
 
     def __init__(self):
@@ -43,7 +43,7 @@ class Window:
         self._steps.append((step, ids, metrics))
 
     def check(self) -> None:
-        """Raises ValueError where the newest step's loss or gradient is not finite."""
+        """Raises ValueError if the newest step's loss or gradient norm is not finite."""
         if self._steps:
             step, ids, metrics = self._steps[-1]
             values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
@@ -56,7 +56,15 @@ class Window:
                 )
 
     def close(self) -> dict[str, float]:
-        """Means over the window, which starts anew."""
+        """Returns the means over the collected steps, and restarts the collection.
+
+        Returns:
+          "loss", in nats per target token, z-loss included; "token_accuracy", in per cent; "gradient_norm", the mean
+          over the steps; and "examples_per_second".
+
+        Raises:
+          ValueError: the newest step's loss or gradient norm is not finite.
+        """
         self.check()
         steps = jax.device_get([metrics for _, _, metrics in self._steps])
         tokens = sum(float(metrics.sums.tokens) for metrics in steps)
@@ -73,13 +81,14 @@ class Window:
 
 @contextlib.contextmanager
 def stopping_on_sigterm() -> Iterator[Stop]:
-    """Lets SIGTERM end a command line's training: it saves, says so, and exits with `TERMINATED`.
+    """Makes SIGTERM end a command line's training: the run is saved, and the process exits with `TERMINATED`.
 
-    Before the first step there is nothing to save: it exits at once. After the last, it exits once the run is finished.
-    With several processes all must save the same step: JAX takes the signal there, and agrees on a step.
+    A signal before the first step ends the process at once, because there is nothing to save. A signal during or after
+    the last step ends it when the run is finished. Several processes must all save the same step, so JAX handles the
+    signal and makes them agree on a step.
 
     Yields:
-      what `loop.train` asks after each step. With several processes, every process asks after each of its steps.
+      the `stop` argument of `loop.train`. With several processes, each process must call it after each step.
     """
     told, stepping = threading.Event(), threading.Event()
 
@@ -108,21 +117,22 @@ def stopping_on_sigterm() -> Iterator[Stop]:
 
 
 def moved(injection: Injection, start: Injection) -> dict[str, float]:
-    """Returns the mean norm of a prompt's positions, and how far the prompt has moved in units of its start's norm.
+    """Returns "prompt_norm", the mean norm of the prompt's positions, and "prompt_moved", its distance from the start.
 
-    Several prompts, per layer or per task, count as one.
+    The distance is relative to the norm of the start, and is left out if the start is zero. Several prompts, per layer
+    or per task, are treated as one array. The result is empty if there is no prompt.
     """
     prompt, before = (_positions(one) for one in (injection, start))
     if prompt is None or before is None:
         return {}
     found, start_norm = {"prompt_norm": float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))}, jnp.linalg.norm(before)
-    if start_norm:  # a start of zeros has no unit
+    if start_norm:  # no distance is relative to a start of zeros
         found["prompt_moved"] = float(jnp.linalg.norm(prompt - before) / start_norm)
     return found
 
 
 def _positions(injection: Injection) -> Any:
-    """Returns the positions of whatever prompts there are; None if there are none."""
+    """Returns all prompt positions of an injection as one array; None if it has no prompt."""
     if injection.task_prompts is not None:
         return jnp.stack([injection.task_prompts[task] for task in sorted(injection.task_prompts)])
     return injection.prompt if injection.prompt is not None else injection.layer_prompts

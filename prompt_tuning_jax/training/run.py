@@ -1,6 +1,6 @@
-"""One training run between its steps: what it starts from, how far it is, and what it leaves after each step.
+"""Defines `TrainConfig`, the settings of a training run, and `Run`, which logs, evaluates and saves between its steps.
 
-`loop` takes the steps, of one run or of several in one program; a run cannot tell which.
+The module `loop` computes the steps, of one run or of several runs in one program. Both look the same to a run.
 """
 
 import dataclasses
@@ -61,43 +61,44 @@ Record = dict[str, Any]
 
 
 def say_nothing(line: str) -> None:
-    """Takes a line of progress, and does not show it."""
+    """Ignores a line of progress."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All settings of a run.
+    """Holds all settings of a run.
 
     Attributes:
-      size: the model's size and numerics, dropout among them.
-      initial_checkpoint_path: the base model; None for random weights.
-      model: the base model in memory, if it is there already; it is then not read again.
-      train_dataset, eval_dataset: the rows to train on and to evaluate on.
+      size: the model's size and numerics, including the dropout rate.
+      initial_checkpoint_path: the base model; None for random parameters.
+      model: the base model, if it is in memory already. No checkpoint is then read.
+      train_dataset, eval_dataset: the rows to train on, and the rows to evaluate on.
       method: what is trained; see `methods`.
-      optimizer: over the trainable parameters.
-      train_steps: updates in all.
-      eval_period: updates between two evaluations, each of which is also a checkpoint.
-      model_dir: MODEL_DIR, a folder for what `RunFolder` lists; None to write nothing.
-      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the one beside the base model.
-      random_seed: of the start, the order of the data and dropout.
+      optimizer: updates the trainable parameters.
+      train_steps: number of updates.
+      eval_period: updates between two evaluations. Each evaluation also saves a checkpoint.
+      model_dir: MODEL_DIR, the folder for the files that `run_folder` lists; None to write nothing.
+      vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the tokenizer beside the base model.
+      random_seed: determines the initial parameters, the order of the data and the dropout masks.
       z_loss: see `loss.cross_entropy`.
-      num_microbatches: how many parts a batch is divided into, which take less memory; see `step.micro_batch`.
+      num_microbatches: number of parts that a batch is divided into to save memory; see `step.micro_batch`.
       log_period: updates between two records of the training loss.
-      loss_eval_steps: batches that a task without metrics is evaluated on.
-      encoder_use_by: a pre-training run whose `encoder_use` is below 0.02 nats at this step is stopped.
-      early_stop_evals: a run is stopped after so many evaluations in a row without a better one; None for never.
-      keep_checkpoints: how many to leave; None for all.
-      base_dtype: of the base model in memory; see `checkpoints.base.load_base`. "auto" keeps the file's own dtype on
-        accelerators if the base model's own parameters are trained. What is trained is always float32.
-      num_partitions: devices that share each parameter and the matmuls with it (T5X's name).
-      mesh: sizes of the axes data, fsdp and model; see `parallel.mesh`. If it is None and so is `num_partitions`, the
-        model's size and the devices' memory decide; see `layout.mesh_for`.
-      export_dtype: of the model written if the base model's parameters are trained.
-      config: the run's gin configuration as text, kept in config.gin; nothing is compared with it.
-      allow_other_config: go on with a run that had another configuration.
+      loss_eval_steps: number of batches on which a task without metrics is evaluated.
+      encoder_use_by: for pre-training, stop the run if its first evaluation from this step on has an `encoder_use`
+        below 0.02 nats per token; None for never.
+      early_stop_evals: stop the run after this number of evaluations in a row without a better score; None for never.
+      keep_checkpoints: number of checkpoints to keep, the latest; None for all.
+      base_dtype: dtype of the base model in memory; see `checkpoints.base.load_base`. If parameters of the base model
+        are trained, "auto" keeps the file's dtype on accelerators. Trained parameters are always float32.
+      num_partitions: number of devices that share each parameter and the matmuls with it (T5X's name).
+      mesh: sizes of the axes data, fsdp and model; see `parallel.mesh`. If both this and `num_partitions` are None, the
+        model's size and the devices' memory determine the mesh; see `mesh_choice.mesh_for`.
+      export_dtype: dtype of the exported model if parameters of the base model are trained.
+      config: the run's gin configuration as text, which is written to config.gin, and compared with nothing.
+      allow_other_config: whether to resume a run in MODEL_DIR that was started with other settings.
     """
 
-    size: Annotated[T5Config | Any, Made(T5Config)]  # anything else is refused in words
+    size: Annotated[T5Config | Any, Made(T5Config)]  # `check_values` reports any other type as a SettingError
     initial_checkpoint_path: Text | None
     model: Annotated[Model | Any, Made(Model)] | None = None
     train_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
@@ -127,14 +128,14 @@ class TrainConfig:
         keep_plain(self)
         check_values(TrainConfig, {"size": self.size})
         if not self.size.has_size:
-            self.check_values()  # before a file is read
+            self.check_values()  # check before `sized` reads a file
             object.__setattr__(self, "size", sized(self.size, self.initial_checkpoint_path))
 
     def open_folder(self) -> RunFolder | NoFolder:
-        """Returns the run's folder; nothing is read or written yet.
+        """Returns the run's folder after checking the settings. Nothing is written to it yet.
 
         Raises:
-          ValueError: a setting is impossible by itself, or the folder cannot be written or holds another run.
+          ValueError: a setting is invalid, or the folder is not writable or holds another run.
         """
         self.check()
         if self.model_dir is None:
@@ -142,7 +143,7 @@ class TrainConfig:
         return RunFolder(self.model_dir, self.identity(), self.config, allow_other_config=self.allow_other_config)
 
     def check(self) -> None:
-        """Raises ValueError if a setting is impossible by itself."""
+        """Raises ValueError if a setting is invalid, or does not fit another setting. Reads no file."""
         self.check_values()
         parts, batch_size = self.num_microbatches, self.train_dataset.batch_size
         if parts is not None and batch_size % parts:
@@ -155,16 +156,17 @@ class TrainConfig:
         self.method.check(self.size, self.train_dataset.task_feature_lengths["inputs"])
 
     def check_values(self) -> None:
-        """Raises SettingError if a field, or one of a dataset's, is not what its annotation says."""
+        """Raises SettingError if a field, or a field of a dataset, does not match its annotation."""
         check_run(vars(self))
         self.train_dataset.check()
         with renamed(batch_size="eval_batch_size", train_split="eval_split"):
             self.eval_dataset.check()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what makes this run this run, by value; the fingerprints of model and data are not among it.
+        """Returns the settings that decide whether a run may resume, in a form that JSON can hold.
 
-        The folder, the mesh and the periods of logging are left out: they change no result but for rounding.
+        The fingerprints of the model and the data are not included, because they are known only after reading. The
+        folder, the mesh and the logging period are left out, because they change no result except by rounding.
         """
         lengths = self.train_dataset.task_feature_lengths
         return {
@@ -187,27 +189,27 @@ class TrainConfig:
 
     @functools.cached_property
     def trains_base(self) -> bool:
-        """Whether parameters of the base model itself are trained."""
+        """Returns whether parameters of the base model itself are trained."""
         base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected_shapes(self.size).items()}
         return trains_base(start_shapes(self.method, self.size, base)[0], base)
 
     @functools.cached_property
     def trains_parameters(self) -> bool:
-        """Whether the method gives the model other parameters, and not prompts alone."""
+        """Returns whether the method's injection has parameters, and not only prompts."""
         base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected_shapes(self.size).items()}
         return bool(jax.eval_shape(self.method.apply, *start_shapes(self.method, self.size, base)).parameters)
 
     @property
     def held_dtype(self) -> Any:
-        """`base_dtype`, "auto" resolved by what is trained."""
+        """The dtype of `base_dtype`, with "auto" resolved by the device and by what is trained."""
         return auto_dtype(only_read=not self.trains_base) if self.base_dtype == "auto" else self.base_dtype
 
 
 def check_run(values: Mapping[str, Any]) -> None:
-    """Raises SettingError if a value is not what the field of `TrainConfig` of its name says.
+    """Raises SettingError if a value does not match the annotation of its field in `TrainConfig`.
 
     Args:
-      values: by name, the method and the optimizer among them.
+      values: values by field name. They must include the method and the optimizer.
     """
     check_values(TrainConfig, values)
     check_base_dtype(values.get("base_dtype"))
@@ -222,15 +224,17 @@ def check_run(values: Mapping[str, Any]) -> None:
 
 
 class Run:
-    """A run that has read everything, and goes on where it was saved.
+    """Holds a run's data, state and folder, and logs, evaluates and saves when a step requires it.
+
+    Call `open`, then `go_back` to the step to start from, then `after_step` for each step, and `finish`.
 
     Attributes:
-      size: of the model, with the numerics of this run.
-      frozen: the parameters that are only read.
-      state: after `step` updates.
-      saved_step: the step that it would go on from if it ended here.
-      stop_reason: why it ends before TRAIN_STEPS; None if it does not.
-      summary: what summary.json holds, once the run is finished.
+      size: the model's configuration, with the numerics of this run.
+      frozen: the parameters that are not trained.
+      state: the training state after `step` updates.
+      saved_step: the step from which the run would resume if it ended now.
+      stop_reason: why the run ends before TRAIN_STEPS; None if it does not.
+      summary: the content of summary.json. It is set when the run is finished.
     """
 
     summary: dict[str, Any]
@@ -245,22 +249,23 @@ class Run:
         on_record: Callable[[Record], None] = lambda record: None,
         warn: Say | None = None,
     ):
-        """Reads the data, and checks that everything fits together.
+        """Reads the data, and checks that the settings, the model and the data fit together. Writes nothing.
 
         Args:
-          folder: of `config.open_folder`.
-          model: may be shared with other runs: it is only read.
-          partitioner: of the mesh that the model lies on.
-          on_record: is given every record of metrics.jsonl as it is made.
-          warn: is told what of the data does not fit, such as rows that are truncated; None for stderr, where one
-            process of several writes.
+          config: the run's settings.
+          folder: what `config.open_folder` returned.
+          model: the base model. It is not changed, so several runs may share it.
+          partitioner: the partitioner of the mesh on which the model is placed.
+          on_record: called with each record of metrics.jsonl when it is logged.
+          warn: called with each line about the data that may be a mistake, such as truncated rows. None to write these
+            lines to stderr, from process 0.
 
         Raises:
-          ValueError: something does not fit. Nothing has been written then.
+          ValueError: the settings, the model or the data do not fit together.
         """
         self.config, self._folder, self._partitioner, self._on_record = config, folder, partitioner, on_record
         self.tokenizer, self.size, method = model.tokenizer, model.config, config.method
-        # The model itself is not kept: what is trained of it is then held once, by the state.
+        # Keep no reference to the model. Its own copy of the trained parameters can then be freed.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
         trained = method.init(start_key(config.random_seed), model)
@@ -291,10 +296,10 @@ class Run:
         shardings = partitioner.state(jax.eval_shape(start, trained))
         self.state = partitioner.jit(start, out_shardings=shardings)(trained) if shardings else start(trained)
         self._start = self._fold(self.state.trainable, self.frozen)._replace(parameters={})
-        self._start = jax.tree.map(np.asarray, self._start)  # the state's memory is donated
+        self._start = jax.tree.map(np.asarray, self._start)  # on the host, because the first step donates the state
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
-        # What `restore_newest` gave, between `open` and `go_back`.
+        # The result of `restore_newest`. `open` sets it and `go_back` takes it.
         self._newest: tuple[int, TrainState, list[str]] | None = None
         self._best: dict[str, Any] | None = None
         self._best_injection: Injection | None = None
@@ -302,14 +307,17 @@ class Run:
         self._window = Window()
 
     def open(self) -> list[str]:
-        """Makes the folder; returns what there is to say of the run that is there already.
+        """Makes the folder, or opens it and reads the newest checkpoint if it has this run already.
+
+        Returns:
+          Lines to show: whether an earlier run is extended, and which prompt a new run starts from.
 
         Raises:
-          ValueError: the run there is on another base model, tokenizer or data; another process runs it; or none of its
-            checkpoints is whole.
+          ValueError: the run in the folder has another base model, tokenizer or data; another process uses the folder;
+            or all checkpoints are damaged.
         """
         read = {
-            # Random weights are a function of the seed.
+            # Random parameters need no fingerprint: the seed determines them.
             "base_fingerprint": self._fingerprint if self.config.initial_checkpoint_path or self.config.model else None,
             "tokenizer": self.tokenizer.fingerprint,
             "train_data": self.batches.fingerprint(),
@@ -322,22 +330,25 @@ class Run:
 
     @property
     def prompt_length(self) -> int:
-        """The positions in front of the encoder's input, P; 0 if the method gives no prompt."""
+        """The number of prompt positions in front of the encoder's input, P; 0 if the method gives no prompt."""
         return self._start.length
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints in the folder, which is open."""
+        """The steps of the checkpoints in the folder, which must be open."""
         return self._folder.states.steps()
 
     def go_back(self, step: int) -> list[str]:
-        """Restores the run as it was at a step that was saved, or at 0, and forgets what came after.
+        """Restores the run as it was at a saved step, or at step 0, and deletes the later records.
+
+        Args:
+          step: the step of a checkpoint, or 0 to start the run.
 
         Returns:
-          Lines about what of the folder was damaged, and where the run goes on or what is made again.
+          Lines about damaged files in the folder, and what was done about each.
 
         Raises:
-          ValueError: its state cannot be read, or what else is damaged cannot be made again.
+          ValueError: the checkpoint cannot be read, or another file is damaged and cannot be restored.
         """
         config, folder, newest = self.config, self._folder, self._newest
         self._newest = None
@@ -358,10 +369,19 @@ class Run:
         return said
 
     def _remake_best(self, folder: RunFolder, step: int) -> list[str]:
-        """Writes best/ again from the prompt that was kept at the best step, or from that step's checkpoint.
+        """Writes best/ again, from the prompt that was kept at the best step or from that step's checkpoint.
 
-        If neither is there, best/ stays: it may be a later step's, from before the run was killed, and the run then
-        writes the same again when it comes to that step.
+        If the folder has neither, best/ stays as it is. It may be from a later step, which a killed run had reached
+        after its last checkpoint; the resumed run then writes the same best/ at that step.
+
+        Args:
+          step: the step of the best evaluation.
+
+        Returns:
+          A line about what was done.
+
+        Raises:
+          ValueError: the folder has neither, nor a best/.
         """
         if all_agree(not folder.writes or self._best_from_prompt(folder, step)):
             return [f"{folder.path / 'best'} is written again from the prompt of step {step}"]
@@ -377,7 +397,10 @@ class Run:
         return [f"{folder.path / 'best'} is not as it was at step {self.step}: a better evaluation will replace it"]
 
     def _best_from_prompt(self, folder: RunFolder, step: int) -> bool:
-        """Returns whether best/ could be written from what was kept of the prompt at a step."""
+        """Writes best/ from the prompt that was kept at `step`.
+
+        Returns whether this was possible, and gave the best/ whose hash the checkpoint has.
+        """
         path = folder.kept_prompt(step)
         if path is None or self.config.trains_parameters:
             return False
@@ -400,11 +423,15 @@ class Run:
 
     @property
     def state_shardings(self) -> TrainState | None:
-        """Where the state lies on the mesh; None on one device."""
+        """The shardings of the state on the mesh; None on one device."""
         return self._partitioner.state(self.state)
 
     def placed(self, batch: Batch) -> Batch:
-        """Returns the batch, of which this process has its rows, on the mesh."""
+        """Places a batch on the mesh, and returns it.
+
+        Args:
+          batch: this process's own rows of the batch.
+        """
         return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
 
     @property
@@ -412,7 +439,7 @@ class Run:
         return self.step >= self.config.train_steps or self.stop_reason is not None
 
     def batches_to_come(self) -> Iterator[Batch]:
-        """Yields the batches from this step to TRAIN_STEPS, with their rows' tasks if there is a prompt per task."""
+        """Returns the batches from this step to TRAIN_STEPS, with each row's task if there is a prompt per task."""
         batches = self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
         return batches if self._prompt_of is None else map(self._with_tasks, batches)
 
@@ -423,14 +450,16 @@ class Run:
     def after_step(
         self, state: TrainState, ids: Int[np.ndarray, " B"], metrics: StepMetrics, evaluator: Evaluator, say: Say
     ) -> None:
-        """Takes note of a step, and logs, evaluates and saves when it is time to.
+        """Records a step; logs, evaluates and saves if the periods require it.
 
         Args:
-          ids: of the batch's examples.
-          say: is told what was logged, in a line.
+          state: the state after the step.
+          ids: the ids of the batch's examples, for error messages.
+          metrics: what the step reported.
+          say: called with a line about each record that is logged.
 
         Raises:
-          ValueError: the loss is not finite.
+          ValueError: the loss, a gradient, a trained parameter or a metric is not finite.
         """
         config = self.config
         self.state, self.step = state, self.step + 1
@@ -451,7 +480,10 @@ class Run:
             self._window.restart()
 
     def _check_step(self) -> None:
-        """Raises SettingError if the newest step's loss is not finite, and names a base model that is not."""
+        """Raises SettingError if the newest step's loss or gradient norm is not finite.
+
+        If the base model has NaN or infinity itself, the error names the array.
+        """
         try:
             self._window.check()
         except SettingError:
@@ -497,7 +529,7 @@ class Run:
         self.stop_reason = stop_reason(self._evals, config)
 
     def _export(self, injection: Injection) -> None:
-        """Keeps the best evaluation's injection: in best/, or in memory if there is no folder."""
+        """Keeps the injection of the best evaluation: in best/, or in memory if there is no folder."""
         if isinstance(self._folder, NoFolder):
             self._best_injection = self._partitioner.gather(injection)
             return
@@ -512,29 +544,37 @@ class Run:
 
     @property
     def best_injection(self) -> Injection:
-        """What the model ran with at the best evaluation, on the host."""
+        """What the model ran with at the best evaluation, in host memory."""
         if self._best_injection is not None:
             return self._best_injection
         assert isinstance(self._folder, RunFolder)
         return read_tuned(self._folder.path / "best", self.size)
 
     def save(self) -> None:
-        """Saves the state between two evaluations, and closes the folder: the process is about to end."""
+        """Saves the state, also between two evaluations, and closes the folder, because the process is about to end.
+
+        Raises:
+          ValueError: the newest loss or a trained parameter is not finite, so that the state is not worth saving.
+        """
         self._check_step()
         self._check_trained()
         self._save()
         self._folder.close()
 
     def close(self) -> None:
-        """Closes the folder as it is."""
+        """Closes the folder without saving."""
         self._folder.close()
 
     def abandon(self) -> None:
-        """Closes the folder after an error, which stays the one that is seen; nothing if it is closed."""
+        """Closes the folder after an error, and hides errors of closing. Does nothing if the folder is closed."""
         self._folder.abandon()
 
     def finish(self) -> dict[str, Any]:
-        """Writes summary.json, and returns what is in it."""
+        """Writes summary.json, closes the folder, and returns the summary.
+
+        Raises:
+          SettingError: the run has no evaluation, so it has no best step.
+        """
         config, best = self.config, self._best
         if best is None:
             raise SettingError(
@@ -570,15 +610,16 @@ class Run:
 def prompts_of_tasks(
     prompts: Collection[str], train: Planned, evaluated: Collection[str], mixture: str
 ) -> Int[np.ndarray, " K"]:
-    """Returns the index of each training task's prompt among the sorted names, as `Injection.of_rows` takes it.
+    """Returns the index of each training task's prompt among the sorted task names, for `Injection.of_rows`.
 
     Args:
-      prompts: the tasks that have a prompt.
-      evaluated: the tasks of the validation data.
-      mixture: what the data is called.
+      prompts: names of the tasks that have a prompt.
+      train: the training batches.
+      evaluated: names of the tasks of the validation data.
+      mixture: the name of the training data.
 
     Raises:
-      SettingError: the tasks of the data are others.
+      SettingError: the tasks that have a prompt are not the tasks of the data.
     """
     tasks, own = Setting("tasks"), sorted(prompts)
     if isinstance(train, StreamedBatches):
@@ -603,31 +644,31 @@ def prompts_of_tasks(
 
 
 def not_finite(values: Params) -> Iterator[str]:
-    """Yields the paths of the arrays that hold NaN or infinity."""
+    """Yields the paths of the arrays that have NaN or infinity."""
     yield from (path for path, whole in jax.device_get(_finite(dict(values))).items() if not whole)
 
 
 @jax.jit
 def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    # One program for all arrays: divided arrays need a collective each, and processes on CPUs that have many small
-    # programs in flight, each with a collective, may wait for each other for good.
+    # Use one program for all arrays. A program per array would run a collective for each sharded array, and CPU
+    # processes with many such small programs in flight can deadlock.
     return {path: jnp.isfinite(value).all() for path, value in values.items()}
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, trained: Params) -> None:
-    """Raises SettingError if an optimiser cannot update these parameters; only shapes are computed."""
+    """Raises SettingError if an optimiser cannot update these parameters. Only shapes are computed."""
     shapes = {name: jax.ShapeDtypeStruct(value.shape, jnp.float32) for name, value in trained.items()}
     try:
         jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), shapes)
     except SettingError:
         raise
-    except Exception as error:  # whatever a function of the user's raises
+    except Exception as error:  # an optimiser of the user may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise SettingError(Setting("optimizer"), f" cannot update what the method trains ({why})") from error
 
 
 def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state before the first update. The parameters are copies: the step donates its state's memory."""
+    """Returns the state before the first update, with copies of the parameters, because the step donates the state."""
     trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()}
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key)
@@ -636,9 +677,11 @@ def start_state(trained: Params, optimizer: optax.GradientTransformation, seed: 
 def evaluate(
     evaluator: Evaluator, injection: Injection, frozen: Params, tasks: Mapping[str, Batches], loss_eval_steps: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns each task's metrics and its answers that are no label; the loss for a task without metrics.
+    """Evaluates an injection on each task: by its metrics, or by the loss if the task has no metrics.
 
-    The metrics of several tasks are called "task/metric", and the answers stand under their task.
+    Returns:
+      The metrics by name, and the counts of the most frequent invalid answers by text. With several tasks, the metrics'
+      names are "task/metric", and the counts are in a dictionary by task.
     """
     record, odd = {}, {}
     for name, batches in tasks.items():
@@ -655,12 +698,13 @@ def evaluate(
 
 
 def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:
-    """Returns why a run of these evaluations is to end now; None if it is to go on."""
+    """Returns why a run with these evaluations must end now; None if it continues."""
     by, period = config.encoder_use_by, config.eval_period
     for record in evals:
         if by and by <= record["step"] < by + period and record.get("encoder_use", 1.0) < 0.02:
             return "the decoder makes no use of the encoder"
-    # A run that was extended has evaluated at its old last step, too, and one that had all its steps at once has not.
+    # Ignore the evaluation at the last step before a run was extended: a run with all its steps from the start has none
+    # there, and both must stop at the same step.
     evals = [record for record in evals if record["step"] % period == 0 or record["step"] == config.train_steps]
     patience = config.early_stop_evals
     if patience is not None and len(evals) > patience:
@@ -671,7 +715,7 @@ def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str 
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this project and of what its numbers depend on."""
+    """Returns the versions of Python, this package, and the packages that its results depend on."""
     packages = ("prompt_tuning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": sys.version.split()[0]}
     for name in packages:

@@ -1,10 +1,17 @@
-"""What a run leaves in MODEL_DIR, and how it finds its place again.
+"""Reads and writes the files of a run in MODEL_DIR, and resumes an interrupted run from them.
 
-run.json (what the run is, by value), config.gin (where gin configured it), metrics.jsonl, checkpoints/<step>/,
-prompts/<step>.npy, best/, summary.json, and TensorBoard events. While a process runs it, running names that process.
+run.json             the run's identity: its settings, and the fingerprints of its model, tokenizer and data
+config.gin           the gin configuration, if the run was configured with gin
+metrics.jsonl        a record per log period and per evaluation
+checkpoints/<step>/  the training state
+prompts/<step>.npy   the prompt at the start and at each evaluation
+best/                what was trained, at the best evaluation
+summary.json         the results, once the run is finished
+running              the process that runs the folder now
+events.*             the records for TensorBoard
 
-A checkpoint keeps the evaluations until its step and a hash of metrics.jsonl and of best/: what was damaged or deleted
-is found when the run goes on, and is made again from the rest.
+A checkpoint also has the evaluations up to its step, and hashes of metrics.jsonl and of best/. When the run resumes, a
+damaged or deleted file is detected with the hashes, and is written again from the other files.
 """
 
 import contextlib
@@ -30,13 +37,13 @@ from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import barrier, is_writer
 
 IDENTITY = "run.json"
-HASHED_BYTES = 64 * 2**20  # of a best/ that is larger, such as a tuned model, only the names and sizes are compared
+HASHED_BYTES = 64 * 2**20  # if best/ is larger, as with a tuned model, its hash covers only file names and sizes
 
 Record = dict[str, Any]
 
 
 class NoFolder:
-    """Stands for the folder of a run that writes nothing."""
+    """Replaces `RunFolder` for a run that writes nothing."""
 
     writes = False
 
@@ -80,13 +87,15 @@ class _NoStates:
 
 
 class RunFolder:
-    """MODEL_DIR of one run. Nothing is written before `open`.
+    """Reads and writes MODEL_DIR, the folder of one run. Nothing is written before `open`.
 
-    With several processes, process 0 alone writes; every process must call every method, and they must share a file
-    system.
+    With several processes, only process 0 writes these files. Every process must call every method, and the processes
+    must share a file system.
 
     Attributes:
-      writes: whether this process does.
+      path: the folder.
+      writes: whether this process writes.
+      states: the checkpoints, a `StateStore`; None before `open`.
     """
 
     def __init__(
@@ -100,13 +109,13 @@ class RunFolder:
         """Checks that the run may write to `path`.
 
         Args:
-          identity: what the run is, by value, as far as it is known before anything is read; compared with the run that
-            is there already. More steps than before are no other run.
-          config: the gin configuration, for config.gin.
-          allow_other_config: go on with a run of another identity.
+          identity: the settings that decide whether a run may resume. They must equal those of the run that is in the
+            folder already, except that `train_steps` may be larger: the run is then extended.
+          config: the gin configuration as text, for config.gin.
+          allow_other_config: whether to resume a run with another identity.
 
         Raises:
-          ValueError: the folder cannot be written, holds another run, or is being run by another process.
+          ValueError: the folder is not writable, holds another run, or is in use by another process.
         """
         self.path, self._identity, self._config, self.writes = Path(path), dict(identity), config, is_writer()
         self._forced = allow_other_config
@@ -129,7 +138,7 @@ class RunFolder:
         self._compare(self._identity)
 
     def _compare(self, now: Mapping[str, Any]) -> None:
-        """Raises SettingError if the run that is there already is another one."""
+        """Raises SettingError if the folder already has a run whose identity differs from `now`."""
         if self._kept is None or self._forced:
             return
         kept = {name: self._kept.get(name) for name in now}
@@ -147,20 +156,20 @@ class RunFolder:
             )
 
     def open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
-        """Makes the folder.
+        """Makes the folder if needed, locks it for this run, and writes run.json and config.gin.
 
         Args:
-          keep: the number of checkpoints to leave; None for all.
-          read: what else the run is: the fingerprints of all that it reads.
+          keep: the number of checkpoints to keep, the latest; None for all.
+          read: the rest of the identity: the fingerprints of the model, the tokenizer and the data.
 
         Returns:
-          Lines to say: that a run is extended.
+          A line if the run is extended to more steps; otherwise an empty list.
 
         Raises:
-          ValueError: the run that is there already reads something else, or another process runs it.
+          ValueError: the run in the folder has another model, tokenizer or data, or another process uses the folder.
         """
         self._compare(read)
-        barrier("compared")  # every process has read what lies there
+        barrier("compared")  # process 0 writes only after every process has compared
         self._take_lock()
         try:
             return self._open(keep, read)
@@ -181,7 +190,7 @@ class RunFolder:
             raise refused or _in_use(f"process 0 cannot have {self.path} for itself")
 
     def _open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
-        self._kept = _read_identity(self.path)  # nobody else writes it from here on
+        self._kept = _read_identity(self.path)  # read again: the lock now keeps other runs from changing it
         self._compare(self._identity)
         self._compare(read)
         barrier("read again")
@@ -199,14 +208,16 @@ class RunFolder:
         return []
 
     def rewind(self, step: int) -> tuple[list[Record], list[str]]:
-        """Forgets what was logged after `step`, whose checkpoint the run goes on from.
+        """Removes the records after `step` from metrics.jsonl, and repairs the file if it is damaged.
+
+        Args:
+          step: the step of the checkpoint from which the run resumes; 0 for none.
 
         Returns:
-          The records until then, and a line if metrics.jsonl was damaged and is made again: the evaluations are those
-          that the checkpoint keeps.
+          The records up to `step`; and a line if the file was damaged. Its evaluations then come from the checkpoint.
 
         Raises:
-          ValueError: it is damaged, and the checkpoint, an earlier version's, keeps no evaluations.
+          ValueError: the file is damaged, and the checkpoint has no evaluations, because an earlier version wrote it.
         """
         path = self.path / "metrics.jsonl"
         data = path.read_bytes() if path.exists() else b""
@@ -220,12 +231,12 @@ class RunFolder:
         return records, said
 
     def logged(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of metrics.jsonl and of best/, to compare when the run goes on from it."""
+        """Returns the hashes of metrics.jsonl and best/ that a checkpoint stores, to detect damage when it resumes."""
         metrics = {"lines": self._lines, "sha256": self._digest.hexdigest()[:16]}
         return {"metrics": metrics, "best": self.best_hash() if self.writes else None}
 
     def best_hash(self) -> str | None:
-        """Returns a hash of what lies in best/; None if there is nothing."""
+        """Returns a hash of the files in best/, as 16 hexadecimal digits; None if there are none."""
         files = [path for path in sorted((self.path / "best").rglob("*")) if path.is_file()]
         digest, small = hashlib.sha256(), sum(path.stat().st_size for path in files) <= HASHED_BYTES
         for path in files:
@@ -234,12 +245,15 @@ class RunFolder:
         return digest.hexdigest()[:16] if files else None
 
     def best_is_whole(self, step: int) -> bool:
-        """Returns whether best/ is as it was when `step`, which the run goes on from, was saved."""
+        """Returns, on all processes, whether best/ has the hash that the checkpoint of `step` stores.
+
+        If the checkpoint stores none, because an earlier version wrote it, any best/ that exists is accepted.
+        """
         found, kept = self.best_hash() if self.writes else None, self.states.beside(step)
         return all_agree(not self.writes or (found is not None and found == kept.get("best", found)))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Adds a record, of finite numbers, to metrics.jsonl and to TensorBoard's events."""
+        """Appends a record to metrics.jsonl and to TensorBoard's events. All its numbers must be finite."""
         line = json.dumps(record, allow_nan=False) + "\n"
         self._lines += 1
         self._digest.update(line.encode())
@@ -254,25 +268,26 @@ class RunFolder:
                 self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def keep_prompt(self, step: int, injection: Injection) -> None:
-        """Writes prompts/<step>.npy, [P, D], or [L, P, D] of a prompt per layer; nothing if there is no prompt.
+        """Writes the prompt to prompts/<step>.npy: [P, D], or [L, P, D] if there is one per encoder layer.
 
-        A prompt with additions per layer becomes a folder, prompts/<step>, and so do prompts per task.
+        A prompt with additions per layer becomes a folder, prompts/<step>, and so do prompts per task. If there is no
+        prompt, nothing is written.
         """
         if self.writes and injection.length:
             write_prompts(self.path / "prompts" / f"{step}{'.npy' if is_one_file(injection) else ''}", injection)
 
     def kept_prompt(self, step: int) -> Path | None:
-        """Returns what `keep_prompt` wrote of a step; None if it is not there."""
+        """Returns the path of what `keep_prompt` wrote at a step; None if it is not there."""
         paths = (self.path / "prompts" / f"{step}{end}" for end in (".npy", ""))
         return next((path for path in paths if path.exists()), None)
 
     def wait(self) -> None:
-        """Returns once all that was saved is on disk."""
+        """Waits until all checkpoints are on disk."""
         if self.states is not None:
             self.states.wait()
 
     def close(self) -> None:
-        """Closes what is open, and lets other processes run the folder. It may be called again."""
+        """Closes all files, and unlocks the folder for other processes. It may be called more than once."""
         with self._lock:
             if self._events is not None:
                 self._events.close()
@@ -281,9 +296,10 @@ class RunFolder:
                 self.states.close()
 
     def abandon(self) -> None:
-        """Closes the folder after an error, which stays the one that is seen.
+        """Closes the folder after an error. Errors of closing are suppressed, so that they do not hide the first error.
 
-        With several processes, what is being written is not waited for: the others may be gone.
+        With several processes, it does not wait for checkpoints that are being written, because other processes may
+        have died.
         """
         with self._lock, contextlib.suppress(Exception):
             if jax.process_count() == 1:
@@ -291,9 +307,9 @@ class RunFolder:
 
 
 def _event_writer(path: Path):
-    """Returns TensorBoard's writer; it imports much, so not before the first record."""
+    """Returns a TensorBoard writer. Importing it takes long, so it is made only for the first record."""
     absent = "torch" not in sys.modules
-    if absent:  # tensorboardX would import it, where it is installed, for nothing; forgotten again below
+    if absent:  # keep tensorboardX from importing an installed torch, which it does not need here
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         from tensorboardX import SummaryWriter
@@ -304,7 +320,7 @@ def _event_writer(path: Path):
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
-    """Returns what the run in a folder is; None if there is none."""
+    """Returns the identity of the run in a folder, from run.json; None if there is no such file."""
     try:
         found = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -320,14 +336,14 @@ def kept_eval_period(path: str | os.PathLike) -> int | None:
     """Returns the evaluation period of the run in a folder; None if there is no run.
 
     Raises:
-      ValueError: what the run is cannot be read.
+      ValueError: run.json cannot be read.
     """
     period = (_read_identity(Path(path)) or {}).get("eval_period")
     return period if isinstance(period, int) else None
 
 
 def _extends(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Returns whether the run is the one that is there, with more steps."""
+    """Returns whether `now` has more training steps than `kept`."""
     was, steps = kept.get("train_steps"), now.get("train_steps")
     return isinstance(was, int) and isinstance(steps, int) and steps > was
 
@@ -338,14 +354,23 @@ def _short(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a text file atomically: it has the whole text, or stays as it was."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def _records_until(step: int, data: bytes, kept: Mapping[str, Any], path: Path) -> tuple[list[Record], list[str]]:
-    """Returns the records of metrics.jsonl, `data`, up to a step, and a line if they are not as they were."""
+    """Returns the records of metrics.jsonl up to `step`, and a line if the file was damaged.
+
+    Args:
+      data: the content of the file.
+      kept: what the checkpoint of `step` stores beside the state: the evaluations and the file's hash.
+      path: the file, for messages.
+
+    Raises:
+      ValueError: a record is damaged, and the checkpoint stores no evaluations.
+    """
     if not step:
         return [], []
     lines = data.splitlines(keepends=True)
@@ -373,7 +398,7 @@ def _checked_records(lines: list[bytes], path: Path) -> Iterator[Record]:
         record = _record(line)
         if record is not None:
             yield record
-        elif number < len(lines) or line.endswith(b"\n"):  # else a kill cut it short
+        elif number < len(lines) or line.endswith(b"\n"):  # a partial last line is from a killed process: ignore it
             raise SettingError(
                 f"{path}, line {number}: no record of a run, so that its best step cannot be told: mend the line, or "
                 "set another ",
@@ -382,7 +407,7 @@ def _checked_records(lines: list[bytes], path: Path) -> Iterator[Record]:
 
 
 def _record(line: bytes) -> Record | None:
-    """Returns a line's record; None if it is damaged."""
+    """Parses a line of metrics.jsonl; returns None if it is not a valid record."""
     try:
         record = json.loads(line)
         numbers = [value for name, value in record.items() if name != "split"]
@@ -405,7 +430,7 @@ def _unwritable(path: Path, error: OSError) -> SettingError:
 
 
 def check_writable(path: Path) -> None:
-    """Raises SettingError if nothing can be written to `path`, which need not be there yet."""
+    """Raises SettingError if no file can be written in the folder `path`, which need not exist yet."""
     try:
         parent = path
         while not parent.exists():

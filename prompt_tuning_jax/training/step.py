@@ -1,8 +1,8 @@
-"""One update of the trainable parameters: the same for every method.
+"""Computes one update of the trainable parameters, in the same way for every method.
 
-Parameters are flat: `{"encoder/layers_0/mlp/wi_0/kernel": array}`. The trainable ones are donated, the frozen ones are
-an argument that is only read. What the model runs with is the method's `Injection`: the loss is differentiated with
-respect to the injection, and the method's own derivative takes the gradient back to what is trained.
+Parameters are in a flat dictionary by path: `{"encoder/layers_0/mlp/wi_0/kernel": array}`. The trainable parameters are
+donated; the frozen ones are an argument that is only read. The loss is differentiated with respect to the method's
+`Injection`, and the method's vector-Jacobian product turns that gradient into the gradient of the trained parameters.
 """
 
 import os
@@ -22,19 +22,20 @@ from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.loss import LossSums, cross_entropy
 
-# By default XLA's CPU library draws what stands around a product into it, and the product then runs far below its rate.
+# By default, XLA's CPU library fuses a matmul with the operations around it, which makes the matmul much slower.
 CPU_COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-CPU_POSITIONS = 1024  # of the encoder, in a micro-batch on a CPU: of 456 to 7,296 tried on T5 1.1 small none is faster
+# Encoder positions per micro-batch on a CPU. From 456 to 7,296 were tried with T5 1.1 small; none was faster.
+CPU_POSITIONS = 1024
 
 
 class TrainState(NamedTuple):
-    """All that a run saves. The step is also the position in the data: batch n is a function of seed and n.
+    """Holds everything that a checkpoint saves of the training state.
 
     Attributes:
-      step: updates made.
-      trainable: the parameters that are trained, float32.
-      opt_state: the optimiser's.
-      key: of the run; each step's dropout key is folded from it.
+      step: number of updates so far. It is also the position in the data, because batch n is a function of seed and n.
+      trainable: the trained parameters, float32.
+      opt_state: the optimiser's state.
+      key: the run's key; the dropout key of each step is folded from it.
     """
 
     step: Int[Array, ""]
@@ -44,14 +45,14 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one step reports; still on the device."""
+    """Holds what one step reports, on the device."""
 
     sums: LossSums
     gradient_norm: Float[Array, ""]
 
 
 def dropout_key(key: UInt32[Array, "2"], step: Int[Array, ""]) -> UInt32[Array, "2"]:
-    """Returns the key of a step's dropout, of the run's key: `TrainState.key`."""
+    """Returns the dropout key of a step, folded from the run's key, `TrainState.key`."""
     return jax.random.fold_in(key, step)
 
 
@@ -66,7 +67,13 @@ def batch_loss(
     prompt_mask: Bool[Array, "B P"] | None = None,
     row_numbers: Int[Array, " B"] | None = None,
 ) -> LossSums:
-    """Returns the loss of a batch, with dropout if a key is given; masks and numbers as of `Transformer.encode`."""
+    """Returns the loss of a batch.
+
+    Args:
+      dropout_key: None for no dropout.
+      z_loss: see `loss.cross_entropy`.
+      prompt_mask, row_numbers: see `Transformer.encode`.
+    """
     logits = model.apply(
         {"params": merge(injection.parameters, frozen)},
         inputs,
@@ -84,13 +91,14 @@ def batch_loss(
 def micro_batch(
     shape: tuple[int, ...], prompt_length: int, num_microbatches: int | None = None, batch_shards: int = 1
 ) -> int:
-    """How many rows of a batch pass through the model at once.
+    """Returns the number of rows per micro-batch: the rows that pass through the model at once.
 
     Args:
-      shape: of the batch's inputs, [B, T].
-      num_microbatches: that the batch is divided into. None: on a CPU so many that a layer's activations stay in its
-        caches, elsewhere one.
-      batch_shards: parts of a batch that pass through their own devices side by side.
+      shape: shape of the batch's inputs, (B, T).
+      prompt_length: number of prompt positions in front of the inputs, P.
+      num_microbatches: number of micro-batches per batch. None for one on an accelerator, and on a CPU for as many as
+        keep a layer's activations in the caches.
+      batch_shards: number of parts that the mesh shards a batch into; the rows are a multiple of it.
     """
     batch, length = shape
     if num_microbatches is not None:
@@ -111,13 +119,14 @@ def summed_gradients(
     rows: int,
     tasks: Int[Array, " B"] | None = None,
 ) -> tuple[Any, LossSums]:
-    """Returns the gradient of `loss_fn(injection, inputs, targets, row_numbers) -> (loss, sums)` and the sums.
-
-    Both are over all rows of the batch.
+    """Returns the gradient of a loss with respect to an injection, and the loss sums, both summed over the batch.
 
     Args:
-      rows: how many pass through the model at once; a divisor of B.
-      tasks: of each row, see `Injection.of_rows`: the last argument of `loss_fn`, if they are given.
+      loss_fn: `(injection, inputs, targets, row_numbers) -> (loss, sums)` of a micro-batch. It gets `tasks` as a last
+        argument if they are given.
+      injection: what the model runs with.
+      rows: number of rows per micro-batch; a divisor of B.
+      tasks: the index of each row's task, see `Injection.of_rows`.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     columns = (inputs, targets, jnp.arange(len(inputs)), *(() if tasks is None else (tasks,)))
@@ -137,7 +146,14 @@ def summed_gradients(
 def compile_step(
     step: Callable[..., Any], jit: Callable[..., Any] = jax.jit, out_shardings: Any = None
 ) -> Callable[..., Any]:
-    """Returns `jax.jit` of a step whose first argument is donated. XLA_FLAGS wins over the settings made here."""
+    """Returns the jitted step, with its first argument donated and, on a CPU, with the options of `CPU_COMPILER`.
+
+    An option that the environment variable XLA_FLAGS names is left to that variable.
+
+    Args:
+      jit: `jax.jit`, or `Partitioner.jit` on a mesh.
+      out_shardings: shardings of the step's results.
+    """
     options = {}
     if jax.default_backend() == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
@@ -146,10 +162,10 @@ def compile_step(
 
 
 def inject(method: Method, trained: Params, frozen: Params) -> tuple[Injection, Callable[[Injection], Params]]:
-    """Returns what the model runs with, and what takes a gradient of it back to what is trained.
+    """Returns the method's injection, and a function from the injection's gradient to the trained parameters' gradient.
 
-    The method's own computations are kept apart from the model's and the optimiser's: fused with these, they would be
-    rounded in one program otherwise than in another, and runs that share a program otherwise than alone.
+    Optimization barriers keep XLA from fusing the method's operations with those of the model and the optimiser. Fusion
+    would round differently in each program, so that a run in a shared program would differ from the same run alone.
     """
     injection, pull_back = jax.vjp(lambda trained: method.apply(trained, frozen), trained)
 
@@ -169,12 +185,13 @@ def make_train_step(
     partitioner: Partitioner | OneDevice = ONE_DEVICE,
     state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled `(state, frozen, batch) -> (state, metrics)`. The state passed in is donated.
+    """Returns the jitted training step, `(state, frozen, batch) -> (state, metrics)`. The state passed in is donated.
 
     Args:
+      z_loss: see `loss.cross_entropy`.
       num_microbatches: see `micro_batch`.
-      partitioner: of the mesh that all of it lies on.
-      state_shardings: of the state on that mesh.
+      partitioner: the partitioner of the mesh on which the arguments are placed.
+      state_shardings: the shardings of the state on that mesh; None on one device.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:

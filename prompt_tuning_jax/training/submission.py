@@ -1,7 +1,8 @@
-"""The files that the GLUE and SuperGLUE servers score: one a test set, in the words of the server.
+"""Writes predictions in the formats of the GLUE and SuperGLUE servers, one file per test set.
 
-GLUE (gluebenchmark.com): SST-2.tsv and so on, tab-separated, "index" and "prediction". SuperGLUE
-(super.gluebenchmark.com): BoolQ.jsonl and so on, a JSON object a line, "idx" and "label". Both take a zip of them.
+GLUE (gluebenchmark.com) takes tab-separated files such as SST-2.tsv with the columns "index" and "prediction".
+SuperGLUE (super.gluebenchmark.com) takes files such as BoolQ.jsonl with a JSON object per line, which has "idx" and
+"label". Both servers take a zip archive of these files.
 """
 
 import collections
@@ -21,13 +22,13 @@ from prompt_tuning_jax.training.run_folder import write_text
 
 
 class ServerFile(NamedTuple):
-    """What a server takes of one test set.
+    """Describes the file that a server takes for one test set.
 
     Attributes:
-      name: of the file; .tsv for GLUE, .jsonl for SuperGLUE.
-      rows: examples of the test set: answers of MultiRC, queries of ReCoRD.
-      written: from what the task's postprocessor makes of an answer, and its labels, to the server's word.
-      number: the field that numbers the examples.
+      name: the file's name; .tsv for GLUE, .jsonl for SuperGLUE.
+      rows: the number of examples in the test set. For MultiRC, it counts answers; for ReCoRD, queries.
+      written: returns the prediction as the server expects it, from a postprocessed answer and the task's labels.
+      number: the field of an example with its index in the test set.
     """
 
     name: str
@@ -49,7 +50,7 @@ def _lower(value: int, labels: Sequence[str]) -> str:
 
 
 def _referent(value: int, labels: Sequence[str]) -> str:
-    return ("False", "True")[value]  # WSC has capitals where BoolQ and WiC have none
+    return ("False", "True")[value]  # WSC's labels are capitalised, those of BoolQ and WiC are not
 
 
 def _similarity(value: float | int, labels: Sequence[str]) -> str:
@@ -86,20 +87,22 @@ FILES = {
 
 
 def server_file(task: str, split: str) -> ServerFile | None:
-    """The file for a task, in whatever wording and version, or None where no server takes one."""
+    """Returns the file for a task, whatever its wording and version; None if no server takes the task."""
     match = re.fullmatch(r"(?:mt5_|byt5_)?(?:taskless_|task_index_)?((?:super_)?glue_\w+?)_v\d+(?:_\w+)?", task)
     name = match[1] if match else ""
-    if name == "glue_mnli":  # the split says which
+    if name == "glue_mnli":  # the split is test_matched or test_mismatched
         name += "_" + split.removeprefix("test_")
     return FILES.get(name)
 
 
 def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> dict[str, ServerFile]:
-    """Makes `folder`, and says which file each task is for. Those that no server takes are left out, on stderr.
+    """Makes the folder of a submission, and returns the file that each task will be written to.
+
+    Tasks that no server takes are skipped, with a line on stderr.
 
     Raises:
-      ValueError: no server takes any of them, two make the same file, their examples have no numbers, or the folder
-        cannot be written.
+      ValueError: no server takes any of the tasks, two tasks would write the same file, the examples of a task have no
+        index, or the folder cannot be made.
     """
     files = {task: file for task in tasks if (file := server_file(task, split))}
     others = ", ".join(task for task in tasks if task not in files)
@@ -129,14 +132,17 @@ def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> d
 
 
 def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, found: Judged) -> dict[str, Any]:
-    """Writes one file. An answer that is no label becomes the commonest label of the answers, or the first of all.
+    """Writes the predictions of one task.
+
+    An invalid answer is replaced by the task's most frequent valid answer, or by the first label if none is valid. A
+    line on stderr reports how many were replaced.
 
     Returns:
-      "file", "task", "rows", and "no_label", how many answers were none.
+      "file", the path; "task"; "rows", the number of predictions; and "no_label", the number of invalid answers.
     """
     values = [value["value"] if isinstance(value, Mapping) else value for value in found.answers]
     valid = [value for value in values if not postprocessors.is_no_label(value)]
-    # Of equally common ones, the first that came.
+    # Among equally frequent answers, `most_common` returns the first one in the split.
     fallback = collections.Counter(valid).most_common(1)[0][0] if valid else 0
     labels = postprocessors.answers(examples.postprocess) or ()
     said = [file.written(fallback if postprocessors.is_no_label(value) else value, labels) for value in values]
@@ -164,7 +170,10 @@ def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, fo
 
 
 def _nested(fields: Sequence[Mapping[str, Any]], labels: Sequence[int]) -> tuple[list[str], int]:
-    """MultiRC's lines, a passage each with its questions and their answers, and how many answers there are."""
+    """Returns the lines of MultiRC's file, and the number of answers.
+
+    A line has a passage with all its questions and their answers.
+    """
     numbers = [tuple(row[f"idx/{name}"] for name in ("paragraph", "question", "answer")) for row in fields]
     passages: dict[int, dict[int, list[dict[str, int]]]] = {}
     for (passage, question, answer), label in sorted(dict(zip(numbers, labels, strict=True)).items()):
