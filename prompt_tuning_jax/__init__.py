@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.training.api import Result as Result
     from prompt_tuning_jax.training.api import evaluate as evaluate
     from prompt_tuning_jax.training.optimizer import adafactor as adafactor
+    from prompt_tuning_jax.training.optimizer import warmup_cosine as warmup_cosine
 
 # Maps each public name to its definition, "module:name" or "module".
 _PLACES = {
@@ -74,6 +75,7 @@ _PLACES = {
     "load": "checkpoints.model:load",
     "task": "batches.data:task",
     "train": "training.api:train",
+    "warmup_cosine": "training.optimizer:warmup_cosine",
 }
 __all__ = [*_PLACES]  # pyright: ignore[reportUnsupportedDunderAll]
 

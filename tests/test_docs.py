@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 import prompt_tuning_jax as pt
-from experiments import costs, scaling
+from experiments import costs, methods, scaling
 from prompt_tuning_jax import gin_files, sweep
 from prompt_tuning_jax.checkpoints import huggingface, model
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes
@@ -312,8 +312,8 @@ def numbers(text: str) -> list[str]:
 
 
 def test_numbers_of_the_readme_are_those_of_the_results():
-    """The table of speed row by row, and the table of results cell by cell."""
-    gpu, cpu, ladder = ((RESULTS / name).read_text() for name in ("gpu_h100.md", "benchmarks.md", "figure_1_ladder.md"))
+    """The table of speed, row by row."""
+    gpu, cpu = ((RESULTS / name).read_text() for name in ("gpu_h100.md", "benchmarks.md"))
     speed = PAGES["README.md"].partition("## Speed")[2]
     rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in speed.splitlines() if line.startswith("| ")][
         1:
@@ -333,11 +333,30 @@ def test_numbers_of_the_readme_are_those_of_the_results():
     )
     for row, wanted in zip(rows[3:], (measured[0], measured[1], measured[3]), strict=True):
         assert numbers(" ".join(row)) == [*wanted]
+
+
+def test_results_of_the_readme_are_those_of_the_comparison():
+    """The table cell by cell, and the numbers of the sentences below it."""
     results = PAGES["README.md"].partition("## Results")[2].partition("![")[0]
-    for line in results.splitlines():
-        name = re.match(r"\| (prompt tuning|model tuning) \|", line)
-        for cell in re.findall(r"[\d.]+ ± [\d.]+", line) if name else ():
-            assert re.search(rf"\| {name[1].replace(' ', '_')} \|.*{cell}", ladder), (name[1], cell)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if line.startswith("| ")]
+    cells = methods.cells(methods.from_csv(RESULTS / "methods.csv"))
+    names = ("official", "ulpt", "per_layer", "lora", "model_tuning")
+    for name, (_, *found) in zip(names, table[1:], strict=True):
+        of_tasks = [cells["nano", task, name] for task in ("sst2", "imdb")]
+        (trained,) = {run.trainable_parameters for cell in of_tasks for run in cell.runs}
+        assert found == [*(str(methods.bootstrap(cell.right)) for cell in of_tasks), f"{trained:,}"], name
+    over = {
+        (task, name): methods.difference(cell, cells["nano", task, "official"])
+        for (_, task, name), cell in cells.items()
+        if task != "mrpc" and name != "official"
+    }
+    tuned = [over.pop((task, "model_tuning")) for task in ("sst2", "imdb")]
+    assert all(one.low > 0 for one in tuned)
+    told = sum(one.excludes_zero for one in over.values())
+    said = " ".join(results.split())
+    assert f"by {tuned[0].mean:.1f} points on SST-2 and {tuned[1].mean:.1f} on IMDB" in said
+    assert f"Of the {len(over)} differences of the other methods to that recipe, {told} has an interval" in said
+    assert f"[all {len({name for _, _, name in cells})} rows" in said
 
 
 def links(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import gin
+import numpy as np
 import pytest
 
 from experiments.sizes import SIZES
@@ -109,7 +110,7 @@ def test_no_gin_file_is_left_out_of_these_tests():
         *MODELS,
         *PROMPTS,
         *METHODS,
-        *(f"runs/{run}.gin" for run in "train prompt_tune model_tune pretrain eval demo".split()),
+        *(f"runs/{run}.gin" for run in "train prompt_tune prompt_tune_fast model_tune pretrain eval demo".split()),
     }
     tested |= {"bases/nano_span.gin", "bases/nano_lm.gin", "tasks/files.gin"}
     tested |= {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("t5x/*.gin")}  # test_t5x_host.py
@@ -125,6 +126,23 @@ def test_a_models_file_is_the_size_of_its_name(model):
     expected = dataclasses.replace(expected, dropout_rate=0.1)
     remat = {"models/t5_1_1_xl.gin": "minimal", "models/t5_1_1_xxl.gin": "full"}.get(model, "none")
     assert found == dataclasses.replace(expected, remat_policy=remat)
+
+
+def test_the_fast_recipe_is_prompt_tuning_with_another_learning_rate_and_no_dropout():
+    """Its learning rate rises during 5% of the steps, and falls along a cosine to 5% of its peak."""
+    files = ["models/nano.gin", "prompts/random_uniform.gin"]
+    given = []
+    for recipe in ("runs/prompt_tune.gin", "runs/prompt_tune_fast.gin"):
+        gin.clear_config()
+        parse(*files, recipe, **RUN | {"TRAIN_STEPS": 200})
+        given.append({name: gin.query_parameter(f"run.TrainConfig.{name}") for name in ("method", "train_steps")})
+        given[-1] |= {"dropout": gin.get_configurable(config.T5Config)().dropout_rate}
+    assert str(given[0]["method"]) == str(given[1]["method"])
+    assert (given[0]["dropout"], given[1]["dropout"]) == (0.1, 0.0)
+    schedule = gin.query_parameter("optimizer.adafactor.learning_rate").scoped_configurable_fn()
+    np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 200)], [0.0, 0.5, 1.0, 0.05], rtol=1e-6)
+    half = 0.05 + 0.95 * (1 + np.cos(np.pi * 0.5)) / 2
+    np.testing.assert_allclose(schedule(105), half, rtol=1e-6)
 
 
 def test_what_a_run_is_given_is_what_the_macros_say():
