@@ -51,8 +51,8 @@ ABOUT = {
     "fast": "# Short runs against the official recipe\n\n"
     "The official recipe, 160 steps, against `runs/prompt_tune_fast.gin`, 32 steps. Accuracy in per cent of generated "
     "answers after the last step, on rows that chose neither a recipe nor a step; mean over the seeds. "
-    f"{INTERVALS} On MRPC, whose label `not_equivalent` the embedded model writes with an unknown token, neither recipe "
-    "learns to write the labels with every seed; on BoolQ both give the majority answer.",
+    f"{INTERVALS} On MRPC, whose label `not_equivalent` the embedded model writes with an unknown token, neither "
+    "recipe learns to write the labels with every seed. On BoolQ both give the majority answer.",
 }
 
 
