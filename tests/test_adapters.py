@@ -619,12 +619,12 @@ def whole(request, tmp_path):
         ({"task_type": "CAUSAL_LM"}, "task_type 'CAUSAL_LM', not 'SEQ_2_SEQ_LM'"),
         ({"target_modules": None}, "target_modules None, not a list of names"),
         ({"target_modules": ["q", 1]}, "not a list of names"),
-        ({"target_modules": ["query"]}, "target_modules ['query'], which no matrix of the model is"),
+        ({"target_modules": ["query"]}, "target_modules ['query'], which matches no matrix of this model"),
         ({"target_modules": "("}, "missing )"),
         ({"target_modules": ["q", "v", "k"]}, "lacks base_model.model.decoder.block.0.layer.0.SelfAttention.k.lora_A"),
-        ({"target_modules": ["q"]}, "SelfAttention.v.lora_A.weight', which adapter_config.json does not name"),
-        ({"exclude_modules": ["SelfAttention.q"]}, "which adapter_config.json does not name"),
-        ({"layers_to_transform": [0]}, "which adapter_config.json does not name"),
+        ({"target_modules": ["q"]}, "SelfAttention.v.lora_A.weight': adapter_config.json does not target it"),
+        ({"exclude_modules": ["SelfAttention.q"]}, "adapter_config.json does not target it"),
+        ({"layers_to_transform": [0]}, "adapter_config.json does not target it"),
         ({"layers_to_transform": "0"}, "layers_to_transform '0', not a list of numbers"),
         ({"layers_pattern": 3}, "layers_pattern 3, not a list of names"),
         ({"r": 3}, "of [2, 24], not [3, 24]"),
@@ -636,7 +636,7 @@ def whole(request, tmp_path):
         ({"lora_alpha": None}, "lora_alpha or alpha_pattern None, not a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern nan"),
         ({"lora_alpha": 10**400}, "too large"),
-        ({"lora_alpha": 1e60}, "is beyond float32"),
+        ({"lora_alpha": 1e60}, "overflows float32 when it is multiplied by LoRA's scale"),
         ({"alpha_pattern": {"v": "8"}}, "alpha_pattern '8', not a number"),
     ],
 )
@@ -686,7 +686,10 @@ Q = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     ("change", "found"),
     [
         ({Q: None}, f"lacks {Q}"),
-        ({"base_model.model.shared.weight": np.ones((2, 2), np.float32)}, "holds 'base_model.model.shared.weight'"),
+        (
+            {"base_model.model.shared.weight": np.ones((2, 2), np.float32)},
+            "has an unexpected tensor 'base_model.model.shared.weight'",
+        ),
         ({Q: np.ones((24, 2), np.float32)}, "of [24, 2], not [2, 24]"),
         ({Q: np.full((2, 24), np.nan, np.float32)}, "NaN or infinity"),
         ({Q: np.ones((2, 24), np.int32)}, "is I32, expected F64"),
@@ -707,7 +710,7 @@ def test_an_adapter_of_another_size_is_refused(whole):
     deeper = dataclasses.replace(GATED, num_encoder_layers=4)
     assert "lacks base_model.model.encoder.block.2" in refused(lambda: read_adapter(folder, deeper), "prompt_file")
     shallower = dataclasses.replace(GATED, num_encoder_layers=1)
-    assert "or this model does not have" in refused(lambda: read_adapter(folder, shallower), "prompt_file")
+    assert "or this model has no such matrix" in refused(lambda: read_adapter(folder, shallower), "prompt_file")
 
 
 def test_absent_parts_and_pickles_are_refused(whole, tmp_path):
@@ -746,7 +749,7 @@ def test_folders_are_written_whole_and_those_of_others_are_left_alone(whole):
     ("injection", "found"),
     [
         (Injection(prompt=jnp.ones((2, 24))), "gives a prompt, which a PEFT adapter of LoRA or IA3 cannot hold"),
-        (Injection(), "gives nothing, which no one PEFT adapter holds"),
+        (Injection(), "gives nothing, which cannot be saved as one PEFT adapter"),
         (Injection(parameters={"decoder/logits_dense/kernel": jnp.ones((24, 61))}), "save the whole model instead"),
         (
             Injection(
@@ -755,7 +758,7 @@ def test_folders_are_written_whole_and_those_of_others_are_left_alone(whole):
                     "decoder/layers_0/mlp/wo/output_scale": jnp.ones(24),
                 }
             ),
-            "gives input_scale, output_scale, which no one PEFT adapter holds",
+            "gives input_scale, output_scale, which cannot be saved as one PEFT adapter",
         ),
     ],
 )

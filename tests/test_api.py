@@ -352,7 +352,7 @@ def test_a_changed_formula_is_another_run(model, tmp_path):
         (
             lambda model: run(model, None, labels=["yes", "no"]),
             "train",
-            "row 0: targets 'negative' is none of 'yes'",
+            "row 0: targets 'negative' is not one of the labels 'yes'",
         ),
         (lambda model: run(model, None, method=pt.LoRA(2), optimizer=None), "optimizer", "must be given for LoRA"),
         (lambda model: pt.evaluate(model, ROWS, prompt=np.zeros(3)), "prompt_file", r"expected floats \[P, D\]"),

@@ -163,8 +163,9 @@ def test_a_base_of_another_size(refused, tiny, tmp_path):
     """Whether its config.json or only a tensor says so."""
     message = refused("--gin.config.T5Config.emb_dim=24", "--gin.config.T5Config.num_heads=3")
     assert message == (
-        f"{tiny.base} is another size than configured (emb_dim 16, not 24; num_heads 2, not 3): "
-        "use the models/*.gin of its size, or set INITIAL_CHECKPOINT_PATH"
+        f"{tiny.base} has another size than the configuration (emb_dim 16, not 24; num_heads 2, not 3): use the "
+        "models/*.gin file of the checkpoint's size, or set INITIAL_CHECKPOINT_PATH to a checkpoint of the configured "
+        "size"
     )
     message = refused("--gin_file=models/nano.gin")
     assert "has 400 ids, the model 8320 rows" in message and "Use the models/*.gin of the base's size" in message

@@ -200,7 +200,7 @@ def test_labels_and_metrics_that_do_not_go_with_the_data(folder):
         (
             ROWS,
             {"labels": ["bad", "fine"]},
-            "`train`, row 1: targets 'good' is none of 'bad', 'fine', nor the index of",
+            "`train`, row 1: targets 'good' is not one of the labels 'bad', 'fine', nor the index of",
         ),
         (ROWS, {"labels": "bad good"}, "`labels` is 'bad good', expected a list of texts"),
         (

@@ -291,7 +291,9 @@ def test_what_is_refused_is_refused_before_its_weights_are_fetched(server, clien
     assert "feed_forward_proj is 'gated-tanh'" in refused("me/other")
     server.put("me/tiny", files)
     larger = dataclasses.replace(CONFIG, emb_dim=24)
-    assert "another size than configured (emb_dim 16, not 24)" in refused("me/tiny", lambda id: load_base(id, larger))
+    assert "another size than the configuration (emb_dim 16, not 24)" in refused(
+        "me/tiny", lambda id: load_base(id, larger)
+    )
     assert not [name for name in server.downloaded() if "safetensors" in name]
 
 
@@ -407,7 +409,8 @@ def test_gin_takes_ids(server, client, files, tiny, tmp_path, monkeypatch, run):
     with own_caches(tiny, monkeypatch):
         macros = {"INITIAL_CHECKPOINT_PATH": "me/other", "MODEL_DIR": str(tmp_path / "run")}
         _, err = run(*tiny.arguments(**macros), main=train_main)
-        assert "another size than configured (emb_dim 24, not 16)" in err and err.endswith("INITIAL_CHECKPOINT_PATH\n")
+        assert "another size than the configuration (emb_dim 24, not 16)" in err
+        assert err.endswith("INITIAL_CHECKPOINT_PATH to a checkpoint of the configured size\n")
         assert "config.json" in server.downloaded() and "model.safetensors" not in server.downloaded()
         gin.clear_config()
         lengths = f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}"

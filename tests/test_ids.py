@@ -155,9 +155,12 @@ def test_ids_that_no_t5x_checkpoint_holds_are_not_dropped(base_with, tmp_path):
     """T5X pads and starts with 0, and ends with the tokenizer's end."""
     target = tmp_path / "t5x"
     for fields, said in (
-        ({"eos_token_id": 2}, "has eos_token_id 2, not the tokenizer's 1, and no T5X checkpoint says so"),
-        ({"pad_token_id": 2}, "has pad_token_id 2, not T5X's 0"),
-        ({"decoder_start_token_id": 2}, "has decoder_start_token_id 2, not T5X's 0"),
+        (
+            {"eos_token_id": 2},
+            "has eos_token_id 2, but the tokenizer's is 1; a T5X checkpoint cannot store eos_token_id: set `to`",
+        ),
+        ({"pad_token_id": 2}, "has pad_token_id 2, but T5X's is 0"),
+        ({"decoder_start_token_id": 2}, "has decoder_start_token_id 2, but T5X's is 0"),
     ):
         folder = base_with(fields)
         with pytest.raises(ValueError, match=said) as refused:

@@ -341,7 +341,7 @@ def test_a_full_disk_is_one_line_and_the_jobs_that_run_save(tmp_path):
     code, stderr = launch(tmp_path, jobs, processes=2)
     assert code == 1
     assert re.search(
-        rf"^error: cannot go on in {tmp_path} \(No space left on device: a log\): make room, or set `sweep_dir`",
+        rf"^error: cannot go on in {tmp_path} \(No space left on device: a log\): free disk space, or set `sweep_dir`",
         stderr.splitlines()[-1],
     )
     assert not lives(json.loads((tmp_path / "a" / "begun.json").read_text())["pid"])

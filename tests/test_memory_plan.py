@@ -411,7 +411,9 @@ def test_a_batch_that_does_not_fit_is_told_from_a_run_that_does_not(command, mon
     monkeypatch.setattr(memory_plan, "TRIES", 1)
     code, out, err = command("--memory-plan=1MB", BATCH_SIZE=27)
     assert (code, err) == (0, "")
-    assert re.search(r"(?m)^BATCH_SIZE 27 does not fit: [\d.]+ MB are missing$", out)
+    assert re.search(
+        r"(?m)^BATCH_SIZE 27 does not fit: its step takes [\d.]+ MB more than the 900\.00 kB planned with$", out
+    )
     code, out, err = command("--memory-plan=10kB")
     assert code == 2
     assert out.startswith("batch 8")
@@ -446,7 +448,9 @@ def test_what_is_not_the_base_models_is_whole_on_each_device_of_a_mesh(method):
 def test_a_mesh_on_which_it_does_not_fit(command):
     code, _, err = command("--memory-plan=10kB", MESH={"fsdp": 2})
     assert code == 2
-    assert re.fullmatch(r"error: .+ are missing on each device: set MESH with a larger fsdp or model axis.+\n", err)
+    assert re.fullmatch(
+        r"error: each device needs .+ more than the .+ planned with: set MESH with a larger fsdp or model axis.+\n", err
+    )
 
 
 @pytest.mark.parametrize("flag", ["80", "0GB", "0.0GB", "GB", "-1GB", "80 gigabytes", "1e3GB"])

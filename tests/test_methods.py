@@ -345,7 +345,9 @@ def test_a_prompt_of_any_method_answers_beside_others(name, model):
 
 def test_adapters_are_refused_in_a_bank(model):
     injection = METHODS["LoRA"].apply(trained_by(METHODS["LoRA"], model), model.parameters)
-    with pytest.raises(ValueError, match="'own', which is no prompt alone: adapters and tuned models are used one at"):
+    with pytest.raises(
+        ValueError, match="'own', which is not only a prompt, and only prompts can share a model: use it"
+    ):
         pt.Predictor(model, {"own": injection})
 
 

@@ -234,7 +234,7 @@ def test_a_mixture_trains_on_its_tasks_by_rate_and_evaluates_each(
     "name, split, message",
     [
         ("outer", "test", "outer has no split 'test', only dev_only, train, validation: set `train` or `validation`"),
-        ("resting", "train", "resting gives no task with 'train' a rate above 0: set `name`"),
+        ("resting", "train", "every task of resting that has the split 'train' has mixing rate 0: set `name`"),
         (
             "outer",
             "train[10:]",
@@ -299,7 +299,7 @@ def test_a_mixture_leaves_a_prompt_for_each_of_its_tasks(tiny, tmp_path, own_tas
     refused = command(TASKS=["one", "three"])
     assert refused.returncode == 2
     *_, last = refused.stderr.splitlines(keepends=True)  # after what the data check says
-    assert last == "error: TASKS has one, three, expected those of the training data: one, two\n"
+    assert last == "error: TASKS has one, three, but the training data has the tasks one, two: set TASKS to these\n"
     assert not (tmp_path / "run").exists()
     done = command(TASKS=["one", "two"])
     assert done.returncode == 0, done.stderr

@@ -285,7 +285,7 @@ def train(model, method, rows=ROWS, validation=None, **options):
         (
             lambda model: train(model, pt.MPT(("sst2", "rte"), 3)),
             "tasks",
-            "`tasks` has rte, sst2, expected those of the training data: sst2, cola, mrpc",
+            "`tasks` has rte, sst2, but the training data has the tasks sst2, cola, mrpc: set `tasks` to these",
         ),
         (
             lambda model: train(model, pt.MPT(length=3), validation=ROWS | {"rte": ROWS["cola"]}),
@@ -305,7 +305,7 @@ def train(model, method, rows=ROWS, validation=None, **options):
         (
             lambda model: train(model, pt.MPT(length=3), ROWS["sst2"], metrics={"sst2": []}),
             "metrics",
-            "`metrics` is a mapping, expected a list: `train` is no mapping of tasks",
+            "`metrics` is a mapping by task, but `train` is a single task: give `metrics` as one list",
         ),
     ],
 )

@@ -455,9 +455,9 @@ def test_seeds_default_to_one_a_row_from_the_first(words, params):
         ({"prompt": None, "inputs": "a", "lables": ["a"]}, "'lables' is no field of a row; did you mean labels?"),
         (
             {"prompt": None, "inputs": "a", "max_new_tokens": 3},
-            "max_new_tokens is the same for all rows, and set where",
+            "max_new_tokens cannot be set per row, only when the command",
         ),
-        ({"prompt": None, "inputs": "a", "beams": 3}, "beams is the same for all rows"),
+        ({"prompt": None, "inputs": "a", "beams": 3}, "beams cannot be set per row"),
         (
             {"prompt": None, "inputs": "a", "decode": "sample", "top_p": 5e-324},
             "top_p is 5e-324, expected a number from 1.18e-38 to",
@@ -476,10 +476,11 @@ def test_seeds_default_to_one_a_row_from_the_first(words, params):
         ({"prompt": None, "inputs": "a", "labels": ["Movie", "movie"]}, "the labels 'Movie' and 'movie' are the same"),
         (
             {"prompt": None, "inputs": "a", "labels": ["a", "b"], "decode": "beam"},
-            "ranked: leave it out, or leave out labels",
+            "decode has no effect in a row with labels, which are ranked and not generated: leave it out, or leave out "
+            "labels",
         ),
         ({"prompt": None, "inputs": "a", "decode": "best"}, "decode is 'best', expected one of 'greedy', 'beam'"),
-        ({"prompt": None, "inputs": "a", "seed": 3}, 'seed means nothing to decode "greedy"'),
+        ({"prompt": None, "inputs": "a", "seed": 3}, 'seed has no effect with decode "greedy"'),
         (
             {"prompt": None, "inputs": "a", "decode": "sample", "seed": -1},
             "seed is -1, expected a whole number from 0 to 4294967295",

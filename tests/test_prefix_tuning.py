@@ -224,7 +224,9 @@ def test_a_prefix_that_peft_does_not_know_is_our_own_file(tmp_path):
         write_prefix(tmp_path / "prefix", Injection(parameters=parameters), ODD)
     for more in ({"encoder/layers_0/attention/query/lora_a": jnp.zeros((24, 2))}, {}):
         prompt = None if more else jnp.zeros((2, 24))
-        with pytest.raises(ValueError, match="a prefix and (encoder/layers_0.*|a prompt), expected a prefix alone"):
+        with pytest.raises(
+            ValueError, match="a prefix and (encoder/layers_0.*|a prompt), which cannot be saved together"
+        ):
             write_prefix(tmp_path / "other", Injection(prompt, parameters={**parameters, **more}), ODD)
 
 

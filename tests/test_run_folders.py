@@ -176,7 +176,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksum(model, folder, finis
     assert_same_run(folder, finished)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join([*lines[:2], "17\n", *lines[2:]]))
-    with pytest.raises(SettingError, match=r"metrics.jsonl, line 3: no record of a run, so that its best step cannot"):
+    with pytest.raises(SettingError, match=r"metrics.jsonl, line 3: invalid record, so the run's best step is unknown"):
         run(model, folder)
 
 
@@ -385,7 +385,7 @@ def test_a_disk_that_fills_is_said_in_one_line(tmp_path, capfd):
     store.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
-    message = r"^a checkpoint cannot be written to .* \(.*\): make room, or set `folder`"
+    message = r"^a checkpoint cannot be written to .* \(.*\): free disk space, or set `folder`"
     try:
         with pytest.raises(SettingError, match=message):
             store.save(2, other)

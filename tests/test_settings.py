@@ -328,9 +328,9 @@ def test_right_settings_are_accepted(train_line):
         ({"optimizer": optax.adamw("abc")}, "optimizer", "`optimizer` cannot update what the method trains (TypeError"),
         ({"model": "nano"}, "model", "expected a base model of `load`; did you mean pt.load('nano')?"),
         ({"num_microbatches": 2.0}, "num_microbatches", "`num_microbatches` is 2.0, expected"),
-        ({"base_dtype": "float33"}, "model", "`base_dtype` is no argument of `train`: set `model`"),
-        ({"train_steps": 5}, "steps", "`train_steps` is no argument of `train`: set `steps`"),
-        ({"size": None}, "model", "`size` is no argument of `train`: set `model`"),
+        ({"base_dtype": "float33"}, "model", "`base_dtype` is not an argument of `train`: set `model`"),
+        ({"train_steps": 5}, "steps", "`train_steps` is not an argument of `train`: set `steps`"),
+        ({"size": None}, "model", "`size` is not an argument of `train`: set `model`"),
         ({"folder": 5}, "model_dir", "`folder` is 5, expected a text"),
         ({"on_record": "print"}, "on_record", "`on_record` is 'print', expected a function"),
     ],
@@ -529,9 +529,11 @@ def random_of(config):
 
 
 def test_a_size_that_the_files_contradict_is_refused(tiny):
-    with pytest.raises(SettingError, match=r"is another size than configured \(emb_dim 16, not 24\)"):
+    with pytest.raises(SettingError, match=r"has another size than the configuration \(emb_dim 16, not 24\)"):
         sized(T5Config(emb_dim=24), str(tiny.base))
-    with pytest.raises(SettingError, match="no base model gives vocab_size and .*: set T5Config.vocab_size"):
+    with pytest.raises(
+        SettingError, match=r"size is unknown \(missing: vocab_size, .*\): set `where` .*, or set T5Config.vocab_size"
+    ):
         sized(T5Config(emb_dim=24), None)
 
 
@@ -543,7 +545,7 @@ def test_the_gin_file_that_leaves_the_size_to_the_files(tiny, tmp_path, monkeypa
     made = gin_files.configured(run.TrainConfig, "")()
     assert made.size == dataclasses.replace(CONFIG, dropout_rate=0.1)
     line = line_of(TRAIN, [*arguments, "--gin.config.T5Config.emb_dim=24"], tmp_path / "run")
-    assert line is not None and "is another size than configured (emb_dim 16, not 24)" in line
+    assert line is not None and "has another size than the configuration (emb_dim 16, not 24)" in line
 
 
 # --- runs

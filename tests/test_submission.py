@@ -198,7 +198,9 @@ def test_what_no_server_takes_is_refused_and_left_out_of_a_suite(tmp_path, capsy
     assert capsys.readouterr().err == "no server takes dpr_v001_simple: left out\n"
     with pytest.raises(ValueError, match=r"2 tasks would write BoolQ\.jsonl: set `name` to tasks"):
         start(str(tmp_path / "a"), boolq | {"taskless_super_glue_boolq_v102": OneField(idx=0)}, "test")
-    with pytest.raises(ValueError, match=r"super_glue_boolq_v102 keeps no idx of its examples"):
+    with pytest.raises(
+        ValueError, match=r"the examples of super_glue_boolq_v102 have no field idx, .* BoolQ\.jsonl needs: set `name`"
+    ):
         start(str(tmp_path / "b"), {"super_glue_boolq_v102": OneField()}, "test")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to .*file .*: set --submission to a folder"):

@@ -97,8 +97,10 @@ def test_a_value_that_is_a_label_is_no_index(tmp_path, labels, value, expected):
     with pytest.raises(ValueError) as error:
         source.rows("train")
     number = any(label[0].isdigit() for label in labels)
-    ending = "no index is taken where a label is a number: set `labels`" if number else "nor the index of one"
-    assert str(error.value).startswith(f"{path}, line 1: answer {value!r} is none of ") and ending in str(error.value)
+    ending = "not read as an index, because some labels are numbers: set `labels`" if number else "nor the index of one"
+    assert str(error.value).startswith(f"{path}, line 1: answer {value!r} is not one of the labels ") and ending in str(
+        error.value
+    )
 
 
 def test_labels_that_are_there_twice_are_refused(tmp_path):
@@ -150,10 +152,16 @@ def test_answers_are_scored_as_asked(tiny, tmp_path, options, targets, predictio
         ('{"text": null, "answer": "bad"}', "text is None, expected some text"),
         (
             '{"text": "a", "answer": "ok"}',
-            "answer 'ok' is none of 'bad', 'good', nor the index of one: set `labels`",
+            "answer 'ok' is not one of the labels 'bad', 'good', nor the index of one: set `labels`",
         ),
-        ('{"text": "a", "answer": 2}', "answer 2 is none of 'bad', 'good', nor the index of one: set `labels`"),
-        ('{"text": "a", "answer": true}', "answer True is none of 'bad', 'good', nor the index of one: set `labels`"),
+        (
+            '{"text": "a", "answer": 2}',
+            "answer 2 is not one of the labels 'bad', 'good', nor the index of one: set `labels`",
+        ),
+        (
+            '{"text": "a", "answer": true}',
+            "answer True is not one of the labels 'bad', 'good', nor the index of one: set `labels`",
+        ),
         ("[1]", "[1], expected an object with a field for each column"),
         ('{"text": "a"', "no JSON at character 13: Expecting ',' delimiter"),
         (" ", "no JSON at character 1: Expecting value"),
@@ -234,7 +242,7 @@ def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path):
             {"metrics": ["rouge"], "labels": ["bad", "good"]},
             "no metric 'rouge' with `labels`, there",
         ),
-        ("rows.tsv", {"metrics": ["accuracy", "pearson"]}, "accuracy and pearson do not go together"),
+        ("rows.tsv", {"metrics": ["accuracy", "pearson"]}, "accuracy and pearson cannot be combined, because some"),
         ("rows.tsv", {"metrics": "accuracy"}, "`metrics` is 'accuracy', expected a list of names: ['accuracy']"),
         ("rows.tsv", {"labels": "bad good"}, "`labels` is 'bad good', expected a list of texts"),
         ("rows.tsv", {"labels": ["bad", " "]}, "`labels` is ['bad', ' '], expected texts that are not blank"),
@@ -344,7 +352,7 @@ def test_a_run_on_files_named_in_gin(tiny, tmp_path):
         ),
         (
             {"LABELS": ["yes", "no"]},
-            "{folder}/rows.tsv, line 2: answer 'bad' is none of 'yes', 'no', ",
+            "{folder}/rows.tsv, line 2: answer 'bad' is not one of the labels 'yes', 'no', ",
         ),
         ({"LABELS": "bad good"}, "LABELS is 'bad good', expected a list of texts"),
         (

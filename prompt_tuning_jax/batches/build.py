@@ -234,7 +234,9 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
     except Exception as error:  # rates and splits may come from TFDS, which raises errors of many libraries
         reason = str(error).strip().partition("\n")[0]
         raise SettingError(
-            f"the rates and splits of {request.name} cannot be told ({reason}): set ", Setting("data_dir")
+            f"cannot read the mixing rates and splits of {request.name} ({reason}): set ",
+            Setting("data_dir"),
+            " to the folder that holds the task's files",
         ) from error
 
 

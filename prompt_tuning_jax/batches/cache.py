@@ -151,7 +151,7 @@ def unsealed(text: str | bytes) -> dict[str, Any]:
     """
     found = json.loads(text)
     if not isinstance(found, dict) or found.pop("hash", None) != combined(found):
-        raise ValueError("it is not as it was written")
+        raise ValueError("its content does not match its hash, so it was changed or damaged")
     return found
 
 
@@ -347,7 +347,9 @@ def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_tr
         having = {task: one for task, one in having.items() if one.rate > 0}
         if not having:
             raise SettingError(
-                f"{request.name} gives no task with {split!r} a rate above 0: set ", Setting("mixture_or_task_name")
+                f"every task of {request.name} that has the split {split!r} has mixing rate 0: set ",
+                Setting("mixture_or_task_name"),
+                " to another mixture",
             )
     return having
 

@@ -149,7 +149,10 @@ def dataset_of(
         return DatasetConfig("rows", default_split, batch_size, lengths, tasks=tasks)
     for name, given in (("labels", labels), ("metrics", metrics)):
         if isinstance(given, Mapping):
-            raise SettingError(Setting(name), " is a mapping, expected a list: ", argument, " is no mapping of tasks")
+            raise SettingError(
+                Setting(name), " is a mapping by task, but ", argument, " is a single task: give ", Setting(name),
+                " as one list",
+            )  # fmt: skip
     if not isinstance(data, Data):
         _check_sequence(data, argument)
         check_answers(labels, metrics)

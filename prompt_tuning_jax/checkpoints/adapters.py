@@ -92,7 +92,8 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
         kind = _check_fields(fields)
         modules = [module for module in _modules(config) if _is_targeted(fields, module)]
         if not modules:
-            raise ValueError(f"target_modules {shown(fields.get('target_modules'))}, which no matrix of the model is")
+            wanted = shown(fields.get("target_modules"))
+            raise ValueError(f"target_modules {wanted}, which matches no matrix of this model")
         read = _lora_tensors if kind == LORA else _ia3_tensors
         tensors = read(fields, modules, config)
     except (ValueError, re.error, RecursionError, OverflowError) as error:
@@ -108,7 +109,8 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
         with np.errstate(all="ignore"):
             array = array * np.float32(factor)
         if not np.isfinite(array).all():
-            raise refusal(f"{weights_in(folder)} holds {name}, which times {factor} is beyond float32", EXPECTED)
+            what = f"{name} overflows float32 when it is multiplied by LoRA's scale {factor}"
+            raise refusal(f"{weights_in(folder)}: {what}", EXPECTED)
         parameters[path] = jnp.asarray(array)
     return Injection(parameters=parameters)
 
@@ -152,8 +154,8 @@ def write_adapter(
     else:
         found = ", ".join(sorted({name for kind in kinds for name in kind})) or "nothing"
         raise ValueError(
-            f"the method gives {found}, which no one PEFT adapter holds; expected {LORA_A} and {LORA_B} (LoRA), or one "
-            f"of {INPUT_SCALE} and {OUTPUT_SCALE} (IA3) beside each kernel"
+            f"the method gives {found}, which cannot be saved as one PEFT adapter; expected {LORA_A} and {LORA_B} "
+            f"(LoRA), or one of {INPUT_SCALE} and {OUTPUT_SCALE} (IA3) beside each kernel"
         )
     settings = {"peft_type": fields.pop("peft_type"), "task_type": TASK, "base_model_name_or_path": base}
     settings |= {"inference_mode": True, "target_modules": targets} | fields
@@ -311,7 +313,9 @@ def _oddity(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | No
     """Returns what is wrong with the names or shapes of a file's tensors; None if they are as expected."""
     lacking, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if more:
-        return f"holds {more[0]!r:.120}, which {CONFIG} does not name, or this model does not have"
+        return (
+            f"has an unexpected tensor {more[0]!r:.120}: {CONFIG} does not target it, or this model has no such matrix"
+        )
     if lacking:
         return f"lacks {lacking[0]}"
     for name, shape in found.items():

@@ -303,8 +303,10 @@ def check_size(
     ]
     if odd:
         raise SettingError(
-            f"{where} is another size than configured ({'; '.join(odd)}): use the models/*.gin of its size, or set ",
+            f"{where} has another size than the configuration ({'; '.join(odd)}): use the models/*.gin file of the "
+            "checkpoint's size, or set ",
             MODEL_SETTING,
+            " to a checkpoint of the configured size",
         )
 
 
@@ -322,12 +324,17 @@ def sized(config: T5Config, path: str | None) -> T5Config:
     missing = [name for name in SIZE if getattr(config, name) is FROM_FILES]
     if not path:
         raise SettingError(
-            f"no base model gives {' and '.join(missing)}: set T5Config.{missing[0]}, or a file of models/, or set ",
+            f"the model's size is unknown (missing: {', '.join(missing)}): set ",
             MODEL_SETTING,
+            f" to a base model, use a models/*.gin file, or set T5Config.{missing[0]}",
         )
     model = open_model(path)
     if model.config is None:
-        raise SettingError(f"{path} does not say its model's size, since parameters are missing: set ", MODEL_SETTING)
+        raise SettingError(
+            f"{path} lacks parameters from which the model's size is read: set ",
+            MODEL_SETTING,
+            " to a whole checkpoint",
+        )
     defaults = {field.name: field.default for field in dataclasses.fields(T5Config)}
     given = {name: value for name, value in vars(config).items() if value != defaults[name] and name not in NUMERICS}
     check_size(model.config, dataclasses.replace(model.config, **given), path, tuple(given))

@@ -140,7 +140,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     model = open_model(location)
     if model.config is None:
         raise SettingError(
-            f"{source} lacks so many arrays that its size cannot be told: set ",
+            f"{source} lacks parameters from which the model's size is read: set ",
             Setting("source"),
             " to a whole checkpoint",
         )
@@ -188,7 +188,7 @@ def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) ->
     if config.scale_decoder_outputs is not None:
         head = "tied to the embedding table and not scaled" if config.logits_via_embedding else "scaled and not tied"
         raise SettingError(
-            f"{source} has logits that are {head}, which no network of T5X computes: set ",
+            f"{source} has logits that are {head}; T5X has no such network: set ",
             Setting("to"),
             " to huggingface",
         )
@@ -223,7 +223,7 @@ def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> l
             continue
         whose = "the tokenizer's" if name == end else "T5X's"
         raise SettingError(
-            f"{source} has {name} {found}, not {whose} {value}, and no T5X checkpoint says so: set ",
+            f"{source} has {name} {found}, but {whose} is {value}; a T5X checkpoint cannot store {name}: set ",
             Setting("to"),
             " to huggingface",
         )

@@ -92,7 +92,7 @@ def _opened(
         arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
         facts["files"] = f"T5X, {len(arrays)} arrays"
         if model.config is None:
-            return {}, None, arrays, [ValueError("so many arrays are missing that the size cannot be told")]
+            return {}, None, arrays, [ValueError("parameters are missing from which the model's size is read")]
         return {}, model.config, arrays, _unfit(arrays, model.config, location)
     config, arrays, refused = None, None, []
     downloaded, facts["files"] = _files(location)

@@ -75,7 +75,7 @@ def load(where: str, dtype: Any = "auto", vocabulary: str | None = None) -> Mode
     found = open_model(location).config
     if found is None:
         raise SettingError(
-            f"{where} does not say its model's size, since parameters are missing: set ",
+            f"{where} lacks parameters from which the model's size is read: set ",
             Setting("initial_checkpoint_path"),
             " to a whole checkpoint",
         )

@@ -99,7 +99,9 @@ def write_prefix(folder: str | os.PathLike, injection: Injection, config: T5Conf
     parameters = {path: np.asarray(value, np.float32) for path, value in injection.parameters.items()}
     more = sorted(path for path in parameters if not is_prefix(path)) + ["a prompt"] * bool(injection.length)
     if more:
-        raise ValueError(f"the method gives a prefix and {more[0]}, expected a prefix alone: no one file holds both")
+        raise ValueError(
+            f"the method gives a prefix and {more[0]}, which cannot be saved together; expected only a prefix"
+        )
     if set(parameters) != set(DECODER):
         return _write_file(Path(folder), parameters)
     own = np.stack([parameters[path] for path in DECODER])  # [2, L, H, P, K]

@@ -257,9 +257,10 @@ def _raised_in_words(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SettingError(
-            f"{what} ({_first_line(error)}): make room, or set ", Setting("model_dir"), " to a disk that has it; what "
-            "was saved before stands",
-        ) from None  # fmt: skip
+            f"{what} ({_first_line(error)}): free disk space, or set ",
+            Setting("model_dir"),
+            " to a folder on another disk; earlier checkpoints are unchanged",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

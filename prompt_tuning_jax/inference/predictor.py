@@ -325,8 +325,8 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
         if not injection.length or injection.parameters:
             raise SettingError(
                 Setting("prompts"),
-                f" has {name!r}, which is no prompt alone: adapters and tuned models are used one at a time, as a "
-                "model of their own, `result.merged()`",
+                f" has {name!r}, which is not only a prompt, and only prompts can share a model: use it as a model of "
+                "its own, `result.merged()`",
             )
         prompt, per_layer = (
             None if array is None else np.asarray(array, np.float32)

@@ -132,12 +132,17 @@ class Reader:
         sampled = [name for name in SAMPLING if name in row]
         labels = self._labels(row)
         if labels is not None:
-            _nothing_of(["decode", *sampled], row, "a row with labels, which are ranked", "or leave out labels")
+            _no_effect(
+                ["decode", *sampled],
+                row,
+                "in a row with labels, which are ranked and not generated",
+                "or leave out labels",
+            )
             return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
         _check_values(row)
         method = row.get("decode", self._decoding.decode)
         if method != "sample":
-            _nothing_of(sampled, row, f'decode "{method}"', "or set decode to sample")
+            _no_effect(sampled, row, f'with decode "{method}"', "or set decode to sample")
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
             values["seed"] = (int(values["seed"]) + number) % 2**32
@@ -194,11 +199,11 @@ def _check_values(row: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}{fault}")
 
 
-def _nothing_of(fields: Sequence[str], row: Mapping[str, Any], of: str, otherwise: str) -> None:
+def _no_effect(fields: Sequence[str], row: Mapping[str, Any], where: str, otherwise: str) -> None:
     odd = [name for name in fields if name in row]
     if odd:
-        verb, them = ("means", "it") if len(odd) == 1 else ("mean", "them")
-        raise ValueError(f"{' and '.join(odd)} {verb} nothing to {of}: leave {them} out, {otherwise}")
+        verb, them = ("has", "it") if len(odd) == 1 else ("have", "them")
+        raise ValueError(f"{' and '.join(odd)} {verb} no effect {where}: leave {them} out, {otherwise}")
 
 
 def _check_fields(row: Mapping[str, Any]) -> None:
@@ -206,7 +211,7 @@ def _check_fields(row: Mapping[str, Any]) -> None:
         if name in FIELDS or name in OWN_FIELDS or name in ANSWER:
             continue
         if name in FIXED:
-            raise ValueError(f"{name} is the same for all rows, and set where the command starts: leave it out")
+            raise ValueError(f"{name} cannot be set per row, only when the command is started: leave it out of the row")
         short = str(name)[:40]
         hint = near_misses(short, FIELDS, few=len(FIELDS))
         own = f"a field of your own may be called {' or '.join(OWN_FIELDS)}"

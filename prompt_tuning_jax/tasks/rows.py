@@ -153,13 +153,15 @@ def target_of(
     known = ", ".join(map(repr, labels))
     if any(map(_is_number, labels)):
         raise SettingError(
-            f"{column} {reprlib.repr(value)} is none of {known}; no index is taken where a label is a number: set ",
+            f"{column} {reprlib.repr(value)} is not one of the labels {known}; it is not read as an index, because "
+            "some labels are numbers: set ",
             Setting("labels"),
         )
     if text.isdecimal() and len(text) < 10 and text == str(int(text)) and int(text) < len(labels):
         return labels[int(text)]
     raise SettingError(
-        f"{column} {reprlib.repr(value)} is none of {known}, nor the index of one: set ", Setting("labels")
+        f"{column} {reprlib.repr(value)} is not one of the labels {known}, nor the index of one: set ",
+        Setting("labels"),
     )
 
 
@@ -207,6 +209,8 @@ def scoring(labels: Sequence[str] | None, names: Sequence[str] | None) -> tuple[
     of_numbers = [name in OF_NUMBERS for name in names]
     if any(of_numbers) and not all(of_numbers):
         raise SettingError(
-            f"{' and '.join(names)} do not go together, some are of numbers: set ", Setting("metrics")
-        )  # fmt: skip
+            f"{' and '.join(names)} cannot be combined, because some compare numbers and the others texts: set ",
+            Setting("metrics"),
+            " to metrics of one kind",
+        )
     return postprocessors.number if any(of_numbers) else None, [getattr(metrics, name) for name in names]

@@ -357,14 +357,14 @@ def label(count: int) -> Callable[[Any], int]:
 def any_text(value: Any) -> str:
     """Checks that a cell is text, which may be empty, as in some rows of the benchmarks."""
     if not isinstance(value, str):
-        raise ValueError(f"no text: {value!r}")
+        raise ValueError(f"{value!r}, expected a text")
     return value
 
 
 def texts(value: Any) -> list[str]:
     """Checks that a cell is a list of at least one text."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"no list of texts: {value!r}")
+        raise ValueError(f"{value!r}, expected a list of at least one text")
     return [text(item) for item in value]
 
 

@@ -70,7 +70,9 @@ def _mend_span(text: str, span: str, index: int) -> str:
         return span
     words = text.split()
     if not 0 <= index < len(words):
-        raise ValueError(f"{span!r} is not in the text, nor is there a word {index}")
+        raise ValueError(
+            f"{span!r} is not in the text, and its index {index} is not that of a word, expected 0 .. {len(words) - 1}"
+        )
     first = span[0].lower() if words[index][0].islower() else span[0].upper()
     mended = first + span[1:].rstrip(".").replace("\n", " ")
     return mended if mended in text else span

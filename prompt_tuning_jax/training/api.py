@@ -210,7 +210,7 @@ def train(
     check_model(model)
     for name in more:
         if name in FIELDS_OF_ARGUMENTS:
-            raise SettingError(f"`{name}` is no argument of `train`: set ", Setting(FIELDS_OF_ARGUMENTS[name]))
+            raise SettingError(f"`{name}` is not an argument of `train`: set ", Setting(FIELDS_OF_ARGUMENTS[name]))
     arguments: dict[str, Any] = {
         "method": method,
         "optimizer": adafactor(0.3) if optimizer is None else optimizer,

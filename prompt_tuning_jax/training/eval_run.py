@@ -209,7 +209,7 @@ def prompt_of(injection: Injection, path: str) -> np.ndarray:
     """
     if injection.prompt is None or injection.layer_prompts is not None or injection.parameters:
         raise SettingError(
-            f"{path} is no prompt of shape [P, D], expected prompts to ensemble: set ", Setting("prompt_files")
+            f"{path} is not a prompt of shape [P, D] alone, which an ensemble needs: set ", Setting("prompt_files")
         )
     return np.asarray(injection.prompt)
 
@@ -285,8 +285,10 @@ def ensemble_result(ensemble: Ensemble, names: Sequence[str], params: Params, ba
     """
     if takes_scores(batches.examples):
         raise SettingError(
-            "a task whose metrics take scores has no answers to vote on: set ", Setting("mixture_or_task_name"),
-            " to the task without rank_classification, whose labels are ranked as well",
+            "prompts cannot be ensembled on a task whose metrics take scores, because it has no answers to vote on: "
+            "set ",
+            Setting("mixture_or_task_name"),
+            " to the same task without rank_classification, which also ranks the labels",
         )  # fmt: skip
     ballots = {"generation": ensemble.generated(params, batches), "ranking": ensemble.ranked(params, batches)}
     return {"examples": len(batches.examples)} | {

@@ -73,7 +73,8 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     source = "as given" if isinstance(memory, str) else f"free on this {'host' if device == 'cpu' else device}"
     say(_row("memory", total, f"{source}, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
     if found.step.peak > usable:
-        say(f"BATCH_SIZE {found.batch_size} does not fit: {size_text(found.step.peak - usable)} are missing")
+        missing = f"{size_text(found.step.peak - usable)} more than the {size_text(usable)} planned with"
+        say(f"BATCH_SIZE {found.batch_size} does not fit: its step takes {missing}")
     largest = largest_batch(config, usable, found)
     if not largest.fits:
         missing = size_text(largest.step.peak - usable)
@@ -122,7 +123,7 @@ def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]
     say(_row("memory", total, f"of a device, of which {SPARE_MEMORY:.0%} are planned with: {size_text(usable)}"))
     if needed > usable:
         raise SettingError(
-            f"{size_text(needed - usable)} are missing on each device: set ",
+            f"each device needs {size_text(needed - usable)} more than the {size_text(usable)} planned with: set ",
             Setting("mesh"),
             " with a larger fsdp or model axis, or a smaller ",
             Setting("batch_size"),

@@ -52,7 +52,7 @@ class Window:
                 raise SettingError(
                     f"{odd[0]} at step {step}, examples {ids.tolist()}: lower ",
                     Setting("learning_rate"),
-                    ", or look at these examples; earlier checkpoints stand",
+                    ", or look at these examples; earlier checkpoints are unchanged",
                 )
 
     def close(self) -> dict[str, float]:

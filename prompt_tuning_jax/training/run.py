@@ -499,7 +499,7 @@ class Run:
         for path in not_finite(self.state.trainable):
             raise SettingError(
                 f"{path} holds NaN or infinity after step {self.step}: lower ", Setting("learning_rate"),
-                "; earlier checkpoints stand",
+                "; earlier checkpoints are unchanged",
             )  # fmt: skip
 
     def _log(self, split: str, values: Mapping[str, float], say: Say, more: str = "") -> Record:
@@ -508,7 +508,7 @@ class Run:
                 raise SettingError(
                     f"{name} of {split} is {value} at step {self.step}, expected a finite number: lower ",
                     Setting("learning_rate"),
-                    ", if it is no metric of your own; earlier checkpoints stand",
+                    f", or, if {name} is your own metric, correct it; earlier checkpoints are unchanged",
                 )
         record = {"step": self.step, "split": split, **values, "seconds": time.time() - self._clock}
         self._folder.log(record)
@@ -624,8 +624,8 @@ def prompts_of_tasks(
     tasks, own = Setting("tasks"), sorted(prompts)
     if isinstance(train, StreamedBatches):
         raise SettingError(
-            Setting("use_cached_tasks"), " is False, but a stream does not tell its rows' tasks, each of which has a "
-            "prompt of its own: set it to True",
+            Setting("use_cached_tasks"), " is False, but streamed rows have no task names, and each task has a prompt "
+            "of its own: set it to True",
         )  # fmt: skip
     if not isinstance(train, MixedBatches):
         raise SettingError(
@@ -634,7 +634,10 @@ def prompts_of_tasks(
         )  # fmt: skip
     found = [*train.parts]
     if sorted(found) != own:
-        raise SettingError(tasks, f" has {', '.join(own)}, expected those of the training data: {', '.join(found)}")
+        raise SettingError(
+            tasks, f" has {', '.join(own)}, but the training data has the tasks {', '.join(found)}: set ", tasks,
+            " to these",
+        )  # fmt: skip
     for task in evaluated:
         if task not in own:
             raise SettingError(

@@ -129,7 +129,7 @@ class RunFolder:
         self._kept = _read_identity(self.path)
         if self._kept is None and (self.path / "checkpoints").is_dir() and not allow_other_config:
             raise SettingError(
-                f"{path} holds a run without {IDENTITY}, so that nobody can tell whether it is this one: set another ",
+                f"{path} holds a run without {IDENTITY}, so it cannot be compared with this run: set another ",
                 Setting("model_dir"),
                 ", or ",
                 Setting("allow_other_config"),
@@ -400,8 +400,8 @@ def _checked_records(lines: list[bytes], path: Path) -> Iterator[Record]:
             yield record
         elif number < len(lines) or line.endswith(b"\n"):  # a partial last line is from a killed process: ignore it
             raise SettingError(
-                f"{path}, line {number}: no record of a run, so that its best step cannot be told: mend the line, or "
-                "set another ",
+                f"{path}, line {number}: invalid record, so the run's best step is unknown: correct the line, or set "
+                "another ",
                 Setting("model_dir"),
             )
 

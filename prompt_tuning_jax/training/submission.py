@@ -121,7 +121,12 @@ def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> d
             )
     for task, file in files.items():
         if file.number not in tasks[task].examples.fields[0]:
-            raise ValueError(f"{task} keeps no {file.number} of its examples, by which {file.name} has them numbered")
+            raise SettingError(
+                f"the examples of {task} have no field {file.number}, expected their index in the test set, which "
+                f"{file.name} needs: set ",
+                Setting("mixture_or_task_name"),
+                " to a task that has it",
+            )
     if others:
         print(f"no server takes {others}: left out", file=sys.stderr)
     try:

@@ -73,8 +73,8 @@ class Local:
                 well = _run(jobs, slots, folder / "logs", stop, view)
         except OSError as error:
             raise SettingError(
-                f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): make room, or "
-                "set ",
+                f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): free disk "
+                "space, or set ",
                 Setting("sweep_dir"),
                 " to a folder that can be written; the same command then goes on",
             ) from None
