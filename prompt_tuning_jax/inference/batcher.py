@@ -91,6 +91,10 @@ class Job:
         if not self._open and not self.answers.done():
             self.answers.set_result(self._found)
 
+    def compiling(self) -> bool:
+        """Returns whether requests wait for a program to be compiled."""
+        return self._compiling > 0
+
     def wait_for_program(self, requests: int) -> None:
         """Stops the deadline for so many requests more, or fewer."""
         before, self._compiling = self._compiling, self._compiling + requests
@@ -184,6 +188,10 @@ class Batcher:
     def seconds(self) -> int:
         """How long the model will need for what waits."""
         return min(max(math.ceil(self.tokens / self.rate), 1), 3600) if self.rate else 1
+
+    def compiling(self) -> bool:
+        """Returns whether requests of any caller wait for a program to be compiled."""
+        return any(job.compiling() for job in self._open)
 
     def cancel(self, job: Job) -> int:
         """Forgets what of a job is not being computed: nobody waits for it. Returns how many rows those were."""
