@@ -25,6 +25,7 @@ from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, RUN_PROMPTS
+from prompt_tuning_jax.regular_files import is_irregular
 
 
 class Entry(NamedTuple):
@@ -189,10 +190,10 @@ def read_entry(
 
 
 def _check_files(entry: Entry) -> None:
-    """Raises ValueError if a file is none: to open a named pipe would wait for whoever writes into it."""
+    """Raises ValueError if a file is a named pipe or another irregular file."""
     inside = entry.prompt.rglob("*") if entry.prompt.is_dir() else (entry.prompt,)
     for path in (*inside, entry.summary):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_irregular(path):
             raise SettingError(Private(f"{path.parent}/"), f"{path.name} is no regular file")
 
 
