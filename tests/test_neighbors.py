@@ -306,13 +306,10 @@ def test_a_prompt_of_this_base_model_is_read(run, trained):
 
 
 @pytest.mark.parametrize(
-    ("prints", "parts"),
+    ("prints", "message"),
     [
-        ({"base_fingerprint": "aaaa"}, ["a base of fingerprint aaaa, this one is d78aa9ae865fc70a: set --base"]),
-        (
-            {"tokenizer_fingerprint": "bbbb"},
-            [f"of fingerprint bbbb, this one is {WORDS.fingerprint}: set --vocabulary"],
-        ),
+        ({"base_fingerprint": "aaaa"}, "a base of fingerprint aaaa, this one is d78aa9ae865fc70a: set --base"),
+        ({"tokenizer_fingerprint": "bbbb"}, f"fingerprint bbbb, this one is {WORDS.fingerprint}: set --vocabulary"),
     ],
 )
 def test_a_prompt_of_another_base_model_or_tokenizer_is_refused(refused, trained, tmp_path, prints, message):
