@@ -144,13 +144,13 @@ class PromptFolder:
         try:
             read = read_entry(entry)
         except Exception as error:  # any: whatever is in a file, the other prompts are served
-            return error, _without_private_parts(error)
+            return _without_frames(error), _without_private_parts(error)
         if _is_unchanged(entry):
             prompt, source, additions = read
             try:
                 bank.add(name, prompt, source.base, additions, tokenizer=source.tokenizer)
             except ValueError as error:
-                return error, None
+                return _without_frames(error), None
             self.remarks.pop(name, None)
             if remark := source.remark(f"prompt {name}", bank.base):
                 self.remarks[name] = remark
@@ -160,6 +160,12 @@ class PromptFolder:
 def _is_unchanged(entry: Entry) -> bool:
     found = [_entry(path) for path in entry.paths]
     return [None if now is None else now.state for now in found] == list(entry.state)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Returns the error without its traceback, whose frames would keep the arrays that were read."""
+    error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _without_private_parts(error: Exception) -> ValueError:
