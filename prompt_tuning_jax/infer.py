@@ -27,6 +27,7 @@ from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
 from prompt_tuning_jax.inference.requests import METHODS, Decoding, read_json
 from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, say_broken
+from prompt_tuning_jax.regular_files import regular
 
 WAIT = 0.02  # seconds that a window waits for more lines once it has one
 SAY_EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
@@ -193,7 +194,7 @@ def line_of(answer: dict[str, Any]) -> bytes:
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The answers in a file; a last line that was broken off is cut from it."""
-    data = path.read_bytes()
+    data = regular(path).read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)

@@ -7,19 +7,27 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prompt_tuning_jax.array_files.stored import ArrayError
-from prompt_tuning_jax.checkpoints.base import StoredModel, open_model, open_vocabulary
+from prompt_tuning_jax.checkpoints import hub
+from prompt_tuning_jax.checkpoints.base import (
+    StoredModel,
+    open_model,
+    open_vocabulary,
+    stored_fingerprint,
+    with_ids,
+)
+from prompt_tuning_jax.checkpoints.trained_on import trained_on
 from prompt_tuning_jax.checkpoints.tuned import check_width
 from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.flags import flag_errors
-from prompt_tuning_jax.prompts.files import RUN_PROMPT, RUN_PROMPTS, read_prompt
+from prompt_tuning_jax.prompts.files import IN_T5X, RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.prompts.nearest_words import Lexicon, Prompt, cosines, describe, make_lexicon
 from prompt_tuning_jax.settings import Count, check, whole
@@ -70,16 +78,20 @@ def read(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--before is given for {len(arguments.prompts)} prompts: set it with one PROMPT")
     base = arguments.base or base_of(arguments.prompts)
     model = open_table(base)
+    files = []
     for name, file, start in [one for given in arguments.prompts for one in prompt_files(given)]:
         prompts[name] = read_prompt(file)
+        files.append(file)
         check_width(str(file), prompts[name].shape, model.arrays[TABLE].shape[1])
         first = prompt_file(arguments.before) if arguments.before else start
         if arguments.before or first.is_file():
             befores[name] = read_prompt(first)
+            files.append(first)
             if befores[name].shape != prompts[name].shape:
                 shapes = f"{list(befores[name].shape)}, {file} {list(prompts[name].shape)}"
                 raise ValueError(f"{first} is {shapes}: set --before to the same prompt before it was trained")
     lexicon = open_lexicon(model, arguments.vocabulary, arguments.labels)
+    check_sources(files, model, arguments.vocabulary)
     check("top", arguments.top, whole(1, len(lexicon.names), "the number of words and labels"))
     report = {"base": base} | describe(prompts, befores, lexicon, arguments.top)
     if arguments.picture:
@@ -141,6 +153,30 @@ def open_lexicon(model: StoredModel, vocabulary: str | None = None, labels: Sequ
     except ArrayError as error:
         raise SettingError(f"{error}: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint") from None
     return make_lexicon(table, word_ids(words, len(table)), words.piece, words.subwords, labels, words.unk_id)
+
+
+def check_sources(files: Collection[Path | str], model: StoredModel, vocabulary: str | None = None) -> None:
+    """Warns of a PEFT file that names another base model. The whole model is read only if a fingerprint is known.
+
+    Raises:
+      ValueError: a prompt was trained on another base model or with another tokenizer.
+    """
+    assert model.config is not None
+    sources = {file: trained_on(file) for file in files}
+    words = open_vocabulary(vocabulary, model.location, model.config)
+    for file, source in sources.items():
+        source.check(f"prompt {file}", None, words.fingerprint)  # before the base model is read
+        if remark := source.remark(f"prompt {file}", hub.name_of(model.location) or model.location):
+            print(remark, file=sys.stderr)
+    if not any(source.base for source in sources.values()):
+        return
+    arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
+    try:
+        own = stored_fingerprint(arrays, with_ids(model.config, words))
+    except ArrayError as error:
+        raise SettingError(f"{error}: set ", Setting("initial_checkpoint_path"), " to a whole checkpoint") from None
+    for file, source in sources.items():
+        source.check(f"prompt {file}", own, words.fingerprint)
 
 
 def shown(neighbor: Mapping[str, Any]) -> str:

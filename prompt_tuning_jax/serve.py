@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from prompt_tuning_jax.settings import Count, NotNegative, Positive, whole
 from prompt_tuning_jax.tasks.lines import read_lines
 
 BACKLOG = 2048  # connections that the system keeps until they are opened
-GRACE = 10  # seconds that a shutdown leaves to the requests in progress
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -154,25 +154,29 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn takes them, and raises them again once it has shut down
-    asyncio.run(serve(service, make_server(service.app, arguments.max_connections), listening))
+    server = make_server(service.app, arguments.max_connections, service.compiling)
+    asyncio.run(serve(service, server, listening))
     if service.busy():  # Python would wait for the model's threads, however long they compute
         sys.stdout.flush()
         os._exit(0)
 
 
-def make_server(app: Any, max_connections: int = 4096) -> Any:
-    """uvicorn, as quiet as the other commands, and with limits to its connections."""
+def make_server(app: Any, max_connections: int = 4096, compiling: Callable[[], bool] = lambda: False) -> Any:
+    """Returns uvicorn's server, as quiet as the other commands, and with limits to its connections.
+
+    Args:
+      compiling: returns whether requests wait for a program that is being compiled.
+    """
     import uvicorn
 
     from prompt_tuning_jax.inference.connections import connection_limit, protocol_of
+    from prompt_tuning_jax.inference.server import Server
 
     limit = connection_limit(max_connections)
     options = {"log_level": "error", "access_log": False, "ws": "none", "lifespan": "off"}
     # asyncio opens up to `backlog` connections before it looks at the first of them.
     backlog = max(min(limit, BACKLOG // 2) // 4, 1)
-    return uvicorn.Server(
-        uvicorn.Config(app, http=protocol_of(limit), backlog=backlog, timeout_graceful_shutdown=GRACE, **options)
-    )
+    return Server(uvicorn.Config(app, http=protocol_of(limit), backlog=backlog, **options), compiling)
 
 
 async def serve(service: Any, server: Any, listening: socket.socket) -> None:

@@ -36,6 +36,7 @@ from prompt_tuning_jax.prompts.nearest_words import (
     shared,
     tightness,
 )
+from prompt_tuning_jax.prompts.peft import write_adapter
 
 NANO = open_model("nano")
 WORDS = open_vocabulary(None, "nano", NANO.config)
@@ -293,6 +294,45 @@ def test_of_the_base_the_embedding_table_alone_is_read(run, trained, monkeypatch
     }
     monkeypatch.setattr(command, "open_model", lambda base: StoredModel(NANO.location, NANO.config, arrays))
     assert "11 of 12 positions" in run(trained)
+
+
+NANO_PRINTS = {"base_fingerprint": "d78aa9ae865fc70a", "tokenizer_fingerprint": WORDS.fingerprint}
+
+
+def test_a_prompt_of_this_base_model_is_read(run, trained):
+    summary = trained / "summary.json"
+    summary.write_text(json.dumps({"base": NANO.location} | NANO_PRINTS))
+    assert "11 of 12 positions" in run(trained)
+
+
+@pytest.mark.parametrize(
+    ("prints", "message"),
+    [
+        ({"base_fingerprint": "aaaa"}, "a base of fingerprint aaaa, this one is d78aa9ae865fc70a: set --base"),
+        ({"tokenizer_fingerprint": "bbbb"}, f"fingerprint bbbb, this one is {WORDS.fingerprint}: set --vocabulary"),
+    ],
+)
+def test_a_prompt_of_another_base_model_or_tokenizer_is_refused(refused, trained, tmp_path, prints, message):
+    """Its neighbours would be those of another table. NAME.json beside NAME.npy says the same as a run's folder."""
+    said = json.dumps({"base": NANO.location} | NANO_PRINTS | prints)
+    (trained / "summary.json").write_text(said)
+    write_prompt(tmp_path / "alone.npy", normal(2, 128))
+    (tmp_path / "alone.json").write_text(said)
+    for prompt, file in ((trained, trained / "best" / "prompt.npy"), *[(tmp_path / "alone.npy",) * 2]):
+        line = refused(prompt)
+        assert f"prompt {file} was trained" in line and message in line
+
+
+def test_a_peft_file_that_names_another_base_model_is_remarked(monkeypatch, capsys, tmp_path):
+    write_adapter(tmp_path / "peft", normal(2, 128), "google/t5-v1_1-base")
+    monkeypatch.setattr(sys, "argv", ["neighbors", str(tmp_path / "peft")])
+    command.main()
+    said = capsys.readouterr()
+    assert "2 positions" in said.out
+    assert said.err == (
+        f"prompt {tmp_path / 'peft'} says that it was trained on the base model 'google/t5-v1_1-base', and this one is "
+        f"{NANO.location}\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ from prompt_tuning_jax.inference import bank as bank_module
 from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference import predictor as predictor_module
 from prompt_tuning_jax.inference.bank import PromptBank
+from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.labels import LabelTables
 from prompt_tuning_jax.inference.predictor import SEARCHES, Predictor
 from prompt_tuning_jax.inference.requests import CHARACTERS, Decoding, Reader
 from prompt_tuning_jax.methods.method import Injection
-from prompt_tuning_jax.prompts.files import IN_T5X
+from prompt_tuning_jax.prompts.files import IN_T5X, write_prompt
 from prompt_tuning_jax.t5.decoding import beam_search, greedy, sample
 from prompt_tuning_jax.t5.log_likelihood import shift_right, token_log_probs
 from prompt_tuning_jax.t5.network import Transformer
@@ -410,6 +412,37 @@ def test_a_long_prompt_costs_the_rows_of_others_nothing(words, params):
     assert own.cost(requests[1]) > 50 * own.cost(requests[0]) - 2000
     with pytest.raises(ValueError, match="prompt x has 12,000 positions, expected at most 4,080"):
         own.bank.add("x", np.zeros((12_000, WIDTH), np.float32))
+
+
+def test_memory_goes_back_when_a_prompt_is_removed_from_its_folder(words, params, tmp_path):
+    """The host's arrays and the device's, after rows with the prompt were answered."""
+    own = Predictor(Model("made here", CONFIG, params, words, "0" * 16), input_length=8, max_new_tokens=1, batch_size=1)
+    write_prompt(tmp_path / "short.npy", np.ones((3, WIDTH), np.float32))
+    folder = PromptFolder(tmp_path)
+
+    def held():
+        gc.collect()
+        arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
+        return sum(trace.size for trace in arrays.traces) + sum(array.nbytes for array in jax.live_arrays())
+
+    def answer(name):
+        assert "prediction" in own.answer_rows([(0, {"prompt": name, "inputs": "a"})])[0]
+
+    tracemalloc.start()
+    try:
+        folder.sync(own.bank)
+        answer("short")
+        before = held()
+        write_prompt(tmp_path / "long.npy", np.ones((1_000, WIDTH), np.float32))
+        folder.sync(own.bank)
+        answer("long")
+        assert held() - before >= 1_000 * WIDTH * 4
+        (tmp_path / "long.npy").unlink()
+        assert folder.sync(own.bank).removed == ["long"]
+        # The compiled program keeps its relative positions, 8 bytes each; programs have a limit of their own.
+        assert held() - before < 1_000 * WIDTH * 4 / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_labels_of_many_sizes_do_not_pad_each_other(words, params):

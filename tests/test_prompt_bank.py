@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -200,6 +201,21 @@ def test_whatever_is_in_a_file_breaks_that_prompt_alone(folder):
     assert "51 positions, expected at most 50" in str(broken["long"])
     with pytest.raises(ValueError, match="prompt 'long' is broken: prompt long has 51 positions"):
         bank.find("long")
+
+
+def test_a_refused_prompt_takes_no_memory(folder):
+    """Its error is kept as long as the file is there, but not the array that was read from it."""
+    bank, prompts = PromptBank(WIDTH, longest=50), PromptFolder(folder)
+    prompts.sync(bank)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        write_prompt(folder / "long.npy", prompt_of(500_000, 1))
+        changes = prompts.sync(bank)
+        assert "500,000 positions, expected at most 50" in str(changes.broken["long"])
+        assert tracemalloc.get_traced_memory()[0] - before < 1_000_000 < 500_000 * WIDTH * 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_two_prompts_of_one_name_are_both_named(folder):

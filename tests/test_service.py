@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
@@ -30,6 +30,7 @@ from prompt_tuning_jax.inference import engine
 from prompt_tuning_jax.inference import http as http_module
 from prompt_tuning_jax.inference import predictor as predictor_module
 from prompt_tuning_jax.inference import requests as requests_module
+from prompt_tuning_jax.inference import server as server_module
 from prompt_tuning_jax.inference import service as service_module
 from prompt_tuning_jax.inference.batcher import Batcher, ModelThread, Overloaded
 from prompt_tuning_jax.inference.folder import PromptFolder
@@ -803,6 +804,86 @@ def test_a_signal_ends_it_after_the_requests_in_progress(tiny, prompts, number):
         assert process.returncode == 0 and stdout == "" and stderr == ""
         with pytest.raises(ConnectionRefusedError):
             served.predict([GREEDY])
+
+
+def test_a_shutdown_answers_every_connection_that_the_system_has_accepted(predictor):
+    """Also those that asyncio, which opens ten at a time here, does not know yet."""
+    body = json.dumps({"rows": [GREEDY]}).encode()
+
+    async def run():
+        clients = []
+        service = Service(lambda: (predictor, None), "bases/tiny")
+        server, listening = make_server(service.app, 40), listen("127.0.0.1", 0)
+
+        async def should_exit(counter):  # once the base model is loaded, and clients connect in that moment
+            if service._predictor is not None:
+                clients.extend(socket.create_connection(listening.getsockname()) for _ in range(35))
+                for client in clients[:-1]:
+                    client.sendall(head(len(body)) + body)
+            return bool(clients)
+
+        server.on_tick = should_exit
+        serving = asyncio.create_task(serve(service, server, listening))
+        while not clients:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        clients[-1].sendall(head(len(body)) + body)  # whose request comes after the signal
+        await serving
+        return clients
+
+    answers = []
+    for client in asyncio.run(run()):
+        with client:
+            answers.append(b"".join(iter(lambda: client.recv(65_536), b"")))  # noqa: B023
+    assert [answer.partition(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 200 OK"] * 35
+    assert all(b'"prediction"' in answer for answer in answers)
+
+
+@contextlib.contextmanager
+def ending(predictor) -> Iterator[tuple[Gate, Any, Any]]:
+    """Yields the gate, the server and the future answer of a service that is told to end while a program compiles."""
+    gate = Gate(predictor)
+    gate.predictor.groups = lambda requests: ([], [[*range(len(requests))]])
+    service = Service(lambda: (gate.predictor, None), "bases/tiny", wait=0.001)
+    server, listening = make_server(service.app, compiling=service.compiling), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(serve(service, server, listening)))
+    thread.start()
+    served = Served(listening.getsockname()[1], service)
+    until(lambda: served.get("/readyz")[0] == 200)
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(served.predict, [GREEDY])
+        until(lambda: gate.windows)
+        server.handle_exit(signal.SIGTERM, None)
+        try:
+            yield gate, server, asked
+        finally:
+            gate.open.set()
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_shutdown_waits_for_a_program_that_is_being_compiled(predictor, monkeypatch):
+    monkeypatch.setattr(server_module, "GRACE", 0.3)
+    with ending(predictor) as (gate, _, asked):
+        time.sleep(1)
+        assert not asked.done()
+        gate.open.set()
+        status, found = asked.result(30)
+        assert status == 200 and "prediction" in found["rows"][0]
+
+
+def test_a_shutdown_does_not_wait_for_a_program_without_end(predictor, monkeypatch):
+    monkeypatch.setattr(server_module, "LONGEST", 0.5)
+    with ending(predictor) as (_, _, asked):
+        assert asked.result(10) == (503, {"error": "the service is shutting down"})
+
+
+def test_a_second_signal_ends_a_shutdown_at_once(predictor):
+    with ending(predictor) as (_, server, asked):
+        time.sleep(0.3)
+        assert not asked.done()
+        server.handle_exit(signal.SIGTERM, None)
+        assert asked.result(5) == (503, {"error": "the service is shutting down"})
 
 
 def test_what_it_cannot_start_with_is_one_line(tiny, prompts):

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from prompt_tuning_jax.array_files.shards import open_shards
 from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
+from prompt_tuning_jax.regular_files import regular
 
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY = 1  # the msgpack extension type of an array
@@ -40,7 +41,7 @@ def open_flax(folder: Path, name: str = "flax_model.msgpack") -> dict[str, Store
 
 def _open_file(path: Path) -> dict[str, StoredArray]:
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             walker = _Walker(file, os.fstat(file.fileno()).st_size)
             tree = walker.value()
             if file.tell() != walker.end:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from prompt_tuning_jax.array_files.shards import open_shards
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.regular_files import regular
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,7 +33,7 @@ def open_safetensors(folder: Path, stem: str = "model") -> dict[str, StoredArray
 def _open_file(path: Path) -> dict[str, StoredArray]:
     arrays = {}
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(regular(path), framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_slice(name)
                 dtype = DTYPES.get(tensor.get_dtype())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
+from prompt_tuning_jax.regular_files import regular
 
 INDEX = ".index.json"
 
@@ -39,7 +40,7 @@ def read_index(index: Path) -> dict[str, str]:
       ArrayError: the file is not an index, or names a shard in another folder.
     """
     try:
-        shard_of = json.loads(index.read_bytes())["weight_map"]
+        shard_of = json.loads(regular(index).read_bytes())["weight_map"]
         shards = set(shard_of.values())
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError("shards are named as files beside it")

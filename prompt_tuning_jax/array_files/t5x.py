@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
+from prompt_tuning_jax.regular_files import is_irregular
 
 CHUNK_BYTES, MOST_BYTES = 64 * 2**20, 2**34  # MOST_BYTES: four times mT5 XXL's embedding table
 INDEX, STATE, METADATA, DATABASE = "checkpoint", "state/", "_METADATA", "manifest.ocdbt"
@@ -90,9 +91,9 @@ def _open_folder(location: str | os.PathLike) -> ts.KvStore:
 
 
 def _check_regular(paths: Iterable[Path]) -> None:
-    """Raises ArrayError if a path is neither a file nor a folder."""
-    for path in paths:  # a named pipe would be waited for without end, and a device gives any number of zeros
-        if path.exists() and not path.is_file() and not path.is_dir():
+    """Raises ArrayError if a path is a named pipe or another irregular file."""
+    for path in paths:
+        if is_irregular(path):
             raise ArrayError(f"{path} is no regular file")
 
 

@@ -15,6 +15,7 @@ from prompt_tuning_jax.array_files.shards import open_shards
 from prompt_tuning_jax.array_files.state_dict import Tensor, read_state_dict
 from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.array_files.strided import DTYPES, Run, strided_array
+from prompt_tuning_jax.regular_files import regular
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
 MOST_PICKLED = 2**21  # bytes; ten times the pickle of the largest T5
@@ -33,7 +34,7 @@ def open_torch(folder: Path, name: str = "pytorch_model.bin") -> dict[str, Store
 
 def _open_file(path: Path) -> dict[str, StoredArray]:
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             if file.read(1) == OLD:
                 raise ValueError(
                     "it is of torch.save's format before PyTorch 1.6; expected the zip format: torch.save it again"

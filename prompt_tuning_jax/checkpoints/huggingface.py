@@ -26,6 +26,7 @@ from prompt_tuning_jax.array_files.torch_files import open_torch
 from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
 from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
+from prompt_tuning_jax.regular_files import regular
 from prompt_tuning_jax.t5.adapters import is_prefix
 from prompt_tuning_jax.t5.config import IDS, T5Config
 from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
@@ -139,7 +140,7 @@ def read_config(folder: str | os.PathLike) -> T5Config:
     """
     path = Path(folder, CONFIG)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(regular(path).read_text(encoding="utf-8"))
         _check_kind(found)
         mt5, umt5 = (found.get("model_type") == name for name in ("mt5", "umt5"))
         feed_forward = found.get("feed_forward_proj", "gated-gelu" if mt5 or umt5 else "relu")

@@ -97,6 +97,10 @@ class Job:
         if not self._open and not self.answers.done():
             self.answers.set_result(self._found)
 
+    def compiling(self) -> bool:
+        """Returns whether requests wait for a program to be compiled."""
+        return self._compiling > 0
+
     def wait_for_program(self, requests: int) -> None:
         """Changes how many requests wait for a program. The deadline stops at the first one and goes on after the last.
 
@@ -194,6 +198,10 @@ class Batcher:
     def seconds(self) -> int:
         """Returns the estimated seconds that the waiting rows take, 1 to 3600; 1 before the first window."""
         return min(max(math.ceil(self.tokens / self.rate), 1), 3600) if self.rate else 1
+
+    def compiling(self) -> bool:
+        """Returns whether requests of any caller wait for a program to be compiled."""
+        return any(job.compiling() for job in self._open)
 
     def cancel(self, job: Job) -> int:
         """Removes the rows of a job that still wait, and returns their number."""

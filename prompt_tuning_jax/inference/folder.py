@@ -26,6 +26,7 @@ from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.prompts import peft
 from prompt_tuning_jax.prompts.files import OFFICIAL_NAME, PROMPT, RUN_PROMPT, RUN_PROMPTS
+from prompt_tuning_jax.regular_files import is_irregular
 
 
 class Entry(NamedTuple):
@@ -149,13 +150,13 @@ class PromptFolder:
         try:
             read = read_entry(entry)
         except Exception as error:  # of any type: whatever a file contains, the other prompts are served
-            return error, _without_private_parts(error)
+            return _without_frames(error), _without_private_parts(error)
         if _is_unchanged(entry):
             prompt, source, additions = read
             try:
                 bank.add(name, prompt, source.base, additions, tokenizer=source.tokenizer)
             except ValueError as error:
-                return error, None
+                return _without_frames(error), None
             self.remarks.pop(name, None)
             if remark := source.remark(f"prompt {name}", bank.base):
                 self.remarks[name] = remark
@@ -165,6 +166,12 @@ class PromptFolder:
 def _is_unchanged(entry: Entry) -> bool:
     found = [_entry(path) for path in entry.paths]
     return [None if now is None else now.state for now in found] == list(entry.state)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Returns the error without its traceback, whose frames would keep the arrays that were read."""
+    error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _without_private_parts(error: Exception) -> ValueError:
@@ -198,7 +205,7 @@ def _check_files(entry: Entry) -> None:
     """Raises ValueError if a path is not a regular file: opening a named pipe would block until it is written to."""
     inside = entry.prompt.rglob("*") if entry.prompt.is_dir() else (entry.prompt,)
     for path in (*inside, entry.summary):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_irregular(path):
             raise SettingError(Private(f"{path.parent}/"), f"{path.name} is no regular file")
 
 

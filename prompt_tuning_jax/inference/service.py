@@ -173,6 +173,10 @@ class Service:
         """Returns whether the model is computing or a program is being compiled."""
         return bool(self.model.busy() or self._compiler.busy())
 
+    def compiling(self) -> bool:
+        """Returns whether rows wait for a program that is being compiled."""
+        return self._batcher is not None and self._batcher.compiling()
+
     @staticmethod
     async def _in(executor: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)

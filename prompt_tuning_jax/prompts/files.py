@@ -12,6 +12,7 @@ from prompt_tuning_jax.array_files.stored import ArrayError
 from prompt_tuning_jax.array_files.t5x import is_t5x, open_t5x
 from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.prompts import peft
+from prompt_tuning_jax.regular_files import is_irregular
 
 OFFICIAL_NAME = "encoder.prompt.prompt.prompt"
 PROMPT, TASK_PROMPTS = "prompt.npy", "prompts"
@@ -94,7 +95,7 @@ def prompts_in(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes into it
+    if is_irregular(path):
         raise SettingError(Private(f"{path} "), "is no regular file; expected ", *EXPECTED)
     try:
         # Never unpickles, and does not trust the header's shape.

@@ -18,6 +18,7 @@ from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_
 from prompt_tuning_jax.array_files.torch_files import open_torch
 from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.regular_files import regular
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 WEIGHTS, TORCH_WEIGHTS = f"{STEM}.safetensors", f"{STEM}.bin"
@@ -165,7 +166,7 @@ def read_config(path: Path, expected: Sequence[str]) -> dict:
       ValueError: the file is missing, or is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise refusal(f"no {CONFIG} in {path.parent}", expected) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from prompt_tuning_jax.regular_files import regular
+
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 text file, which may be compressed (.gz or .xz).
@@ -16,7 +18,7 @@ def read_lines(path: Path) -> Iterator[str]:
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
-        with opener(path, "rb") as lines:
+        with opener(regular(path), "rb") as lines:
             for line in lines:
                 number += 1
                 text = line.decode("utf-8")

@@ -36,6 +36,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.regular_files import regular
 from prompt_tuning_jax.tokenizers import tokenizer_json
 from prompt_tuning_jax.tokenizers.tokenizer_json import TokenizerFile, declared_sentinels, sentinels_in
 
@@ -119,7 +120,7 @@ class Vocabulary:
             self._has_sentinels(range(self.size - 1, self.size - 1 - _Bytes.SENTINELS, -1))
             return
         try:
-            data = Path(self.path).read_bytes()
+            data = regular(self.path).read_bytes()
         except OSError as error:
             raise SettingError(
                 f"no vocabulary at {self.path} ({error.strerror}); expected a SentencePiece .model file, a "
@@ -280,7 +281,7 @@ def _sentinels_to_add(folder: Path, pieces: int) -> int:
 def read_settings(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one if the file does not exist or has something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -304,7 +305,7 @@ def write_vocabulary(vocabulary: str | os.PathLike, folder: Path) -> None:
         (folder / SETTINGS).write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}) + "\n")
         return
     source = Path(vocabulary)
-    with source.open("rb") as file:
+    with regular(source).open("rb") as file:
         is_json = file.read(64).lstrip()[:1] == b"{"
     if not is_json:
         shutil.copyfile(source, folder / BESIDE)
