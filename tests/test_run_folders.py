@@ -26,7 +26,7 @@ from prompt_tuning_jax.tasks import metrics
 LABELS = ["negative", "positive"]
 TEXTS = ["a dull film", "a fine film", "it was awful", "a great story", "an odd plot", "good cast"]
 ROWS = [{"inputs": f"sentence: {text}", "targets": LABELS[i % 2]} for i, text in enumerate(TEXTS)]
-TIMES = {"seconds", "examples_per_second"}
+TIMES = {"seconds", "examples_per_second", "wall_time"}
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

@@ -28,7 +28,7 @@ from prompt_tuning_jax.training.step import TrainState
 
 STEPS, EVAL_PERIOD, LOG_PERIOD = 400, 50, 20
 TRIALS = 3  # of a run that is killed
-TIMES = {"seconds", "examples_per_second"}
+TIMES = {"seconds", "examples_per_second", "wall_time"}
 
 
 @pytest.fixture(scope="module")

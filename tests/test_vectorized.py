@@ -31,7 +31,7 @@ from prompt_tuning_jax.training.run import Run, TrainConfig
 
 STEPS = 50
 RANDOM = RandomUniform()
-TIMES = {"seconds", "examples_per_second"}
+TIMES = {"seconds", "examples_per_second", "wall_time"}
 
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -18,6 +18,7 @@ from prompt_tuning_jax.training.loop import Member, open_model, say_on_stderr, t
 from prompt_tuning_jax.training.progress import Stop
 from prompt_tuning_jax.training.run import Run, Say, TrainConfig
 from prompt_tuning_jax.training.run_folder import write_text
+from prompt_tuning_jax.training.wall_time import WallTime
 
 
 def in_a_line(error: Exception) -> str:
@@ -51,13 +52,14 @@ def train_together(
       ValueError: the base model does not fit the configuration. Nothing has been written then.
       Stopped: `stop` returned true. All runs have been saved.
     """
-    members, failures, model = [], {}, None
+    members, failures, model, wall_time = [], {}, None, WallTime()
     warn = once(to_stderr)
     for name, config in configs:
         if model is None:
             model = open_model(config)
         with failing(name, str(config.model_dir), failures):
-            members.append(Member(Run(config, config.open_folder(), model, warn=warn), name, report))
+            run = Run(config, config.open_folder(), model, warn=warn, wall_time=wall_time)
+            members.append(Member(run, name, report))
     del model
     if not members:
         return failures

@@ -25,6 +25,7 @@ from prompt_tuning_jax.training.mesh_choice import partitioner_for
 from prompt_tuning_jax.training.progress import Stop, Stopped
 from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
 from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
+from prompt_tuning_jax.training.wall_time import WallTime
 
 States = tuple[TrainState, ...]
 Batches = Sequence[Batch]
@@ -82,10 +83,14 @@ class Member:
 
     def end(self) -> None:
         self.active = False
+        with self.run.wall_time.part("other"):
+            self._finish()
+        self._on_end(self)
+
+    def _finish(self) -> None:
         # Check before the summary is written, because a run with a summary counts as finished.
         check_unchanged(self.run.frozen, self._frozen_fingerprint)
         self.summary = self.run.finish()
-        self._on_end(self)
 
     @contextlib.contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -131,13 +136,16 @@ def train(
         finite.
       Stopped: `stop` returned True, and the run is saved.
     """
+    wall_time = WallTime()
     folder = config.open_folder()
     partitioner = partitioner_for(config)
     if not isinstance(partitioner, OneDevice):
         (say or say_nothing)(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
         if watch is not None:
             partitioner.on_batch = watch.work
-    run = Run(config, folder, open_model(config, partitioner), partitioner, on_record=on_record, warn=warn)
+    model = open_model(config, partitioner)
+    run = Run(config, folder, model, partitioner, on_record=on_record, warn=warn, wall_time=wall_time)
+    del model  # what is trained of it is then in memory once
     try:
         return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch)
     finally:
@@ -232,13 +240,16 @@ def take_steps(
             if step is None or program_size(len(active)) < len(slots):
                 slots = active
                 step = program_of([member.run for member in slots])
-            batches = [member.next_batch() for member in slots]
-            states, metrics = step(tuple(member.state for member in slots), slots[0].run.frozen, batches)
-            for member, state, own in zip(slots, states, metrics, strict=True):
-                member.state = state
-                if member.active:
-                    with member.failing_alone():
-                        member.after_step(own, evaluator_of(member.run), show)
+            wall_time = slots[0].run.wall_time  # all runs of a program have the same
+            with wall_time.part("waiting_for_data"):
+                batches = [member.next_batch() for member in slots]
+            with wall_time.part("stepping"):
+                states, metrics = step(tuple(member.state for member in slots), slots[0].run.frozen, batches)
+                for member, state, own in zip(slots, states, metrics, strict=True):
+                    member.state = state
+                    if member.active:
+                        with member.failing_alone():
+                            member.after_step(own, evaluator_of(member.run), show)
             saved()
             taken = max(member.run.step for member in active)
             bar.update(taken - bar.n)

@@ -55,6 +55,7 @@ from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_
 from prompt_tuning_jax.training.progress import Window, moved
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
+from prompt_tuning_jax.training.wall_time import WallTime
 
 Say = Callable[[str], None]
 Record = dict[str, Any]
@@ -248,6 +249,7 @@ class Run:
         *,
         on_record: Callable[[Record], None] = lambda record: None,
         warn: Say | None = None,
+        wall_time: WallTime | None = None,
     ):
         """Reads the data, and checks that the settings, the model and the data fit together. Writes nothing.
 
@@ -259,6 +261,7 @@ class Run:
           on_record: called with each record of metrics.jsonl when it is logged.
           warn: called with each line about the data that may be a mistake, such as truncated rows. None to write these
             lines to stderr, from process 0.
+          wall_time: the split of the program that the run is in; None for a split that starts now.
 
         Raises:
           ValueError: the settings, the model or the data do not fit together.
@@ -268,6 +271,7 @@ class Run:
         # Keep no reference to the model. Its own copy of the trained parameters can then be freed.
         self._path, self._fingerprint = model.path, model.fingerprint
         self._clock = time.time()
+        self.wall_time = wall_time or WallTime()
         trained = method.init(start_key(config.random_seed), model)
         check_not_int8(trained, model.parameters)
         self.frozen = {path: value for path, value in model.parameters.items() if path not in trained}
@@ -474,8 +478,10 @@ class Run:
         injection = self._fold(state.trainable, self.frozen)
         self._log("train", self._window.close() | moved(injection, self._start), say)
         if evaluates:
-            self._evaluate(injection, evaluator, say)
-            self._save()
+            with self.wall_time.part("evaluating"):
+                self._evaluate(injection, evaluator, say)
+            with self.wall_time.part("saving"):
+                self._save()
             self.saved_step = self.step
             self._window.restart()
 
@@ -522,10 +528,11 @@ class Run:
         values, odd = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
         record = self._log("eval", values, say, f"; no label: {odd}" if odd else "")
         self._evals.append(record)
-        self._folder.keep_prompt(self.step, injection)
-        if self._best is None or record_score(record) > record_score(self._best):
-            self._best = record
-            self._export(injection)
+        with self.wall_time.part("saving"):
+            self._folder.keep_prompt(self.step, injection)
+            if self._best is None or record_score(record) > record_score(self._best):
+                self._best = record
+                self._export(injection)
         self.stop_reason = stop_reason(self._evals, config)
 
     def _export(self, injection: Injection) -> None:
@@ -580,6 +587,8 @@ class Run:
             raise SettingError(
                 f"{config.model_dir} has its last checkpoint but no evaluation: set another ", Setting("model_dir")
             )
+        with self.wall_time.part("saving"):
+            self._folder.wait()
         summary = {
             "task": config.train_dataset.mixture_or_task_name,
             "train_split": config.train_dataset.split,
@@ -596,10 +605,10 @@ class Run:
             "trainable_parameters": sum(int(value.size) for value in self.state.trainable.values()),
             "examples_seen": self.batches.examples_before(self.step),
             "seconds": time.time() - self._clock,
+            "wall_time": self.wall_time.split(),  # of this process: not of those before a resume
             "versions": versions(),
         }
         self.summary = summary
-        self._folder.wait()
         if self._folder.writes:
             write_text(self._folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         barrier("finished")
