@@ -22,6 +22,7 @@ from prompt_tuning_jax.parallel.processes import PeerWatch, is_writer
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.evaluation import Evaluator
 from prompt_tuning_jax.training.mesh_choice import partitioner_for
+from prompt_tuning_jax.training.profile import AfterStep, profiling
 from prompt_tuning_jax.training.progress import Stop, Stopped
 from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
 from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
@@ -112,6 +113,7 @@ def train(
     progress: bool = True,
     stop: Stop = lambda step: False,
     watch: PeerWatch | None = None,
+    profile: int = 0,
 ) -> Run:
     """Trains one run, or resumes it if MODEL_DIR has it already. `run_folder` lists the files that it writes there.
 
@@ -127,6 +129,7 @@ def train(
       progress: whether to show a progress bar.
       stop: called with the step after each step; if it returns True, the run is saved and `Stopped` is raised.
       watch: the watch over the other processes, which is notified of each batch and of each saved step.
+      profile: the number of steps to trace, as in `profile.profiling`; 0 for no trace.
 
     Returns:
       The finished run.
@@ -147,7 +150,8 @@ def train(
     run = Run(config, folder, model, partitioner, on_record=on_record, warn=warn, wall_time=wall_time)
     del model  # what is trained of it is then in memory once
     try:
-        return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch)
+        with profiling(config.model_dir, profile) as after_step:
+            return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch, after_step)
     finally:
         run.abandon()
 
@@ -160,6 +164,7 @@ def _train(
     progress: bool,
     stop: Stop,
     watch: PeerWatch | None,
+    after_step: AfterStep,
 ) -> Run:
     """Trains a run that has read its model and data. The caller closes the run's folder, also after an error."""
     for line in run.open():
@@ -177,6 +182,7 @@ def _train(
         progress=progress,
         stop=stop,
         saved=lambda: None if watch is None else setattr(watch, "saved_step", run.saved_step),
+        after_step=after_step,
     )
     if member.failure is not None:
         raise member.failure
@@ -215,6 +221,7 @@ def take_steps(
     progress: bool,
     stop: Stop,
     saved: Callable[[], None] = lambda: None,
+    after_step: AfterStep = lambda values: None,
 ) -> None:
     """Trains runs that share a program until each run is over or has failed.
 
@@ -226,6 +233,7 @@ def take_steps(
       evaluator_of: returns the evaluator of a run.
       say, progress, stop: as in `train`.
       saved: called after each step; the runs may have been saved just before.
+      after_step: called with what each step returns, before anything is logged or evaluated.
 
     Raises:
       Stopped: `stop` returned True, and all runs are saved.
@@ -245,6 +253,7 @@ def take_steps(
                 batches = [member.next_batch() for member in slots]
             with wall_time.part("stepping"):
                 states, metrics = step(tuple(member.state for member in slots), slots[0].run.frozen, batches)
+                after_step((states, metrics))
                 for member, state, own in zip(slots, states, metrics, strict=True):
                     member.state = state
                     if member.active:

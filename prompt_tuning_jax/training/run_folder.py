@@ -9,6 +9,7 @@ best/                what was trained, at the best evaluation
 summary.json         the results, once the run is finished
 running              the process that runs the folder now
 events.*             the records for TensorBoard
+profile/             a trace of some steps, with `train --profile=STEPS`
 
 A checkpoint also has the evaluations up to its step, and hashes of metrics.jsonl and of best/. When the run resumes, a
 damaged or deleted file is detected with the hashes, and is written again from the other files.
