@@ -13,6 +13,7 @@ NAME.png from only this file.
 """
 
 import csv
+import functools
 import itertools
 import json
 import sys
@@ -106,13 +107,18 @@ def bootstrap(values: Float[np.ndarray, "S N"], draws: int = DRAWS, seed: int = 
       draws: the number of bootstrap draws.
       seed: the seed of the draws.
     """
-    rng = np.random.default_rng(seed)
-    seeds, rows = values.shape
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds  # [draws, S]: how often each is drawn
-    of_rows = rng.multinomial(rows, np.full(rows, 1 / rows), draws) / rows
+    of_seeds, of_rows = _shares(*values.shape, draws, seed)
     means = np.einsum("ds,sn,dn->d", of_seeds, values, of_rows, optimize=True)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)
+def _shares(seeds: int, rows: int, draws: int, seed: int) -> tuple[Float[np.ndarray, "D S"], Float[np.ndarray, "D N"]]:
+    """Returns how often each draw has each seed and each row, as shares. Drawing them takes most of the time."""
+    rng = np.random.default_rng(seed)
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+    return of_seeds, rng.multinomial(rows, np.full(rows, 1 / rows), draws) / rows
 
 
 def steps_to(curve: Mapping[int, float], share: float = 0.99) -> int:

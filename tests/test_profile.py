@@ -12,7 +12,7 @@ train = importlib.import_module("prompt_tuning_jax.train")
 
 
 def calls(folder, name: str) -> int:
-    """How often a function was called, by the trace in the format that Perfetto opens. A call has two events, nested."""
+    """How often a function was called, by the trace that Perfetto opens, in which a call has two events, nested."""
     (path,) = (folder / "profile").rglob("*.trace.json.gz")
     assert [*path.parent.glob("*.xplane.pb")]
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
