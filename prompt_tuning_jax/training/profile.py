@@ -15,14 +15,14 @@ AfterStep = Callable[[Any], None]
 
 
 @contextlib.contextmanager
-def profiling(model_dir: str | os.PathLike, steps: int) -> Iterator[AfterStep]:
+def profiling(model_dir: str | os.PathLike | None, steps: int) -> Iterator[AfterStep]:
     """Traces `steps` steps into MODEL_DIR/profile, with whatever lies between them, such as an evaluation.
 
     The first step of the process is left out, because it includes the compilation. If the run ends earlier, the trace
     has as many steps as there were. Of several processes, process 0 writes a trace of its own devices.
 
     Args:
-      model_dir: the run's folder.
+      model_dir: the run's folder; None for a run that writes nothing, which is not traced.
       steps: the number of steps to trace; 0 for no trace.
 
     Yields:
@@ -34,7 +34,7 @@ def profiling(model_dir: str | os.PathLike, steps: int) -> Iterator[AfterStep]:
     def after_step(values: Any) -> None:
         nonlocal taken, tracing
         taken += 1
-        if not tracing and taken == 1 and steps and is_writer():
+        if taken == 1 and steps and model_dir is not None and is_writer():
             jax.block_until_ready(values)
             jax.profiler.start_trace(Path(model_dir) / FOLDER)
             tracing = True
