@@ -29,6 +29,10 @@ def test_a_trace_holds_as_many_steps_as_were_asked_for(tiny, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     assert calls(with_profile, "PjitFunction(train_step)") == 3
     assert not (without / "profile").exists()
+    again = tiny.run(
+        [*tiny.arguments(MODEL_DIR=str(without), TRAIN_STEPS=6, EVAL_PERIOD=2, LOG_PERIOD=2), "--profile=3"]
+    )
+    assert "the profile has 0 of 3 steps, because the run had only 0 steps left" in again.stderr
     assert (with_profile / "best/prompt.npy").read_bytes() == (without / "best/prompt.npy").read_bytes()
 
 

@@ -146,11 +146,17 @@ def train(
         (say or say_nothing)(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
         if watch is not None:
             partitioner.on_batch = watch.work
-    model = open_model(config, partitioner)
-    run = Run(config, folder, model, partitioner, on_record=on_record, warn=warn, wall_time=wall_time)
-    del model  # what is trained of it is then in memory once
+    run = Run(
+        config,
+        folder,
+        open_model(config, partitioner),  # the run alone refers to it, and frees what it has copied
+        partitioner,
+        on_record=on_record,
+        warn=warn,
+        wall_time=wall_time,
+    )
     try:
-        with profiling(config.model_dir, profile) as after_step:
+        with profiling(config.model_dir, profile, say or say_nothing) as after_step:
             return _train(run, partitioner, say, warn or say_on_stderr, progress, stop, watch, after_step)
     finally:
         run.abandon()

@@ -15,7 +15,9 @@ AfterStep = Callable[[Any], None]
 
 
 @contextlib.contextmanager
-def profiling(model_dir: str | os.PathLike | None, steps: int) -> Iterator[AfterStep]:
+def profiling(
+    model_dir: str | os.PathLike | None, steps: int, say: Callable[[str], None] = lambda line: None
+) -> Iterator[AfterStep]:
     """Traces `steps` steps into MODEL_DIR/profile, with whatever lies between them, such as an evaluation.
 
     The first step of the process is left out, because it includes the compilation. If the run ends earlier, the trace
@@ -24,6 +26,7 @@ def profiling(model_dir: str | os.PathLike | None, steps: int) -> Iterator[After
     Args:
       model_dir: the run's folder; None for a run that writes nothing, which is not traced.
       steps: the number of steps to trace; 0 for no trace.
+      say: called with a line if the run had too few steps left.
 
     Yields:
       A function that must be called after each step with the arrays that the step returns. Before and after the traced
@@ -48,3 +51,5 @@ def profiling(model_dir: str | os.PathLike | None, steps: int) -> Iterator[After
     finally:
         if tracing:
             jax.profiler.stop_trace()
+        if taken <= steps and steps:
+            say(f"the profile has {max(taken - 1, 0)} of {steps} steps, because the run had only {taken} steps left")
