@@ -49,8 +49,8 @@ ABOUT = {
     "Accuracy in per cent of generated answers on training rows held back, at each run's best evaluation; mean over "
     "the seeds. Each method had the same number of learning rates, tried with the first seed; the best of them was run "
     f"with the other seeds. {INTERVALS} "
-    "On MRPC a method whose difference is 0.0 [0.0, 0.0] answers `equivalent` to every row, as the official recipe does. "
-    "The rows that are scored also choose the learning rate and the step, so all scores are a little too high.",
+    "On MRPC a method whose difference is 0.0 [0.0, 0.0] answers `equivalent` to every row, as the official recipe "
+    "does. The rows that are scored also choose the learning rate and the step, so all scores are a little too high.",
     "fast": "# Short runs against the official recipe\n\n"
     "The official recipe, 160 steps, against `runs/prompt_tune_fast.gin`, 32 steps. Accuracy in per cent of generated "
     "answers after the last step, on rows that chose neither a recipe nor a step; mean over the seeds. "
