@@ -290,9 +290,7 @@ TPU, compiled at its whole depth); and the results of its collectives, at two by
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", choices=("nano", "micro", "mini", "small", "base", "large", "xl", "xxl"), default="xxl"
-    )
+    parser.add_argument("--size", choices="pico nano micro mini small base large xl xxl".split(), default="xxl")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--mesh", type=ast.literal_eval, default={}, help="{'fsdp': 8}; data has what is left")
     parser.add_argument("--topology", help="a TPU slice by JAX's name, v5e:4x4, in place of --devices; needs libtpu")

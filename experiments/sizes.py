@@ -9,7 +9,7 @@ MODELS = Path(__file__).parents[1] / "gin_configs" / "models"
 
 # The ladder has this project's own sizes below small, with the embedded tokenizer: 8,192 subwords and 100 sentinels,
 # padded to a multiple of 128. small to xxl are T5 1.1 (gs://t5-data/pretrained_models/t5.1.1.*).
-LADDER = ("nano", "micro", "mini")
+LADDER = ("pico", "nano", "micro", "mini")
 T5_1_1 = ("small", "base", "large", "xl", "xxl")
 
 

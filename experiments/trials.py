@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 
-SIZES = ("nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
+SIZES = ("pico", "nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
 COLUMNS = ("command", "task", "score", "ranking_score")  # followed by one column per metric
 LAST_COLUMNS = ("best_step", "steps", "seconds", "examples_seen", "base_fingerprint")
 WHOLE = ("best_step", "steps", "examples_seen")

@@ -2,16 +2,20 @@
 
 collectives SHAPE METHOD     the collectives of the training step of a small model on a mesh
 load MODEL AXES [FLAGS]      the bytes that this process reads of a model that is loaded onto a mesh
+late AXES SECONDS [FLAGS]    the sums over each axis of a mesh, to which process 1 comes late
 """
 
 import dataclasses
 import functools
 import json
 import sys
+import time
 from collections import defaultdict
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import CONFIG
 
 from experiments.scaling import collectives
@@ -26,9 +30,9 @@ from prompt_tuning_jax.methods.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
 from prompt_tuning_jax.methods.residual_prompt import ResidualPrompt
 from prompt_tuning_jax.methods.shapes import ShapeModel
-from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
+from prompt_tuning_jax.parallel.mesh import AXES, MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.partitioner import Partitioner
-from prompt_tuning_jax.parallel.processes import start_processes
+from prompt_tuning_jax.parallel.processes import connect, start_processes
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import start_state
@@ -96,6 +100,23 @@ def load(path: str, axes: dict[str, int]) -> dict:
     }
 
 
+def late(axes: dict[str, int], seconds: float) -> list[float]:
+    """Returns the sum over each axis of a mesh, in programs to which process 1 comes late by so many seconds."""
+    mesh = make_mesh(mesh_shape(axes, None, len(jax.devices())))
+    connect(mesh)
+    if jax.process_index() == 1:
+        time.sleep(seconds)
+
+    def sum_over(axis: str) -> float:
+        ones = jax.make_array_from_callback(
+            mesh.devices.shape, NamedSharding(mesh, P(*AXES)), lambda _: np.ones((1, 1, 1))
+        )
+        program = jax.shard_map(lambda x: jax.lax.psum(x, axis), mesh=mesh, in_specs=P(*AXES), out_specs=P(*AXES))
+        return float(jax.jit(program)(ones).addressable_data(0).sum())
+
+    return [sum_over(axis) for axis in AXES]
+
+
 if __name__ == "__main__":
     what, first, *rest = sys.argv[1:]
     if what == "collectives":
@@ -103,4 +124,5 @@ if __name__ == "__main__":
         print(json.dumps({"injected_bytes": injected, "sent": collectives(program)}))
     else:
         start_processes(dict(flag.removeprefix("--").split("=") for flag in rest[1:]))
-        print(json.dumps(load(first, json.loads(rest[0]))))
+        found = load(first, json.loads(rest[0])) if what == "load" else late(json.loads(first), float(rest[0]))
+        print(json.dumps(found))

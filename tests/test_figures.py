@@ -140,7 +140,9 @@ def test_figure_4_draws_every_share():
     for length in (1, 5, 20, 100, 150):
         line = lines[f"prompt tuning, length {length}"]
         assert list(line.get_xdata()) == sizes
-        widths = {"nano": 128, "micro": 256, "mini": 384} | {size: m.d_model for size, m in paper.MODELS.items()}
+        widths = {"pico": 64, "nano": 128, "micro": 256, "mini": 384} | {
+            size: m.d_model for size, m in paper.MODELS.items()
+        }
         assert list(line.get_ydata()) == [100 * length * widths[size] / count for size, count in PARAMETERS.items()]
     assert list(lines["model tuning"].get_ydata()) == [100] * len(sizes)
     # Figure 2: a prompt of five positions before the largest.

@@ -170,6 +170,15 @@ def test_each_process_reads_its_own_bytes_once(tiny, model, axes):
         assert all(process["read_bytes"] == total for process in found)
 
 
+@pytest.mark.slow
+def test_a_process_that_comes_late_to_a_program_is_waited_for(tiny):
+    """Gloo would give up after 30 s if the groups of devices were not connected already."""
+    said = ends(
+        start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: ["late", '{"fsdp": 2}', "33", *flags], 2, 2)
+    )
+    assert [json.loads(lines.splitlines()[-1]) for lines in said] == [[2, 2, 1]] * 2
+
+
 # --- peers that are gone
 
 

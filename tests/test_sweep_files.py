@@ -26,7 +26,7 @@ NAMES = [
     name.removesuffix(".gin") for name, text in FILES.items() if re.search(r"(?m)^(spec\.Sweep\.|  )grid = ", text)
 ]
 LADDER = [name for name in NAMES if "ladder" in name]
-SIZES = {"models/nano.gin", "models/micro.gin", "models/mini.gin"}
+SIZES = {"models/pico.gin", "models/nano.gin", "models/micro.gin", "models/mini.gin"}
 TABLE_3 = ("table_3", "table_3_ladder")  # their seeds are in one trial
 RUN_MACROS = set("MODEL_DIR RANDOM_SEED TRAIN_STEPS EVAL_PERIOD LOG_PERIOD PROMPT_LENGTH VOCABULARY".split())
 RUN_MACROS |= {"INITIAL_CHECKPOINT_PATH"}

@@ -6,6 +6,7 @@ of a job step, or by the TPU machine that they run on. Otherwise there is one pr
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # the only barrier with a time limit, for processes that may not come
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 FLAGS = ("coordinator_address", "process_count", "process_index")
 START_SECONDS = 300  # how long a process waits for the others to start
@@ -112,6 +115,39 @@ def barrier(name: str) -> None:
     """Waits until all processes have called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+_connections = itertools.count()
+
+
+def connect(mesh: Mesh) -> None:
+    """Connects every group of devices whose programs on this mesh may exchange arrays. All processes call it together.
+
+    Gloo, which connects the CPU devices of several processes, makes the connections of a group when its first program
+    runs, and gives up if a process comes more than 30 s after another, as when one is still compiling. Later programs
+    wait for as long as it takes. So all groups are connected here, while the processes are at the same place.
+
+    Raises:
+      JaxRuntimeError: a process did not come within `START_SECONDS`.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for count in range(1, len(axes) + 1) for group in itertools.combinations(axes, count)]
+    sums = jax.shard_map(
+        lambda x: [jax.lax.psum(x, group) for group in groups],
+        mesh=mesh,
+        in_specs=PartitionSpec(mesh.axis_names),
+        out_specs=PartitionSpec(mesh.axis_names),
+        check_vma=False,
+    )
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.float32)[index])
+    program = jax.jit(sums).lower(ones).compile()
+    client: Any = distributed.global_state.client
+    client.wait_at_barrier(f"connecting {next(_connections)}", START_SECONDS * 1_000)
+    jax.block_until_ready(program(ones))
+    barrier("connected")  # whose own group is that of one device of each process
 
 
 def preempted(step: int) -> bool:

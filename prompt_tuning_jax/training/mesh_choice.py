@@ -10,6 +10,7 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.parallel.mesh import MeshShape, make_mesh, mesh_shape
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
+from prompt_tuning_jax.parallel.processes import connect
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.training.memory_plan import SPARE_MEMORY, resident_bytes
 from prompt_tuning_jax.training.run import TrainConfig
@@ -53,7 +54,11 @@ def partitioner_of(
         device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         parameters, activations = (0, 0) if device_bytes is None else resident()
         shape = mesh_for(len(devices), batch_size, device_bytes, parameters, activations)
-    return ONE_DEVICE if len(devices) == 1 else Partitioner(make_mesh(shape, devices), size)
+    if len(devices) == 1:
+        return ONE_DEVICE
+    made = make_mesh(shape, devices)
+    connect(made)
+    return Partitioner(made, size)
 
 
 def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters: int, activations: int) -> MeshShape:
