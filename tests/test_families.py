@@ -3,6 +3,7 @@
 A family is a tiny model that `transformers` makes, with random weights and the settings of the family's config.json.
 """
 
+import copy
 import dataclasses
 import functools
 import os
@@ -230,18 +231,23 @@ def their_inputs(model: Any, inputs: np.ndarray, prompt: np.ndarray | None) -> d
     mask = (tokens != model.config.pad_token_id).long()
     if prompt is None:
         return {"input_ids": tokens, "attention_mask": mask}
-    before = torch.tensor(prompt).expand(len(tokens), *prompt.shape)
+    before = torch.tensor(prompt, dtype=model.dtype).expand(len(tokens), *prompt.shape)
     embedded = torch.cat([before, model.get_input_embeddings()(tokens)], dim=1)
     return {"inputs_embeds": embedded, "attention_mask": torch.cat([torch.ones_like(before[:, :, 0]).long(), mask], 1)}
 
 
 def theirs(model: Any, inputs: np.ndarray, decoder_inputs: np.ndarray, prompt: np.ndarray | None):
-    """Returns transformers' logits and greedy answers."""
+    """Returns transformers' logits, computed in float64, and greedy answers.
+
+    In float32 its own rounding, which depends on the processor, takes up to 3/4 of the tolerance.
+    """
     import torch
 
-    given = their_inputs(model, inputs, prompt)
+    given, exact = their_inputs(model, inputs, prompt), copy.deepcopy(model).double()
     with torch.no_grad():
-        logits = model(**given, decoder_input_ids=torch.tensor(decoder_inputs.astype(np.int64))).logits.numpy()
+        logits = exact(
+            **their_inputs(exact, inputs, prompt), decoder_input_ids=torch.tensor(decoder_inputs.astype(np.int64))
+        ).logits.numpy()
         # Their cache has a slot for each encoder layer, and some decoders here have more layers.
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": LENGTH, "use_cache": False}
         tokens = model.generate(**given, **options).numpy()[:, 1:]
