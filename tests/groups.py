@@ -52,6 +52,11 @@ def ends(group):
     return [stdout for stdout, _ in said]
 
 
+def printed(stdout):
+    """Returns the JSON that a process printed. Gloo prints lines of its own, before it or after it."""
+    return json.loads("\n".join(line for line in stdout.splitlines() if not line.startswith("[Gloo]")))
+
+
 def many_trainings(tiny, folders, processes, devices):
     """Trains once per folder, one after another, with the same group of processes."""
     runs = [settings(tiny, folder, **macros) for folder, macros in folders.items()]

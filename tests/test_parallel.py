@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from groups import HERE, ends, settings, start_group
+from groups import HERE, ends, printed, settings, start_group
 from tiny import CONFIG, random_params
 
 from experiments.sizes import SIZES
@@ -158,7 +158,7 @@ def test_each_process_reads_its_own_bytes_once(tiny, model, axes):
         return ["load", str(model), json.dumps(axes), *flags]
 
     said = ends(start_group(tiny, [str(HERE / "on_mesh.py")], arguments, 2, 4))
-    found = [json.loads(lines.splitlines()[-1]) for lines in said]  # Gloo greets on stdout
+    found = [printed(stdout) for stdout in said]
     for process in found:
         assert process["numbers_read_twice"] == 0
         assert process["read_bytes"] == process["own_bytes"]
@@ -176,7 +176,7 @@ def test_a_process_that_comes_late_to_a_program_is_waited_for(tiny):
     said = ends(
         start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: ["late", '{"fsdp": 2}', "33", *flags], 2, 2)
     )
-    assert [json.loads(lines.splitlines()[-1]) for lines in said] == [[2, 2, 1]] * 2
+    assert [printed(stdout) for stdout in said] == [[2, 2, 1]] * 2
 
 
 # --- peers that are gone
