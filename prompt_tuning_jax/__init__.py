@@ -1,4 +1,4 @@
-"""T5 prompt tuning in JAX: train, compare, sweep, share and serve prompts and adapters of a frozen model.
+"""Trains, compares, shares and serves prompts and adapters for frozen T5 models, in JAX.
 
     import prompt_tuning_jax as pt
 

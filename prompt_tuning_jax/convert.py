@@ -2,7 +2,8 @@
 
 Models: --to=huggingface, t5x, orbax. Prompts: --to=npy, peft, t5x. The format of SOURCE is detected.
 
-`python -m prompt_tuning_jax.convert --inspect SOURCE` describes a base model, and says why it would be refused, if so.
+`python -m prompt_tuning_jax.convert --inspect SOURCE` describes a base model, and says whether and why it would be
+refused.
 """
 
 import argparse

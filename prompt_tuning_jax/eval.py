@@ -1,7 +1,7 @@
 """Evaluates a prompt, or the base model alone: `python -m prompt_tuning_jax.eval --gin_file=... --gin.PROMPT_FILE=...`.
 
-With `--submission=DIR` and EVAL_SPLIT "test" it writes the files that the GLUE and SuperGLUE servers accept, and
-computes no scores. Like `train`, it runs on a mesh of all devices, with one or several processes.
+With `--submission=DIR` and EVAL_SPLIT "test", the command writes the files that the GLUE and SuperGLUE servers accept,
+and computes no scores. Like `train`, it runs on a mesh of all devices, with one or several processes.
 """
 
 import json

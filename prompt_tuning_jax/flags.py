@@ -1,4 +1,4 @@
-"""Names settings by their flags, and reports errors in one line, for the command lines that read flags, not gin."""
+"""Reports errors in one line that names settings by their flags, for the command lines without gin files."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Parses `--gin_file=...` and `--gin.MACRO=...` for every command line, as T5X does, and reports errors first."""
+"""Parses `--gin_file=...` and `--gin.MACRO=...` as T5X does, and reports errors before anything else is done."""
 
 import contextlib
 import dataclasses

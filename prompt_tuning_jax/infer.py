@@ -1,9 +1,10 @@
-"""Answers rows of many tasks with one base: `python -m prompt_tuning_jax.infer --prompts=DIR < rows.jsonl`.
+"""Answers rows of many tasks with one base model: `python -m prompt_tuning_jax.infer --prompts=DIR < rows.jsonl`.
 
-A row is {"prompt": NAME, "inputs": TEXT}; "labels": [...] ranks these, "prompt": null asks the base alone. Each row
-comes back, in order, with its "prediction" and "score"; one that cannot be answered has an "error". If that is so of
-all rows, the exit code is 2. With --text each line is the inputs of --prompt. With --interactive one types them:
-":prompt NAME" switches, ":prompts" lists, ":quit" leaves.
+A row is {"prompt": NAME, "inputs": TEXT}. With "labels": [...] these labels are ranked, and "prompt": null uses the
+base model without a prompt. The rows come back in order, each with "prediction" and "score", or with "error" if it
+cannot be answered. If every row has an error, the exit code is 2. With --text, each line is the inputs of a row with
+the prompt --prompt. With --interactive, you type the inputs: ":prompt NAME" switches to another prompt, ":prompts"
+lists the prompts, and ":quit" ends the program.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Refuses to read pipes, devices and sockets that a path names where a file is expected: to read one may never end."""
+"""Refuses pipes, devices and sockets where a regular file is expected, because reading them may never end."""
 
 import errno
 import os

@@ -1,9 +1,10 @@
-"""Answers rows over HTTP with one base and many prompts: `python -m prompt_tuning_jax.serve --prompts=DIR`.
+"""Answers rows over HTTP with one base model and many prompts: `python -m prompt_tuning_jax.serve --prompts=DIR`.
 
-POST /v1/predict takes {"rows": [{"prompt": NAME, "inputs": TEXT}, ...]} and gives the rows back with their answers, as
-`infer` does; the content type must be application/json. GET /v1/prompts, /livez, /readyz and /metrics say how it
-stands, /openapi.json describes all of it. Prompts put into the folder are served after two looks at it. Without
---api_key_file whoever reaches the port may ask; at 127.0.0.1, only requests for localhost are answered.
+POST /v1/predict takes {"rows": [{"prompt": NAME, "inputs": TEXT}, ...]} with the content type application/json, and
+returns the rows with their answers, as `infer` does. GET /v1/prompts lists the prompts, /livez, /readyz and /metrics
+return the state of the service, and /openapi.json describes all routes. A prompt that is put into the folder is served
+after the folder has been checked twice. Without --api_key_file, anyone who can reach the port can send requests; at
+127.0.0.1, only requests for localhost are answered.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Declares what a setting must be, once: in the annotation of the field or argument that takes it.
+"""Declares and checks the type and range of a setting, in the annotation of the field or argument that takes it.
 
     >>> @dataclasses.dataclass
     ... class Config:

@@ -4,7 +4,7 @@ If the sweep's gin file has a macro NAME, --gin.NAME=VALUE changes the sweep; ot
 Finished trials are skipped, and interrupted trials resume from their last checkpoint.
 
     --launcher=print    prints one command per trial, to be run by hand
-    --launcher=here     runs the trials in this process, one after another, or many prompts in one program
+    --launcher=here     runs the trials in this process, one after another, or many runs in one executable
     --launcher=local    runs the trials in processes on this machine, and shows a table of their states
     --launcher=slurm    submits a Slurm job array, with submitit
     --launcher=xpk      creates workloads on TPU pods, with xpk

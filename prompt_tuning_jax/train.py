@@ -1,13 +1,13 @@
 """Trains a prompt, an adapter or a model: `python -m prompt_tuning_jax.train --gin_file=... --gin.NAME=...`.
 
-It trains on a mesh of all devices, including those of other processes. On Slurm, Kubernetes and TPU machines the
+The run uses a mesh of all devices, including those of other processes. On Slurm, Kubernetes and TPU machines the
 processes find each other; elsewhere, start each with `--coordinator_address=HOST:PORT --process_count=N
 --process_index=I`.
 
-With `--profile=STEPS` it also writes a trace of so many steps, from the second one on, to MODEL_DIR/profile.
+With `--profile=STEPS`, the run also writes a trace of that many steps, from the second one on, to MODEL_DIR/profile.
 
-With `--memory-plan`, or `--memory-plan=80GB` for a device with that much memory, it does not train: it prints how much
-memory the same command would need.
+With `--memory-plan`, or `--memory-plan=80GB` for a device with that much memory, nothing is trained: the command prints
+how much memory the same run would need.
 """
 
 import sys

@@ -83,7 +83,7 @@ PLAIN = {"feed_forward_proj": "relu", "tie_word_embeddings": True}  # T5 1.0
 TIED_PLAIN = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 UNTIED = {"tie_word_embeddings": False}
 FAMILIES = [
-    Family("T5 1.1, LM-adapted, Flan-T5", "nothing", UNTIED),
+    Family("T5 1.1, LM-adapted, Flan-T5", "none", UNTIED),
     Family("T5 1.0", "ReLU; logits tied and scaled", PLAIN, head="tied", expected=TIED_PLAIN),
     Family("ByT5", "encoder deeper than decoder; bytes", UNTIED | {"num_layers": 3, "num_decoder_layers": 1}),
     Family("mT5", "vocabulary of 250,112", {}, "MT5"),
@@ -97,7 +97,7 @@ FAMILIES = [
     ),
     Family(
         "MADLAD-400",
-        "heads of 128; ids 1, 2, 0; the table under the decoder's name alone",
+        "heads of 128; ids 1, 2, 0; embedding table stored only under the decoder's name",
         UNTIED,
         ids=(1, 2, 0),
         change=only_the_decoders_table,
@@ -166,7 +166,7 @@ ALL_AT_ONCE = BY_NAME["umT5 of all differences at once"].name
 
 def table(families: list[Family]) -> str:
     """Returns the families as a Markdown table."""
-    rows = [("family", "otherwise than T5 1.1"), ("---", "---")]
+    rows = [("family", "difference from T5 1.1"), ("---", "---")]
     rows += [(family.name, family.differs) for family in families if family.listed]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

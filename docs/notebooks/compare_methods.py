@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Compare methods
 #
-# Another method is another object; everything else stays the same. An honest comparison gives each method the same
-# rows, the same steps and as many learning rates as the others. It still needs several seeds before it says anything:
-# here there is one.
+# To use another method, give another object to `train`; everything else stays the same. A fair comparison gives each
+# method the same rows, the same steps and the same number of learning rates. It also needs several seeds. This notebook
+# has only one seed, so its numbers do not show which method is best.
 
 # %%
 import time
@@ -21,7 +21,7 @@ model = pt.load("nano")
 options = {"labels": labels, "lengths": {"inputs": 48, "targets": 8}, "steps": 60, "batch_size": 16, "eval_every": 20}
 
 # %% [markdown]
-# Prompts want larger learning rates than weights do, so each method has its own two.
+# Prompts need larger learning rates than weights, so each method has its own two learning rates.
 
 # %%
 start = pt.init.ClassLabels(labels)
@@ -50,7 +50,7 @@ for name, (method, rates) in trials.items():
         print(f"{name:14} {rate:<6} {result.metrics['accuracy']:6.1f} {time.perf_counter() - began:5.0f} s")
 
 # %% [markdown]
-# ## The better learning rate of each
+# ## The best learning rate of each method
 
 # %%
 best = {
@@ -71,10 +71,10 @@ axis.legend()
 figure.savefig("methods.png")
 
 # %% [markdown]
-# ## What each leaves behind
+# ## What each method saves
 #
-# A prompt is one matrix, and one batch may mix the prompts of many tasks. LoRA and IA3 are PEFT's adapter folders,
-# and can be merged into the model.
+# A prompt is saved as one matrix, and one batch may mix the prompts of many tasks. LoRA and IA3 are saved as PEFT's
+# adapter folders, and can be merged into the model.
 
 # %%
 best["low rank"][0].save("low_rank.npy")

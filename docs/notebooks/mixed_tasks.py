@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Mixed tasks and serving
 #
-# One frozen model, two prompts, and batches whose rows belong to either. Then the same over HTTP (this needs the
-# extra `[serve]`).
+# One frozen model answers rows of two tasks in the same batch, each row with the prompt of its task. Then an HTTP
+# service does the same, which needs the extra `[serve]`.
 
 # %%
 import http.client
@@ -52,8 +52,8 @@ for name, (train, validation, labels) in tasks.items():
 # %% [markdown]
 # ## One batch, two tasks
 #
-# Each row names its prompt. Rows of one batch may have prompts of different tasks and lengths: the answers are those
-# that each row would get alone. With `labels` a row's labels are ranked, and get probabilities.
+# Each row names its prompt. The prompts in one batch may have different tasks and lengths, and each row gets the same
+# answer as it would get alone. If a row has `labels`, these are ranked, and each label gets a probability.
 
 # %%
 predictor = pt.Predictor(model, "prompts", input_length=48)
@@ -72,7 +72,7 @@ print(ranked["inputs"], ranked["probabilities"])
 # %% [markdown]
 # ## Over HTTP
 #
-# `serve` answers as soon as the model is loaded. A port of 0 takes a free one, which is printed.
+# `serve` answers as soon as the model is loaded. With port 0, it chooses a free port and prints it.
 
 # %%
 server = subprocess.Popen(
@@ -101,7 +101,7 @@ for row in answer["rows"]:
 assert [row["prediction"] for row in answer["rows"]] == [one["prediction"] for one in answers[:4]]
 
 # %% [markdown]
-# A prompt that is put into the folder is served within a second, without a restart.
+# If you put a prompt into the folder, it is served within about a second, without a restart.
 
 # %%
 Path("prompts/mood.npy").write_bytes(Path("prompts/sentiment.npy").read_bytes())

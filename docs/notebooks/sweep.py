@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A sweep and its figures
 #
-# A sweep is a gin file: a grid of settings, and what all trials have in common. Trials that differ in numbers alone
-# share one program, which is compiled once. Here: two learning rates and two seeds of the demo, for 60 steps each.
+# A sweep is a gin file with a grid of settings, and with the settings that all trials share. Trials that differ only in
+# numbers share one executable, which is compiled once. This sweep trains the demo with two learning rates and two
+# seeds, for 60 steps each.
 
 # %%
 import json
@@ -34,8 +35,8 @@ def command(*arguments):
 
 
 # %% [markdown]
-# `--launcher=print` prints one `train` command per trial, and runs nothing. `here` runs them in one process. There
-# are launchers for several processes, Slurm, Kubernetes and TPU pods.
+# `--launcher=print` prints one `train` command per trial, and runs nothing. `--launcher=here` runs the trials in one
+# process. Other launchers use several processes, Slurm, Kubernetes or TPU pods.
 
 # %%
 command("prompt_tuning_jax.sweep", "--gin_file=my_sweep.gin", "--launcher=print")
@@ -44,7 +45,7 @@ command("prompt_tuning_jax.sweep", "--gin_file=my_sweep.gin", "--launcher=print"
 command("prompt_tuning_jax.sweep", "--gin_file=my_sweep.gin", "--launcher=here")
 
 # %% [markdown]
-# Stop it at any time: the same command goes on, and leaves out what is finished.
+# You can stop a sweep at any time. The same command then resumes it, and skips the finished trials.
 
 # %%
 command("prompt_tuning_jax.sweep", "--status=runs/rates")
@@ -52,7 +53,7 @@ command("prompt_tuning_jax.sweep", "--status=runs/rates")
 # %% [markdown]
 # ## Figures
 #
-# Each trial has a folder of its own with `metrics.jsonl`, `summary.json` and `best/prompt.npy`.
+# Each trial has its own run folder with `metrics.jsonl`, `summary.json` and `best/prompt.npy`.
 
 # %%
 trials = {}
@@ -76,5 +77,5 @@ axis.legend()
 figure.savefig("rates.png")
 
 # %% [markdown]
-# In a checkout, `python -m experiments.collect runs/rates` writes a CSV file and a table of means and deviations, and
-# `python -m experiments.figures` draws the paper's figures from such sweeps.
+# In a checkout of the source, `python -m experiments.collect runs/rates` writes a CSV file and a table of means and
+# standard deviations. `python -m experiments.figures` draws the paper's figures from such sweeps.

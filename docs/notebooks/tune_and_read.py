@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Tune a prompt, and read it
 #
-# A frozen T5 learns a task from 20 vectors in front of its input. We train them, look at what the prompt changes, and
-# ask which words its positions lie near. The model is the embedded one, `nano`; the sentences are those of the demo.
+# A prompt of 20 vectors in front of the input makes a frozen T5 solve a task. In this notebook we train the prompt, see
+# what it changes, and look at the words that its positions are near. The model is the embedded model, `nano`, and the
+# sentences are those of the demo.
 
 # %%
 import matplotlib.pyplot as plt
@@ -23,8 +24,8 @@ for row in train[:3]:
 # %% [markdown]
 # ## The model alone
 #
-# It has read film reviews. If it may only rank the two labels, it is better than chance; if it may write what it
-# likes, it never says one of them.
+# The model was pre-trained on film reviews. If it only ranks the two labels, it is better than chance. If it generates
+# an answer, the answer is never one of the labels.
 
 # %%
 model = pt.load("nano")
@@ -36,8 +37,8 @@ print("what it says instead:", alone["no_label"])
 # %% [markdown]
 # ## Training
 #
-# `train` takes rows in memory. Without `optimizer` it is the paper's Adafactor at a learning rate of 0.3. Nothing is
-# written unless a `folder` is given.
+# `train` takes rows in memory. Without `optimizer`, it uses the paper's Adafactor with a learning rate of 0.3. It
+# writes nothing unless you give it a `folder`.
 
 # %%
 records = []
@@ -69,10 +70,10 @@ right.set(xlabel="step", ylabel="training loss per token")
 figure.savefig("learning_curve.png")
 
 # %% [markdown]
-# ## Words that it has never seen
+# ## Words that were not in the training sentences
 #
-# The sentences of `unseen` have sentiment words that no training sentence has. A prompt that had only learned words
-# by heart would fail on them.
+# The sentences of `unseen` have sentiment words that no training sentence has. If the prompt had only memorised words,
+# it would fail on these sentences.
 
 # %%
 print("unseen words", pt.evaluate(model, unseen[:200], prompt=result, **options)["accuracy"])
@@ -80,9 +81,9 @@ print("unseen words", pt.evaluate(model, unseen[:200], prompt=result, **options)
 # %% [markdown]
 # ## Reading the prompt
 #
-# For each position, the words of the frozen embedding table with the largest cosine (section 7 of the paper).
-# `[negative]` and `[positive]` are the labels. On the command line this is `python -m prompt_tuning_jax.neighbors
-# RUN`.
+# For each position, this code prints the words of the frozen embedding table with the largest cosine (section 7 of the
+# paper). `[negative]` and `[positive]` are the labels. On the command line, `python -m prompt_tuning_jax.neighbors RUN`
+# prints the same.
 
 # %%
 words = word_ids(model.tokenizer, model.config.vocab_size)
@@ -92,9 +93,9 @@ for position, neighbors in enumerate(name_neighbors(nearest(result.prompt[:8], l
     print(neighbor_line(position, neighbors))
 
 # %% [markdown]
-# ## Keeping it
+# ## Saving the prompt
 #
-# The prompt is one small file. Whatever loads it answers as it did here.
+# The prompt is saved as one small file. A predictor that loads the file gives the same answers as here.
 
 # %%
 result.save("prompt.npy")

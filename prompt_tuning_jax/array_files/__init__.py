@@ -1,1 +1,1 @@
-"""Opens files of named arrays without reading the arrays; it does not know what the names mean."""
+"""Opens files of named arrays without reading the arrays, whatever their names mean."""

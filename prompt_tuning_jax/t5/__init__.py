@@ -1,1 +1,1 @@
-"""T5 1.1 in Flax Linen, with the parameter names and shapes of T5X's minimal T5."""
+"""Implements T5 1.1 in Flax Linen, with the parameter names and shapes of T5X's minimal T5."""

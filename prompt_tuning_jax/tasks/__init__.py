@@ -1,7 +1,7 @@
 """Defines the SeqIO tasks: their sources, text formats and vocabularies, and how answers are parsed and scored.
 
 Only the modules that register tasks import TensorFlow. Vocabularies, postprocessors and metrics do not, so a run that
-reads from the cache never loads it. A run imports only the module of its task; see `module_for`.
+reads from the cache never loads TensorFlow. A run imports only the module of its task; see `module_for`.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""Tokenizers of T5 models: SentencePiece, bytes, and `tokenizer.json`, without TensorFlow."""
+"""Reads the tokenizers of T5 models: SentencePiece, bytes, and `tokenizer.json`, without TensorFlow."""
