@@ -80,8 +80,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "# The embedded base model as int8",
         "",
         "Accuracy of the demo's prompt in per cent, at each run's best step on held-back rows: mean and standard",
-        f"deviation, and each of {len(SEEDS)} seeds. The cosine compares the base model's logits, without a prompt, with",
-        f"those in float32, on 128 rows. The model's file is bfloat16; activations are {activations}.",
+        f"deviation, and each of {len(SEEDS)} seeds. The cosine compares the base model's logits, without a prompt,",
+        f"with those in float32, on 128 rows. The model's file is bfloat16; activations are {activations}.",
         "",
         "| base model | bytes of weights | share of bfloat16's | cosine | accuracy | each seed |",
         "|---|---|---|---|---|---|",
@@ -93,7 +93,15 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         cells.append(", ".join(f"{value:.1f}" for value in accuracy))
         lines.append(f"| {' | '.join(cells)} |")
     command = " ".join(f'"{part}"' if "'" in part else part for part in arguments("int8", 0, Path("runs/int8")))
-    lines += ["", "Made by `python -m experiments.int8_nano`. One of its runs:", "", "```", f"python {command}", "```", ""]
+    lines += [
+        "",
+        "Made by `python -m experiments.int8_nano`. One of its runs:",
+        "",
+        "```",
+        f"python {command}",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
