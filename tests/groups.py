@@ -53,8 +53,8 @@ def ends(group):
 
 
 def printed(stdout):
-    """Returns the JSON that a process printed. Gloo prints lines of its own, before it or after it."""
-    return json.loads("\n".join(line for line in stdout.splitlines() if not line.startswith("[Gloo]")))
+    """Returns the JSON object that a process printed. Gloo prints as well, before it or after it, without braces."""
+    return json.loads(stdout[stdout.index("{") : stdout.rindex("}") + 1])
 
 
 def many_trainings(tiny, folders, processes, devices):

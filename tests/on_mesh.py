@@ -100,7 +100,7 @@ def load(path: str, axes: dict[str, int]) -> dict:
     }
 
 
-def late(axes: dict[str, int], seconds: float) -> list[float]:
+def late(axes: dict[str, int], seconds: float) -> dict[str, float]:
     """Returns the sum over each axis of a mesh, in programs to which process 1 comes late by so many seconds."""
     mesh = make_mesh(mesh_shape(axes, None, len(jax.devices())))
     connect(mesh)
@@ -114,7 +114,7 @@ def late(axes: dict[str, int], seconds: float) -> list[float]:
         program = jax.shard_map(lambda x: jax.lax.psum(x, axis), mesh=mesh, in_specs=P(*AXES), out_specs=P(*AXES))
         return float(jax.jit(program)(ones).addressable_data(0).sum())
 
-    return [sum_over(axis) for axis in AXES]
+    return {axis: sum_over(axis) for axis in AXES}
 
 
 if __name__ == "__main__":

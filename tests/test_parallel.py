@@ -176,7 +176,7 @@ def test_a_process_that_comes_late_to_a_program_is_waited_for(tiny):
     said = ends(
         start_group(tiny, [str(HERE / "on_mesh.py")], lambda flags: ["late", '{"fsdp": 2}', "33", *flags], 2, 2)
     )
-    assert [printed(stdout) for stdout in said] == [[2, 2, 1]] * 2
+    assert [printed(stdout) for stdout in said] == [{"data": 2, "fsdp": 2, "model": 1}] * 2
 
 
 # --- peers that are gone
