@@ -192,7 +192,7 @@ def undisturbed(tiny, folder):
 
 
 def start_two(tiny, folder):
-    arguments = settings(tiny, folder, TRAIN_STEPS=200, EVAL_PERIOD=20, LOG_PERIOD=10, LEARNING_RATE=0.3)
+    arguments = settings(tiny, folder, TRAIN_STEPS=100, EVAL_PERIOD=20, LOG_PERIOD=10, LEARNING_RATE=0.3)
     return start_group(tiny, ["-m", "prompt_tuning_jax.train"], lambda flags: arguments + flags, 2, 1)
 
 
@@ -234,7 +234,7 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(tiny, undis
     assert [process.returncode for process in group] == [143, 143], said
     assert "terminated, saved at step" in said[0] and "terminated" not in said[1].replace("Terminated", "")
     ends(start_two(tiny, tmp_path / "run"))
-    one, other = (np.load(run / "prompts" / "200.npy") for run in (tmp_path / "run", whole))
+    one, other = (np.load(run / "prompts" / "100.npy") for run in (tmp_path / "run", whole))
     np.testing.assert_array_equal(one, other)
 
 
