@@ -207,8 +207,8 @@ def collect(trials: Sequence[spec.Trial]) -> list[Found]:
             models[config.initial_checkpoint_path] = model, Evaluator(model.config, model.tokenizer)
         model, evaluator = models[config.initial_checkpoint_path]
         ((_, batches),) = config.eval_dataset.eval_batches(model.tokenizer).items()
-        judged = evaluator.predictions(injection_of(trial.folder, model.config), dict(model.parameters), batches)
-        right = np.array([is_right(*pair) for pair in zip(judged.targets, judged.answers, strict=True)])
+        predictions = evaluator.predictions(injection_of(trial.folder, model.config), dict(model.parameters), batches)
+        right = np.array([is_right(*pair) for pair in zip(predictions.targets, predictions.answers, strict=True)])
         said = summary["best"]["accuracy"]
         if abs(100.0 * right.mean() - said) > 1e-6:
             raise ValueError(f"{trial.name} answers {100.0 * right.mean()} right, its summary says {said}")

@@ -117,7 +117,7 @@ def open_all(members: Sequence[Member]) -> None:
     members = [member for member in members if member.active]
     for member, step in zip(members, common_steps([member.run for member in members]), strict=True):
         with member.failing_alone():
-            for line in member.run.go_back(step):
+            for line in member.run.restore_to(step):
                 member.named(say_on_stderr)(line)
             member.start()
 

@@ -43,7 +43,7 @@ from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig, check_run
-from prompt_tuning_jax.training.run_folder import kept_eval_period
+from prompt_tuning_jax.training.run_folder import recorded_eval_period
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ def train(
     if lengths is None:
         lengths = default_lengths(train, validation, model.tokenizer, labels)
     if eval_every is None:
-        eval_every = None if folder is None else kept_eval_period(folder)
+        eval_every = None if folder is None else recorded_eval_period(folder)
     arguments["eval_period"] = max(steps // 10, 1) if eval_every is None else eval_every
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)

@@ -47,10 +47,10 @@ class Window:
         if self._steps:
             step, ids, metrics = self._steps[-1]
             values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
-            odd = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
-            if odd:
+            invalid = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
+            if invalid:
                 raise SettingError(
-                    f"{odd[0]} at step {step}, examples {ids.tolist()}: lower ",
+                    f"{invalid[0]} at step {step}, examples {ids.tolist()}: lower ",
                     Setting("learning_rate"),
                     ", or look at these examples; earlier checkpoints are unchanged",
                 )
@@ -90,19 +90,19 @@ def stopping_on_sigterm() -> Iterator[Stop]:
     Yields:
       the `stop` argument of `loop.train`. With several processes, each process must call it after each step.
     """
-    told, stepping = threading.Event(), threading.Event()
+    terminated, stepping = threading.Event(), threading.Event()
 
-    def note(*_: object) -> None:
-        told.set()
+    def note_signal(*_: object) -> None:
+        terminated.set()
         if not stepping.is_set():
             sys.exit(TERMINATED)
 
     def stop(step: int) -> bool:
         stepping.set()
-        return told.is_set() if alone else preempted(step)
+        return terminated.is_set() if single_process else preempted(step)
 
-    alone = jax.process_count() == 1
-    before = signal.signal(signal.SIGTERM, note) if alone else None
+    single_process = jax.process_count() == 1
+    before = signal.signal(signal.SIGTERM, note_signal) if single_process else None
     try:
         yield stop
     except Stopped as stopped:
@@ -110,13 +110,13 @@ def stopping_on_sigterm() -> Iterator[Stop]:
             tqdm.write(str(stopped), file=sys.stderr)
         sys.exit(TERMINATED)
     finally:
-        if alone:
+        if single_process:
             signal.signal(signal.SIGTERM, before)
-    if told.is_set():
+    if terminated.is_set():
         sys.exit(TERMINATED)
 
 
-def moved(injection: Injection, start: Injection) -> dict[str, float]:
+def prompt_norm_and_distance(injection: Injection, start: Injection) -> dict[str, float]:
     """Returns "prompt_norm", the mean norm of the prompt's positions, and "prompt_moved", its distance from the start.
 
     The distance is relative to the norm of the start, and is left out if the start is zero. Several prompts, per layer

@@ -52,7 +52,7 @@ from prompt_tuning_jax.settings import (
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
-from prompt_tuning_jax.training.progress import Window, moved
+from prompt_tuning_jax.training.progress import Window, prompt_norm_and_distance
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
 from prompt_tuning_jax.training.wall_time import WallTime
@@ -82,7 +82,7 @@ class TrainConfig:
       vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the tokenizer beside the base model.
       random_seed: determines the initial parameters, the order of the data and the dropout masks.
       z_loss: see `loss.cross_entropy`.
-      num_microbatches: number of parts that a batch is divided into to save memory; see `step.micro_batch`.
+      num_microbatches: number of parts that a batch is divided into to save memory; see `step.micro_batch_size`.
       log_period: updates between two records of the training loss.
       loss_eval_steps: number of batches on which a task without metrics is evaluated.
       encoder_use_by: for pre-training, stop the run if its first evaluation from this step on has an `encoder_use`
@@ -201,7 +201,7 @@ class TrainConfig:
         return bool(jax.eval_shape(self.method.apply, *start_shapes(self.method, self.size, base)).parameters)
 
     @property
-    def held_dtype(self) -> Any:
+    def resolved_base_dtype(self) -> Any:
         """The dtype of `base_dtype`, with "auto" resolved by the device and by what is trained."""
         return auto_dtype(only_read=not self.trains_base) if self.base_dtype == "auto" else self.base_dtype
 
@@ -227,7 +227,7 @@ def check_run(values: Mapping[str, Any]) -> None:
 class Run:
     """Holds a run's data, state and folder, and logs, evaluates and saves when a step requires it.
 
-    Call `open`, then `go_back` to the step to start from, then `after_step` for each step, and `finish`.
+    Call `open`, then `restore_to` to the step to start from, then `after_step` for each step, and `finish`.
 
     Attributes:
       size: the model's configuration, with the numerics of this run.
@@ -303,7 +303,7 @@ class Run:
         self._start = jax.tree.map(np.asarray, self._start)  # on the host, because the first step donates the state
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
-        # The result of `restore_newest`. `open` sets it and `go_back` takes it.
+        # The result of `restore_newest`. `open` sets it and `restore_to` takes it.
         self._newest: tuple[int, TrainState, list[str]] | None = None
         self._best: dict[str, Any] | None = None
         self._best_injection: Injection | None = None
@@ -327,10 +327,10 @@ class Run:
             "train_data": self.batches.fingerprint(),
             "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
         }
-        said = self._folder.open(self.config.keep_checkpoints, read)
+        lines = self._folder.open(self.config.keep_checkpoints, read)
         self._newest = self._folder.states.restore_newest(self.state)
         start = None if self.saved_steps else self.config.method.start_line()
-        return said if start is None else [*said, start]
+        return lines if start is None else [*lines, start]
 
     @property
     def prompt_length(self) -> int:
@@ -342,7 +342,7 @@ class Run:
         """The steps of the checkpoints in the folder, which must be open."""
         return self._folder.states.steps()
 
-    def go_back(self, step: int) -> list[str]:
+    def restore_to(self, step: int) -> list[str]:
         """Restores the run as it was at a saved step, or at step 0, and deletes the later records.
 
         Args:
@@ -359,20 +359,20 @@ class Run:
         self.step = self.saved_step = step
         if step:
             self.state = newest[1] if newest and newest[0] == step else folder.states.restore(step, self.state)
-        records, said = folder.rewind(self.step)
-        said = [*(newest[2] if newest else []), *said]
+        records, lines = folder.rewind(self.step)
+        lines = [*(newest[2] if newest else []), *lines]
         if not self.step:
             folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
         self._best = max(self._evals, key=record_score, default=None)
         self.stop_reason = stop_reason(self._evals, config)
-        if self._best is not None and isinstance(folder, RunFolder) and not folder.best_is_whole(step):
-            said += self._remake_best(folder, int(self._best["step"]))
+        if self._best is not None and isinstance(folder, RunFolder) and not folder.best_matches(step):
+            lines += self._rewrite_best(folder, int(self._best["step"]))
         self._window.restart()
-        return said
+        return lines
 
-    def _remake_best(self, folder: RunFolder, step: int) -> list[str]:
+    def _rewrite_best(self, folder: RunFolder, step: int) -> list[str]:
         """Writes best/ again, from the prompt that was kept at the best step or from that step's checkpoint.
 
         If the folder has neither, best/ stays as it is. It may be from a later step, which a killed run had reached
@@ -430,7 +430,7 @@ class Run:
         """The shardings of the state on the mesh; None on one device."""
         return self._partitioner.state(self.state)
 
-    def placed(self, batch: Batch) -> Batch:
+    def shard_batch(self, batch: Batch) -> Batch:
         """Places a batch on the mesh, and returns it.
 
         Args:
@@ -439,12 +439,12 @@ class Run:
         return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.step >= self.config.train_steps or self.stop_reason is not None
 
-    def batches_to_come(self) -> Iterator[Batch]:
+    def remaining_batches(self) -> Iterator[Batch]:
         """Returns the batches from this step to TRAIN_STEPS, with each row's task if there is a prompt per task."""
-        batches = self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
+        batches = self.batches.start_at(self.step, self.step if self.is_over else self.config.train_steps)
         return batches if self._prompt_of is None else map(self._with_tasks, batches)
 
     def _with_tasks(self, batch: Batch) -> Batch:
@@ -476,7 +476,7 @@ class Run:
         self._check_step()
         self._check_trained()
         injection = self._fold(state.trainable, self.frozen)
-        self._log("train", self._window.close() | moved(injection, self._start), say)
+        self._log("train", self._window.close() | prompt_norm_and_distance(injection, self._start), say)
         if evaluates:
             with self.wall_time.part("evaluating"):
                 self._evaluate(injection, evaluator, say)
@@ -525,8 +525,8 @@ class Run:
 
     def _evaluate(self, injection: Injection, evaluator: Evaluator, say: Say) -> None:
         config = self.config
-        values, odd = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
-        record = self._log("eval", values, say, f"; no label: {odd}" if odd else "")
+        values, invalid = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
+        record = self._log("eval", values, say, f"; no label: {invalid}" if invalid else "")
         self._evals.append(record)
         with self.wall_time.part("saving"):
             self._folder.keep_prompt(self.step, injection)
@@ -657,7 +657,7 @@ def prompts_of_tasks(
 
 def not_finite(values: Params) -> Iterator[str]:
     """Yields the paths of the arrays that have NaN or infinity."""
-    yield from (path for path, whole in jax.device_get(_finite(dict(values))).items() if not whole)
+    yield from (path for path, finite in jax.device_get(_finite(dict(values))).items() if not finite)
 
 
 @jax.jit
@@ -695,7 +695,7 @@ def evaluate(
       The metrics by name, and the counts of the most frequent invalid answers by text. With several tasks, the metrics'
       names are "task/metric", and the counts are in a dictionary by task.
     """
-    record, odd = {}, {}
+    record, invalid = {}, {}
     for name, batches in tasks.items():
         own = injection.of_task(name)
         if batches.examples.metrics:
@@ -705,8 +705,8 @@ def evaluate(
         if len(tasks) == 1:
             return metrics, answers
         record |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-        odd |= {name: answers} if answers else {}
-    return record, odd
+        invalid |= {name: answers} if answers else {}
+    return record, invalid
 
 
 def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:
