@@ -44,7 +44,7 @@ def load_predictor(
     return predictor, folder
 
 
-def say_broken(broken: Mapping[str, Exception]) -> None:
+def print_broken(broken: Mapping[str, Exception]) -> None:
     """Prints to stderr which prompts are left out, and why."""
     for name, error in broken.items():
         print(f"prompt {name} is left out: {in_flags(error)}", file=sys.stderr)
