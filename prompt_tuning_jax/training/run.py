@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
-from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
+from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, PlannedBatches, StreamedBatches
 from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.state import all_agree
@@ -617,7 +617,7 @@ class Run:
 
 
 def prompts_of_tasks(
-    prompts: Collection[str], train: Planned, evaluated: Collection[str], mixture: str
+    prompts: Collection[str], train: PlannedBatches, evaluated: Collection[str], mixture: str
 ) -> Int[np.ndarray, " K"]:
     """Returns the index of each training task's prompt among the sorted task names, for `Injection.of_rows`.
 
