@@ -27,7 +27,7 @@ from prompt_tuning_jax import __main__ as commands
 from prompt_tuning_jax import gin_files, sweep
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import sized
+from prompt_tuning_jax.checkpoints.base import with_size
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.inference.limits import Limits
 from prompt_tuning_jax.inference.requests import Decoding, Reader
@@ -513,13 +513,13 @@ def _main(main, arguments):
 def test_the_files_of_a_base_model_give_its_size(tiny, tmp_path):
     asked = T5Config(dropout_rate=0.25, dtype="bfloat16", remat_policy="full")
     assert not asked.has_size and CONFIG.has_size
-    assert sized(asked, str(tiny.base)) == dataclasses.replace(
+    assert with_size(asked, str(tiny.base)) == dataclasses.replace(
         CONFIG, dropout_rate=0.25, dtype=jnp.bfloat16, remat_policy="full"
     )
-    assert sized(CONFIG, None) is CONFIG
+    assert with_size(CONFIG, None) is CONFIG
     odd = dataclasses.replace(CONFIG, head_dim=4, num_decoder_layers=2)
     huggingface.write(tmp_path / "odd", odd, random_of(odd), tiny.vocabulary)
-    assert sized(T5Config(), str(tmp_path / "odd")) == odd
+    assert with_size(T5Config(), str(tmp_path / "odd")) == odd
 
 
 def random_of(config):
@@ -530,11 +530,11 @@ def random_of(config):
 
 def test_a_size_that_the_files_contradict_is_refused(tiny):
     with pytest.raises(SettingError, match=r"has another size than the configuration \(emb_dim 16, not 24\)"):
-        sized(T5Config(emb_dim=24), str(tiny.base))
+        with_size(T5Config(emb_dim=24), str(tiny.base))
     with pytest.raises(
         SettingError, match=r"size is unknown \(missing: vocab_size, .*\): set `where` .*, or set T5Config.vocab_size"
     ):
-        sized(T5Config(emb_dim=24), None)
+        with_size(T5Config(emb_dim=24), None)
 
 
 def test_the_gin_file_that_leaves_the_size_to_the_files(tiny, tmp_path, monkeypatch):

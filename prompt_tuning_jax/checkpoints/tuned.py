@@ -49,7 +49,7 @@ def write_tuned(
     """
     folder = Path(folder)
     _write_prompts(folder, injection)
-    if adapters_alone(injection.parameters):
+    if has_only_adapters(injection.parameters):
         write_adapters(folder / ADAPTER, injection, config, base)
     elif injection.parameters:
         huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
@@ -102,7 +102,7 @@ def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) ->
             write_prompt(partial / f"{task}.npy", np.asarray(prompt))
 
 
-def adapters_alone(parameters: Mapping[str, Any]) -> bool:
+def has_only_adapters(parameters: Mapping[str, Any]) -> bool:
     """Returns whether there are parameters, and all of them are adapters beside kernels or prefixes."""
     return bool(parameters) and all(is_adapter(path) or is_prefix(path) for path in parameters)
 

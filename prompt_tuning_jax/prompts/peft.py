@@ -47,9 +47,9 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     folder = Path(folder)
     rows, (length, width) = _read_shape(folder / CONFIG)
     arrays = open_weights(folder, EXPECTED)
-    odd = _oddity(arrays, rows, width)
-    if odd:
-        raise refusal(f"{weights_in(folder)} {odd}", EXPECTED)
+    mismatch = _mismatch(arrays, rows, width)
+    if mismatch:
+        raise refusal(f"{weights_in(folder)} {mismatch}", EXPECTED)
     return read_floats(folder, arrays, EXPECTED)[TENSOR][:length].copy()
 
 
@@ -204,7 +204,7 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     return length * submodules, (length, width)
 
 
-def _oddity(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
+def _mismatch(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
     """Returns what is wrong with the arrays of a file; None if they are a prompt of shape [rows, width]."""
     if TENSOR not in arrays:
         return f"lacks {TENSOR} (it holds {shown(sorted(arrays))})"

@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, trained_on
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
+from prompt_tuning_jax.checkpoints.tuned import has_only_adapters, injection_of, write_adapters, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.task_prompts import with_tasks
@@ -118,7 +118,7 @@ class Result:
         parameters = self.injection.parameters
         if self.injection.length and not parameters:
             write_prompts(path, self.injection)
-        elif adapters_alone(parameters) and not merge:
+        elif has_only_adapters(parameters) and not merge:
             write_adapters(path, self.injection, self.model.config, self.model.path)
         else:
             model = self.merged()

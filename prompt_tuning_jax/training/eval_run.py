@@ -23,8 +23,8 @@ from prompt_tuning_jax.checkpoints.base import (
     load_base,
     open_vocabulary,
     resolve,
-    sized,
     with_ids,
+    with_size,
 )
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.trained_on import trained_on
@@ -107,7 +107,7 @@ def evaluate_prompt(
     check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
     if check_only:
         return {}
-    size = sized(size, initial_checkpoint_path)
+    size = with_size(size, initial_checkpoint_path)
     if model_dir is not None:
         check_writable(Path(model_dir))
     location = resolve(initial_checkpoint_path)

@@ -21,10 +21,10 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
 from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, PlannedBatches, StreamedBatches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
+from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, with_size
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.state import all_agree
-from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, read_prompts, read_tuned, write_tuned
+from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, has_only_adapters, read_prompts, read_tuned, write_tuned
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
@@ -129,8 +129,8 @@ class TrainConfig:
         keep_plain(self)
         check_values(TrainConfig, {"size": self.size})
         if not self.size.has_size:
-            self.check_values()  # check before `sized` reads a file
-            object.__setattr__(self, "size", sized(self.size, self.initial_checkpoint_path))
+            self.check_values()  # check before `with_size` reads a file
+            object.__setattr__(self, "size", with_size(self.size, self.initial_checkpoint_path))
 
     def open_folder(self) -> RunFolder | NoFolder:
         """Returns the run's folder after checking the settings. Nothing is written to it yet.
@@ -420,7 +420,7 @@ class Run:
         if jax.tree.map(np.shape, injection) != jax.tree.map(np.shape, self._start):
             return False
         write_tuned(folder.path / "best", injection, {}, config=self.size, vocabulary=None)
-        return folder.states.beside(self.step).get("best") in (None, folder.best_hash())
+        return folder.states.extra(self.step).get("best") in (None, folder.best_hash())
 
     def _save(self) -> None:
         self._folder.states.save(self.step, self.state, {"evals": self._evals, **self._folder.logged()})
@@ -543,7 +543,7 @@ class Run:
         frozen = self.frozen
         if injection.parameters:
             injection = self._partitioner.gather(injection)
-            if not adapters_alone(injection.parameters):
+            if not has_only_adapters(injection.parameters):
                 frozen = self._partitioner.gather(frozen)
         if self._folder.writes:
             tuned = {"config": self.size, "vocabulary": self.tokenizer.path, "dtype": self.config.export_dtype}

@@ -83,7 +83,7 @@ class _NoStates:
     def restore_newest(self, like: Any) -> tuple[int, Any, list[str]]:
         return 0, like, []
 
-    def save(self, step: int, state: Any, beside: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         pass
 
 
@@ -222,7 +222,7 @@ class RunFolder:
         """
         path = self.path / "metrics.jsonl"
         data = path.read_bytes() if path.exists() else b""
-        checkpointed = self.states.beside(step) if step else {}
+        checkpointed = self.states.extra(step) if step else {}
         records, lines = _records_until(step, data, checkpointed, path)
         text = "".join(json.dumps(record) + "\n" for record in records)
         barrier("read")
@@ -250,7 +250,7 @@ class RunFolder:
 
         If the checkpoint stores none, because an earlier version wrote it, any best/ that exists is accepted.
         """
-        found, checkpointed = self.best_hash() if self.writes else None, self.states.beside(step)
+        found, checkpointed = self.best_hash() if self.writes else None, self.states.extra(step)
         return all_agree(not self.writes or (found is not None and found == checkpointed.get("best", found)))
 
     def log(self, record: Mapping[str, Any]) -> None:
