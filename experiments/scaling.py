@@ -144,12 +144,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         config = run_config(args, layers, batch_size)
         partitioner = Partitioner(mesh, config.size)
         state, frozen = start_shapes(config)
-        shardings = partitioner.state(state)
+        shardings = partitioner.state_shardings(state)
         model = Transformer(config.size)
         step = make_train_step(model, config.method, config.optimizer, 1e-4, 1, partitioner, shardings)
         placed = jax.tree.map(_placed, state, shardings)
-        held = {path: _placed(leaf, partitioner.parameter(path, leaf.shape)) for path, leaf in frozen.items()}
-        rows = jax.tree.map(lambda leaf, on=partitioner: _placed(leaf, on.batch(batch_size, leaf.ndim)), _batch(config))
+        held = {path: _placed(leaf, partitioner.parameter_sharding(path, leaf.shape)) for path, leaf in frozen.items()}
+        rows = jax.tree.map(
+            lambda leaf, on=partitioner: _placed(leaf, on.batch_sharding(batch_size, leaf.ndim)), _batch(config)
+        )
         compiled = step.lower(placed, held, rows).compile()
         memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
         flat = {f"{kind} {field}": value for kind, of in sent.items() for field, value in of._asdict().items()}

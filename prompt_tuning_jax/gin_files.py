@@ -16,7 +16,7 @@ from typing import Any
 import gin
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import near_misses, spelled, spelling
+from prompt_tuning_jax.errors import error_text, near_misses, spelling
 
 FLAGS = ("allow_other_config",)  # settings that are flags, not macros
 
@@ -266,7 +266,7 @@ def as_macro(setting: str) -> str:
 
 def in_gin(error: Exception) -> str:
     """Returns an error's message with settings written as macros."""
-    return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds this line
+    return error_text(error, as_macro).split("\n  In call to configurable")[0]  # gin adds this line
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.command_line import Parser
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import error_text
 from prompt_tuning_jax.flags import as_flag
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
@@ -52,4 +52,4 @@ def print_broken(broken: Mapping[str, Exception]) -> None:
 
 def in_flags(error: Exception) -> str:
     """Returns an error's message with settings written as flags."""
-    return spelled(error, as_flag)
+    return error_text(error, as_flag)

@@ -18,7 +18,7 @@ from prompt_tuning_jax.batches.cache import (
 )
 from prompt_tuning_jax.batches.examples import Examples, hash_of, tokenize_rows
 from prompt_tuning_jax.batches.loader import Batches, MixedBatches, PlannedBatches, StreamedBatches
-from prompt_tuning_jax.errors import Setting, SettingError, renamed, said
+from prompt_tuning_jax.errors import Setting, SettingError, message_text, renamed
 from prompt_tuning_jax.settings import (
     Count,
     Counts,
@@ -246,7 +246,7 @@ class DatasetConfig:
             if counts and say:
                 what = " and ".join(f"{name} of {count}" for name, count in counts.items())
                 lead = (f"{task} {self.split}: ", Setting("task_feature_lengths"), f" {lengths}")
-                say(said(*lead, f" truncate {what} of {len(examples)} examples"))
+                say(message_text(*lead, f" truncate {what} of {len(examples)} examples"))
             if say:
                 for line in [
                     *([truncated_labels(truncated)] if truncated else []),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prompt_tuning_jax.batches.cache import to_stderr
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import error_text
 from prompt_tuning_jax.sweeps.run_groups import programs
 from prompt_tuning_jax.sweeps.shared_step import program_of
 from prompt_tuning_jax.training.evaluation import Evaluator
@@ -23,7 +23,7 @@ from prompt_tuning_jax.training.wall_time import WallTime
 
 def in_a_line(error: Exception) -> str:
     """Returns an error's message as one line, in which settings have the names of gin macros."""
-    return " ".join(spelled(error, str.upper).split())
+    return " ".join(error_text(error, str.upper).split())
 
 
 def leave_failure(name: str, model_dir: str, failure: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.command_line import Parser, one_line_errors
-from prompt_tuning_jax.errors import SettingError, spelled
+from prompt_tuning_jax.errors import SettingError, error_text
 from prompt_tuning_jax.settings import Count, Natural
 from prompt_tuning_jax.tasks import data_check
 
@@ -40,7 +40,7 @@ WIDTH = 160  # how many characters of a text are shown
 
 def main() -> None:
     arguments = sys.argv[1:]
-    with one_line_errors(lambda error: spelled(error, _as_flag)):
+    with one_line_errors(lambda error: error_text(error, _as_flag)):
         run(arguments)
 
 
@@ -316,7 +316,7 @@ def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> 
     try:
         truncated = data_check.check_trimmed_labels(labels, words, lengths)
     except SettingError as error:
-        yield spelled(error, _as_flag)
+        yield error_text(error, _as_flag)
         return
     if truncated:
         yield data_check.truncated_labels(truncated)
@@ -332,7 +332,7 @@ def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iter
             for tokens, _ in _tokenized(task, TRAIN, lengths):
                 known.update(data_check.row_hashes(tokens["inputs"]))
     except ValueError as error:  # the file of the training split may be missing, which is no error elsewhere
-        yield f"the inputs are not compared with those of {TRAIN}: {spelled(error, _as_flag)}"
+        yield f"the inputs are not compared with those of {TRAIN}: {error_text(error, _as_flag)}"
         return
     if both := sum(one in known for one in hashes):
         yield data_check.shared(both, len(hashes))

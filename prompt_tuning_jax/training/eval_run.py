@@ -135,7 +135,7 @@ def evaluate_prompt(
     partitioner = (
         ONE_DEVICE if several else evaluation_partitioner(size, dataset.batch_size, mesh, num_partitions, base_dtype)
     )
-    base = load_base(location, size, base_dtype, partitioner.parameter)
+    base = load_base(location, size, base_dtype, partitioner.parameter_sharding)
     for path, source in sources.items():
         source.check(f"prompt {path}", base.fingerprint, tokenizer.fingerprint)
         if (remark := source.remark(f"prompt {path}", base.path)) and is_writer():

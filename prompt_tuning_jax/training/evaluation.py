@@ -148,7 +148,7 @@ class Evaluator:
 
     def _shard(self, *arrays: np.ndarray) -> Sequence[Any]:
         """Places a batch's arrays on the mesh, and returns them."""
-        return self._partitioner.spread(arrays, len(arrays[0]))
+        return self._partitioner.shard_rows(arrays, len(arrays[0]))
 
     def answers(self, injection: Injection, frozen: Params, batches: Batches) -> list[str]:
         """Returns the greedy answer to each row of the split, in order.

@@ -145,7 +145,7 @@ def train(
     if not isinstance(partitioner, OneDevice):
         (say or say_nothing)(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
         if watch is not None:
-            partitioner.on_batch = watch.work
+            partitioner.on_batch = watch.note_work
     run = Run(
         config,
         folder,
@@ -306,9 +306,9 @@ def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_D
     tokenizer = open_vocabulary(config.vocabulary, location, size)
     size = with_ids(size, tokenizer)
     if location:
-        base = load_base(location, size, config.resolved_base_dtype, partitioner.parameter)
+        base = load_base(location, size, config.resolved_base_dtype, partitioner.parameter_sharding)
     else:
-        base = random_base(size, config.random_seed, partitioner.parameter)
+        base = random_base(size, config.random_seed, partitioner.parameter_sharding)
     return Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
 
 

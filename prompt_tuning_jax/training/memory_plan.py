@@ -209,8 +209,8 @@ def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
     def bytes_of(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    of_state = jax.tree.map(bytes_of, partitioner.state(state), state)
-    of_frozen = [bytes_of(partitioner.parameter(path, leaf.shape), leaf) for path, leaf in frozen.items()]
+    of_state = jax.tree.map(bytes_of, partitioner.state_shardings(state), state)
+    of_frozen = [bytes_of(partitioner.parameter_sharding(path, leaf.shape), leaf) for path, leaf in frozen.items()]
     batch = _batch(config, config.train_dataset.batch_size // (config.num_microbatches or 1))
     activations, _ = _saved_bytes(config, state, frozen, batch)
     return DevicePart(sum(of_frozen), sum(jax.tree.leaves(of_state)), activations // partitioner.batch_shards)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError, said
+from prompt_tuning_jax.errors import Setting, SettingError, message_text
 from prompt_tuning_jax.parallel.mesh import mesh_shape
 from prompt_tuning_jax.training.memory_plan import (
     SPARE_MEMORY,
@@ -64,7 +64,7 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     for line in table(found, config, device):
         say(line)
     if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
-        settings = ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items())
+        settings = ", ".join(f"{message_text(Setting(name))}={value!r}" for name, value in told.items())
         say(f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}")
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)

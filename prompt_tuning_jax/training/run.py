@@ -297,7 +297,7 @@ class Run:
 
         check_optimizer(config.optimizer, trained)
         start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
-        shardings = partitioner.state(jax.eval_shape(start, trained))
+        shardings = partitioner.state_shardings(jax.eval_shape(start, trained))
         self.state = partitioner.jit(start, out_shardings=shardings)(trained) if shardings else start(trained)
         self._start = self._fold(self.state.trainable, self.frozen)._replace(parameters={})
         self._start = jax.tree.map(np.asarray, self._start)  # on the host, because the first step donates the state
@@ -428,7 +428,7 @@ class Run:
     @property
     def state_shardings(self) -> TrainState | None:
         """The shardings of the state on the mesh; None on one device."""
-        return self._partitioner.state(self.state)
+        return self._partitioner.state_shardings(self.state)
 
     def shard_batch(self, batch: Batch) -> Batch:
         """Places a batch on the mesh, and returns it.
@@ -436,7 +436,7 @@ class Run:
         Args:
           batch: this process's own rows of the batch.
         """
-        return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
+        return self._partitioner.shard_rows(batch, self.config.train_dataset.batch_size)
 
     @property
     def is_over(self) -> bool:
