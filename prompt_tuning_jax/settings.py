@@ -176,9 +176,9 @@ class OneOf(Kind):
         return "one of " + ", ".join(map(repr, self.values))
 
     def fault(self, value: Any, optional: bool = False) -> str | None:
-        if any(type(value) is type(one) and value == one for one in self.values):
+        if any(type(value) is type(item) and value == item for item in self.values):
             return None
-        texts = [one for one in self.values if isinstance(one, str)]
+        texts = [item for item in self.values if isinstance(item, str)]
         hint = near_misses(value, texts, shown=repr, otherwise="") if isinstance(value, str) else ""
         return self.refused(value, optional, f"; {hint}" if hint else "")
 
@@ -223,9 +223,9 @@ class Listing(Kind):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             hint = f"; did you mean [{shown(value)}]?" if self.of.accepts(value) else ""
             return self.refused(value, optional, hint)
-        for at, one in enumerate(value):
-            if fault := self.of.fault(one):
-                return f"[{at}]{fault}"
+        for index, item in enumerate(value):
+            if fault := self.of.fault(item):
+                return f"[{index}]{fault}"
         return None
 
 
@@ -285,8 +285,8 @@ class Dictionary(Kind):
     def fault(self, value: Any, optional: bool = False) -> str | None:
         if not isinstance(value, Mapping) or (self.texts and not all(isinstance(key, str) for key in value)):
             return self.refused(value, optional)
-        for key, one in value.items():
-            if self.of is not None and (fault := self.of.fault(one)):
+        for key, item in value.items():
+            if self.of is not None and (fault := self.of.fault(item)):
                 return f"[{key!r}]{fault}"
         return None
 
@@ -406,7 +406,7 @@ def annotations_of(declared: Callable[..., Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(declared):
         found = {field.name: field.type for field in dataclasses.fields(declared)}
     else:
-        found = {name: one.annotation for name, one in inspect.signature(declared).parameters.items()}
+        found = {name: item.annotation for name, item in inspect.signature(declared).parameters.items()}
     return {name: annotation for name, annotation in found.items() if _kind_of(annotation)[0] is not None}
 
 
@@ -415,8 +415,8 @@ def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
     if isinstance(annotation, Kind):
         return annotation, False
     parts = get_args(annotation)
-    for one in (annotation, *parts):
-        for kind in getattr(one, "__metadata__", ()):
+    for item in (annotation, *parts):
+        for kind in getattr(item, "__metadata__", ()):
             if isinstance(kind, Kind):
                 return kind, type(None) in parts
     return None, False

@@ -211,7 +211,7 @@ def _check_chunks(array: ts.TensorStore, stored: set[str]) -> None:
             encoding = metadata["chunk_key_encoding"]
             separator, prefix = ("/", "c/") if encoding["name"] == "default" else (".", "")
             separator = encoding.get("configuration", {}).get("separator", separator)
-        stored = stored & {prefix + separator.join(map(str, place)) for place in np.ndindex(*grid)}
+        stored = stored & {prefix + separator.join(map(str, index)) for index in np.ndindex(*grid)}
     if len(stored) < expected:
         raise ValueError(f"{expected - len(stored)} of its {expected} chunks are missing")
 

@@ -39,8 +39,8 @@ from prompt_tuning_jax.tasks.data_check import (
     check_something_left,
     check_trimmed_labels,
     row_hashes,
-    shared,
-    truncated_labels,
+    shared_inputs_warning,
+    truncated_labels_warning,
 )
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import RowSource, scoring
@@ -249,7 +249,7 @@ class DatasetConfig:
                 say(message_text(*lead, f" truncate {what} of {len(examples)} examples"))
             if say:
                 for line in [
-                    *([truncated_labels(truncated)] if truncated else []),
+                    *([truncated_labels_warning(truncated)] if truncated else []),
                     *data_check_lines(examples, vocabulary),
                 ]:
                     say(f"{task} {self.split}: {line}")
@@ -281,7 +281,7 @@ def shared_inputs(train: PlannedBatches, evaluated: Mapping[str, Batches]) -> It
         own = input_hashes(batches.examples)
         if both := sum(one in known for one in own):
             sampled = len(own) < len(batches.examples) or any(len(one) > MOST_INPUTS for one in trained)
-            yield f"{name}: {shared(both, len(own), at_least=sampled)}"
+            yield f"{name}: {shared_inputs_warning(both, len(own), at_least=sampled)}"
 
 
 def input_hashes(examples: Examples) -> list[int]:

@@ -129,7 +129,7 @@ class Run:
             if code == TERMINATED and "SLURM_JOB_ID" in os.environ:
                 time.sleep(VERDICT_SECONDS)
             if code and code != TERMINATED:
-                self._note_failure(log, begin, code)
+                self._write_failure(log, begin, code)
         if code:
             raise RuntimeError(f"job {self._job.name} exited with {code}: see {log}")
 
@@ -175,7 +175,7 @@ class Run:
         finally:
             self._pid = None
 
-    def _note_failure(self, log: Path, begin: int, code: int) -> None:
+    def _write_failure(self, log: Path, begin: int, code: int) -> None:
         """Writes the last lines of the log to failed.txt of each unfinished trial that does not have one yet."""
         with open(log, "rb") as file:
             file.seek(max(begin, log.stat().st_size - 200 * LAST_LINES))
