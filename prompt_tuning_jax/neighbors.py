@@ -30,7 +30,7 @@ from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.prompts.files import IN_T5X, RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.prompts.nearest_words import Lexicon, Prompt, cosines, describe, make_lexicon
-from prompt_tuning_jax.settings import Count, check, whole
+from prompt_tuning_jax.settings import Count, check, integer
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
 MOST_SHARED = 5
@@ -92,7 +92,7 @@ def read(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"{first} is {shapes}: set --before to the same prompt before it was trained")
     lexicon = open_lexicon(model, arguments.vocabulary, arguments.labels)
     check_sources(files, model, arguments.vocabulary)
-    check("top", arguments.top, whole(1, len(lexicon.names), "the number of words and labels"))
+    check("top", arguments.top, integer(1, len(lexicon.names), "the number of words and labels"))
     report = {"base": base} | describe(prompts, earlier, lexicon, arguments.top)
     if arguments.picture:
         draw(Path(arguments.picture), report, prompts, earlier, lexicon)

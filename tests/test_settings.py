@@ -45,8 +45,8 @@ from prompt_tuning_jax.settings import (
     accepts,
     check,
     check_fields,
+    integer,
     keep_plain,
-    whole,
 )
 from prompt_tuning_jax.sweeps import spec
 from prompt_tuning_jax.sweeps.launchers import jobset, local, slurm, xpk
@@ -158,7 +158,7 @@ def refused(model, tmp_path):
         (Counts, [[1, 2]], ["12", [0], [1.0], 5]),
         (Switch, [True, False], [0, 1, "True", None]),
         (Lengths, [{"inputs": 1, "targets": 2}], [{}, {"inputs": 1}, {"inputs": 1, "targets": 1}, [], "a", None]),
-        (whole(2, 4, "the rooms"), [2, 4], [1, 5]),
+        (integer(2, 4, "the rooms"), [2, 4], [1, 5]),
         (int, ["anything"], []),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_kind_accepts_its_values_alone(annotation, right, wrong):
         (2.5, Count, "`batch_size` is 2.5, expected a whole number of at least 1"),
         (True, Count | None, "`batch_size` is True, expected a whole number of at least 1 or None"),
         (2**40, Count, "`batch_size` is 1099511627776, expected at most 2147483647, which int32 can hold"),
-        (9, whole(1, 8, "the width"), "`batch_size` is 9, expected a whole number from 1 to 8, the width"),
+        (9, integer(1, 8, "the width"), "`batch_size` is 9, expected a whole number from 1 to 8, the width"),
         (1.5, Share, "`batch_size` is 1.5, expected a number in [0, 1)"),
         ("yes no", Texts, "`batch_size` is 'yes no', expected a list of texts; did you mean ['yes no']?"),
         (["a", 1], Texts, "`batch_size`[1] is 1, expected a text"),

@@ -22,9 +22,9 @@ from prompt_tuning_jax.errors import Setting, SettingError, message_text, rename
 from prompt_tuning_jax.settings import (
     Count,
     Counts,
-    Dictionary,
+    InstanceOf,
     Lengths,
-    Made,
+    MappingOf,
     Name,
     Switch,
     Text,
@@ -81,7 +81,7 @@ class DatasetConfig:
     cache_dir: Text | None = None
     buckets: Counts | None = None
     use_cached: Switch = True
-    source: Annotated[RowSource | Any, Made(RowSource)] | None = None
+    source: Annotated[RowSource | Any, InstanceOf(RowSource)] | None = None
     tasks: Mapping[str, "DatasetConfig"] | Any = None
 
     def __post_init__(self):
@@ -93,7 +93,7 @@ class DatasetConfig:
         with renamed(**names):
             check_fields(self)
         if self.tasks is not None:
-            check("tasks", self.tasks, Dictionary(Made(DatasetConfig)))
+            check("tasks", self.tasks, MappingOf(InstanceOf(DatasetConfig)))
             if not self.tasks:
                 raise SettingError(Setting("tasks"), " is {}, expected at least one task")
             for task in self.tasks.values():

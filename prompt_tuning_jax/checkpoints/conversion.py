@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.array_files.t5x import is_t5x
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import (
     CHOICES,
@@ -118,7 +118,7 @@ def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
     if to == "peft":
         write_adapter(target, prompt, base)
     elif to == "t5x":
-        with whole_folder(target) as partial:
+        with atomic_folder(target) as partial:
             write_prompt(partial / OFFICIAL_NAME, prompt)
     else:
         write_prompt(target, prompt)

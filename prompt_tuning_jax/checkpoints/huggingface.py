@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.flax_files import open_flax
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.array_files.torch_files import open_torch
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
 from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
 from prompt_tuning_jax.regular_files import regular
@@ -418,7 +418,7 @@ def write(
         "is_encoder_decoder": True,
         "dtype": kinds.pop() if len(kinds) == 1 else "float32",
     }
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, tensors, shard_bytes)
         (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         if vocabulary:

@@ -17,9 +17,9 @@ from reprlib import repr as shown  # truncates a file's values, so that an error
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.peft import (
@@ -186,5 +186,5 @@ def _read_file(folder: Path, config: T5Config) -> Mapping[str, np.ndarray]:
 def _write_file(folder: Path, parameters: Mapping[str, np.ndarray]) -> None:
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FILE}):
         raise ValueError(f"{folder} is there already and holds more than {FILE}; expected a new folder for a prefix")
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, parameters, stem=STEM)

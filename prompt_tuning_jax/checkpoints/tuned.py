@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
@@ -75,7 +75,7 @@ def write_prompts(path: str | os.PathLike, injection: Injection) -> None:
             f"{path} is there already and holds more than {PROMPT} and {LAYER_PROMPTS}; expected a new folder for a "
             "prompt with additions per layer, or an earlier one of these two files to replace"
         )
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         _write_prompts(partial, injection)
 
 
@@ -97,7 +97,7 @@ def is_one_file(injection: Injection) -> bool:
 
 def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) -> None:
     """Writes a folder with one prompt per task, TASK.npy; the folder appears whole or not at all."""
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         for task, prompt in prompts.items():
             write_prompt(partial / f"{task}.npy", np.asarray(prompt))
 

@@ -21,7 +21,7 @@ from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import ANSWER, RANK, Decoding, Reader, Request
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
-from prompt_tuning_jax.settings import Count, Int, check_values, whole
+from prompt_tuning_jax.settings import Count, Int, check_values, integer
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # number of batches whose rows are sorted by length together
@@ -52,7 +52,7 @@ class Predictor:
         model: Model,
         prompts: Any = None,
         *,
-        input_length: Annotated[Int, whole(2)] = 512,  # a token and the end of sequence
+        input_length: Annotated[Int, integer(2)] = 512,  # a token and the end of sequence
         max_new_tokens: Count = 32,
         batch_size: Count = 32,
         decoding: Decoding | None = None,

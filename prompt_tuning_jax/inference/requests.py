@@ -24,7 +24,7 @@ from prompt_tuning_jax.settings import (
     annotations_of,
     check_fields,
     fault_of,
-    whole,
+    integer,
 )
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
@@ -58,7 +58,7 @@ class Decoding:
     """
 
     decode: Annotated[Str, OneOf(METHODS)] = "greedy"
-    beams: Annotated[Int, whole(1, 64)] = 4
+    beams: Annotated[Int, integer(1, 64)] = 4
     temperature: Annotated[Float, Number(least=0, most=100)] = 1.0
     top_k: Natural = 0
     top_p: Annotated[Float, Number(least=SMALLEST, most=1)] = 1.0

@@ -13,10 +13,10 @@ from reprlib import repr as shown  # truncates values from files of others, so t
 import numpy as np
 from jaxtyping import Float
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.array_files.torch_files import open_torch
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.regular_files import regular
 
@@ -154,7 +154,7 @@ def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, 
     found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@(\S+)", base, re.ASCII)
     if found and not os.path.exists(base):
         config = config | {"base_model_name_or_path": found[1], "revision": found[2]}
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, tensors, stem=STEM)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

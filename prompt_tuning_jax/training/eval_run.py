@@ -37,7 +37,7 @@ from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.prompts.initializers import written_prompt
-from prompt_tuning_jax.settings import Count, Made, Name, Natural, Switch, Text, Texts, check_values
+from prompt_tuning_jax.settings import Count, InstanceOf, Name, Natural, Switch, Text, Texts, check_values
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
@@ -56,9 +56,9 @@ from prompt_tuning_jax.training.submission import start_submission, write_file
 
 def evaluate_prompt(
     *,
-    size: Annotated[T5Config | Any, Made(T5Config)],
+    size: Annotated[T5Config | Any, InstanceOf(T5Config)],
     initial_checkpoint_path: Name,
-    dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)],
+    dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)],
     prompt_file: Text | None = None,
     prompt_files: Texts | None = None,
     prompt_text: Text | None = None,

@@ -37,7 +37,7 @@ from prompt_tuning_jax.parallel.processes import barrier
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.settings import (
     Count,
-    Made,
+    InstanceOf,
     Name,
     NotNegative,
     OneOf,
@@ -99,11 +99,11 @@ class TrainConfig:
       allow_other_config: whether to resume a run in MODEL_DIR that was started with other settings.
     """
 
-    size: Annotated[T5Config | Any, Made(T5Config)]  # `check_values` reports any other type as a SettingError
+    size: Annotated[T5Config | Any, InstanceOf(T5Config)]  # `check_values` reports any other type as a SettingError
     initial_checkpoint_path: Text | None
-    model: Annotated[Model | Any, Made(Model)] | None = None
-    train_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
-    eval_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
+    model: Annotated[Model | Any, InstanceOf(Model)] | None = None
+    train_dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)]
+    eval_dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)]
     method: Method | Any
     optimizer: optax.GradientTransformation | Any
     train_steps: Count

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from prompt_tuning_jax.batches.lock import lock, running
 from prompt_tuning_jax.command_line import TERMINATED
-from prompt_tuning_jax.settings import Dictionary, Name, Settings, check_fields
+from prompt_tuning_jax.settings import MappingOf, Name, Settings, check_fields
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -43,7 +43,7 @@ class Slurm:
         waits for them. To divide this machine among the jobs, use --launcher=local instead.
     """
 
-    parameters: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
+    parameters: Annotated[Settings, MappingOf()] = dataclasses.field(default_factory=dict)
     cluster: Name = "slurm"
 
     def __post_init__(self):
