@@ -13,8 +13,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import page
-from experiments.benchmarks.flop import Shape, product_rates, step_flop
-from experiments.benchmarks.train_step import against_products, figures, in_any_order
+from experiments.benchmarks.flop import Shape, matmul_rates, step_flop
+from experiments.benchmarks.train_step import compare_to_matmuls, figures, in_any_order
 from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import expected_shapes
@@ -92,7 +92,7 @@ def test_rates_and_shares():
     found = figures([1.0, 2.0, 9.0], rows, asked())
     assert found["examples_per_second"] == 2.0
     assert found["flop_per_second"] == flop / 2.0
-    shares = against_products(found, {"slow": flop / 10, "fast": 2.0 * flop})
+    shares = compare_to_matmuls(found, {"slow": flop / 10, "fast": 2.0 * flop})
     assert shares["product_flop_per_second"] == 2.0 * flop
     assert shares["roofline_share"] == 0.25
 
@@ -136,7 +136,7 @@ def test_rates_of_products():
         left, right = np.ones(shape[:2], dtype), np.ones(shape[1:], dtype)
         return lambda: left @ right
 
-    rates = product_rates(make, [(64, 32, 16)], ["float32", "float64"])
+    rates = matmul_rates(make, [(64, 32, 16)], ["float32", "float64"])
     assert rates.keys() == {"float32 64x32x16", "float64 64x32x16"}
     assert all(1e6 < rate < 1e15 for rate in rates.values())
 

@@ -65,7 +65,7 @@ def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
     return 2 * shape.batch * (weighed + attended + backward)
 
 
-def product_shapes(config: T5Config, shape: Shape, platform: str) -> list[tuple[int, int, int]]:
+def matmul_shapes(config: T5Config, shape: Shape, platform: str) -> list[tuple[int, int, int]]:
     """Returns (rows, inner, columns) of the matmuls to measure: a large square one, and both of the encoder's MLP."""
     side, positions = SQUARE.get(platform, LARGE_SQUARE), shape.batch * (shape.prompt + shape.inputs)
     return [
@@ -75,7 +75,7 @@ def product_shapes(config: T5Config, shape: Shape, platform: str) -> list[tuple[
     ]
 
 
-def product_rates(
+def matmul_rates(
     make: Callable[[tuple[int, int, int], str], Callable[[], object]],
     shapes: list[tuple[int, int, int]],
     dtypes: list[str],
@@ -90,8 +90,8 @@ def product_rates(
     rates = {}
     for dtype in dtypes:
         for rows, inner, columns in shapes:
-            product = make((rows, inner, columns), dtype)
-            product()  # compiled and warm
-            seconds = statistics.median(timed(product) for _ in range(REPEATS))
+            matmul = make((rows, inner, columns), dtype)
+            matmul()  # compiled and warm
+            seconds = statistics.median(timed(matmul) for _ in range(REPEATS))
             rates[f"{dtype} {rows}x{inner}x{columns}"] = 2 * rows * inner * columns / seconds
     return rates

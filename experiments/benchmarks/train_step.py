@@ -50,7 +50,7 @@ from experiments.benchmarks.contenders import (
     used_elsewhere,
     write_base,
 )
-from experiments.benchmarks.step_contenders import MADE_IN_PLACE, Asked, Rows
+from experiments.benchmarks.step_contenders import MADE_IN_PLACE, Rows, Settings
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.batches.loader import Batch
@@ -108,7 +108,7 @@ def write_rows(file: Path, rows: Rows) -> None:
 
 def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
     """Starts a contender's process, which does its first step at once."""
-    asked = Asked(
+    settings = Settings(
         contender=name,
         folder=str(folder),
         size=arguments.size,
@@ -121,7 +121,7 @@ def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
         remat_policy=arguments.remat_policy,
     )
     module = "experiments.benchmarks.step_contenders"
-    return Contender(module, [json.dumps(asked._asdict())], arguments.threads, arguments.device)
+    return Contender(module, [json.dumps(settings._asdict())], arguments.threads, arguments.device)
 
 
 def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argp
         for which, contender in running.items():
             found[which]["peak_bytes"] = contender.ask("peak")
         for which, contender in running.items():
-            found[which] |= against_products(found[which], contender.ask("products"))
+            found[which] |= compare_to_matmuls(found[which], contender.ask("products"))
             contender.end()
         running.clear()
     return found
@@ -188,7 +188,7 @@ def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace)
     }
 
 
-def against_products(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
+def compare_to_matmuls(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
     """Compares a contender's FLOP per second to that of its best matmul."""
     best = max(products.values())
     share = figures["flop_per_second"] / best
