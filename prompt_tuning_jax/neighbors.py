@@ -235,15 +235,15 @@ def _prompt_lines(prompt: Mapping[str, Any], report: Mapping[str, Any]) -> list[
 
 def _label_lines(prompt: Mapping[str, Any]) -> list[str]:
     """Returns a line per label with the positions near it, and a line with the number of positions near any label."""
-    lines, having = [], {}
+    lines, near_labels = [], {}
     for label, stages in prompt["labels"].items():
         found = [f"{stage} at {_numbers(positions) or 'none'}" for stage, positions in stages.items()]
         lines.append(f"label      [{label}] {', '.join(found)}")
         for stage, positions in stages.items():
-            having[stage] = having.get(stage, set()) | set(positions)
-    counts = [f"{len(positions)} {stage}" for stage, positions in having.items()]
-    if "before" in having:
-        counts.append(f"{len(having['before'] & having['now'])} before and now")
+            near_labels[stage] = near_labels.get(stage, set()) | set(positions)
+    counts = [f"{len(positions)} {stage}" for stage, positions in near_labels.items()]
+    if "before" in near_labels:
+        counts.append(f"{len(near_labels['before'] & near_labels['now'])} before and now")
     return [*lines, f"labels     positions with any: {', '.join(counts)}"] if lines else []
 
 
@@ -261,7 +261,7 @@ def _similarity_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _hollow(similarities: Any) -> np.ndarray:
+def _without_diagonal(similarities: Any) -> np.ndarray:
     """Replaces the diagonal by NaN: each item's similarity to itself, 1, would dominate the colour scale."""
     return np.where(np.eye(len(similarities), dtype=bool), np.nan, similarities)
 
@@ -287,12 +287,12 @@ def draw(
     if len(prompts) > 1:
         rows = [f"{name}  {i}" for i, name in enumerate(prompts)]
         for measure in SIMILARITIES:
-            panels.append((measure.replace("_", " "), _hollow(report[measure]), None, []))
+            panels.append((measure.replace("_", " "), _without_diagonal(report[measure]), None, []))
     else:
         (name,) = prompts
         described, stages = report["prompts"][name], {"before": earlier.get(name), "now": prompts[name]}
         rows = [f"{shown(position['neighbors'][0])}  {i}" for i, position in enumerate(described["positions"])]
-        panels.append(("other positions", _hollow(cosines(prompts[name], prompts[name])), None, []))
+        panels.append(("other positions", _without_diagonal(cosines(prompts[name], prompts[name])), None, []))
         for stage, prompt in stages.items():
             if prompt is not None and described["labels"]:
                 to_labels = cosines(prompt, lexicon.vectors(list(lexicon.labels.values())))

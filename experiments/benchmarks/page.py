@@ -189,7 +189,7 @@ def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
     for name, result in there.items():
         benchmark = BENCHMARKS[name]
         for index, row in enumerate(benchmark.rows(result["record"])):
-            what = "" if index else benchmark.what + _doubt(result["record"])
+            what = "" if index else benchmark.what + _load_warning(result["record"])
             lines.append(f"| {' | '.join([what, *row, benchmark.targets.get(row.measure, '')])} |")
     lines += ["", "The commands, in the table's order:", "", "```"]
     lines += [f"{result['command']}  # {_when(result, machines)}" for result in there.values()]
@@ -204,7 +204,7 @@ def _when(result: Mapping[str, Any], machines: Sequence[Mapping[str, str]]) -> s
     return ", ".join(known)
 
 
-def _doubt(record: Mapping[str, Any]) -> str:
+def _load_warning(record: Mapping[str, Any]) -> str:
     """Returns a warning if the machine had other work: threads that wait for each other are then many times slower."""
     found = [record, *record.get("contenders", {}).values()]
     busy = max(one.get("busy_elsewhere", 0.0) for one in found)

@@ -83,13 +83,13 @@ def task_rows(arguments: argparse.Namespace, rounds: int) -> tuple[Rows, Rows]:
 def in_any_order(batches: Sequence["Batch"], batch_size: int) -> Rows:
     """Returns the same rows, shuffled and divided into new batches, each as wide as its longest row."""
     rows = [
-        tuple(tokens[at][tokens[at] > 0] for tokens in (batch.inputs, batch.targets))
+        tuple(tokens[index][tokens[index] > 0] for tokens in (batch.inputs, batch.targets))
         for batch in batches
-        for at in np.flatnonzero(batch.ids >= 0)
+        for index in np.flatnonzero(batch.ids >= 0)
     ]
     order = np.random.default_rng(0).permutation(len(rows))
     parts = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return [(pad([rows[at][0] for at in part]), pad([rows[at][1] for at in part])) for part in parts]
+    return [(pad([rows[index][0] for index in part]), pad([rows[index][1] for index in part])) for part in parts]
 
 
 def pad(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -140,7 +140,7 @@ def open_model(path: str) -> StoredModel:
 def _no_model(location: str) -> SettingError:
     return SettingError(
         f"{location} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {INDEX} or "
-        f"{STATE}{METADATA} (T5X){_nearby(location)}: set ",
+        f"{STATE}{METADATA} (T5X){_nearby_model_hint(location)}: set ",
         MODEL_SETTING,
     )
 
@@ -265,7 +265,7 @@ def _naming_model_setting() -> Iterator[None]:
         raise SettingError(f"{error}: set ", MODEL_SETTING, " to a base model that can be read") from None
 
 
-def _nearby(location: str) -> str:
+def _nearby_model_hint(location: str) -> str:
     """Returns a hint at the model in a subfolder that was probably meant; "" if there is none."""
     steps = [path for path in Path(location).glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
     if steps:

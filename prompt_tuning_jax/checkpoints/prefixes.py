@@ -80,7 +80,7 @@ def read_prefix(folder: str | os.PathLike, config: T5Config) -> Injection:
     whole = read_floats(folder, arrays, EXPECTED)[TENSOR].reshape(length, pairs, 2, config.num_heads, config.head_dim)
     own = whole[:, [2 * layer % pairs for layer in range(config.num_decoder_layers)]]
     own = own.transpose(2, 1, 3, 0, 4)  # [2, L, H, P, K]
-    return Injection(parameters={path: jnp.asarray(own[at]) for at, path in enumerate(DECODER)})
+    return Injection(parameters={path: jnp.asarray(own[index]) for index, path in enumerate(DECODER)})
 
 
 def write_prefix(folder: str | os.PathLike, injection: Injection, config: T5Config, base: str | None = None) -> None:

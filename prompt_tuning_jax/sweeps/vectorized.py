@@ -111,12 +111,12 @@ def recording_failure(name: str, model_dir: str, failures: dict[str, str]) -> It
 def open_all(members: Sequence[Member]) -> None:
     """Opens the runs' folders, and restores each run at the step that `common_steps` chooses."""
     for member in members:
-        with member.failing_alone():
+        with member.isolating_failure():
             for line in member.run.open():
                 member.named(say_on_stderr)(line)
     members = [member for member in members if member.active]
     for member, step in zip(members, common_steps([member.run for member in members]), strict=True):
-        with member.failing_alone():
+        with member.isolating_failure():
             for line in member.run.restore_to(step):
                 member.named(say_on_stderr)(line)
             member.start()

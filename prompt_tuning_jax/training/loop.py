@@ -94,7 +94,7 @@ class Member:
         self.summary = self.run.finish()
 
     @contextlib.contextmanager
-    def failing_alone(self) -> Iterator[None]:
+    def isolating_failure(self) -> Iterator[None]:
         """Lets an error within this context end this run, and none of the other runs."""
         try:
             yield
@@ -263,7 +263,7 @@ def take_steps(
                 for member, state, own in zip(slots, states, metrics, strict=True):
                     member.state = state
                     if member.active:
-                        with member.failing_alone():
+                        with member.isolating_failure():
                             member.after_step(own, evaluator_of(member.run), show)
             saved()
             taken = max(member.run.step for member in active)
@@ -271,7 +271,7 @@ def take_steps(
             left = [member for member in slots if member.active]
             if left and stop(taken):
                 for member in left:
-                    with member.failing_alone():
+                    with member.isolating_failure():
                         member.run.save()
                 raise Stopped(f"terminated, saved at step {taken}: the same command goes on from there")
 

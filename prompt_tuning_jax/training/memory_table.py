@@ -63,8 +63,8 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     found = plan(config)
     for line in table(found, config, device):
         say(line)
-    if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
-        settings = ", ".join(f"{message_text(Setting(name))}={value!r}" for name, value in told.items())
+    if isinstance(memory, str) and device == "cpu" and (settings_there := accelerator_settings(config)):
+        settings = ", ".join(f"{message_text(Setting(name))}={value!r}" for name, value in settings_there.items())
         say(f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}")
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)
