@@ -53,7 +53,10 @@ class SuperPos(Method):
             rest = f"expected at most {words[-1] + 1}: the ids from there on are sentinels and padding"
             raise SettingError(Setting("population"), f" is {self.population}, {rest}")
         if len(special := np.setdiff1d(self.token_ids(), words)):
-            rest = f" draws the ids {', '.join(map(str, special))}, which are special tokens of this tokenizer: set another"
+            rest = (
+                f" draws the ids {', '.join(map(str, special))}, which are special tokens of this tokenizer: "
+                "set another"
+            )
             raise SettingError(Setting("token_seed"), f"={self.token_seed}{rest}")
         weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
         change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
