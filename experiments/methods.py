@@ -192,7 +192,7 @@ def collect(trials: Sequence[spec.Trial]) -> list[TrialResult]:
     """Predicts the rows of the finished trials again, and returns the trials' results."""
     from prompt_tuning_jax.checkpoints.model import load
     from prompt_tuning_jax.checkpoints.tuned import injection_of
-    from prompt_tuning_jax.sweep import checked
+    from prompt_tuning_jax.sweep import check_trial
     from prompt_tuning_jax.training.evaluation import Evaluator, is_right
 
     found, models = [], {}
@@ -200,7 +200,7 @@ def collect(trials: Sequence[spec.Trial]) -> list[TrialResult]:
         if not (trial.folder / "summary.json").is_file():
             continue
         summary = json.loads((trial.folder / "summary.json").read_text())
-        config = checked(trial)
+        config = check_trial(trial)
         assert config is not None
         if config.initial_checkpoint_path not in models:
             model = load(config.initial_checkpoint_path)
