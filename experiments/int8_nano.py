@@ -93,7 +93,15 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         cells.append(", ".join(f"{value:.1f}" for value in accuracy))
         lines.append(f"| {' | '.join(cells)} |")
     command = " ".join(f'"{part}"' if "'" in part else part for part in arguments("int8", 0, Path("runs/int8")))
-    lines += ["", "Made by `python -m experiments.int8_nano`. One of its runs:", "", "```", f"python {command}", "```", ""]
+    lines += [
+        "",
+        "Made by `python -m experiments.int8_nano`. One of its runs:",
+        "",
+        "```",
+        f"python {command}",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 

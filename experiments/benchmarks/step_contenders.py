@@ -248,11 +248,12 @@ def contend(settings: Settings) -> None:
     }
 
     def matmul_rates_of_run() -> dict[str, float]:
-        from experiments.benchmarks.flop import Shape, matmul_rates, matmul_shapes
+        from experiments.benchmarks.matmuls import matmul_rates, matmul_shapes
         from experiments.sizes import SIZES
+        from prompt_tuning_jax.training.flop import StepShape
 
         inputs, targets = max(rows, key=lambda pair: pair[0].size)
-        shape = Shape(len(inputs), inputs.shape[1], targets.shape[1], settings.prompt_length)
+        shape = StepShape(len(inputs), inputs.shape[1], targets.shape[1], settings.prompt_length)
         shapes = matmul_shapes(SIZES[settings.size], shape, contender.platform)
         dtypes = ["float32"] if settings.dtype == "float32" else ["float32", "bfloat16"]
         return matmul_rates(contender.matmul, shapes, dtypes)

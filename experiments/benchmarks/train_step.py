@@ -8,8 +8,7 @@ idle; on an accelerator they run one after the other, so that each has all of th
 weights are trained, for the peer with plain transformers. The frozen base model has the dtype `--dtype`, and the peer's
 model `--peer-dtype`, where `autocast` means float32 weights under torch.autocast. With `--lengths` the rows are those
 of a task: this project's loader makes batches of rows with similar lengths; the peer has the same rows in a random
-  order,
-with each batch padded to its longest row.
+order, with each batch padded to its longest row.
 
 The last line printed is one JSON object with all settings, and
 
@@ -17,9 +16,10 @@ The last line printed is one JSON object with all settings, and
     import_seconds, start_to_first_step_seconds: from the start of the process to the end of its imports, and to the end
       of its first step, with nothing compiled before; first_step_seconds: only that step, including compilation
     step_seconds: median, min and max; examples_per_second: from the median, with `--lengths` from the sum
-    flop, flop_per_second: those of a step's matmuls (`flop.step_flop`), with `--lengths` on average
+    flop, flop_per_second: those of a step's matmuls (`training.flop.step_flop`), with `--lengths` on average
     product_flop_per_second: the best of the matmuls in `products`, measured with the contender's framework
     roofline_share: the time that the step's matmuls would take at that rate, divided by the step's time
+    mfu: flop_per_second divided by the device's published peak in bfloat16 (`training.flop.PEAKS`), if it is known
     peak_bytes: the peak memory of the process, or of the accelerator
     busy_elsewhere: cores that other processes kept busy in the meantime; if above about 0.1, the seconds are unreliable
     first_loss: in nats per target token; equal up to rounding if both do the same work
@@ -169,12 +169,12 @@ def by_turns(running: Mapping[str, Contender], rows: Mapping[str, Rows], rounds:
 
 def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the values that follow from the seconds of steps; with `--lengths`, step n was on batch n."""
-    from experiments.benchmarks.flop import Shape, step_flop
     from experiments.sizes import SIZES
+    from prompt_tuning_jax.training.flop import StepShape, step_flop
 
     model = arguments.mode == "model"
     prompt = 0 if model else arguments.prompt_length
-    shapes = [Shape(len(inputs), inputs.shape[1], targets.shape[1], prompt) for inputs, targets in rows]
+    shapes = [StepShape(len(inputs), inputs.shape[1], targets.shape[1], prompt) for inputs, targets in rows]
     flop = statistics.mean(step_flop(SIZES[arguments.size], shape, trains_model=model) for shape in shapes)
     examples = statistics.mean(int((inputs > 0).any(axis=1).sum()) for inputs, _ in rows)
     median = statistics.median(seconds)
@@ -189,10 +189,12 @@ def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace)
 
 
 def compare_to_matmuls(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
-    """Compares a contender's FLOP per second to that of its best matmul."""
-    best = max(products.values())
-    share = figures["flop_per_second"] / best
-    return {"products": products, "product_flop_per_second": best, "roofline_share": share}
+    """Compares a contender's FLOP per second to that of its best matmul, and to its device's published peak."""
+    from prompt_tuning_jax.training.flop import PEAKS
+
+    best, done = max(products.values()), figures["flop_per_second"]
+    mfu = {"mfu": done / PEAKS[figures["device"]]} if figures.get("device") in PEAKS else {}
+    return {"products": products, "product_flop_per_second": best, "roofline_share": done / best, **mfu}
 
 
 def largest_batch(name: str, folder: Path, arguments: argparse.Namespace) -> int:

@@ -74,7 +74,7 @@ class Member:
         return self.batch
 
     def after_step(self, metrics: StepMetrics, evaluator: Evaluator, say: Say) -> None:
-        self.run.after_step(self.state, self.batch.ids, metrics, evaluator, self.named(say))
+        self.run.after_step(self.state, self.batch, metrics, evaluator, self.named(say))
         if self.run.is_over:
             self.end()
 

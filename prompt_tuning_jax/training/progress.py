@@ -37,10 +37,12 @@ class Window:
 
     def restart(self) -> None:
         self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
+        self._flop: list[int] = []
         self._started = time.time()
 
-    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
+    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics, flop: int) -> None:
         self._steps.append((step, ids, metrics))
+        self._flop.append(flop)
 
     def check(self) -> None:
         """Raises ValueError if the newest step's loss or gradient norm is not finite."""
@@ -60,7 +62,7 @@ class Window:
 
         Returns:
           "loss", in nats per target token, z-loss included; "token_accuracy", in per cent; "gradient_norm", the mean
-          over the steps; and "examples_per_second".
+          over the steps; "tflops_per_step", 1e-12 times the mean FLOP of a step's matmuls; and "examples_per_second".
 
         Raises:
           ValueError: the newest step's loss or gradient norm is not finite.
@@ -69,12 +71,13 @@ class Window:
         steps = jax.device_get([metrics for _, _, metrics in self._steps])
         tokens = sum(float(metrics.sums.tokens) for metrics in steps)
         rows = sum(float(metrics.sums.rows) for metrics in steps)
-        seconds = time.time() - self._started
+        seconds, tflops = time.time() - self._started, float(np.mean(self._flop)) / 1e12
         self.restart()
         return {
             "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
             "token_accuracy": 100 * sum(float(metrics.sums.correct) for metrics in steps) / tokens,
             "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in steps])),
+            "tflops_per_step": tflops,
             "examples_per_second": rows / seconds,
         }
 

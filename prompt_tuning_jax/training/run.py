@@ -52,6 +52,7 @@ from prompt_tuning_jax.settings import (
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
+from prompt_tuning_jax.training.flop import StepShape, step_flop
 from prompt_tuning_jax.training.progress import Window, prompt_norm_and_distance
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
@@ -309,6 +310,7 @@ class Run:
         self._best_injection: Injection | None = None
         self._evals: list[dict[str, Any]] = []
         self._window = Window()
+        self._trains_model = not trained.keys().isdisjoint(model.parameters)
 
     def open(self) -> list[str]:
         """Makes the folder, or opens it and reads the newest checkpoint if it has this run already.
@@ -451,14 +453,12 @@ class Run:
         assert isinstance(self.batches, MixedBatches) and self._prompt_of is not None
         return batch._replace(tasks=self._prompt_of[self.batches.tasks_of(batch.ids)])
 
-    def after_step(
-        self, state: TrainState, ids: Int[np.ndarray, " B"], metrics: StepMetrics, evaluator: Evaluator, say: Say
-    ) -> None:
+    def after_step(self, state: TrainState, batch: Batch, metrics: StepMetrics, evaluator: Evaluator, say: Say) -> None:
         """Records a step; logs, evaluates and saves if the periods require it.
 
         Args:
           state: the state after the step.
-          ids: the ids of the batch's examples, for error messages.
+          batch: the step's batch: its examples' ids are for error messages, its widths for the FLOP.
           metrics: what the step reported.
           say: called with a line about each record that is logged.
 
@@ -468,7 +468,10 @@ class Run:
         config = self.config
         self.state, self.step = state, self.step + 1
         self._check_step()
-        self._window.add(self.step, ids, metrics)
+        shape = StepShape(
+            config.train_dataset.batch_size, batch.inputs.shape[1], batch.targets.shape[1], self.prompt_length
+        )
+        self._window.add(self.step, batch.ids, metrics, step_flop(self.size, shape, trains_model=self._trains_model))
         evaluates = self.step % config.eval_period == 0 or self.step == config.train_steps
         logs = self.step % config.log_period == 0 or evaluates
         if not logs:
