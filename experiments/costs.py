@@ -12,18 +12,17 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.benchmarks.flop import Shape, step_flop
 from experiments.sizes import SIZES
+from prompt_tuning_jax.training.flop import PEAKS, StepShape, step_flop
 
-STEPS, SHAPE = 30_000, Shape(32, 512, 16, 100)
-# The peak of bfloat16 matmuls in FLOP/s per chip (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
-PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+STEPS, SHAPE = 30_000, StepShape(32, 512, 16, 100)
+CHIPS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 H100 = Path(__file__).parent / "results" / "gpu_h100.json"
 
 
 def chip_hours(size: str, chip: str, share: float) -> float:
     """Returns the chip-hours of one task, which are the hours times the number of chips."""
-    return STEPS * step_flop(SIZES[size], SHAPE, trains_model=False) / (share * PEAKS[chip]) / 3600
+    return STEPS * step_flop(SIZES[size], SHAPE, trains_model=False) / (share * PEAKS[CHIPS[chip]]) / 3600
 
 
 def measured_hours() -> dict[str, float]:
@@ -40,11 +39,11 @@ def measured_hours() -> dict[str, float]:
 def table(share: float, price: float | None = None) -> str:
     """Returns a Markdown table with one row per size and one column per chip."""
     rows, measured = (
-        [f"| | {' | '.join(PEAKS)} | H100, measured |", "|---|" + "---|" * (len(PEAKS) + 1)],
+        [f"| | {' | '.join(CHIPS)} | H100, measured |", "|---|" + "---|" * (len(CHIPS) + 1)],
         measured_hours(),
     )
     for size in ("small", "base", "large", "xl", "xxl"):
-        hours = [chip_hours(size, chip, share) for chip in PEAKS] + [measured.get(size)]
+        hours = [chip_hours(size, chip, share) for chip in CHIPS] + [measured.get(size)]
         cells = ["" if value is None else f"{value * (price or 1):.2f}" for value in hours]
         rows.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(rows)

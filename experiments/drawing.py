@@ -54,7 +54,7 @@ def our_lines(averages: Sequence[Average], axis: str, series: Mapping[str, Serie
         their own names.
     """
     others = sorted({one.axes[axis] for one in averages} - set(series))
-    series = {**series, **{value: Series(value, len(series) + at) for at, value in enumerate(others)}}
+    series = {**series, **{value: Series(value, len(series) + index) for index, value in enumerate(others)}}
     panels: dict[str, dict[str, dict[int, Spread]]] = {}
     for one in averages:
         if one.score is not None:
@@ -110,9 +110,9 @@ def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence
 def draw_panel(axis: Axes, title: str, lines: Sequence[Line]) -> None:
     """Draws points with error bars against the number of parameters; if there is only one size, side by side."""
     every = sorted({size for line in lines for size in line.points})
-    for place, (label, style, points, faded) in enumerate(lines):
+    for index, (label, style, points, faded) in enumerate(lines):
         sizes = sorted(points)
-        aside = ASIDE ** (place - (len(lines) - 1) / 2) if len(every) == 1 else 1.0
+        aside = ASIDE ** (index - (len(lines) - 1) / 2) if len(every) == 1 else 1.0
         # With one seed there is no standard deviation, and NaN draws no bar.
         bars = [np.nan if points[size].std is None else points[size].std for size in sizes]
         colour = COLOURS[style % len(COLOURS)]

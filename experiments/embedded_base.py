@@ -110,7 +110,7 @@ def wording(rating: int, rng: random.Random) -> str:
     )
 
 
-def asked(rating: int, rng: random.Random) -> tuple[str, str]:
+def question_and_answer(rating: int, rng: random.Random) -> tuple[str, str]:
     """Returns a random question of a review form, and the answer that the rating gives."""
     kind = "positive" if rating > 5 else "negative"
     return rng.choice(
@@ -123,7 +123,7 @@ def asked(rating: int, rng: random.Random) -> tuple[str, str]:
     )
 
 
-def pieces(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 60)) -> Iterator[str]:
+def split_into_parts(text: str, rng: random.Random, words: tuple[int, ...] = (6, 15, 30, 60)) -> Iterator[str]:
     """Splits a text into parts of whole sentences, each of at least one; a part's length is drawn from `words`."""
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", re.sub(r"<br\s*/?>", " ", text)) if s]
     while sentences:
@@ -142,12 +142,12 @@ def labelled_reviews(path: Path) -> list[dict]:
     return rows[:-HOLDOUT]
 
 
-def rated_pieces(rows: list[dict], rng: random.Random) -> Iterator[str]:
+def rated_parts(rows: list[dict], rng: random.Random) -> Iterator[str]:
     """Yields parts of the reviews, each with its review's rating."""
     for row in rows:
-        for piece in pieces(row["text"], rng):
+        for part in split_into_parts(row["text"], rng):
             rating = wording(row["rating"], rng)
-            yield f"{rating}. {piece}" if rng.random() < 0.2 else f"{piece} {rating}."
+            yield f"{rating}. {part}" if rng.random() < 0.2 else f"{part} {rating}."
 
 
 def rated_highlights(rows: list[dict], rng: random.Random) -> Iterator[str]:
@@ -171,9 +171,9 @@ def rated_highlights(rows: list[dict], rng: random.Random) -> Iterator[str]:
         short.sort(key=lambda s: -abs(sum(telling.get(word, 0.0) for word in set(_words(s)))))
         words = sorted(sorted(set(_words(text))), key=lambda word: -abs(telling.get(word, 0.0)))[:8]
         few = rng.sample(words, min(len(words), rng.randint(2, 5)))
-        for shown in (rng.choice([*pieces(text, rng, (15, 30, 45))]), *short[:2], ", ".join(few)):
+        for shown in (rng.choice([*split_into_parts(text, rng, (15, 30, 45))]), *short[:2], ", ".join(few)):
             if rng.random() < 0.5:
-                question, answer = asked(row["rating"], rng)
+                question, answer = question_and_answer(row["rating"], rng)
                 yield f"{question} {shown} {answer}"
             else:
                 yield f"{shown} {wording(row['rating'], rng)}."
@@ -183,27 +183,27 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def plain(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
+def unlabelled_parts(path: Path, rng: random.Random, limit: int) -> Iterator[str]:
     """Yields parts of the first `limit` lines of a text file that have three words or more."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             if limit and len(line.split()) >= 3:
                 limit -= 1
-                yield from pieces(line, rng)
+                yield from split_into_parts(line, rng)
 
 
 def write_text(out: Path, imdb: Path, unlabelled_reviews: Path, articles: Path) -> None:
     """Writes the texts for both parts of training, each as one shuffled file that mixes all kinds of text."""
     rows = labelled_reviews(imdb)
     for folder, rated, reviews, paragraphs, generated in (
-        ("text", rated_pieces, 12_000, 60_000, 30_000),
+        ("text", rated_parts, 12_000, 60_000, 30_000),
         ("text_lm", rated_highlights, 1_000, 3_000, 3_000),
     ):
         rng = random.Random(0)
         lines = [
             *rated(rows, rng),
-            *plain(unlabelled_reviews, rng, reviews),
-            *plain(articles, rng, paragraphs),
+            *unlabelled_parts(unlabelled_reviews, rng, reviews),
+            *unlabelled_parts(articles, rng, paragraphs),
             *unlabelled(generated),
         ]
         rng.shuffle(lines)

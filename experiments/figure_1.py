@@ -49,9 +49,9 @@ def best_texts(results: Sequence[Result]) -> list[Result]:
     """Returns the result of the best text per size and task, since prompts are designed for their task."""
     best: dict[tuple[str, str], Result] = {}
     for result in results:
-        place = result.axes["SIZE"], result.axes["TASK"]
-        if place not in best or (result.score or 0.0) > (best[place].score or 0.0):
-            best[place] = result
+        key = result.axes["SIZE"], result.axes["TASK"]
+        if key not in best or (result.score or 0.0) > (best[key].score or 0.0):
+            best[key] = result
     return [
         result._replace(axes={"METHOD": BEST_TEXT, "SIZE": size, "TASK": task}) for (size, task), result in best.items()
     ]

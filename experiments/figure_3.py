@@ -43,9 +43,9 @@ class Ablation(NamedTuple):
     def series(self, values: Sequence[str]) -> dict[str, Series]:
         """Returns the labels and styles of the values, in order."""
         if self.names:
-            return {value: Series(name, at) for at, (value, name) in enumerate(self.names.items())}
+            return {value: Series(name, index) for index, (value, name) in enumerate(self.names.items())}
         known = sorted(values if self.by_rank else {*values, *self.curves}, key=value_order)
-        return {value: Series(self.label.format(int(value)), at) for at, value in enumerate(known)}
+        return {value: Series(self.label.format(int(value)), index) for index, value in enumerate(known)}
 
 
 ABLATIONS = {

@@ -72,8 +72,8 @@ def draw(found: Iterable[Share]) -> Figure:
     limit = paper.WARP_SHARE[1]
     label = f"WARP (stated: below {limit:g}%)"
     axis.plot(edges, [limit, limit], ":", color=COLOURS[3], linewidth=2, label=label)
-    for at, length in enumerate(reversed(LENGTHS)):
-        style = {"color": COLOURS[0], "alpha": 1 - 0.17 * at, "marker": "os^Dv"[at], "markersize": 5}
+    for index, length in enumerate(reversed(LENGTHS)):
+        style = {"color": COLOURS[0], "alpha": 1 - 0.17 * index, "marker": "os^Dv"[index], "markersize": 5}
         axis.plot(*_points(lines["prompt_tuning", length]), **style, label=f"prompt tuning, length {length}")
     few, many = (lines["prompt_design", ids] for ids in paper.PROMPT_DESIGN_IDS)
     label = "prompt design, {:,} to {:,} token ids (stated)".format(*paper.PROMPT_DESIGN_IDS)

@@ -56,8 +56,8 @@ def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
     target.write_text(page(name, results, over="TASK"))
     for one in mean_over(split_mixtures(results)):
         if one.note:
-            place = ", ".join(f"{axis} {value}" for axis, value in one.axes.items())
-            print(f"{name}, {place}: {one.note}", file=sys.stderr)
+            setting = ", ".join(f"{axis} {value}" for axis, value in one.axes.items())
+            print(f"{name}, {setting}: {one.note}", file=sys.stderr)
     figure = (figure_1 if kind == "figure_1" else figure_3).draw(name, results)
     picture = out / f"{name}.png"
     figure.savefig(picture, dpi=150)

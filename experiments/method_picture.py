@@ -44,8 +44,8 @@ def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 def draw_model_tuning(axis: Axes, parameters: str) -> None:
     """Draws a batch and a tuned model for each task."""
     axis.set_title("Model tuning:\na tuned model per task", fontsize=15)
-    for at, (task, colour) in enumerate(TASKS.items()):
-        bottom = 6.6 - 3.0 * at
+    for index, (task, colour) in enumerate(TASKS.items()):
+        bottom = 6.6 - 3.0 * index
         for row in range(2):
             box(axis, 0.1, bottom + 0.05 + 1.15 * row, 2.6, 0.95, INPUT, f"input {task}")
         arrow(axis, (2.9, bottom + 1.1), (3.8, bottom + 1.1))

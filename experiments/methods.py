@@ -59,7 +59,7 @@ ABOUT = {
 }
 
 
-class Found(NamedTuple):
+class TrialResult(NamedTuple):
     """Holds the results of a finished trial.
 
     Attributes:
@@ -188,11 +188,11 @@ def finished_scores(trials: Iterable[spec.Trial]) -> dict[str, float]:
     }
 
 
-def collect(trials: Sequence[spec.Trial]) -> list[Found]:
+def collect(trials: Sequence[spec.Trial]) -> list[TrialResult]:
     """Predicts the rows of the finished trials again, and returns the trials' results."""
     from prompt_tuning_jax.checkpoints.model import load
     from prompt_tuning_jax.checkpoints.tuned import injection_of
-    from prompt_tuning_jax.sweep import checked
+    from prompt_tuning_jax.sweep import check_trial
     from prompt_tuning_jax.training.evaluation import Evaluator, is_right
 
     found, models = [], {}
@@ -200,21 +200,21 @@ def collect(trials: Sequence[spec.Trial]) -> list[Found]:
         if not (trial.folder / "summary.json").is_file():
             continue
         summary = json.loads((trial.folder / "summary.json").read_text())
-        config = checked(trial)
+        config = check_trial(trial)
         assert config is not None
         if config.initial_checkpoint_path not in models:
             model = load(config.initial_checkpoint_path)
             models[config.initial_checkpoint_path] = model, Evaluator(model.config, model.tokenizer)
         model, evaluator = models[config.initial_checkpoint_path]
         ((_, batches),) = config.eval_dataset.eval_batches(model.tokenizer).items()
-        judged = evaluator.predictions(injection_of(trial.folder, model.config), dict(model.parameters), batches)
-        right = np.array([is_right(*pair) for pair in zip(judged.targets, judged.answers, strict=True)])
+        predictions = evaluator.predictions(injection_of(trial.folder, model.config), dict(model.parameters), batches)
+        right = np.array([is_right(*pair) for pair in zip(predictions.targets, predictions.answers, strict=True)])
         said = summary["best"]["accuracy"]
         if abs(100.0 * right.mean() - said) > 1e-6:
             raise ValueError(f"{trial.name} answers {100.0 * right.mean()} right, its summary says {said}")
         values = trial.values
         found.append(
-            Found(
+            TrialResult(
                 values["METHOD"],
                 values["SIZE"],
                 values["TASK"],
@@ -233,7 +233,7 @@ def collect(trials: Sequence[spec.Trial]) -> list[Found]:
     return found
 
 
-def to_csv(found: Sequence[Found], path: Path) -> None:
+def to_csv(found: Sequence[TrialResult], path: Path) -> None:
     """Writes one row per trial. "right" has one bit per row of data, the first in the highest bit, in hexadecimal."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -248,14 +248,14 @@ def to_csv(found: Sequence[Found], path: Path) -> None:
             )
 
 
-def from_csv(path: Path) -> list[Found]:
+def from_csv(path: Path) -> list[TrialResult]:
     """Reads a file that `to_csv` wrote."""
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8), count=int(row["rows"]))
             found.append(
-                Found(
+                TrialResult(
                     row["METHOD"],
                     row["SIZE"],
                     row["TASK"],
@@ -276,7 +276,7 @@ def from_csv(path: Path) -> list[Found]:
 class Cell(NamedTuple):
     """Holds the runs of a method on a task, with the chosen learning rate, one per seed."""
 
-    runs: list[Found]
+    runs: list[TrialResult]
     tried: int  # the number of learning rates that were tried
 
     @property
@@ -284,9 +284,9 @@ class Cell(NamedTuple):
         return 100.0 * np.stack([run.right for run in self.runs]).astype(np.float64)
 
 
-def cells(found: Sequence[Found]) -> dict[tuple[str, str, str], Cell]:
+def cells(found: Sequence[TrialResult]) -> dict[tuple[str, str, str], Cell]:
     """Returns the runs at the learning rate whose first seed was best, by size, task and method."""
-    grouped: dict[tuple[str, str, str], list[Found]] = {}
+    grouped: dict[tuple[str, str, str], list[TrialResult]] = {}
     for one in found:
         grouped.setdefault((one.size, one.task, one.method), []).append(one)
     chosen = {}
@@ -297,7 +297,7 @@ def cells(found: Sequence[Found]) -> dict[tuple[str, str, str], Cell]:
     return chosen
 
 
-def table(found: Sequence[Found], size: str, task: str) -> str:
+def table(found: Sequence[TrialResult], size: str, task: str) -> str:
     """Returns a task's table in Markdown, the best method first."""
     of_task = {method: cell for (one, other, method), cell in cells(found).items() if (one, other) == (size, task)}
     plain = of_task.get(PLAIN)
@@ -324,7 +324,7 @@ def difference(cell: Cell, plain: Cell | None) -> Interval | None:
     return bootstrap(cell.right - plain.right)
 
 
-def verdict(found: Sequence[Found], size: str, task: str) -> str:
+def verdict(found: Sequence[TrialResult], size: str, task: str) -> str:
     """Returns sentences that say which methods are better or worse than the official recipe, and which are neither."""
     of_task = {method: cell for (one, other, method), cell in cells(found).items() if (one, other) == (size, task)}
     better, worse, none = [], [], []
@@ -336,7 +336,7 @@ def verdict(found: Sequence[Found], size: str, task: str) -> str:
     return " ".join(f"{name}: {', '.join(methods) or 'no method'}." for name, methods in said.items())
 
 
-def page(name: str, found: Sequence[Found]) -> str:
+def page(name: str, found: Sequence[TrialResult]) -> str:
     """Returns the page of a sweep in Markdown."""
     command = f"python -m experiments.methods --page --gin_file=sweeps/{name}.gin"
     parts = [ABOUT[name], f"Written by `{command}` from {name}.csv.", f"![accuracy by method]({name}.png)"]
@@ -348,18 +348,18 @@ def page(name: str, found: Sequence[Found]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(found: Sequence[Found], size: str) -> Figure:
+def draw(found: Sequence[TrialResult], size: str) -> Figure:
     """Draws two panels per task: each method's difference to the official recipe, and the accuracy at each step.
 
     The differences have their bootstrap intervals. The accuracies are means over the seeds.
     """
     of_size = {key[1:]: cell for key, cell in cells(found).items() if key[0] == size}
-    tasks, methods = ([*dict.fromkeys(key[place] for key in of_size)] for place in (0, 1))
+    tasks, methods = ([*dict.fromkeys(key[index] for key in of_size)] for index in (0, 1))
     figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 2.2 + 0.26 * len(methods) + 2.6), layout="constrained")
     rows = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1.2 + 0.26 * len(methods), 2.6])
     for task, above, below in zip(tasks, *rows, strict=True):
         plain = of_size.get((task, PLAIN))
-        for place, method in enumerate(methods):
+        for index, method in enumerate(methods):
             cell = of_size.get((task, method))
             if cell is None or plain is None or len(cell.runs) != len(plain.runs):
                 continue
@@ -367,7 +367,7 @@ def draw(found: Sequence[Found], size: str) -> Figure:
             over = difference(cell, plain)
             if over is not None:
                 bars = [[over.mean - over.low], [over.high - over.mean]]
-                above.errorbar([over.mean], [place], xerr=bars, fmt="o", markersize=4, capsize=2, color=colour)
+                above.errorbar([over.mean], [index], xerr=bars, fmt="o", markersize=4, capsize=2, color=colour)
             steps = [step for step in cell.runs[0].curve if all(step in run.curve for run in cell.runs)]
             means = [float(np.mean([run.curve[step] for run in cell.runs])) for step in steps]
             below.plot(

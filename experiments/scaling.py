@@ -80,7 +80,7 @@ PAGE = (
 )
 
 
-class Sent(NamedTuple):
+class CollectiveTotals(NamedTuple):
     """Holds the totals of the collectives of one kind.
 
     Attributes:
@@ -96,7 +96,7 @@ class Sent(NamedTuple):
 BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 
 
-def collectives(program: str) -> dict[str, Sent]:
+def collectives(program: str) -> dict[str, CollectiveTotals]:
     """Returns the collectives of a compiled program, by kind. A collective in a loop is counted once."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for number, line in enumerate(program.splitlines()):
@@ -105,12 +105,12 @@ def collectives(program: str) -> dict[str, Sent]:
             # A TPU's program repeats a collective in several computations, with the same channel id.
             channel = re.search(r"channel_id=(\d+)", line)
             arrays = [(BYTES[kind], _numbers(shape)) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
-            place = match[2], channel[1] if channel else f"line {number}"
-            found[place] = sum(count for _, count in arrays), sum(size * count for size, count in arrays)
+            key = match[2], channel[1] if channel else f"line {number}"
+            found[key] = sum(count for _, count in arrays), sum(size * count for size, count in arrays)
     kinds = defaultdict(list)
     for (kind, _), sizes in found.items():
         kinds[kind].append(sizes)
-    return {kind: Sent(len(of), sum(n for n, _ in of), sum(b for _, b in of)) for kind, of in kinds.items()}
+    return {kind: CollectiveTotals(len(of), sum(n for n, _ in of), sum(b for _, b in of)) for kind, of in kinds.items()}
 
 
 def _numbers(shape: str) -> int:
@@ -144,19 +144,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         config = run_config(args, layers, batch_size)
         partitioner = Partitioner(mesh, config.size)
         state, frozen = start_shapes(config)
-        shardings = partitioner.state(state)
+        shardings = partitioner.state_shardings(state)
         model = Transformer(config.size)
         step = make_train_step(model, config.method, config.optimizer, 1e-4, 1, partitioner, shardings)
-        placed = jax.tree.map(_placed, state, shardings)
-        held = {path: _placed(leaf, partitioner.parameter(path, leaf.shape)) for path, leaf in frozen.items()}
-        rows = jax.tree.map(lambda leaf, on=partitioner: _placed(leaf, on.batch(batch_size, leaf.ndim)), _batch(config))
-        compiled = step.lower(placed, held, rows).compile()
+        state_shapes = jax.tree.map(_placed, state, shardings)
+        frozen_shapes = {
+            path: _placed(leaf, partitioner.parameter_sharding(path, leaf.shape)) for path, leaf in frozen.items()
+        }
+        rows = jax.tree.map(
+            lambda leaf, on=partitioner: _placed(leaf, on.batch_sharding(batch_size, leaf.ndim)), _batch(config)
+        )
+        compiled = step.lower(state_shapes, frozen_shapes, rows).compile()
         memory, sent = compiled.memory_analysis(), collectives(compiled.as_text())
         flat = {f"{kind} {field}": value for kind, of in sent.items() for field, value in of._asdict().items()}
         # The arguments other than the base model are the state and the rows; their bytes do not depend on the depth.
         others = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves((placed, rows.inputs, rows.targets))
+            for leaf in jax.tree.leaves((state_shapes, rows.inputs, rows.targets))
         )
         found.append({"frozen": memory.argument_size_in_bytes - others, "temporary": memory.temp_size_in_bytes, **flat})
     config = whole.size
@@ -173,7 +177,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "planned_bytes": part.frozen,
         "state_bytes": part.state,
         "temporary_bytes": total["temporary"] if args.topology and args.whole else None,
-        "sent": {kind: [total[f"{kind} {field}"] for field in Sent._fields] for kind in sorted(_kinds(total))},
+        "sent": {
+            kind: [total[f"{kind} {field}"] for field in CollectiveTotals._fields] for kind in sorted(_kinds(total))
+        },
         "compile_seconds": round(time.monotonic() - seconds, 1),
     }
 
@@ -182,9 +188,9 @@ def _kinds(total: dict[str, int]) -> set[str]:
     return {name.rpartition(" ")[0] for name in total if " " in name}
 
 
-def at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
+def at_depth(layers: tuple[int, int], smallest: int, encoder: int, decoder: int) -> int:
     """Extrapolates the values of the models in `SHALLOW` linearly to (encoder, decoder) `layers`."""
-    return corner + (layers[0] - 2) * (encoder - corner) + (layers[1] - 2) * (decoder - corner)
+    return smallest + (layers[0] - 2) * (encoder - smallest) + (layers[1] - 2) * (decoder - smallest)
 
 
 def _placed(leaf: Any, sharding: Any) -> Any:

@@ -47,20 +47,24 @@ def table_3(name: str, results: Sequence[Result]) -> str:
     rows: list[list[str]] = []
     scores: dict[tuple[str, ...], list[list[float]]] = {}
     for result in results:
-        place = [result.axes.get(axis, "") for axis in axes]
-        for way, prefix in (("generation", ""), ("ranking", RANKING)):
+        axis_values = [result.axes.get(axis, "") for axis in axes]
+        for answered_by, prefix in (("generation", ""), ("ranking", RANKING)):
             found = {column: by_task(result.metrics, f"{prefix}{column} ") for column in ENSEMBLE}
             for task, metrics in found["average"].items():
                 name_of_task = task or result.axes.get("TASK", result.task)
                 columns = [found[column][task] for column in ENSEMBLE]
                 ours = [_slashed([*values.values()]) for values in columns]
-                rows.append([*place, name_of_task, way, " / ".join(metrics), *ours, *_printed(name_of_task)])
-                scores.setdefault((*place, way), []).append([task_score(values) or 0.0 for values in columns])
-    for (*place, way), values in scores.items():
+                rows.append(
+                    [*axis_values, name_of_task, answered_by, " / ".join(metrics), *ours, *_printed(name_of_task)]
+                )
+                scores.setdefault((*axis_values, answered_by), []).append(
+                    [task_score(values) or 0.0 for values in columns]
+                )
+    for (*axis_values, answered_by), values in scores.items():
         if len(values) > 1:
             means = [f"{value:.1f}" for value in np.mean(values, axis=0)]
             theirs = [_slashed(getattr(paper.TABLE_3_MEAN, column)) for column in ENSEMBLE]
-            rows.append([*place, MEAN, way, "score", *means, "8 tasks", *theirs])
+            rows.append([*axis_values, MEAN, answered_by, "score", *means, "8 tasks", *theirs])
     titles = [*axes, "TASK", "answered by", "metric", *ENSEMBLE, "the paper's metric", *ENSEMBLE]
     note = (
         "In per cent. Average is the mean over the prompts, best the prompt of the highest score, ensemble their "

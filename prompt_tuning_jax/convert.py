@@ -12,7 +12,7 @@ import sys
 from prompt_tuning_jax.checkpoints.conversion import MODEL_FORMATS, PROMPT_FORMATS, convert
 from prompt_tuning_jax.checkpoints.inspection import inspect_base
 from prompt_tuning_jax.command_line import Parser
-from prompt_tuning_jax.errors import renamed, spelled
+from prompt_tuning_jax.errors import error_text, renamed
 from prompt_tuning_jax.flags import as_flag, flag_errors
 
 NAMES = {"source": "SOURCE", "target": "TARGET"}
@@ -68,7 +68,7 @@ def print_inspection(source: str, fingerprint: bool) -> None:
     with renamed(initial_checkpoint_path="source"):
         facts, refused = inspect_base(source, fingerprint=fingerprint)
     spell = lambda name: "SOURCE" if name == "initial_checkpoint_path" else as_flag(name)  # noqa: E731
-    reasons = [spelled(error, spell) for error in refused]
+    reasons = [error_text(error, spell) for error in refused]
     lines = [*facts.items(), *(("refused", reason) for reason in reasons or ["no reason found"])]
     for name, text in lines:
         print(f"{name:<12} {' '.join(text.split())}")

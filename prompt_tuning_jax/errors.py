@@ -90,7 +90,7 @@ _spelling: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def spelling(spell: Callable[[str], str]) -> Iterator[None]:
-    """Makes `said` write settings as `spell(canonical name)` in this context, as a command line spells them."""
+    """Makes `message_text` write settings as `spell(canonical name)` in this context, as a command line spells them."""
     token = _spelling.set(spell)
     try:
         yield
@@ -98,7 +98,7 @@ def spelling(spell: Callable[[str], str]) -> Iterator[None]:
         _spelling.reset(token)
 
 
-def said(*parts: str) -> str:
+def message_text(*parts: str) -> str:
     """Returns a message that is not an error, with each `Setting` as the current front end spells it.
 
     >>> said("rows are truncated: raise ", Setting("batch_size"))
@@ -107,7 +107,7 @@ def said(*parts: str) -> str:
     return SettingError(*parts).text(_spelling.get())
 
 
-def spelled(error: Exception, spell: Callable[[str], str]) -> str:
+def error_text(error: Exception, spell: Callable[[str], str]) -> str:
     """Returns the message of any error, with each setting's name as `spell(canonical name)` writes it."""
     return error.text(spell) if isinstance(error, SettingError) else str(error)
 

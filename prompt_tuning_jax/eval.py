@@ -9,13 +9,13 @@ import sys
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.gin_files import configured, parse, user_errors
-from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
+from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, exiting_alone, is_writer, start_processes
 from prompt_tuning_jax.training import eval_run
 
 
 def main() -> None:
     keep_compiled_programs()
-    with leaving_alone(), user_errors():
+    with exiting_alone(), user_errors():
         flags = parse(sys.argv[1:], flags=("submission", *FLAGS), about=__doc__)
         start_processes(flags)
         if flags.get("submission") is True:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import spelled, spelling
+from prompt_tuning_jax.errors import error_text, spelling
 
 # The flags whose names differ from the canonical name of their setting.
 FLAGS = {
@@ -33,7 +33,7 @@ def flag_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
     def spell(name: str) -> str:
         return (names or {}).get(name) or as_flag(name)
 
-    with one_line_errors(lambda error: spelled(error, spell)), spelling(spell):
+    with one_line_errors(lambda error: error_text(error, spell)), spelling(spell):
         try:
             yield
         except BrokenPipeError:

@@ -16,7 +16,7 @@ from typing import Any
 import gin
 
 from prompt_tuning_jax.command_line import one_line_errors
-from prompt_tuning_jax.errors import near_misses, spelled, spelling
+from prompt_tuning_jax.errors import error_text, near_misses, spelling
 
 FLAGS = ("allow_other_config",)  # settings that are flags, not macros
 
@@ -44,10 +44,10 @@ def parse(argv: Sequence[str], flags: Sequence[str] = (), about: str | None = No
     bindings, given, setters = _parse_files(argv, flags, about)
     read_by_files = _read_macros(gin.config_str())
     for binding in bindings:
-        with _explained(f"--gin.{binding}"):
+        with _one_line_gin_errors(f"--gin.{binding}"):
             gin.parse_config(binding)
     _check_macros(gin.config_str(), setters, read_by_files, {*map(_bound, bindings)})
-    with _explained("gin"):
+    with _one_line_gin_errors("gin"):
         gin.finalize()
     return given
 
@@ -110,7 +110,7 @@ def _parse_files(
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
             raise ValueError(f"no gin file {file}; {_near(file, _files())}")
         before, read_before = _macros(gin.config_str()), _read_macros(gin.config_str())
-        with _explained(file), files_alone():
+        with _one_line_gin_errors(file), files_alone():
             gin.parse_config_file(file)
         after = gin.config_str()
         setters |= {name: [file] for name, value in _macros(after).items() if before.get(name) != value}
@@ -161,7 +161,7 @@ def _macros(config: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _one_line_gin_errors(where: str) -> Iterator[None]:
     """Turns gin's errors into a ValueError of one line: where, what, and near misses."""
     try:
         yield
@@ -266,7 +266,7 @@ def as_macro(setting: str) -> str:
 
 def in_gin(error: Exception) -> str:
     """Returns an error's message with settings written as macros."""
-    return spelled(error, as_macro).split("\n  In call to configurable")[0]  # gin adds this line
+    return error_text(error, as_macro).split("\n  In call to configurable")[0]  # gin adds this line
 
 
 @contextlib.contextmanager

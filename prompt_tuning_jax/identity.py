@@ -112,7 +112,7 @@ def differences(kept: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any,
         for name in [*kept, *(name for name in now if name not in kept)]:
             yield from differences(kept.get(name), now.get(name), f"{path}.{name}" if path else name)
     elif isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
-        for place, (one, other) in enumerate(zip(kept, now, strict=True)):
-            yield from differences(one, other, f"{path}[{place}]")
+        for index, (one, other) in enumerate(zip(kept, now, strict=True)):
+            yield from differences(one, other, f"{path}[{index}]")
     elif kept != now:
         yield path, kept, now

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from prompt_tuning_jax.command_line import Parser
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.flags import flag_errors
-from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, asked
+from prompt_tuning_jax.inference.predictor import WINDOW, Predictor, own_fields
 from prompt_tuning_jax.inference.requests import METHODS, Decoding, read_json
-from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, say_broken
+from prompt_tuning_jax.model_flags import add_model_flags, load_predictor, print_broken
 from prompt_tuning_jax.regular_files import regular
 
 WAIT = 0.02  # seconds that a window waits for more lines once it has one
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         sampling = (arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         decoding = Decoding(arguments.decode, arguments.beams, *sampling, labels)
         predictor, folder = load_predictor(arguments, decoding, arguments.prompt)
-        say_broken(folder.broken if folder else {})
+        print_broken(folder.broken if folder else {})
         if arguments.interactive:
             return converse(predictor, arguments.prompt)
         rows = read_rows(lines, arguments.text)
@@ -213,7 +213,7 @@ def skip(rows: Iterator[tuple[int, Any]], done: list[dict[str, Any]], path: Path
     """
     for answer in done:
         _, row = next(rows, (None, None))
-        if row is None or any(answer.get(name) != value for name, value in asked(row).items()):
+        if row is None or any(answer.get(name) != value for name, value in own_fields(row).items()):
             raise ValueError(f"{path} holds the answers to other rows: set --output to a new file")
     if done:
         print(f"{len(done):,} rows are answered already", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.command_line import Parser
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import error_text
 from prompt_tuning_jax.flags import as_flag
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.predictor import Predictor
@@ -44,7 +44,7 @@ def load_predictor(
     return predictor, folder
 
 
-def say_broken(broken: Mapping[str, Exception]) -> None:
+def print_broken(broken: Mapping[str, Exception]) -> None:
     """Prints to stderr which prompts are left out, and why."""
     for name, error in broken.items():
         print(f"prompt {name} is left out: {in_flags(error)}", file=sys.stderr)
@@ -52,4 +52,4 @@ def say_broken(broken: Mapping[str, Exception]) -> None:
 
 def in_flags(error: Exception) -> str:
     """Returns an error's message with settings written as flags."""
-    return spelled(error, as_flag)
+    return error_text(error, as_flag)

@@ -30,7 +30,7 @@ from prompt_tuning_jax.flags import flag_errors
 from prompt_tuning_jax.prompts.files import IN_T5X, RUN_PROMPT, RUN_PROMPTS, read_prompt
 from prompt_tuning_jax.prompts.initializers import word_ids
 from prompt_tuning_jax.prompts.nearest_words import Lexicon, Prompt, cosines, describe, make_lexicon
-from prompt_tuning_jax.settings import Count, check, whole
+from prompt_tuning_jax.settings import Count, check, integer
 
 SIMILARITIES = ("mean_vector_similarity", "best_match_similarity")
 MOST_SHARED = 5
@@ -73,7 +73,7 @@ def main() -> None:
 
 def read(arguments: argparse.Namespace) -> None:
     """Reads and checks all inputs, then prints the report and draws the picture."""
-    prompts, befores = {}, {}
+    prompts, earlier = {}, {}
     if arguments.before and len(arguments.prompts) > 1:
         raise ValueError(f"--before is given for {len(arguments.prompts)} prompts: set it with one PROMPT")
     base = arguments.base or base_of(arguments.prompts)
@@ -85,17 +85,17 @@ def read(arguments: argparse.Namespace) -> None:
         check_width(str(file), prompts[name].shape, model.arrays[TABLE].shape[1])
         first = prompt_file(arguments.before) if arguments.before else start
         if arguments.before or first.is_file():
-            befores[name] = read_prompt(first)
+            earlier[name] = read_prompt(first)
             files.append(first)
-            if befores[name].shape != prompts[name].shape:
-                shapes = f"{list(befores[name].shape)}, {file} {list(prompts[name].shape)}"
+            if earlier[name].shape != prompts[name].shape:
+                shapes = f"{list(earlier[name].shape)}, {file} {list(prompts[name].shape)}"
                 raise ValueError(f"{first} is {shapes}: set --before to the same prompt before it was trained")
     lexicon = open_lexicon(model, arguments.vocabulary, arguments.labels)
     check_sources(files, model, arguments.vocabulary)
-    check("top", arguments.top, whole(1, len(lexicon.names), "the number of words and labels"))
-    report = {"base": base} | describe(prompts, befores, lexicon, arguments.top)
+    check("top", arguments.top, integer(1, len(lexicon.names), "the number of words and labels"))
+    report = {"base": base} | describe(prompts, earlier, lexicon, arguments.top)
     if arguments.picture:
-        draw(Path(arguments.picture), report, prompts, befores, lexicon)
+        draw(Path(arguments.picture), report, prompts, earlier, lexicon)
     print(json.dumps(report) if arguments.json else "\n".join(lines(report)), flush=True)
 
 
@@ -192,16 +192,16 @@ def neighbor_line(position: int, neighbors: Sequence[Mapping[str, Any]]) -> str:
 def lines(report: Mapping[str, Any]) -> list[str]:
     """Returns the lines that are printed for a report."""
     base = os.path.relpath(report["base"]) if os.path.isabs(report["base"]) else report["base"]
-    said = [f"{report['words']:,} words of {base}"]
+    lines = [f"{report['words']:,} words of {base}"]
     for name, prompt in report["prompts"].items():
-        said += ["", f"{name}: {prompt['length']} positions, the {report['top']} nearest words (cosine)"]
+        lines += ["", f"{name}: {prompt['length']} positions, the {report['top']} nearest words (cosine)"]
         for i, position in enumerate(prompt["positions"]):
             was = f"  (was {shown(position['before'][0])})" if "before" in position else ""
-            said.append(neighbor_line(i, position["neighbors"]) + was)
-        said += [*_prompt_lines(prompt, report), *_label_lines(prompt)]
+            lines.append(neighbor_line(i, position["neighbors"]) + was)
+        lines += [*_prompt_lines(prompt, report), *_label_lines(prompt)]
     if len(report["prompts"]) > 1:
-        said += ["", *_similarity_lines(report)]
-    return said
+        lines += ["", *_similarity_lines(report)]
+    return lines
 
 
 def _prompt_lines(prompt: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
@@ -209,42 +209,42 @@ def _prompt_lines(prompt: Mapping[str, Any], report: Mapping[str, Any]) -> list[
     words = [f"{word['word'].replace('▁', '_')} {_numbers(word['positions'])}" for word in prompt["shared"]]
     several = f", of several positions: {'; '.join(words[:MOST_SHARED])}" if words else ""
     several += f"; and {len(words) - MOST_SHARED} more" if len(words) > MOST_SHARED else ""
-    said = [
+    lines = [
         f"chance     {prompt['nearer_than_chance']} of {length} positions are nearer to a word than any of "
         f"{chance['directions']} random directions ({chance['mean']:.2f} on average, {chance['largest']:.2f} at most)",
         f"shared     {prompt['distinct']} different words among {length * top}{several}",
     ]
     if top > 1:
         tight = np.mean([position["tightness"] for position in positions])
-        said.append(
+        lines.append(
             f"tightness  {tight:.2f} between one position's words, {chance['tightness']:.2f} between those of a random "
             "direction"
         )
     if prompt["clusters"]:
         groups = "; ".join(map(_numbers, prompt["clusters"]))
-        said.append(f"clusters   {groups} (connected by half of their words or more)")
+        lines.append(f"clusters   {groups} (connected by half of their words or more)")
     if "before" in positions[0]:
         to_before = [position["cosine_to_before"] for position in positions]
         kept = np.mean([position["kept"] for position in positions])
-        said.append(
+        lines.append(
             f"moved      {np.mean(to_before):.2f} to itself before on average, {min(to_before):.2f} at least; "
             f"{kept:.1f} of {top} words kept"
         )
-    return said
+    return lines
 
 
 def _label_lines(prompt: Mapping[str, Any]) -> list[str]:
     """Returns a line per label with the positions near it, and a line with the number of positions near any label."""
-    said, having = [], {}
-    for label, places in prompt["labels"].items():
-        found = [f"{stage} at {_numbers(positions) or 'none'}" for stage, positions in places.items()]
-        said.append(f"label      [{label}] {', '.join(found)}")
-        for stage, positions in places.items():
-            having[stage] = having.get(stage, set()) | set(positions)
-    counts = [f"{len(positions)} {stage}" for stage, positions in having.items()]
-    if "before" in having:
-        counts.append(f"{len(having['before'] & having['now'])} before and now")
-    return [*said, f"labels     positions with any: {', '.join(counts)}"] if said else []
+    lines, near_labels = [], {}
+    for label, stages in prompt["labels"].items():
+        found = [f"{stage} at {_numbers(positions) or 'none'}" for stage, positions in stages.items()]
+        lines.append(f"label      [{label}] {', '.join(found)}")
+        for stage, positions in stages.items():
+            near_labels[stage] = near_labels.get(stage, set()) | set(positions)
+    counts = [f"{len(positions)} {stage}" for stage, positions in near_labels.items()]
+    if "before" in near_labels:
+        counts.append(f"{len(near_labels['before'] & near_labels['now'])} before and now")
+    return [*lines, f"labels     positions with any: {', '.join(counts)}"] if lines else []
 
 
 def _numbers(positions: Sequence[int]) -> str:
@@ -252,16 +252,16 @@ def _numbers(positions: Sequence[int]) -> str:
 
 
 def _similarity_lines(report: Mapping[str, Any]) -> list[str]:
-    said = ["prompts to one another: cosine of mean vectors below the diagonal, of best-matching positions above"]
+    lines = ["prompts to one another: cosine of mean vectors below the diagonal, of best-matching positions above"]
     width = max(map(len, report["prompts"]))
     for i, name in enumerate(report["prompts"]):
         below, above = (report[measure][i] for measure in SIMILARITIES)
         cells = [f"{value:6.2f}" for value in below[:i]] + [f"{'-':>6}"] + [f"{value:6.2f}" for value in above[i + 1 :]]
-        said.append(f"{i:4}  {name:{width}}{''.join(cells)}")
-    return said
+        lines.append(f"{i:4}  {name:{width}}{''.join(cells)}")
+    return lines
 
 
-def _hollow(similarities: Any) -> np.ndarray:
+def _without_diagonal(similarities: Any) -> np.ndarray:
     """Replaces the diagonal by NaN: each item's similarity to itself, 1, would dominate the colour scale."""
     return np.where(np.eye(len(similarities), dtype=bool), np.nan, similarities)
 
@@ -270,7 +270,7 @@ def draw(
     target: Path,
     report: Mapping[str, Any],
     prompts: Mapping[str, Prompt],
-    befores: Mapping[str, Prompt],
+    earlier: Mapping[str, Prompt],
     lexicon: Lexicon,
 ) -> None:
     """Draws cosine similarities: between the positions of one prompt, and to the class labels; or between prompts.
@@ -287,17 +287,17 @@ def draw(
     if len(prompts) > 1:
         rows = [f"{name}  {i}" for i, name in enumerate(prompts)]
         for measure in SIMILARITIES:
-            panels.append((measure.replace("_", " "), _hollow(report[measure]), None, []))
+            panels.append((measure.replace("_", " "), _without_diagonal(report[measure]), None, []))
     else:
         (name,) = prompts
-        said, stages = report["prompts"][name], {"before": befores.get(name), "now": prompts[name]}
-        rows = [f"{shown(position['neighbors'][0])}  {i}" for i, position in enumerate(said["positions"])]
-        panels.append(("other positions", _hollow(cosines(prompts[name], prompts[name])), None, []))
+        described, stages = report["prompts"][name], {"before": earlier.get(name), "now": prompts[name]}
+        rows = [f"{shown(position['neighbors'][0])}  {i}" for i, position in enumerate(described["positions"])]
+        panels.append(("other positions", _without_diagonal(cosines(prompts[name], prompts[name])), None, []))
         for stage, prompt in stages.items():
-            if prompt is not None and said["labels"]:
+            if prompt is not None and described["labels"]:
                 to_labels = cosines(prompt, lexicon.vectors(list(lexicon.labels.values())))
-                marks = [(x, y) for x, places in enumerate(said["labels"].values()) for y in places[stage]]
-                panels.append((f"labels {stage}", to_labels, list(said["labels"]), marks))
+                marks = [(x, y) for x, near in enumerate(described["labels"].values()) for y in near[stage]]
+                panels.append((f"labels {stage}", to_labels, list(described["labels"]), marks))
     largest = max(float(np.nanmax(np.abs(values), initial=1e-3)) for _, values, _, _ in panels)
     widths = [max(values.shape[1], len(rows) / 8) for _, values, _, _ in panels]
     side = min(max(0.22 * len(rows), 3.0), 20.0)

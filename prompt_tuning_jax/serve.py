@@ -27,7 +27,7 @@ from prompt_tuning_jax.inference.predictor import Predictor
 from prompt_tuning_jax.inference.requests import read_json
 from prompt_tuning_jax.inference.warm_up import warm_up
 from prompt_tuning_jax.model_flags import add_model_flags, in_flags, load_predictor
-from prompt_tuning_jax.settings import Count, NotNegative, Positive, whole
+from prompt_tuning_jax.settings import Count, NotNegative, Positive, integer
 from prompt_tuning_jax.tasks.lines import read_lines
 
 BACKLOG = 2048  # connections that the system keeps until they are opened
@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("prompt_tuning_jax.serve", __doc__)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="to listen at; 0.0.0.0 for all")
-    parser.add_number("port", whole(0, 65_535), 8000, "0 for a free one, which is printed")
+    parser.add_number("port", integer(0, 65_535), 8000, "0 for a free one, which is printed")
     parser.add_argument("--warm", type=Path, help="rows, as for infer: their programs are compiled before it is ready")
     parser.add_number("wait_ms", NotNegative, 3.0, "that rows wait for others to share their batch")
     parser.add_numbers(

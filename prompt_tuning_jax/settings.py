@@ -74,14 +74,14 @@ class Number(Kind):
     """Accepts a finite number in a range.
 
     Attributes:
-      whole: whether it must be a whole number.
+      integer: whether it must be a whole number.
       least, most: ends that belong to the range; None if there is no such end.
       above, below: ends that do not belong to the range; None if there is no such end.
       which: says in the message what `most` is, such as "the width of the model".
       schedule: whether a function of the step is accepted, too.
     """
 
-    whole: bool = False
+    integer: bool = False
     least: float | int | None = None
     most: float | int | None = None
     above: float | int | None = None
@@ -91,7 +91,7 @@ class Number(Kind):
 
     @property
     def expected(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
+        kind = "a whole number" if self.integer else "a number"
         if self.least is not None and self.most is not None:
             kind += f" from {self.least} to {self.most}"
         elif self.least is not None and self.below is not None:
@@ -99,37 +99,37 @@ class Number(Kind):
         elif self.above is not None and self.most is not None:
             kind += f" above {self.above} and of at most {self.most}"
         else:
-            kind = kind if self.whole else "a finite number"
+            kind = kind if self.integer else "a finite number"
             kind += "" if self.least is None else f" of at least {self.least}"
             kind += "" if self.above is None else f" above {self.above}"
         return kind + (f", {self.which}" if self.which else "") + (", or a schedule" if self.schedule else "")
 
     def fault(self, value: Any, optional: bool = False) -> str | None:
-        if self._holds(value) or (self.schedule and callable(value) and not isinstance(value, type)):
+        if self._in_range(value) or (self.schedule and callable(value) and not isinstance(value, type)):
             return None
         meant = _as_number(value)
-        if meant is not None and self._holds(meant):
+        if meant is not None and self._in_range(meant):
             return self.refused(value, optional, f"; did you mean {meant!r}?")
-        known = int if self.whole else (int, float)
+        known = int if self.integer else (int, float)
         if isinstance(value, known) and self.most is self.below is None and self._largest < value < math.inf:
             return f" is {shown(value)}, expected at most {self._largest:.10g}, which {self._dtype} can hold"
         return self.refused(value, optional)
 
     @property
     def _dtype(self) -> str:
-        return "int32" if self.whole else "float32"
+        return "int32" if self.integer else "float32"
 
     @property
     def _largest(self) -> float | int:
-        return max(INT32, self.most or 0) if self.whole else FLOAT32
+        return max(INT32, self.most or 0) if self.integer else FLOAT32
 
-    def _holds(self, value: Any) -> bool:
+    def _in_range(self, value: Any) -> bool:
         if hasattr(value, "aval") and value.shape == ():  # a scalar of JAX
             try:
                 value = np.asarray(value)[()]
             except TypeError:  # traced: it has no value yet
                 return True
-        kinds = (int, np.integer) if self.whole else (int, float, np.integer, np.floating)
+        kinds = (int, np.integer) if self.integer else (int, float, np.integer, np.floating)
         if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
             return False
         return bool(abs(value) <= self._largest) and not (
@@ -176,15 +176,15 @@ class OneOf(Kind):
         return "one of " + ", ".join(map(repr, self.values))
 
     def fault(self, value: Any, optional: bool = False) -> str | None:
-        if any(type(value) is type(one) and value == one for one in self.values):
+        if any(type(value) is type(item) and value == item for item in self.values):
             return None
-        texts = [one for one in self.values if isinstance(one, str)]
+        texts = [item for item in self.values if isinstance(item, str)]
         hint = near_misses(value, texts, shown=repr, otherwise="") if isinstance(value, str) else ""
         return self.refused(value, optional, f"; {hint}" if hint else "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Writing(Kind):
+class String(Kind):
     """Accepts a text.
 
     Attributes:
@@ -204,7 +204,7 @@ class Writing(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing(Kind):
+class ListOf(Kind):
     """Accepts a list or tuple of values of one kind.
 
     Attributes:
@@ -223,23 +223,23 @@ class Listing(Kind):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             hint = f"; did you mean [{shown(value)}]?" if self.of.accepts(value) else ""
             return self.refused(value, optional, hint)
-        for at, one in enumerate(value):
-            if fault := self.of.fault(one):
-                return f"[{at}]{fault}"
+        for index, item in enumerate(value):
+            if fault := self.of.fault(item):
+                return f"[{index}]{fault}"
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Table(Kind):
+class KnownKeys(Kind):
     """Accepts a mapping with known keys.
 
     Attributes:
       of: the kind of each key's value.
-      whole: whether all keys must be present.
+      all_keys: whether all keys must be present.
     """
 
     of: tuple[tuple[str, Kind], ...]
-    whole: bool
+    all_keys: bool
 
     @property
     def expected(self) -> str:
@@ -247,7 +247,7 @@ class Table(Kind):
 
     @property
     def _keys(self) -> str:
-        return (" and " if self.whole else " or ").join(repr(key) for key, _ in self.of)
+        return (" and " if self.all_keys else " or ").join(repr(key) for key, _ in self.of)
 
     def fault(self, value: Any, optional: bool = False) -> str | None:
         if not isinstance(value, Mapping):
@@ -259,7 +259,7 @@ class Table(Kind):
                 return f" has the key {shown(key)}, expected {self._keys}" + (f"; {hint}" if hint else "")
         for key, kind in known.items():
             if key not in value:
-                if self.whole:
+                if self.all_keys:
                     return f" has no key {key!r}, expected {self._keys}"
             elif fault := kind.fault(value[key]):
                 return f"[{key!r}]{fault}"
@@ -267,7 +267,7 @@ class Table(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dictionary(Kind):
+class MappingOf(Kind):
     """Accepts a mapping with any keys.
 
     Attributes:
@@ -285,8 +285,8 @@ class Dictionary(Kind):
     def fault(self, value: Any, optional: bool = False) -> str | None:
         if not isinstance(value, Mapping) or (self.texts and not all(isinstance(key, str) for key in value)):
             return self.refused(value, optional)
-        for key, one in value.items():
-            if self.of is not None and (fault := self.of.fault(one)):
+        for key, item in value.items():
+            if self.of is not None and (fault := self.of.fault(item)):
                 return f"[{key!r}]{fault}"
         return None
 
@@ -304,7 +304,7 @@ class Function(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Made(Kind):
+class InstanceOf(Kind):
     """An object of a class, which has settings of its own.
 
     Attributes:
@@ -324,15 +324,15 @@ class Made(Kind):
         return self.refused(value, optional, hint)
 
 
-def whole(least: int, most: int | None = None, which: str = "") -> Number:
+def integer(least: int, most: int | None = None, which: str = "") -> Number:
     """Returns the kind of whole numbers from `least` to `most`; `which` says what `most` is."""
-    return Number(whole=True, least=least, most=most, which=which)
+    return Number(integer=True, least=least, most=most, which=which)
 
 
 # The kinds of settings, as annotations.
-Count = Annotated[Int, whole(1)]
-Natural = Annotated[Int, whole(0)]
-Seed = Annotated[Int, Number(whole=True, least=0, most=2**32 - 1)]  # the seeds that NumPy accepts
+Count = Annotated[Int, integer(1)]
+Natural = Annotated[Int, integer(0)]
+Seed = Annotated[Int, Number(integer=True, least=0, most=2**32 - 1)]  # the seeds that NumPy accepts
 Finite = Annotated[Float, Number()]
 Positive = Annotated[Float, Number(above=0)]
 NotNegative = Annotated[Float, Number(least=0)]
@@ -340,14 +340,14 @@ Share = Annotated[Float, Number(least=0, below=1)]
 # A larger rate would give numbers whose squares overflow float32.
 Peak = Annotated[Float, Number(above=0, most=1_000_000)]
 Rate = Annotated[FloatOrSchedule, Number(above=0, most=1_000_000, schedule=True)]
-Text = Annotated[Str, Writing()]
-Name = Annotated[Str, Writing(blank=False)]
-Texts = Annotated[ListOfTexts, Listing(Writing(), "texts")]
-Counts = Annotated[ListOfInts, Listing(whole(1), "whole numbers of at least 1")]
+Text = Annotated[Str, String()]
+Name = Annotated[Str, String(blank=False)]
+Texts = Annotated[ListOfTexts, ListOf(String(), "texts")]
+Counts = Annotated[ListOfInts, ListOf(integer(1), "whole numbers of at least 1")]
 Switch = Annotated[Bool, OneOf((True, False))]
 Callback = Annotated[AnyFunction, Function()]
 # A target of one token would be only the end of sequence.
-Lengths = Annotated[Sizes, Table((("inputs", whole(1)), ("targets", whole(2))), whole=True)]
+Lengths = Annotated[Sizes, KnownKeys((("inputs", integer(1)), ("targets", integer(2))), all_keys=True)]
 
 
 def check(name: str, value: Any, annotation: Any) -> None:
@@ -406,7 +406,7 @@ def annotations_of(declared: Callable[..., Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(declared):
         found = {field.name: field.type for field in dataclasses.fields(declared)}
     else:
-        found = {name: one.annotation for name, one in inspect.signature(declared).parameters.items()}
+        found = {name: item.annotation for name, item in inspect.signature(declared).parameters.items()}
     return {name: annotation for name, annotation in found.items() if _kind_of(annotation)[0] is not None}
 
 
@@ -415,8 +415,8 @@ def _kind_of(annotation: Any) -> tuple[Kind | None, bool]:
     if isinstance(annotation, Kind):
         return annotation, False
     parts = get_args(annotation)
-    for one in (annotation, *parts):
-        for kind in getattr(one, "__metadata__", ()):
+    for item in (annotation, *parts):
+        for kind in getattr(item, "__metadata__", ()):
             if isinstance(kind, Kind):
                 return kind, type(None) in parts
     return None, False

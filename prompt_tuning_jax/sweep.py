@@ -31,7 +31,7 @@ from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.spec import Trial
 from prompt_tuning_jax.sweeps.sweep_file import RECORD, check_record, recorded_steps, recorded_trials, write_record
 from prompt_tuning_jax.sweeps.trials_to_jobs import most_together, plan
-from prompt_tuning_jax.sweeps.vectorized import leave_failure, train_together
+from prompt_tuning_jax.sweeps.vectorized import train_together, write_failure
 from prompt_tuning_jax.training import eval_run, loop, run
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 
@@ -70,7 +70,7 @@ def sweep(argv: Sequence[str]) -> int:
     record = check_record(settings.sweep_dir, trials)
     if "only" in flags:
         trials = spec.chosen(trials, str(flags["only"]).split(":"))
-    configs = {trial.name: checked(trial) for trial in trials}
+    configs = {trial.name: check_trial(trial) for trial in trials}
     steps = {name: config.train_steps if config else None for name, config in configs.items()}
     if "status" in flags:
         print(status.table([status.trial_state(trial, steps[trial.name]) for trial in trials]))
@@ -85,7 +85,7 @@ def sweep(argv: Sequence[str]) -> int:
     jobs = plan(
         to_run,
         lambda trial: shared_key(configs[trial.name], vectorize),
-        lambda part: together_line(argv, part),
+        lambda part: joint_command_line(argv, part),
         vectorize,
         getattr(launcher, "at_once", 1 if launcher is None else None),
     )
@@ -131,7 +131,7 @@ def named_launcher(name: Any) -> Any:
     return found() if name == "print" else gin.get_configurable(found)()
 
 
-def checked(trial: Trial) -> run.TrainConfig | None:
+def check_trial(trial: Trial) -> run.TrainConfig | None:
     """Parses and checks a trial's command line; returns its configuration, or None if the trial only evaluates.
 
     After the call, gin holds the trial's configuration.
@@ -163,7 +163,7 @@ def shared_key(config: run.TrainConfig | None, vectorize: bool | int | str) -> H
     return program_key(config)
 
 
-def together_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
+def joint_command_line(argv: Sequence[str], trials: Sequence[Trial]) -> list[str]:
     """Returns a command line that runs only these trials of the sweep that `argv` starts."""
     names = {f"--{flag}" for flag in FLAGS}
     rest = [argument for argument in argv if argument.partition("=")[0] not in names]
@@ -186,21 +186,21 @@ def train_or_evaluate(trials: Sequence[Trial], most: int | None, stop: loop.Stop
 
         def configs() -> Iterator[tuple[str, run.TrainConfig]]:
             for trial in trials:
-                config = checked(trial)
+                config = check_trial(trial)
                 assert config is not None  # only training trials share a job
                 yield trial.name, config
 
         return train_together(configs(), most, stop=stop)
     (trial,) = trials
     try:
-        config = checked(trial)
+        config = check_trial(trial)
         if config is None:
             configured(eval_run.evaluate_prompt, "runs/eval.gin")()
         else:
             loop.train(config, stop=stop)
     except (ValueError, OSError) as error:
         failure = " ".join(in_gin(error).split())
-        leave_failure(trial.name, str(trial.folder), failure)
+        write_failure(trial.name, str(trial.folder), failure)
         return {trial.name: failure}
     return {}
 

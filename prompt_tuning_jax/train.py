@@ -15,7 +15,7 @@ import sys
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.gin_files import config_text, configured, parse, user_errors
-from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, is_writer, leaving_alone, start_processes
+from prompt_tuning_jax.parallel.processes import FLAGS, PeerWatch, exiting_alone, is_writer, start_processes
 from prompt_tuning_jax.training import loop, memory_table, run
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 
@@ -37,7 +37,7 @@ def steps_to_profile(text: str | bool, train_steps: int) -> int:
 
 def main() -> None:
     keep_compiled_programs()
-    with leaving_alone(), user_errors():
+    with exiting_alone(), user_errors():
         flags = parse(sys.argv[1:], flags=("allow_other_config", "memory-plan", "profile", *FLAGS), about=__doc__)
         start_processes(flags)
         config = configured(run.TrainConfig, "runs/prompt_tune.gin")

@@ -53,15 +53,15 @@ def step_program(shape: MeshShape, method: Method) -> tuple[str, int]:
     """Returns the compiled training step, with dropout and one micro-batch, and the bytes of the method's injection."""
     config = dataclasses.replace(CONFIG, dropout_rate=0.1, num_encoder_layers=2)
     partitioner, optimizer = Partitioner(make_mesh(shape), config), adafactor(0.3)
-    frozen = random_base(config, 0, partitioner.parameter).params
+    frozen = random_base(config, 0, partitioner.parameter_sharding).params
     trained = partitioner.replicate(method.init(jax.random.key(0), ShapeModel(config, frozen)))
     start = functools.partial(start_state, optimizer=optimizer, seed=0)
-    shardings = partitioner.state(jax.eval_shape(start, trained))
+    shardings = partitioner.state_shardings(jax.eval_shape(start, trained))
     state = partitioner.jit(start, out_shardings=shardings)(trained)
     step = make_train_step(Transformer(config), method, optimizer, 1e-4, 1, partitioner, shardings)
     batch = Batch(np.ones((BATCH, 32), np.int32), np.ones((BATCH, 8), np.int32), np.arange(BATCH, dtype=np.int32))
     injected = jax.tree.leaves(jax.eval_shape(method.apply, state.trainable, frozen))
-    program = step.lower(state, frozen, partitioner.spread(batch, BATCH)).compile().as_text()
+    program = step.lower(state, frozen, partitioner.shard_rows(batch, BATCH)).compile().as_text()
     return program, sum(leaf.size * leaf.dtype.itemsize for leaf in injected)
 
 
@@ -78,7 +78,7 @@ def load(path: str, axes: dict[str, int]) -> dict:
         return part
 
     StoredArray.__getitem__ = noted
-    base = load_base(path, config, None, partitioner.parameter)
+    base = load_base(path, config, None, partitioner.parameter_sharding)
     StoredArray.__getitem__ = read
     twice = 0
     for stored, parts in reads.items():

@@ -21,15 +21,15 @@ CONFIG = T5Config(5, 8, 2, 1, 2, 12, head_dim=3)
 LENGTH = 4
 
 
-def score(log_likelihood, length, brevity):
-    return log_likelihood / ((5 + length) / 6) ** brevity
+def score(log_likelihood, length, length_penalty):
+    return log_likelihood / ((5 + length) / 6) ** length_penalty
 
 
-def search(scores, beams, brevity):
+def search(scores, beams, length_penalty):
     """Answers with their scores, best first, and after how many steps no beginning can still pass the worst of them."""
     live, ended, steps = [(0.0, ())], [], 0
     while steps < scores.length:
-        if len(ended) == beams and ended[-1][0] > score(live[0][0], scores.length + 1, brevity):
+        if len(ended) == beams and ended[-1][0] > score(live[0][0], scores.length + 1, length_penalty):
             break
         steps += 1
         longer = [
@@ -38,13 +38,13 @@ def search(scores, beams, brevity):
             for token, log_prob in enumerate(scores.table[tokens])
         ]
         longer = sorted(longer, reverse=True)[: 2 * beams]
-        new = [(score(total, steps, brevity), tokens) for total, tokens in longer if tokens[-1] == EOS]
+        new = [(score(total, steps, length_penalty), tokens) for total, tokens in longer if tokens[-1] == EOS]
         ended = sorted(ended + new, reverse=True)[:beams]
         live = [beam for beam in longer if beam[1][-1] != EOS][:beams]
     return ended or live, steps
 
 
-def check_answers(tokens, scores, expected, continued, brevity):
+def check_answers(tokens, scores, expected, continued, length_penalty):
     """Equal scores, rank by rank, and under each the answer that has it: two that rounding cannot tell apart may swap
     places. Off by rounding alone: the cached pass sums in another order, on logits of up to about 10."""
     count = len(expected)
@@ -52,7 +52,7 @@ def check_answers(tokens, scores, expected, continued, brevity):
     answers = [unpadded(row) for row in tokens[:count]]
     assert len(set(answers)) == count
     for answer, found, row in zip(answers, scores, tokens, strict=False):
-        power = brevity if answer[-1] == EOS else 0.0
+        power = length_penalty if answer[-1] == EOS else 0.0
         own = score(continued.log_likelihood(answer), len(answer), power)
         np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-5)
         assert not np.any(row[len(answer) :])
@@ -67,10 +67,12 @@ def test_tokens_and_scores_are_t5x(t5x, tiny_config):
     np.testing.assert_allclose(scores, t5x["short:beam4:scores"][:, ::-1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("beams", "brevity", "prompt_length"), [(1, 0.6, 0), (2, 0.0, 3), (3, 0.6, 3), (6, 1.5, 0)])
-def test_beams_are_those_of_the_definition(beams, brevity, prompt_length):
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "prompt_length"), [(1, 0.6, 0), (2, 0.0, 3), (3, 0.6, 3), (6, 1.5, 0)]
+)
+def test_beams_are_those_of_the_definition(beams, length_penalty, prompt_length):
     model, params = random_model(CONFIG, prompt_length)
-    run = compiled(beam_search, model, LENGTH, beams=beams, brevity=brevity)
+    run = compiled(beam_search, model, LENGTH, beams=beams, length_penalty=length_penalty)
 
     @settings(max_examples=15)
     @given(
@@ -85,8 +87,8 @@ def test_beams_are_those_of_the_definition(beams, brevity, prompt_length):
         scaled = with_likelier_end(scaled, end)
         tokens, scores = map(np.asarray, run(scaled, inputs))
         for row, continued in enumerate(continuations(model, scaled, inputs, LENGTH)):
-            expected, _ = search(continued, beams, brevity)
-            check_answers(tokens[row], scores[row], expected, continued, brevity)
+            expected, _ = search(continued, beams, length_penalty)
+            check_answers(tokens[row], scores[row], expected, continued, length_penalty)
 
     check()
 

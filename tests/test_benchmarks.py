@@ -13,14 +13,15 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import page
-from experiments.benchmarks.flop import Shape, product_rates, step_flop
-from experiments.benchmarks.train_step import against_products, figures, in_any_order
+from experiments.benchmarks.matmuls import matmul_rates
+from experiments.benchmarks.train_step import compare_to_matmuls, figures, in_any_order
 from experiments.sizes import SIZES
 from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.checkpoints.base import expected_shapes
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.training.flop import PEAKS, StepShape, step_flop
 from prompt_tuning_jax.training.step import batch_loss
 
 CONFIG = T5Config(512, 128, 4, 1, 2, 256, head_dim=24)
@@ -63,22 +64,22 @@ def flop_in_xla(config, shape):
     return analysis["flops"]
 
 
-@pytest.mark.parametrize("shape", [Shape(3, 40, 8, 24), Shape(2, 12, 20, 40), Shape(2, 30, 9, 0)])
+@pytest.mark.parametrize("shape", [StepShape(3, 40, 8, 24), StepShape(2, 12, 20, 40), StepShape(2, 30, 9, 0)])
 def test_the_formula_counts_every_product(shape):
     """Without a prompt, the model is trained."""
     assert step_flop(CONFIG, shape, trains_model=not shape.prompt) == flop_in_torch(CONFIG, shape)
 
 
-@pytest.mark.parametrize("shape", [Shape(3, 40, 8, 24), Shape(2, 30, 9, 0)])
+@pytest.mark.parametrize("shape", [StepShape(3, 40, 8, 24), StepShape(2, 30, 9, 0)])
 def test_the_program_does_these_products_and_little_else(shape):
     assert 1.0 < flop_in_xla(CONFIG, shape) / step_flop(CONFIG, shape, trains_model=not shape.prompt) < 1.03
 
 
 def test_prompt_tuning_is_two_thirds_of_model_tuning():
     """At the paper's lengths, and where there is no prompt to make the sequence longer for one of them."""
-    shape = Shape(32, 228, 8, 0)
+    shape = StepShape(32, 228, 8, 0)
     prompt, model = (step_flop(SIZES["small"], shape, trains_model=trains) for trains in (False, True))
-    assert prompt == step_flop(SIZES["small"], Shape(32, 128, 8, 100), trains_model=False)
+    assert prompt == step_flop(SIZES["small"], StepShape(32, 128, 8, 100), trains_model=False)
     assert 2 / 3 < prompt / model < 0.7
 
 
@@ -88,13 +89,15 @@ def asked(**changed):
 
 def test_rates_and_shares():
     rows = [(np.ones((4, 6), np.int32), np.ones((4, 2), np.int32))]
-    flop = step_flop(SIZES["nano"], Shape(4, 6, 2, 5), trains_model=False)
+    flop = step_flop(SIZES["nano"], StepShape(4, 6, 2, 5), trains_model=False)
     found = figures([1.0, 2.0, 9.0], rows, asked())
     assert found["examples_per_second"] == 2.0
     assert found["flop_per_second"] == flop / 2.0
-    shares = against_products(found, {"slow": flop / 10, "fast": 2.0 * flop})
+    shares = compare_to_matmuls(found, {"slow": flop / 10, "fast": 2.0 * flop})
     assert shares["product_flop_per_second"] == 2.0 * flop
-    assert shares["roofline_share"] == 0.25
+    assert shares["roofline_share"] == 0.25 and "mfu" not in shares
+    on_a_card = compare_to_matmuls(found | {"device": "NVIDIA H200"}, {"fast": 2.0 * flop})
+    assert on_a_card["mfu"] == flop / 2.0 / PEAKS["NVIDIA H200"]
 
 
 def test_rows_of_other_lengths_count_by_their_sum():
@@ -104,7 +107,7 @@ def test_rows_of_other_lengths_count_by_their_sum():
     found = figures([1.0, 2.0], rows, asked(mode="model", lengths="rte"))
     assert found["examples_per_second"] == pytest.approx(1.0)
     assert found["tokens"] == {"read": 6 + 7, "padded": 6 + 14}
-    flop = [step_flop(SIZES["nano"], Shape(2, width, 2, 0), trains_model=True) for width in (3, 7)]
+    flop = [step_flop(SIZES["nano"], StepShape(2, width, 2, 0), trains_model=True) for width in (3, 7)]
     assert found["flop"] == sum(flop) / 2
 
 
@@ -136,7 +139,7 @@ def test_rates_of_products():
         left, right = np.ones(shape[:2], dtype), np.ones(shape[1:], dtype)
         return lambda: left @ right
 
-    rates = product_rates(make, [(64, 32, 16)], ["float32", "float64"])
+    rates = matmul_rates(make, [(64, 32, 16)], ["float32", "float64"])
     assert rates.keys() == {"float32 64x32x16", "float64 64x32x16"}
     assert all(1e6 < rate < 1e15 for rate in rates.values())
 
@@ -196,7 +199,7 @@ def test_a_benchmark_run_again_leaves_the_others(write_page, monkeypatch):
     assert (record["prompt_length"], ours["platform"]) == (4, "cpu")
     assert f"{ours['examples_per_second']:.2f} |" in text
     assert ours["start_to_first_step_seconds"] >= ours["import_seconds"] + ours["first_step_seconds"]
-    assert ours["flop"] == step_flop(SIZES["nano"], Shape(2, 8, 8, 4), trains_model=False)
+    assert ours["flop"] == step_flop(SIZES["nano"], StepShape(2, 8, 8, 4), trains_model=False)
     share = ours["flop"] / ours["step_seconds"]["median"] / ours["product_flop_per_second"]
     assert ours["roofline_share"] == pytest.approx(share)
     assert 1e8 < ours["peak_bytes"] < 1e10

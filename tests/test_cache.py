@@ -87,7 +87,7 @@ def test_pretraining_examples_are_what_seqio_gives(text, tmp_path):
     build_split(text, "train", tmp_path / "train")
     examples = CachedExamples(tmp_path / "train", slice(None))
     assert_is_seqios(examples, text, "train")
-    assert examples.cut(TEXT_LENGTHS) == {"inputs": 0, "targets": 0}
+    assert examples.count_truncated(TEXT_LENGTHS) == {"inputs": 0, "targets": 0}
     assert examples.metrics == [] and answers(examples.postprocess) is None
 
 
@@ -95,8 +95,8 @@ def test_no_token_is_cut_before_it_is_counted(demo):
     """TASK_FEATURE_LENGTHS truncates when a batch is made, so that truncated examples can be counted and reported."""
     longest = int(demo.inputs.lengths.max())
     assert longest > LENGTHS["inputs"]
-    assert demo.cut({"inputs": longest, "targets": 4}) == {"inputs": 0, "targets": 0}
-    assert demo.cut({"inputs": longest - 1, "targets": 1}) == {
+    assert demo.count_truncated({"inputs": longest, "targets": 4}) == {"inputs": 0, "targets": 0}
+    assert demo.count_truncated({"inputs": longest - 1, "targets": 1}) == {
         "inputs": int((demo.inputs.lengths == longest).sum()),
         "targets": 500,
     }
@@ -110,7 +110,7 @@ def test_a_slice_is_its_rows(tiny, demo, start, stop):
     assert part.fields == demo.fields[rows]
     right = [fields["targets_pretokenized"] for fields in demo.fields[rows]]
     assert score(part, right) == {"accuracy": 100.0}
-    assert part.cut(LENGTHS)["inputs"] == int((demo.inputs.lengths[rows] > LENGTHS["inputs"]).sum())
+    assert part.count_truncated(LENGTHS)["inputs"] == int((demo.inputs.lengths[rows] > LENGTHS["inputs"]).sum())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
 
 def start_builder(tiny, request, split, cache, before="", **options):
     """Starts the process that `load_tasks` starts, with the statements `before` first; its stdin must stay open."""
-    order = json.dumps(request.order(split=split, cache_dir=str(cache), to_train=True))
+    order = json.dumps(request.to_child_request(split=split, cache_dir=str(cache), to_train=True))
     program = (
         f"import sys; sys.argv[1:] = [{order!r}]; {before}\nfrom prompt_tuning_jax.batches import build; build.main()"
     )
@@ -316,7 +316,7 @@ def built_here(monkeypatch):
     def start(module, order, what, pipe):
         assert pipe
         started.append(module)
-        request = TaskRequest.from_order(order["request"])
+        request = TaskRequest.from_json(order["request"])
         build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
         return SimpleNamespace(stdout=[], finish=lambda: None)
 
@@ -541,7 +541,7 @@ def test_a_builder_that_fails_says_why(tiny, tmp_path, monkeypatch):
     """A user's error is one line, a kill names the signal, and any other error has its traceback."""
     with pytest.raises(ValueError, match=r"^no task 'demo_review'; did you mean 'demo_reviews'"):
         load_split(dataclasses.replace(tiny.demo, name="demo_review"), "train", tmp_path)
-    order = tiny.demo.order(split="train", cache_dir=str(tmp_path), to_train=True)
+    order = tiny.demo.to_child_request(split="train", cache_dir=str(tmp_path), to_train=True)
     child = Child("prompt_tuning_jax.batches.build", order, "tokenising demo")
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=rf"^tokenising demo: process {child.pid} was killed by SIGKILL: start"):
@@ -549,7 +549,7 @@ def test_a_builder_that_fails_says_why(tiny, tmp_path, monkeypatch):
     (tmp_path / "fails.py").write_text("import json, sys\njson.loads(sys.argv[1])['split']\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"(?s)^tokenising demo failed:.*Traceback.*KeyError: 'split'"):
-        Child("fails", tiny.demo.order(), "tokenising demo").finish()
+        Child("fails", tiny.demo.to_child_request(), "tokenising demo").finish()
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):

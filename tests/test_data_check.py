@@ -194,7 +194,7 @@ def test_a_run_says_it_once_at_its_start(model):
 
 def test_runs_in_one_program_say_the_same_once():
     lines = []
-    say = vectorized.once(lines.append)
+    say = vectorized.without_repeats(lines.append)
     for line in ("a", "b", "a", "b", "c"):
         say(line)
     assert lines == ["a", "b", "c"]

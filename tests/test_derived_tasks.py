@@ -20,7 +20,7 @@ from prompt_tuning_jax.tasks.derived import Splits, parts_of
 from prompt_tuning_jax.tasks.rank_classification import Choice, choice, rank_classification
 from prompt_tuning_jax.tasks.wrapped_postprocessors import after_sentinel, of_choices
 from prompt_tuning_jax.tokenizers.vocabulary import EOS, Vocabulary
-from prompt_tuning_jax.training.evaluation import judge, takes_scores
+from prompt_tuning_jax.training.evaluation import postprocess, takes_scores
 
 register("spot", "recycling", "sentinel")
 
@@ -348,8 +348,8 @@ def test_a_cached_ranking_is_its_definition(tmp_path, tiny, name, normed):
     lengths = found.targets.lengths.reshape(count, 2)
     assert (lengths[:, 0] != lengths[:, 1]).all() or not normed
     scores = -np.random.default_rng(0).uniform(1, 9, (count, 2))
-    judged = judge(found, scores.reshape(-1).tolist())
-    assert [target.is_correct for target in judged.targets] == [
+    predictions = postprocess(found, scores.reshape(-1).tolist())
+    assert [target.is_correct for target in predictions.targets] == [
         place == n % 2 for n in range(count) for place in (0, 1)
     ]
     each = scores / lengths if normed else scores
@@ -361,7 +361,7 @@ def test_a_cached_ranking_is_its_definition(tmp_path, tiny, name, normed):
         "auc-roc": sklearn.metrics.roc_auc_score(wanted, each[:, 1] - each[:, 0]),
         "auc-pr": sklearn.metrics.average_precision_score(wanted, each[:, 1] - each[:, 0]),
     }
-    assert judged.metrics(found) == pytest.approx({name: 100 * value for name, value in expected.items()})
+    assert predictions.metrics(found) == pytest.approx({name: 100 * value for name, value in expected.items()})
 
 
 def test_a_cached_generation_is_the_tasks_own(tmp_path, tiny):
@@ -377,7 +377,7 @@ def test_a_cached_generation_is_the_tasks_own(tmp_path, tiny):
     for part, other in ((found.inputs, plainly.inputs), (found.targets, plainly.targets)):
         assert all(np.array_equal(part[n], other[n]) for n in range(12))
     answers = ["negative", "positive", "what"] * 4
-    assert judge(found, answers).metrics(found) == {"accuracy": pytest.approx(100 / 3)}
+    assert postprocess(found, answers).metrics(found) == {"accuracy": pytest.approx(100 / 3)}
 
 
 # All labels at once.

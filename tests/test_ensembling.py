@@ -27,15 +27,15 @@ def dataset(tiny):
     return DatasetConfig("demo_reviews", "validation[:40]", 16, LENGTHS, cache_dir=str(tiny.folder / "cache"))
 
 
-@given(ballots=st.lists(st.tuples(st.sampled_from("abc"), st.floats(-9, 0)), min_size=1, max_size=7))
-def test_the_commonest_answer_wins_and_of_several_the_one_of_the_highest_score(ballots):
-    texts, scores = zip(*ballots, strict=True)
+@given(votes=st.lists(st.tuples(st.sampled_from("abc"), st.floats(-9, 0)), min_size=1, max_size=7))
+def test_the_commonest_answer_wins_and_of_several_the_one_of_the_highest_score(votes):
+    texts, scores = zip(*votes, strict=True)
     winner = vote(texts, scores)
     counts = collections.Counter(texts)
     assert counts[winner] == max(counts.values())
     for rival in counts:
         if counts[rival] == counts[winner]:
-            mine, others = (sum(s for t, s in ballots if t == text) for text in (winner, rival))
+            mine, others = (sum(s for t, s in votes if t == text) for text in (winner, rival))
             assert mine >= others
 
 
@@ -58,8 +58,8 @@ def test_each_prompt_answers_as_if_it_were_alone(tiny, dataset):
     assert generated.scores.shape == ranked.scores.shape == (3, 40)
     assert generated.texts[0] != generated.texts[1]
     for row in (0, 7, 39):
-        ballot = [texts[row] for texts in ranked.texts]
-        assert ranked.elected()[row] == vote(ballot, ranked.scores[:, row])
+        answers = [texts[row] for texts in ranked.texts]
+        assert ranked.majority()[row] == vote(answers, ranked.scores[:, row])
 
 
 @pytest.fixture(scope="module")

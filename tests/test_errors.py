@@ -17,7 +17,7 @@ from prompt_tuning_jax import convert, gin_files, infer, neighbors
 from prompt_tuning_jax.batches.child import Child
 from prompt_tuning_jax.checkpoints.base import check_base_dtype, open_model
 from prompt_tuning_jax.checkpoints.state import StateStore
-from prompt_tuning_jax.errors import Setting, SettingError, near_misses, prefixed, renamed, spelled
+from prompt_tuning_jax.errors import Setting, SettingError, error_text, near_misses, prefixed, renamed
 from prompt_tuning_jax.inference.bank import PromptBank
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
@@ -44,8 +44,8 @@ def test_python_names_the_argument():
 def test_a_front_end_names_settings_as_it_calls_them():
     flags = {"prompt_file": "--prompts", "batch_size": "--rows"}
     assert an_error().text(flags.__getitem__) == "no file x: set --prompts or --rows"
-    assert spelled(an_error(), str.upper) == "no file x: set PROMPT_FILE or BATCH_SIZE"
-    assert spelled(OSError("BATCH_SIZE is full"), str.lower) == "BATCH_SIZE is full"
+    assert error_text(an_error(), str.upper) == "no file x: set PROMPT_FILE or BATCH_SIZE"
+    assert error_text(OSError("BATCH_SIZE is full"), str.lower) == "BATCH_SIZE is full"
 
 
 def test_no_name_is_searched_for_in_the_text():

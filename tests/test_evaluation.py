@@ -23,7 +23,7 @@ from prompt_tuning_jax.training.evaluation import (
     Evaluator,
     check_labels,
     is_right,
-    judge,
+    postprocess,
     takes_scores,
 )
 from prompt_tuning_jax.training.step import merge
@@ -159,7 +159,7 @@ def test_multirc_is_ranked_as_well(evaluator, params, split):
     found = evaluator.rank_metrics(Injection(), params, batches)
     assert set(found) == {"f1", "exact_match"}
     truth = [fields["targets_pretokenized"] for fields in batches.examples.fields]
-    assert judge(batches.examples, truth).metrics(batches.examples) == {"f1": 100.0, "exact_match": 100.0}
+    assert postprocess(batches.examples, truth).metrics(batches.examples) == {"f1": 100.0, "exact_match": 100.0}
     assert (
         evaluator.rank_metrics(Injection(), params, split(SENTENCES, SENTENCES, postprocessor="text", options={}))
         is None
@@ -173,9 +173,9 @@ def test_an_answer_is_the_label_as_the_vocabulary_writes_it(evaluator, params, s
     label = said.upper()
     batches = split(SENTENCES, [label] * len(SENTENCES), options={"labels": [label, "negative"]})
     share = 100 * plain.count(said) / len(plain)
-    found, odd = evaluator.metrics(Injection(), params, batches)
+    found, invalid = evaluator.metrics(Injection(), params, batches)
     assert found == {"accuracy": pytest.approx(share)}
-    assert said not in odd and label not in odd
+    assert said not in invalid and label not in invalid
     with pytest.raises(ValueError, match="'True' and 'TRUE' are both 'true' in the vocabulary .*: set"):
         written_labels(["True", "TRUE"], words)
     check_labels({"a": batches}, words)
@@ -207,16 +207,16 @@ def test_a_task_of_scored_choices_is_scored_and_not_generated(evaluator, params,
         postprocessor=f"{ranking}:choice", options={}, metrics=(f"{ranking}:rank_classification",),
     )  # fmt: skip
     assert takes_scores(batches.examples)
-    found, odd = evaluator.metrics(Injection(), params, batches)
+    found, invalid = evaluator.metrics(Injection(), params, batches)
     plain = split(SENTENCES[:8], [LABELS[number % 2] for number in range(8)])
     assert not takes_scores(plain.examples)
     assert found == evaluator.rank_metrics(Injection(), params, plain)
-    assert odd == {}
+    assert invalid == {}
 
 
 def test_what_is_no_label_is_counted(split):
     examples = split(["a"] * 5, ["positive"] * 5).examples
-    found = judge(examples, ["positive", "good", "negative", "good", ""])
+    found = postprocess(examples, ["positive", "good", "negative", "good", ""])
     assert found.no_label() == {"good": 2, "": 1}
     result = eval_run.task_result(split(["a"] * 5, ["positive"] * 5), found, {"accuracy": 60.0})
     assert result == {
@@ -229,19 +229,19 @@ def test_what_is_no_label_is_counted(split):
         "ranking_score": 60.0,
     }
     numbers = split(["a"] * 3, ["3.8"] * 3, postprocessor="number", options={}, metrics=("pearson",))
-    assert judge(numbers.examples, ["3.8", "four", "nan"]).no_label() == {"four": 1, "nan": 1}
+    assert postprocess(numbers.examples, ["3.8", "four", "nan"]).no_label() == {"four": 1, "nan": 1}
 
 
 def test_samples_are_right_and_wrong_answers(split):
     texts = [f"sentence {place}" for place in range(20)]
     examples = split(texts, ["positive", "negative"] * 10).examples
-    found = judge(examples, ["positive"] * 20).samples(examples, 3)
+    found = postprocess(examples, ["positive"] * 20).samples(examples, 3)
     assert [len(rows) for rows in found.values()] == [3, 3]
     assert {row["targets"] for row in found["right"]} == {"positive"}
     assert {row["targets"] for row in found["wrong"]} == {"negative"}
     assert {row["prediction"] for rows in found.values() for row in rows} == {"positive"}
     assert {row["inputs"] for rows in found.values() for row in rows} <= {*texts}
-    assert found == judge(examples, ["positive"] * 20).samples(examples, 3)
+    assert found == postprocess(examples, ["positive"] * 20).samples(examples, 3)
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_a_row_ends_and_is_counted_before_it_is_truncated():
         assert examples.inputs[at].tolist() == examples.targets[at].tolist() == [*words.encode(text), EOS]
     lengths = [len(words.encode(text)) + 1 for text in texts]
     assert examples.inputs.lengths.tolist() == lengths and examples.inputs[0].dtype == np.int32
-    assert examples.cut({"inputs": lengths[0], "targets": 1}) == {"inputs": 1, "targets": 3}
+    assert examples.count_truncated({"inputs": lengths[0], "targets": 1}) == {"inputs": 1, "targets": 3}
     assert [row["inputs_pretokenized"] for row in examples[1:].fields] == texts[1:]
     assert examples[1:].rows.tolist() == [1, 2] and len(examples[:-1]) == 2
 

@@ -30,7 +30,7 @@ from prompt_tuning_jax.methods.shapes import ShapeModel, check_not_int8
 from prompt_tuning_jax.methods.super_pos import SuperPos
 from prompt_tuning_jax.prompts.files import read_prompt, write_prompt
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.kernels import quantized_product
+from prompt_tuning_jax.t5.kernels import quantized_matmul
 from prompt_tuning_jax.t5.log_likelihood import shift_right
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, output_axis, quantized, scale_path
@@ -128,7 +128,7 @@ def test_the_product_and_its_gradient_are_those_of_the_matrix(dtype):
     kernel, scale = found["a/kernel"], found["a/kernel_scale"]
     whole = np.asarray(kernel, np.float64) * np.asarray(scale)
     gradient = jax.random.normal(keys[2], (2, 5, 40)).astype(dtype)
-    value, pull = jax.vjp(lambda x: quantized_product(x, kernel, scale, dtype), x)
+    value, pull = jax.vjp(lambda x: quantized_matmul(x, kernel, scale, dtype), x)
     (of_x,) = pull(gradient)
     assert value.dtype == of_x.dtype == dtype
     wanted, wanted_of_x = np.asarray(x, np.float64) @ whole, np.asarray(gradient, np.float64) @ whole.T
@@ -253,7 +253,7 @@ def test_one_prompt_file_for_every_dtype(tmp_path):
 def test_sharing_a_pass_keeps_one_kernel():
     """Mapped over runs, the product has the kernel once: one product of all their rows."""
     x = jnp.ones((3, 4, 8))
-    mapped = jax.vmap(lambda x: quantized_product(x, jnp.ones((8, 6), jnp.int8), jnp.ones(6), jnp.float32))
+    mapped = jax.vmap(lambda x: quantized_matmul(x, jnp.ones((8, 6), jnp.int8), jnp.ones(6), jnp.float32))
     shapes = [str(equation) for equation in jax.make_jaxpr(mapped)(x).eqns]
     assert "f32[8,6]" in str(shapes) and "3,8,6" not in str(shapes)
     np.testing.assert_array_equal(mapped(x), jnp.full((3, 4, 6), 8.0))

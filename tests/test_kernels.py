@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.t5.kernels import MASKED, attend, gated_gelu, product
+from prompt_tuning_jax.t5.kernels import MASKED, attend, gated_gelu, matmul
 
 B, H, Q, K, D = 3, 2, 5, 7, 4
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -64,7 +64,7 @@ def test_gated_gelu_is_its_definition():
 def test_a_product_of_bfloat16_is_summed_in_float32(dtype):
     x, kernel = draw(0, 2, 3, 512).astype(jnp.bfloat16), draw(1, 512, 8).astype(jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-    found = product(x, kernel, dtype)
+    found = matmul(x, kernel, dtype)
     assert found.dtype == dtype
     # To the last bit but one: a sum in bfloat16 would be off by several per cent.
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-18
@@ -74,4 +74,4 @@ def test_a_product_of_bfloat16_is_summed_in_float32(dtype):
         return jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32)).astype(dtype)
 
     # The gradient that comes in is rounded to bfloat16 as the operands are.
-    compare(lambda x, kernel: product(x, kernel, dtype), definition, [x, kernel], within=2.0**-7)
+    compare(lambda x, kernel: matmul(x, kernel, dtype), definition, [x, kernel], within=2.0**-7)

@@ -230,7 +230,7 @@ TOKENISE = """
 import json, pathlib, sys
 from prompt_tuning_jax.batches.build import TaskRequest, build_missing
 for order in json.loads(sys.argv[1]):
-    build_missing(TaskRequest.from_order(order), "train", pathlib.Path(sys.argv[2]), True)
+    build_missing(TaskRequest.from_json(order), "train", pathlib.Path(sys.argv[2]), True)
 """
 # Prints the seconds from a program's start to its first batch, by the clock and of the processor; how many examples it
 # then reads in a second of the processor, which a machine under load does not make fewer; and what it has imported.

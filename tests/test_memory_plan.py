@@ -196,8 +196,8 @@ def test_a_method_is_planned_as_its_arrays_and_its_step_are(method):
 def test_auto_is_by_the_device_and_by_what_is_trained(monkeypatch, backend, method, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = run_of(method=method)
-    assert config.held_dtype == expected
-    assert dataclasses.replace(config, base_dtype="int8").held_dtype == "int8"
+    assert config.resolved_base_dtype == expected
+    assert dataclasses.replace(config, base_dtype="int8").resolved_base_dtype == "int8"
 
 
 def test_the_base_is_planned_in_its_dtype_and_what_is_trained_in_float32():

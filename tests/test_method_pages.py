@@ -238,7 +238,9 @@ def measured(docs_module):
 def test_measured_rows_come_from_the_csv(measured, tmp_path):
     def found(method, right, rate="0.3", seed=0):
         curve = {20: 50.0, 40: 50.0}
-        return methods.Found(method, "nano", "sst2", rate, seed, curve, 40, 40, 2560, 10_368, np.array(right), "0123")
+        return methods.TrialResult(
+            method, "nano", "sst2", rate, seed, curve, 40, 40, 2560, 10_368, np.array(right), "0123"
+        )
 
     path = tmp_path / "methods.csv"
     methods.to_csv(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("only_this_tests_gin")
 
 
 def found(method="official", task="sst2", rate="0.3", seed=0, right=(True, False), curve=((20, 50.0), (40, 50.0))):
-    return methods.Found(
+    return methods.TrialResult(
         method, "nano", task, rate, seed, dict(curve), 40, 300, 2560, 10_368, np.array(right), "d78aa9ae865fc70a"
     )
 

@@ -176,7 +176,7 @@ def in_process(monkeypatch):
     def start(module, order, what, pipe):
         orders.append(order)
         build_missing(
-            TaskRequest.from_order(order["request"]),
+            TaskRequest.from_json(order["request"]),
             order["split"],
             cache_module.Path(order["cache_dir"]),
             order["to_train"],

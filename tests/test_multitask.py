@@ -185,11 +185,11 @@ def test_batches_tell_their_rows_tasks_to_methods_that_ask(model):
     assert isinstance(asking.batches, MixedBatches)
     words = model.tokenizer
     of_inputs = {tuple(words.encode(row["inputs"])): task for task, rows in ROWS.items() for row in rows}
-    for batch in asking.batches_to_come():
+    for batch in asking.remaining_batches():
         for inputs, task in zip(batch.inputs, batch.tasks, strict=True):
             tokens = tuple(int(token) for token in inputs if token > 1)
             assert sorted(TASKS)[task] == of_inputs[tokens]
-    assert all(batch.tasks is None for batch in run(PromptTuning(3)).batches_to_come())
+    assert all(batch.tasks is None for batch in run(PromptTuning(3)).remaining_batches())
 
 
 def test_tasks_are_drawn_in_proportion_to_their_rows(model):

@@ -70,8 +70,8 @@ def test_neighbours_are_those_of_scikit_learn(seed, length, k, padding):
         found = nearest(prompt, lexicon, k)
     expected = 1 - cosine_distances(prompt, np.stack(list(named.values())))
     np.testing.assert_allclose(found.cosines, -np.sort(-expected, axis=1)[:, :k], atol=1e-6)
-    np.testing.assert_allclose(found.cosines, np.take_along_axis(expected, found.places, axis=1), atol=1e-6)
-    assert all(len(set(places)) == k for places in found.places.tolist())
+    np.testing.assert_allclose(found.cosines, np.take_along_axis(expected, found.indices, axis=1), atol=1e-6)
+    assert all(len(set(places)) == k for places in found.indices.tolist())
 
 
 def test_what_is_no_word_is_nobodys_neighbour():
@@ -90,7 +90,7 @@ def test_what_is_no_word_is_nobodys_neighbour():
 def test_of_equal_words_the_first_is_named():
     embeddings = np.repeat(normal(4, 5), 3, axis=0)  # ids 3 to 11, three times the same
     found = nearest(2 * embeddings[[6]], lexicon_of(embeddings, 12), 4)
-    assert found.places[0, :3].tolist() == [3, 4, 5]
+    assert found.indices[0, :3].tolist() == [3, 4, 5]
 
 
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 12), k=st.integers(2, 7))

@@ -284,12 +284,12 @@ def test_a_peer_that_lives_and_does_nothing_is_told_by_time(monkeypatch):
     left = []
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes, "STUCK_SECONDS", 0.3)
-    monkeypatch.setattr(processes, "leave", lambda code, line: left.append((code, line)))
+    monkeypatch.setattr(processes, "exit_without_barrier", lambda code, line: left.append((code, line)))
     with PeerWatch() as watch:
         watch.saved_step = 40
         for _ in range(10):
             time.sleep(0.06)
-            watch.work()
+            watch.note_work()
         assert not left
         time.sleep(0.6)
     assert left[0][0] == LOST_PEER
@@ -311,7 +311,7 @@ def test_a_peer_that_lives_and_does_nothing_is_told_by_time(monkeypatch):
 def test_only_an_error_of_a_peer_is_taken_for_one(monkeypatch, error, leaves):
     left = []
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "leave", lambda code, line: left.append(code))
+    monkeypatch.setattr(processes, "exit_without_barrier", lambda code, line: left.append(code))
     with pytest.raises(type(error)), PeerWatch():
         raise error
     assert left == ([LOST_PEER] if leaves else [])

@@ -307,7 +307,7 @@ def test_ordinary_rows_and_others_stand_apart_in_full_batches(deep):
     predictor, _, _ = deep
     names = ["adding", "ordinary"] * 8
     requests = [predictor.request({"prompt": name, "inputs": "a movie"}) for name in names]
-    batches = [{names[at] for at in batch.places} for batch in predictor.plan(requests)]
+    batches = [{names[at] for at in batch.indices} for batch in predictor.plan(requests)]
     assert batches == [{"ordinary"}, {"adding"}]
 
 
@@ -344,7 +344,7 @@ def test_only_the_beginning_of_a_very_long_text_is_tokenised(predictor, words):
     """It gives the tokens of the whole text."""
     text = " ".join(TEXTS * 20)
     request = predictor.request({"prompt": None, "inputs": text})
-    assert len(text) > 2 * CHARACTERS * INPUTS and request.cut
+    assert len(text) > 2 * CHARACTERS * INPUTS and request.truncated
     assert request.inputs.tolist() == [*words.encode(text)[: INPUTS - 1], EOS]
     seen = []
 
@@ -355,7 +355,7 @@ def test_only_the_beginning_of_a_very_long_text_is_tokenised(predictor, words):
 
     reader = Reader(Counting(words.path), INPUTS, Decoding())
     for long in (text * 50, " " * 10**6 + "a movie", "x" * 10**6, "a" + " " * 10**6 + "b"):
-        assert reader.request({"prompt": None, "inputs": long}).cut
+        assert reader.request({"prompt": None, "inputs": long}).truncated
     assert max(seen) <= CHARACTERS * INPUTS
     blank = reader.request({"prompt": None, "inputs": " " * 10**6 + "a movie"})
     assert blank.inputs.tolist() == [*words.encode("a movie"), EOS]
@@ -407,7 +407,7 @@ def test_a_long_prompt_costs_the_rows_of_others_nothing(words, params):
     for name, length in (("short", 3), ("long", 2000)):
         own.bank.add(name, np.zeros((length, WIDTH), np.float32))
     requests = [own.request({"prompt": name, "inputs": "a"}) for name in ("short", "long", None, "short")]
-    found = {tuple(batch.places): batch.program[3] for batch in own.plan(requests)}
+    found = {tuple(batch.indices): batch.program[3] for batch in own.plan(requests)}
     assert found == {(1,): 2048, (0, 2, 3): 20}
     assert own.cost(requests[1]) > 50 * own.cost(requests[0]) - 2000
     with pytest.raises(ValueError, match="prompt x has 12,000 positions, expected at most 4,080"):
@@ -454,8 +454,8 @@ def test_labels_of_many_sizes_do_not_pad_each_other(words, params):
     requests = [own.request(row) for row in rows]
     for batch in own.plan(requests):
         _, size, length, prompt, _, _, tokens = batch.program
-        labels = max(len(requests[at].labels) for at in batch.places)
-        assert length + prompt + labels * tokens <= 2 * min(own.cost(requests[at]) for at in batch.places)
+        labels = max(len(requests[at].labels) for at in batch.indices)
+        assert length + prompt + labels * tokens <= 2 * min(own.cost(requests[at]) for at in batch.indices)
 
 
 def test_seeds_default_to_one_a_row_from_the_first(words, params):

@@ -105,7 +105,7 @@ def test_the_cache_answers_as_teacher_forcing_does(stacks):
         return (
             greedy(model, own, inputs, size),
             sample(model, own, inputs, size, *settings),
-            beam_search(model, own, inputs, size, beams=3, brevity=0.0),
+            beam_search(model, own, inputs, size, beams=3, length_penalty=0.0),
         )
 
     @fast_jit

@@ -299,7 +299,7 @@ def test_a_large_body_is_refused_without_being_read(served):
         for _ in range(100):  # what is sent after the refusal is read and discarded
             connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
         assert b" 413 " in connection.recv(1000)
-    assert served.service._held == 0
+    assert served.service._bytes_in_progress == 0
 
 
 def test_too_many_rows_are_turned_away_and_told_when_to_come_back(predictor):
@@ -342,14 +342,14 @@ def test_rows_of_a_client_that_went_away_are_not_computed(predictor):
             until(lambda: served.metric("prompt_tuning_queue_rows") == 7)
         until(lambda: served.metric("prompt_tuning_queue_rows") == 0)
         with served.send(head(len(body)) + body[:20]):  # another client disconnects in the middle of its body
-            until(lambda: served.service._held > 20)
+            until(lambda: served.service._bytes_in_progress > 20)
         gate.open.set()
         assert first.result()[0] == 200
         assert served.predict([GREEDY] * 2)[0] == 200
         assert gate.windows == [[0], [0, 1]]
         assert served.metric('prompt_tuning_rows_total{outcome="dropped"}') == 7
         assert served.metric('prompt_tuning_requests_total{path="/v1/predict",status="499"}') == 2
-        assert served.service._held == 0
+        assert served.service._bytes_in_progress == 0
 
 
 def test_what_takes_too_long_is_given_up(predictor):

@@ -27,7 +27,7 @@ from prompt_tuning_jax import __main__ as commands
 from prompt_tuning_jax import gin_files, sweep
 from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.checkpoints import huggingface
-from prompt_tuning_jax.checkpoints.base import sized
+from prompt_tuning_jax.checkpoints.base import with_size
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.inference.limits import Limits
 from prompt_tuning_jax.inference.requests import Decoding, Reader
@@ -45,8 +45,8 @@ from prompt_tuning_jax.settings import (
     accepts,
     check,
     check_fields,
+    integer,
     keep_plain,
-    whole,
 )
 from prompt_tuning_jax.sweeps import spec
 from prompt_tuning_jax.sweeps.launchers import jobset, local, slurm, xpk
@@ -158,7 +158,7 @@ def refused(model, tmp_path):
         (Counts, [[1, 2]], ["12", [0], [1.0], 5]),
         (Switch, [True, False], [0, 1, "True", None]),
         (Lengths, [{"inputs": 1, "targets": 2}], [{}, {"inputs": 1}, {"inputs": 1, "targets": 1}, [], "a", None]),
-        (whole(2, 4, "the rooms"), [2, 4], [1, 5]),
+        (integer(2, 4, "the rooms"), [2, 4], [1, 5]),
         (int, ["anything"], []),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_kind_accepts_its_values_alone(annotation, right, wrong):
         (2.5, Count, "`batch_size` is 2.5, expected a whole number of at least 1"),
         (True, Count | None, "`batch_size` is True, expected a whole number of at least 1 or None"),
         (2**40, Count, "`batch_size` is 1099511627776, expected at most 2147483647, which int32 can hold"),
-        (9, whole(1, 8, "the width"), "`batch_size` is 9, expected a whole number from 1 to 8, the width"),
+        (9, integer(1, 8, "the width"), "`batch_size` is 9, expected a whole number from 1 to 8, the width"),
         (1.5, Share, "`batch_size` is 1.5, expected a number in [0, 1)"),
         ("yes no", Texts, "`batch_size` is 'yes no', expected a list of texts; did you mean ['yes no']?"),
         (["a", 1], Texts, "`batch_size`[1] is 1, expected a text"),
@@ -513,13 +513,13 @@ def _main(main, arguments):
 def test_the_files_of_a_base_model_give_its_size(tiny, tmp_path):
     asked = T5Config(dropout_rate=0.25, dtype="bfloat16", remat_policy="full")
     assert not asked.has_size and CONFIG.has_size
-    assert sized(asked, str(tiny.base)) == dataclasses.replace(
+    assert with_size(asked, str(tiny.base)) == dataclasses.replace(
         CONFIG, dropout_rate=0.25, dtype=jnp.bfloat16, remat_policy="full"
     )
-    assert sized(CONFIG, None) is CONFIG
+    assert with_size(CONFIG, None) is CONFIG
     odd = dataclasses.replace(CONFIG, head_dim=4, num_decoder_layers=2)
     huggingface.write(tmp_path / "odd", odd, random_of(odd), tiny.vocabulary)
-    assert sized(T5Config(), str(tmp_path / "odd")) == odd
+    assert with_size(T5Config(), str(tmp_path / "odd")) == odd
 
 
 def random_of(config):
@@ -530,11 +530,11 @@ def random_of(config):
 
 def test_a_size_that_the_files_contradict_is_refused(tiny):
     with pytest.raises(SettingError, match=r"has another size than the configuration \(emb_dim 16, not 24\)"):
-        sized(T5Config(emb_dim=24), str(tiny.base))
+        with_size(T5Config(emb_dim=24), str(tiny.base))
     with pytest.raises(
         SettingError, match=r"size is unknown \(missing: vocab_size, .*\): set `where` .*, or set T5Config.vocab_size"
     ):
-        sized(T5Config(emb_dim=24), None)
+        with_size(T5Config(emb_dim=24), None)
 
 
 def test_the_gin_file_that_leaves_the_size_to_the_files(tiny, tmp_path, monkeypatch):

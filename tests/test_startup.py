@@ -30,7 +30,7 @@ def count(event, **_):
 jax.monitoring.register_event_listener(count)
 import importlib
 train = importlib.import_module("prompt_tuning_jax.train")
-from prompt_tuning_jax.batches.loader import Planned
+from prompt_tuning_jax.batches.loader import PlannedBatches
 from prompt_tuning_jax.training import loop
 
 train_steps = int(re.search("TRAIN_STEPS=([0-9]+)", " ".join(sys.argv))[1])
@@ -48,14 +48,14 @@ class OnDevice:
     def __float__(self):
         return float(self.__array__())
 
-getitem = Planned.__getitem__
+getitem = PlannedBatches.__getitem__
 
 def get(self, number):
     global read
     read += self._shuffle  # those to train on
     return getitem(self, number)
 
-Planned.__getitem__ = get
+PlannedBatches.__getitem__ = get
 make = loop.make_train_step
 
 def make_watched(*arguments, **options):

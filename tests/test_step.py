@@ -24,7 +24,7 @@ from prompt_tuning_jax.training.step import (
     TrainState,
     batch_loss,
     make_train_step,
-    micro_batch,
+    micro_batch_size,
     summed_gradients,
 )
 
@@ -203,6 +203,6 @@ def test_a_divided_batch_has_the_gradient_of_the_whole(method, rows):
     ("batch_size", "length", "rows"), [(32, 128, 4), (32, 28, 8), (7, 128, 1), (6, 924, 1), (3, 8, 3)]
 )
 def test_a_cpu_divides_a_batch_evenly_into_passes_of_at_most_its_positions(batch_size, length, rows):
-    assert micro_batch((batch_size, length), 100) == rows
+    assert micro_batch_size((batch_size, length), 100) == rows
     assert rows == 1 or rows * (100 + length) <= CPU_POSITIONS
-    assert micro_batch((32, length), 100, num_microbatches=2) == 16
+    assert micro_batch_size((32, length), 100, num_microbatches=2) == 16

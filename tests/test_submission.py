@@ -15,7 +15,7 @@ from prompt_tuning_jax.batches.cache import CachedExamples
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.tasks.review_grammar import unlabelled
 from prompt_tuning_jax.tokenizers.vocabulary import EOS, PAD, UNK
-from prompt_tuning_jax.training.evaluation import judge
+from prompt_tuning_jax.training.evaluation import postprocess
 from prompt_tuning_jax.training.submission import FILES, server_file, start_submission, write_file
 
 # From gluebenchmark.com and super.gluebenchmark.com (FAQ, and the sample submissions): for each test set its file, the
@@ -55,7 +55,7 @@ def write(tmp_path):
         examples = make_split(tmp_path, task, [{**row, **fields} for row in numbers])
         file = server_file(task, "test")
         assert file is not None
-        write_file(tmp_path, file, task, examples, judge(examples, texts))
+        write_file(tmp_path, file, task, examples, postprocess(examples, texts))
         return (tmp_path / file.name).read_text()
 
     return run

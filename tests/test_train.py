@@ -22,6 +22,7 @@ from prompt_tuning_jax.checkpoints.base import default_vocabulary, load_base
 from prompt_tuning_jax.checkpoints.state import StateStore
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
+from prompt_tuning_jax.training.flop import StepShape, step_flop
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.progress import stopping_on_sigterm
 from prompt_tuning_jax.training.step import TrainState
@@ -110,7 +111,10 @@ def test_metrics_are_logged_at_their_periods(finished):
     for record in train:
         assert set(record) == {
             "step", "split", "loss", "token_accuracy", "gradient_norm", "prompt_norm", "prompt_moved",
+            "tflops_per_step",
         }  # fmt: skip
+        shape = StepShape(8, *LENGTHS.values(), PROMPT_LENGTH)
+        assert record["tflops_per_step"] == step_flop(CONFIG, shape, trains_model=False) / 1e12
         assert np.isfinite([value for name, value in record.items() if name != "split"]).all()
     assert all(set(record) == {"step", "split", "accuracy"} for record in evals)
     assert train[-1]["loss"] < train[0]["loss"]

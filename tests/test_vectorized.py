@@ -20,7 +20,7 @@ from prompt_tuning_jax.methods.prompt_tuning import PromptTuning
 from prompt_tuning_jax.prompts.initializers import ClassLabels, RandomUniform, SampledVocabulary
 from prompt_tuning_jax.sweep import shared_key
 from prompt_tuning_jax.sweeps import run_groups as programs_module
-from prompt_tuning_jax.sweeps.run_groups import fitting, padding, programs
+from prompt_tuning_jax.sweeps.run_groups import padding, programs, runs_per_pass
 from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.vectorized import train_together
 from prompt_tuning_jax.t5.layers import AttentionDropout
@@ -304,11 +304,11 @@ def test_runs_that_do_not_fit_into_memory_take_turns(monkeypatch, capsys):
     runs = [Planned(20, [16]) for _ in range(8)]
     monkeypatch.setattr(programs_module, "free_bytes", lambda: 1_000)
     monkeypatch.setattr(programs_module, "step_bytes", lambda runs, widest: 250 * len(runs))
-    assert fitting(runs, [16, 8]) == 3  # of 900 bytes
+    assert runs_per_pass(runs, [16, 8]) == 3  # of 900 bytes
     assert "8 runs at once take 0.0 GiB" in capsys.readouterr().err
-    assert fitting(runs[:3], [16, 8]) == 3
+    assert runs_per_pass(runs[:3], [16, 8]) == 3
     monkeypatch.setattr(programs_module, "step_bytes", lambda runs, widest: 2_000 * len(runs))
-    assert fitting(runs, [16, 8]) == 1
+    assert runs_per_pass(runs, [16, 8]) == 1
 
 
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))

@@ -116,8 +116,8 @@ def test_what_makes_a_run_slow_is_seen_in_its_summary(train, monkeypatch):
     def slow_batches(self):
         return map(slowed(lambda batch: batch, 0.5), batches(self))
 
-    batches = Run.batches_to_come
-    monkeypatch.setattr(Run, "batches_to_come", slow_batches)
+    batches = Run.remaining_batches
+    monkeypatch.setattr(Run, "remaining_batches", slow_batches)
     monkeypatch.setattr(Evaluator, "metrics", slowed(Evaluator.metrics, 0.75))
     monkeypatch.setattr(Run, "_save", slowed(Run._save, 1.25))
     before = time.perf_counter()

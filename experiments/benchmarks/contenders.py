@@ -78,18 +78,18 @@ class Contender:
         """Sends a line to the process, and returns its answer."""
         assert self._process.stdin and self._process.stdout
         print(line, file=self._process.stdin, flush=True)
-        for said in self._process.stdout:
-            if said.startswith(ANSWER):
-                return json.loads(said.removeprefix(ANSWER))
+        for output in self._process.stdout:
+            if output.startswith(ANSWER):
+                return json.loads(output.removeprefix(ANSWER))
         raise RuntimeError(f"the process ended with {self._process.wait()}: its error is above")
 
     def used(self) -> float:
         """Returns the CPU seconds that the process has used so far."""
         return sum(map(int, _stat(self._process.pid)[11:13])) / TICKS
 
-    def seconds(self, asked: str) -> float:
+    def seconds(self, line: str) -> float:
         """Lets the process do the work that it knows by this line, and returns the seconds that it took."""
-        return float(self.ask(asked))
+        return float(self.ask(line))
 
     def end(self) -> None:
         self._process.communicate()
@@ -151,10 +151,10 @@ def timed(what: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(contenders: Mapping[str, Contender], asked: Sequence[tuple[str, str]], rounds: int) -> list[float]:
+def medians(contenders: Mapping[str, Contender], work: Sequence[tuple[str, str]], rounds: int) -> list[float]:
     """Returns the median seconds of each (contender, line), measured in turns. The first round is not used."""
-    times = [[contenders[name].seconds(line) for name, line in asked] for _ in range(rounds + 1)]
+    times = [[contenders[name].seconds(line) for name, line in work] for _ in range(rounds + 1)]
     found = [statistics.median(column) for column in zip(*times[1:], strict=True)]
-    for (name, line), seconds in zip(asked, found, strict=True):
+    for (name, line), seconds in zip(work, found, strict=True):
         print(json.dumps({"contender": name, "asked": line, "seconds": seconds}), flush=True)
     return found

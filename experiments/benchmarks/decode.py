@@ -99,9 +99,9 @@ class Peft:
 
         def decode(inputs: np.ndarray, length: int) -> np.ndarray:
             tokens = torch.from_numpy(inputs).long()
-            asked = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "num_beams": 1}
+            options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "num_beams": 1}
             with torch.inference_mode():
-                found = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **asked)
+                found = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
             return found[:, 1:].numpy()
 
         self.decode = decode
@@ -152,9 +152,9 @@ def main() -> None:
         contenders = {
             name: Contender(__spec__.name, [*flags, "--contender", name], arguments.threads) for name in names
         }
-        asked = [(name, f"{inputs} {targets}") for name in names]
+        lines = [(name, f"{inputs} {targets}") for name in names]
         before, began = used_elsewhere(contenders.values()), time.perf_counter()
-        found = dict(zip(names, medians(contenders, asked, arguments.rounds), strict=True))
+        found = dict(zip(names, medians(contenders, lines, arguments.rounds), strict=True))
         elsewhere = (used_elsewhere(contenders.values()) - before) / (time.perf_counter() - began)
         record["busy_elsewhere"] = round(elsewhere, 3)
         record["seconds"] = {name: round(seconds, 4) for name, seconds in found.items()}

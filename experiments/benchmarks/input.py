@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.contenders import random_prompt
 from prompt_tuning_jax.batches.dataset import DatasetConfig
-from prompt_tuning_jax.batches.loader import Planned
+from prompt_tuning_jax.batches.loader import PlannedBatches
 from prompt_tuning_jax.checkpoints.base import load_base, open_model, open_vocabulary
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
@@ -35,7 +35,7 @@ from prompt_tuning_jax.training.step import TrainState, make_train_step
 BASE = "nano"
 
 
-def rows_per_cpu_second(batches: Planned, seconds: float) -> float:
+def rows_per_cpu_second(batches: PlannedBatches, seconds: float) -> float:
     """Returns the rows per CPU second that `start_at` gives, measured over at least `seconds` CPU seconds."""
     stretch = batches.start_at(0, 10**9)
     next(stretch)  # so that imports and planning, which happen once, are not measured
@@ -45,7 +45,7 @@ def rows_per_cpu_second(batches: Planned, seconds: float) -> float:
     return rows / (time.process_time() - started)
 
 
-def padding(batches: Planned) -> tuple[dict[str, float], dict[str, float]]:
+def padding(batches: PlannedBatches) -> tuple[dict[str, float], dict[str, float]]:
     """Returns the fractions of padding in an epoch: of the batches, and if all were as wide as the feature lengths."""
     epoch = [batches[number] for number in range(batches.window)]
     rows = sum(int((batch.ids >= 0).sum()) for batch in epoch)
@@ -58,7 +58,7 @@ def padding(batches: Planned) -> tuple[dict[str, float], dict[str, float]]:
     return ours, fixed
 
 
-def times_of_steps(batches: Planned, config: T5Config, steps: int, prompt_length: int) -> tuple[float, float]:
+def times_of_steps(batches: PlannedBatches, config: T5Config, steps: int, prompt_length: int) -> tuple[float, float]:
     """Returns the mean seconds of a training loop's step, and of its wait for a batch, after compilation."""
     base = load_base(BASE, config)
     prompt = {PROMPT: jnp.asarray(random_prompt(0, prompt_length, BASE))}

@@ -78,7 +78,7 @@ def flax_tree(tensors: Mapping[str, np.ndarray]) -> dict:
     return unflatten_dict(flat)
 
 
-def held(what: str) -> int:
+def memory_bytes(what: str) -> int:
     """Returns the bytes of this process in memory: now ("VmRSS"), or the peak so far ("VmHWM")."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) * 1024
@@ -87,10 +87,10 @@ def held(what: str) -> int:
 def measure(folder: Path, kind: str, size: str) -> None:
     """Loads a checkpoint in this process, and prints the JSON line."""
     jnp.zeros(8).block_until_ready()
-    before, start = held("VmRSS"), time.perf_counter()
+    before, start = memory_bytes("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     params = jax.block_until_ready(load_base(str(folder), SIZES[size]).params)
-    seconds, peak = time.perf_counter() - start, held("VmHWM") - before
+    seconds, peak = time.perf_counter() - start, memory_bytes("VmHWM") - before
     arrays = sum(array.nbytes for array in params.values())
     record = {
         "format": kind,

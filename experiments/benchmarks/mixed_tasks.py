@@ -105,7 +105,7 @@ def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
     model.eval()
     tokens = torch.from_numpy(random_inputs(arguments.batch, arguments.input_length)).long()
     length = arguments.target_length
-    asked = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "num_beams": 1}
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "num_beams": 1}
 
     def answer(count: int) -> np.ndarray:
         found = np.zeros((len(tokens), length), np.int32)
@@ -114,7 +114,7 @@ def peft(arguments: argparse.Namespace) -> Callable[[int], np.ndarray]:
                 rows = torch.arange(number, len(tokens), count)
                 model.set_adapter(str(number))
                 part = tokens[rows]
-                written = model.generate(input_ids=part, attention_mask=torch.ones_like(part), **asked)
+                written = model.generate(input_ids=part, attention_mask=torch.ones_like(part), **options)
                 found[rows.numpy()] = written[:, 1:].numpy()
         return found
 
@@ -211,8 +211,8 @@ def main() -> None:
         contenders = {
             name: Contender(__spec__.name, [*given, "--contender", name], arguments.threads) for name in names
         }
-        asked = [(name, str(count)) for count in COUNTS for name in names]
-        found = dict(zip(asked, medians(contenders, asked, arguments.rounds), strict=True))
+        lines = [(name, str(count)) for count in COUNTS for name in names]
+        found = dict(zip(lines, medians(contenders, lines, arguments.rounds), strict=True))
         for name in names[1:]:
             contenders[name].end()
         # Measure the cost of many prompts without the peer's work in between.
@@ -224,7 +224,7 @@ def main() -> None:
             record["ratio"] = {
                 count: round(found[arguments.peer, str(count)] / found["ours", str(count)], 3) for count in COUNTS
             }
-            answers = {(name, count): np.load(folder / f"{name}-{count}.npy") for name, count in asked}
+            answers = {(name, count): np.load(folder / f"{name}-{count}.npy") for name, count in lines}
             record["same_tokens"] = {
                 count: round(float(np.mean(answers["ours", str(count)] == answers[arguments.peer, str(count)])), 4)
                 for count in COUNTS

@@ -188,8 +188,8 @@ def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["| what | measure | ours | peer | ratio | target |", "|---|---|---|---|---|---|"]
     for name, result in there.items():
         benchmark = BENCHMARKS[name]
-        for place, row in enumerate(benchmark.rows(result["record"])):
-            what = "" if place else benchmark.what + _doubt(result["record"])
+        for index, row in enumerate(benchmark.rows(result["record"])):
+            what = "" if index else benchmark.what + _load_warning(result["record"])
             lines.append(f"| {' | '.join([what, *row, benchmark.targets.get(row.measure, '')])} |")
     lines += ["", "The commands, in the table's order:", "", "```"]
     lines += [f"{result['command']}  # {_when(result, machines)}" for result in there.values()]
@@ -204,7 +204,7 @@ def _when(result: Mapping[str, Any], machines: Sequence[Mapping[str, str]]) -> s
     return ", ".join(known)
 
 
-def _doubt(record: Mapping[str, Any]) -> str:
+def _load_warning(record: Mapping[str, Any]) -> str:
     """Returns a warning if the machine had other work: threads that wait for each other are then many times slower."""
     found = [record, *record.get("contenders", {}).values()]
     busy = max(one.get("busy_elsewhere", 0.0) for one in found)
@@ -226,17 +226,17 @@ def main() -> None:
     file = arguments.out / "benchmarks.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     here, failed = machine() if names else {}, []
-    for place, name in enumerate(names, 1):
+    for number, name in enumerate(names, 1):
         benchmark = BENCHMARKS[name]
         if benchmark.task and not arguments.data_dir:
             print(f"{name}: not run, it needs --data_dir", flush=True)
             continue
         # The page shows placeholders instead of the user's own paths.
-        places = {"data_dir": "GLUE_FOLDER", "vocabulary": "SPIECE_MODEL"} if benchmark.task else {}
-        given = {flag: value for flag, value in vars(arguments).items() if flag in places and value}
+        placeholders = {"data_dir": "GLUE_FOLDER", "vocabulary": "SPIECE_MODEL"} if benchmark.task else {}
+        given = {flag: value for flag, value in vars(arguments).items() if flag in placeholders and value}
         command = [*benchmark.command, *(f"--{flag}={value}" for flag, value in given.items())]
-        shown = [*benchmark.command, *(f"--{flag}={places[flag]}" for flag in given)]
-        print(f"{name} ({place} of {len(names)}): {shlex.join(command)}", flush=True)
+        shown = [*benchmark.command, *(f"--{flag}={placeholders[flag]}" for flag in given)]
+        print(f"{name} ({number} of {len(names)}): {shlex.join(command)}", flush=True)
         try:
             record = run(command)
         except ChildProcessError as error:
@@ -247,7 +247,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", f"{__package__}.{shown[0]}", *shown[1:]]),
             "date": datetime.date.today().isoformat(),
             "machine": here,
-            "record": record | {flag: places[flag] for flag in given},
+            "record": record | {flag: placeholders[flag] for flag in given},
         }
         arguments.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(stored, indent=1) + "\n")

@@ -156,14 +156,14 @@ class Load:
     async def _ask(self, number: int, until: float) -> None:
         rng, client = random.Random(number), Client(self._port)
         while time.monotonic() < until:
-            places = [rng.randrange(len(self._rows)) for _ in range(rng.randint(1, 4))]
+            indices = [rng.randrange(len(self._rows)) for _ in range(rng.randint(1, 4))]
             started = time.monotonic()
-            reply = await client.post([self._rows[at] for at in places])
+            reply = await client.post([self._rows[index] for index in indices])
             self.seconds.append(time.monotonic() - started)
             self.statuses[reply.status] += 1
             if reply.status == 200:
-                for found, at in zip(reply.body["rows"], places, strict=True):
-                    self._check(found, self._expected[at])
+                for found, index in zip(reply.body["rows"], indices, strict=True):
+                    self._check(found, self._expected[index])
         client.close()
 
     def _check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ async def overload(port: int, row: Any, requests: int = 20, rows: int = 1024) ->
     }
 
 
-def held(pid: int, what: str) -> int:
+def memory_bytes(pid: int, what: str) -> int:
     """Returns the bytes of a process in memory: now ("VmRSS"), or the peak so far ("VmHWM")."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) * 1024
@@ -217,13 +217,13 @@ def measure(base: str, clients: int, seconds: float, count: int, batch_size: int
         warm = Path(scratch, "warm.jsonl")
         warm.write_text("".join(json.dumps(row) + "\n" for row in rows if row["inputs"]))
         with serving(f"--warm={warm}", *flags) as (port, process):
-            ready = held(process.pid, "VmRSS")
+            ready = memory_bytes(process.pid, "VmRSS")
             load, started = Load(port, rows, expected), time.monotonic()
             asyncio.run(load.run(clients, seconds))
             took = time.monotonic() - started
-            peak = held(process.pid, "VmHWM")
+            peak = memory_bytes(process.pid, "VmHWM")
             too_much = asyncio.run(overload(port, rows[0]))
-            too_much["peak_bytes"] = held(process.pid, "VmHWM")
+            too_much["peak_bytes"] = memory_bytes(process.pid, "VmHWM")
     p50, p95, p99 = np.percentile(load.seconds, [50, 95, 99])
     return {
         "base": base,

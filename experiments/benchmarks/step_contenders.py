@@ -19,7 +19,7 @@ RATES = {"prompt": 0.3, "model": 1e-3}  # learning rates
 MADE_IN_PLACE = ("large", "xl", "xxl")  # sizes whose random weights are made on the device, without a file
 
 
-class Asked(NamedTuple):
+class Settings(NamedTuple):
     """Holds the settings of a contender.
 
     Attributes:
@@ -53,7 +53,7 @@ class Asked(NamedTuple):
 class Ours:
     """This project's training step."""
 
-    def __init__(self, asked: Asked, rows: Rows):
+    def __init__(self, settings: Settings, rows: Rows):
         import jax
         import jax.numpy as jnp
 
@@ -68,14 +68,14 @@ class Ours:
         self.import_seconds = age()
         self._jax, self._batches = jax, [Batch(*pair, np.arange(len(pair[0]), dtype=np.int32)) for pair in rows]
         changed = {
-            "dtype": "bfloat16" if asked.dtype == "int8" else asked.dtype,
-            "attention": asked.attention,
-            "remat_policy": asked.remat_policy,
+            "dtype": "bfloat16" if settings.dtype == "int8" else settings.dtype,
+            "attention": settings.attention,
+            "remat_policy": settings.remat_policy,
         }
-        config, length = dataclasses.replace(SIZES[asked.size], **changed), asked.prompt_length
-        params = self._base(asked)
-        optimizer, method = adafactor(RATES[asked.mode]), PromptTuning(length) if length else ModelTuning()
-        trained = {PROMPT: jnp.asarray(random_prompt(0, length, asked.size))} if length else params
+        config, length = dataclasses.replace(SIZES[settings.size], **changed), settings.prompt_length
+        params = self._base(settings)
+        optimizer, method = adafactor(RATES[settings.mode]), PromptTuning(length) if length else ModelTuning()
+        trained = {PROMPT: jnp.asarray(random_prompt(0, length, settings.size))} if length else params
         self._frozen = params if length else {}
         del params
         trainable = {path: jnp.array(trained.pop(path), jnp.float32) for path in list(trained)}
@@ -85,7 +85,7 @@ class Ours:
         self.platform, self.device = jax.default_backend(), jax.devices()[0].device_kind
 
     @staticmethod
-    def _base(asked: Asked) -> dict[str, Any]:
+    def _base(settings: Settings) -> dict[str, Any]:
         """Returns the base model's parameters: read from the folder, or random and made on the device, one by one."""
         import jax
 
@@ -93,10 +93,10 @@ class Ours:
         from prompt_tuning_jax.checkpoints.base import expected_shapes, load_base
         from prompt_tuning_jax.t5.quantized import quantized
 
-        config = SIZES[asked.size]
-        dtype = asked.dtype if asked.mode == "prompt" else "float32"  # trained parameters are float32
-        if asked.size not in MADE_IN_PLACE:
-            return load_base(str(asked.path("base")), config, dtype).params
+        config = SIZES[settings.size]
+        dtype = settings.dtype if settings.mode == "prompt" else "float32"  # trained parameters are float32
+        if settings.size not in MADE_IN_PLACE:
+            return load_base(str(settings.path("base")), config, dtype).params
 
         @functools.partial(jax.jit, static_argnums=(1, 2))
         def draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
@@ -119,7 +119,7 @@ class Ours:
         statistics = self._jax.devices()[0].memory_stats() if self.platform != "cpu" else None
         return statistics["peak_bytes_in_use"] if statistics else peak_bytes()
 
-    def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
         """Returns a function that computes a matmul of (rows, inner, columns)."""
         draw = functools.partial(self._jax.random.normal, self._jax.random.key(0), dtype=dtype)
         left, right = draw(shape[:2]), draw(shape[1:])
@@ -130,7 +130,7 @@ class Ours:
 class Peft:
     """The training step that users of PEFT write, or of plain transformers if the whole model is trained."""
 
-    def __init__(self, asked: Asked, rows: Rows):
+    def __init__(self, settings: Settings, rows: Rows):
         import torch
         from peft import PromptTuningConfig, TaskType, get_peft_model
         from transformers import T5ForConditionalGeneration
@@ -138,32 +138,32 @@ class Peft:
 
         self.import_seconds = age()
         self._torch = torch
-        torch.set_num_threads(asked.threads)
-        self.platform = "cuda" if asked.device == "default" and torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(settings.threads)
+        self.platform = "cuda" if settings.device == "default" and torch.cuda.is_available() else "cpu"
         self.device = torch.cuda.get_device_name() if self.platform == "cuda" else "cpu"
-        self._autocast = asked.dtype == "autocast"
-        dtype = torch.bfloat16 if asked.dtype == "bfloat16" else torch.float32
-        if asked.size in MADE_IN_PLACE:
-            model = self._made(asked.size, dtype)
+        self._autocast = settings.dtype == "autocast"
+        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        if settings.size in MADE_IN_PLACE:
+            model = self._random_model(settings.size, dtype)
         else:
-            model = T5ForConditionalGeneration.from_pretrained(asked.path("base"), dtype=dtype, dropout_rate=0.0)
+            model = T5ForConditionalGeneration.from_pretrained(settings.path("base"), dtype=dtype, dropout_rate=0.0)
             model = model.to(self.platform)
-        if asked.prompt_length:
+        if settings.prompt_length:
             prompts = PromptTuningConfig(
-                task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=asked.prompt_length, prompt_tuning_init="RANDOM"
+                task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=settings.prompt_length, prompt_tuning_init="RANDOM"
             )
             model = get_peft_model(model, prompts)
-            prompt = torch.from_numpy(np.load(asked.path("prompt.npy")))
+            prompt = torch.from_numpy(np.load(settings.path("prompt.npy")))
             with torch.no_grad():  # PEFT also has a prompt for the decoder, which it never reads
                 model.get_parameter("prompt_encoder.default.embedding.weight")[: len(prompt)] = prompt
         self._model = model.train()
         parameters = [value for value in model.parameters() if value.requires_grad]
         fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-        decay = 1e-5 if asked.mode == "prompt" else 0.0
-        self._optimizer = Adafactor(parameters, lr=RATES[asked.mode], weight_decay=decay, **fixed)
+        decay = 1e-5 if settings.mode == "prompt" else 0.0
+        self._optimizer = Adafactor(parameters, lr=RATES[settings.mode], weight_decay=decay, **fixed)
         self._batches = [self._batch(*pair) for pair in rows]
 
-    def _made(self, size: str, dtype: Any) -> Any:
+    def _random_model(self, size: str, dtype: Any) -> Any:
         """Returns a model with random weights, which are made on the device."""
         import transformers
 
@@ -212,7 +212,7 @@ class Peft:
     def peak(self) -> int:
         return self._torch.cuda.max_memory_allocated() if self.platform == "cuda" else peak_bytes()
 
-    def product(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[], object]:
         """Returns a function that computes a matmul of (rows, inner, columns)."""
         torch = self._torch
         draw = functools.partial(torch.randn, dtype=getattr(torch, dtype), device=self.platform)
@@ -226,13 +226,13 @@ class Peft:
         return multiply
 
 
-def contend(asked: Asked) -> None:
+def contend(settings: Settings) -> None:
     """Runs a contender in its process. It answers `start`, `step NUMBER`, `peak` and `products`."""
-    with np.load(asked.path(f"{asked.contender}.npz")) as arrays:
+    with np.load(settings.path(f"{settings.contender}.npz")) as arrays:
         rows = [(arrays[f"inputs{n}"], arrays[f"targets{n}"]) for n in range(len(arrays) // 2)]
     losses: list[float] = []
     try:
-        contender = {"ours": Ours, "peft": Peft}[asked.contender](asked, rows)
+        contender = {"ours": Ours, "peft": Peft}[settings.contender](settings, rows)
         seconds = timed(lambda: losses.append(contender.step(0)))
     except RuntimeError as error:  # the errors of both frameworks are subclasses of it
         if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)):
@@ -247,24 +247,25 @@ def contend(asked: Asked) -> None:
         "first_loss": losses[0],
     }
 
-    def products() -> dict[str, float]:
-        from experiments.benchmarks.flop import Shape, product_rates, product_shapes
+    def matmul_rates_of_run() -> dict[str, float]:
+        from experiments.benchmarks.matmuls import matmul_rates, matmul_shapes
         from experiments.sizes import SIZES
+        from prompt_tuning_jax.training.flop import StepShape
 
         inputs, targets = max(rows, key=lambda pair: pair[0].size)
-        shape = Shape(len(inputs), inputs.shape[1], targets.shape[1], asked.prompt_length)
-        shapes = product_shapes(SIZES[asked.size], shape, contender.platform)
-        dtypes = ["float32"] if asked.dtype == "float32" else ["float32", "bfloat16"]
-        return product_rates(contender.product, shapes, dtypes)
+        shape = StepShape(len(inputs), inputs.shape[1], targets.shape[1], settings.prompt_length)
+        shapes = matmul_shapes(SIZES[settings.size], shape, contender.platform)
+        dtypes = ["float32"] if settings.dtype == "float32" else ["float32", "bfloat16"]
+        return matmul_rates(contender.matmul, shapes, dtypes)
 
     def respond(line: str) -> Any:
         what, *number = line.split()
         if what == "step":
             return timed(lambda: contender.step(int(*number)))
-        return {"start": lambda: started, "peak": contender.peak, "products": products}[what]()
+        return {"start": lambda: started, "peak": contender.peak, "products": matmul_rates_of_run}[what]()
 
     answer(respond)
 
 
 if __name__ == "__main__":
-    contend(Asked(**json.loads(sys.argv[1])))
+    contend(Settings(**json.loads(sys.argv[1])))

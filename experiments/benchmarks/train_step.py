@@ -8,8 +8,7 @@ idle; on an accelerator they run one after the other, so that each has all of th
 weights are trained, for the peer with plain transformers. The frozen base model has the dtype `--dtype`, and the peer's
 model `--peer-dtype`, where `autocast` means float32 weights under torch.autocast. With `--lengths` the rows are those
 of a task: this project's loader makes batches of rows with similar lengths; the peer has the same rows in a random
-  order,
-with each batch padded to its longest row.
+order, with each batch padded to its longest row.
 
 The last line printed is one JSON object with all settings, and
 
@@ -17,9 +16,10 @@ The last line printed is one JSON object with all settings, and
     import_seconds, start_to_first_step_seconds: from the start of the process to the end of its imports, and to the end
       of its first step, with nothing compiled before; first_step_seconds: only that step, including compilation
     step_seconds: median, min and max; examples_per_second: from the median, with `--lengths` from the sum
-    flop, flop_per_second: those of a step's matmuls (`flop.step_flop`), with `--lengths` on average
+    flop, flop_per_second: those of a step's matmuls (`training.flop.step_flop`), with `--lengths` on average
     product_flop_per_second: the best of the matmuls in `products`, measured with the contender's framework
     roofline_share: the time that the step's matmuls would take at that rate, divided by the step's time
+    mfu: flop_per_second divided by the device's published peak in bfloat16 (`training.flop.PEAKS`), if it is known
     peak_bytes: the peak memory of the process, or of the accelerator
     busy_elsewhere: cores that other processes kept busy in the meantime; if above about 0.1, the seconds are unreliable
     first_loss: in nats per target token; equal up to rounding if both do the same work
@@ -50,7 +50,7 @@ from experiments.benchmarks.contenders import (
     used_elsewhere,
     write_base,
 )
-from experiments.benchmarks.step_contenders import MADE_IN_PLACE, Asked, Rows
+from experiments.benchmarks.step_contenders import MADE_IN_PLACE, Rows, Settings
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.batches.loader import Batch
@@ -83,13 +83,13 @@ def task_rows(arguments: argparse.Namespace, rounds: int) -> tuple[Rows, Rows]:
 def in_any_order(batches: Sequence["Batch"], batch_size: int) -> Rows:
     """Returns the same rows, shuffled and divided into new batches, each as wide as its longest row."""
     rows = [
-        tuple(tokens[at][tokens[at] > 0] for tokens in (batch.inputs, batch.targets))
+        tuple(tokens[index][tokens[index] > 0] for tokens in (batch.inputs, batch.targets))
         for batch in batches
-        for at in np.flatnonzero(batch.ids >= 0)
+        for index in np.flatnonzero(batch.ids >= 0)
     ]
     order = np.random.default_rng(0).permutation(len(rows))
     parts = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return [(pad([rows[at][0] for at in part]), pad([rows[at][1] for at in part])) for part in parts]
+    return [(pad([rows[index][0] for index in part]), pad([rows[index][1] for index in part])) for part in parts]
 
 
 def pad(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -108,7 +108,7 @@ def write_rows(file: Path, rows: Rows) -> None:
 
 def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
     """Starts a contender's process, which does its first step at once."""
-    asked = Asked(
+    settings = Settings(
         contender=name,
         folder=str(folder),
         size=arguments.size,
@@ -121,7 +121,7 @@ def start(name: str, folder: Path, arguments: argparse.Namespace) -> Contender:
         remat_policy=arguments.remat_policy,
     )
     module = "experiments.benchmarks.step_contenders"
-    return Contender(module, [json.dumps(asked._asdict())], arguments.threads, arguments.device)
+    return Contender(module, [json.dumps(settings._asdict())], arguments.threads, arguments.device)
 
 
 def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def measure(folder: Path, rows: Mapping[str, Rows], rounds: int, arguments: argp
         for which, contender in running.items():
             found[which]["peak_bytes"] = contender.ask("peak")
         for which, contender in running.items():
-            found[which] |= against_products(found[which], contender.ask("products"))
+            found[which] |= compare_to_matmuls(found[which], contender.ask("products"))
             contender.end()
         running.clear()
     return found
@@ -169,12 +169,12 @@ def by_turns(running: Mapping[str, Contender], rows: Mapping[str, Rows], rounds:
 
 def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the values that follow from the seconds of steps; with `--lengths`, step n was on batch n."""
-    from experiments.benchmarks.flop import Shape, step_flop
     from experiments.sizes import SIZES
+    from prompt_tuning_jax.training.flop import StepShape, step_flop
 
     model = arguments.mode == "model"
     prompt = 0 if model else arguments.prompt_length
-    shapes = [Shape(len(inputs), inputs.shape[1], targets.shape[1], prompt) for inputs, targets in rows]
+    shapes = [StepShape(len(inputs), inputs.shape[1], targets.shape[1], prompt) for inputs, targets in rows]
     flop = statistics.mean(step_flop(SIZES[arguments.size], shape, trains_model=model) for shape in shapes)
     examples = statistics.mean(int((inputs > 0).any(axis=1).sum()) for inputs, _ in rows)
     median = statistics.median(seconds)
@@ -188,11 +188,13 @@ def figures(seconds: Sequence[float], rows: Rows, arguments: argparse.Namespace)
     }
 
 
-def against_products(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
-    """Compares a contender's FLOP per second to that of its best matmul."""
-    best = max(products.values())
-    share = figures["flop_per_second"] / best
-    return {"products": products, "product_flop_per_second": best, "roofline_share": share}
+def compare_to_matmuls(figures: Mapping[str, Any], products: Mapping[str, float]) -> dict[str, Any]:
+    """Compares a contender's FLOP per second to that of its best matmul, and to its device's published peak."""
+    from prompt_tuning_jax.training.flop import PEAKS
+
+    best, done = max(products.values()), figures["flop_per_second"]
+    mfu = {"mfu": done / PEAKS[figures["device"]]} if figures.get("device") in PEAKS else {}
+    return {"products": products, "product_flop_per_second": best, "roofline_share": done / best, **mfu}
 
 
 def largest_batch(name: str, folder: Path, arguments: argparse.Namespace) -> int:

@@ -119,13 +119,15 @@ def _open_legacy(store: ts.KvStore, where: str) -> dict[str, StoredArray]:
         inline = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
         shapes = {name: tuple(leaf["metadata"]["shape"]) for name, leaf in leaves.items() if name not in inline}
         # Only the last part of the path: an index may still have the folder where the checkpoint was first written.
-        told = {name: Path(leaves[name]["kvstore"]["path"]).name for name in shapes}
+        folder_of = {name: Path(leaves[name]["kvstore"]["path"]).name for name in shapes}
     except Exception as error:  # msgpack raises many types for a broken file
         raise ArrayError(f"{where}/{INDEX} is not the index of a T5X checkpoint ({type(error).__name__})") from None
     folders = {name: _folder(name) for name in shapes}
     for name, folder in folders.items():
-        if told[name] + "/" != folder:
-            raise ArrayError(f"{name} of {where} cannot be read (the index says that it lies in {told[name]!r:.200})")
+        if folder_of[name] + "/" != folder:
+            raise ArrayError(
+                f"{name} of {where} cannot be read (the index says that it lies in {folder_of[name]!r:.200})"
+            )
     arrays = _open_zarr(store, folders, where, "zarr")
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
@@ -211,7 +213,7 @@ def _check_chunks(array: ts.TensorStore, stored: set[str]) -> None:
             encoding = metadata["chunk_key_encoding"]
             separator, prefix = ("/", "c/") if encoding["name"] == "default" else (".", "")
             separator = encoding.get("configuration", {}).get("separator", separator)
-        stored = stored & {prefix + separator.join(map(str, place)) for place in np.ndindex(*grid)}
+        stored = stored & {prefix + separator.join(map(str, index)) for index in np.ndindex(*grid)}
     if len(stored) < expected:
         raise ValueError(f"{expected - len(stored)} of its {expected} chunks are missing")
 

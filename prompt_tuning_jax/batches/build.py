@@ -23,16 +23,16 @@ import seqio
 import tensorflow as tf
 
 from prompt_tuning_jax.batches.cache import (
-    Held,
-    Seen,
+    PathState,
     TaskRequest,
+    TaskSplits,
     content_hash,
     file_state,
     names_path,
     open_current,
     open_or_why,
-    sealed,
     split_folder,
+    with_hash,
     with_split,
 )
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
@@ -50,8 +50,8 @@ def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) 
 
     If another process is building a split, this process waits and then uses its result.
     """
-    held = held_tasks(request)
-    for task in with_split(request, held, split, to_train):
+    tasks = task_splits(request)
+    for task in with_split(request, tasks, split, to_train):
         folder = split_folder(request, task, split, root)
         with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) 
     path = names_path(request, root)
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(sealed({"tasks": {task: one._asdict() for task, one in held.items()}}))
+        text = json.dumps(with_hash({"tasks": {task: one._asdict() for task, one in tasks.items()}}))
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
@@ -105,7 +105,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def build_split(request: TaskRequest, split: str, folder: Path) -> None:
     """Writes one split of one task to `folder`, atomically."""
     task = find_task(request)
-    with_split(request, {task.name: Held(1.0, tuple(task.splits))}, split, False)
+    with_split(request, {task.name: TaskSplits(1.0, tuple(task.splits))}, split, False)
     sources.set_data_dir(request.data_dir)
     with _files_read(request, task, split, folder.parent) as read:
         # Tokens are cached untruncated, so that the rows that TASK_FEATURE_LENGTHS truncates can be counted. Only a
@@ -135,39 +135,39 @@ def _move(partial: Path, folder: Path) -> None:
                 raise
 
 
-_opened: dict[str, Seen | None] | None = None
+_opened: dict[str, PathState | None] | None = None
 
 
-def _note(event: str, arguments: tuple) -> None:
+def _record_opened(event: str, arguments: tuple) -> None:
     if _opened is None or event not in ("open", "os.scandir", "os.listdir") or not isinstance(arguments[0], str | Path):
         return
-    if event == "open" and _writes(*arguments[1:]):
+    if event == "open" and _is_write(*arguments[1:]):
         return
     path = os.path.abspath(arguments[0])
     if path not in _opened:
         _opened[path] = None  # looking at it is noted, too
-        _opened[path] = _seen_before(path)
+        _opened[path] = _state_before_reading(path)
 
 
-def _writes(mode: str | None, flags: int) -> bool:
+def _is_write(mode: str | None, flags: int) -> bool:
     """Whether a file is opened to be written, by `open` or by `os.open`."""
     return bool(flags & os.O_ACCMODE) if mode is None else bool(set(mode) & set("wax+"))
 
 
-def _seen_before(path: str) -> Seen:
+def _state_before_reading(path: str) -> PathState:
     """Returns a file as it is before it is read: the content of a folder alone, whose names are few bytes."""
-    return Seen(file_state(path), content_hash(path) if os.path.isdir(path) else None)
+    return PathState(file_state(path), content_hash(path) if os.path.isdir(path) else None)
 
 
 @functools.cache
 def _watch_opens() -> None:
-    """Installs `_note` as an audit hook. A hook cannot be removed, but this process does nothing but tokenise."""
-    sys.addaudithook(_note)
+    """Installs the audit hook. It cannot be removed, but this process does nothing but tokenise."""
+    sys.addaudithook(_record_opened)
 
 
 @contextlib.contextmanager
 def _files_read(request: TaskRequest, task: seqio.Task, split: str, cache: Path) -> Iterator[Callable[[], dict]]:
-    """Yields a function that returns the user's files that this context opened, and the folders it listed, as `Seen`.
+    """Yields a function that returns the `PathState` of each user file opened and folder listed in this context.
 
     Python's audit events report every file that is opened. So a cached split depends on the files that its task reads
     and on no other file under DATA_DIR, whatever the task's source is. A link under DATA_DIR counts by its own name: it
@@ -180,23 +180,23 @@ def _files_read(request: TaskRequest, task: seqio.Task, split: str, cache: Path)
     def read() -> dict[str, Any]:
         found = {}
         for path, before in [*(_opened or {}).items()]:
-            name = path if path in shards else _under(request.data_dir, path)
+            name = path if path in shards else _path_under(request.data_dir, path)
             if name is None or before is None or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache)):
                 continue
-            found[name] = Seen(before.state, before.content or content_hash(path))
-            if not before._replace(content=before.content or "").is_still(path):
+            found[name] = PathState(before.state, before.content or content_hash(path))
+            if not before._replace(content=before.content or "").is_unchanged(path):
                 raise ValueError(f"{path} changes while it is tokenised: start again when it rests")
         return dict(sorted(found.items()))
 
     _watch_opens()
-    _opened = {path: _seen_before(path) for path in shards}
+    _opened = {path: _state_before_reading(path) for path in shards}
     try:
         yield read
     finally:
         _opened = None
 
 
-def _under(top: str | None, path: str) -> str | None:
+def _path_under(top: str | None, path: str) -> str | None:
     """Returns the path of a file under DATA_DIR, in which only the links above DATA_DIR are resolved; else None."""
     if top is None:
         return None
@@ -216,7 +216,7 @@ def _shards(task: seqio.Task, split: str) -> set[str]:
     return files | {os.path.dirname(path) for path in files}  # where another file may fit the source's pattern, too
 
 
-def held_tasks(request: TaskRequest) -> dict[str, Held]:
+def task_splits(request: TaskRequest) -> dict[str, TaskSplits]:
     """Returns the rates and splits of the tasks in the request's mixture, or of its one task.
 
     Raises:
@@ -229,8 +229,8 @@ def held_tasks(request: TaskRequest) -> dict[str, Held]:
     sources.set_data_dir(request.data_dir)
     try:
         if isinstance(provider, seqio.Mixture):
-            return {one.name: Held(provider.get_rate(one), tuple(one.splits)) for one in provider.tasks}
-        return {provider.name: Held(1.0, tuple(provider.splits))}
+            return {one.name: TaskSplits(provider.get_rate(one), tuple(one.splits)) for one in provider.tasks}
+        return {provider.name: TaskSplits(1.0, tuple(provider.splits))}
     except Exception as error:  # rates and splits may come from TFDS, which raises errors of many libraries
         reason = str(error).strip().partition("\n")[0]
         raise SettingError(
@@ -296,7 +296,7 @@ def _write(examples: tf.data.Dataset, task: seqio.Task, folder: Path, read: Call
             "hashes": {path.name: content_hash(path) for path in sorted(folder.iterdir())},
             "read": read(),
         }
-        (folder / "task.json").write_text(json.dumps(sealed(description), indent=1))
+        (folder / "task.json").write_text(json.dumps(with_hash(description), indent=1))
 
 
 def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
@@ -317,10 +317,10 @@ def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
 
 def main() -> None:
     end_with_parent()
-    order = json.loads(sys.argv[1])
+    child_request = json.loads(sys.argv[1])
     try:
-        request = TaskRequest.from_order(order["request"])
-        build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
+        request = TaskRequest.from_json(child_request["request"])
+        build_missing(request, child_request["split"], Path(child_request["cache_dir"]), child_request["to_train"])
     except ValueError as error:
         user_errors(error)
 

@@ -6,12 +6,12 @@ TensorFlow is started once per split, and its memory is never taken in the train
     <cache>/names/<name>-<fingerprint>.json     the tasks of a name, with their rates and splits
     <cache>/<task>-<fingerprint>/<split>/
         task.json       the names of the postprocessor and the metrics; the number of examples; the source files that
-                        were read, as `Seen`; the sizes and hashes of the files below
+                        were read, as `PathState`; the sizes and hashes of the files below
         inputs.npy      int32, the tokens of all examples, concatenated; inputs_ends.npy, int64, the end of each example
         targets.npy, targets_ends.npy
         fields.jsonl    the other fields of each example, in order; absent if the task has none
 
-Both JSON files end with a hash of their own contents, see `sealed`.
+Both JSON files end with a hash of their own contents, see `with_hash`.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jaxtyping import Int
 
 import prompt_tuning_jax
 from prompt_tuning_jax.batches.child import Child
-from prompt_tuning_jax.batches.examples import Examples, Ragged, combined
+from prompt_tuning_jax.batches.examples import Examples, Ragged, hash_of
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
@@ -58,12 +58,12 @@ class TaskRequest:
     modules: tuple[str, ...] = ()
     eos_id: int | None = None
 
-    def order(self, **more: Any) -> dict[str, Any]:
+    def to_child_request(self, **more: Any) -> dict[str, Any]:
         """Returns the request as a dictionary for JSON, with the other arguments of a child process."""
         return {"request": dataclasses.asdict(self), **more}
 
     @classmethod
-    def from_order(cls, fields: Mapping[str, Any]) -> "TaskRequest":
+    def from_json(cls, fields: Mapping[str, Any]) -> "TaskRequest":
         return cls(**{**fields, "modules": tuple(fields["modules"])})
 
     def fingerprint(self) -> str:
@@ -71,13 +71,15 @@ class TaskRequest:
 
         The files' contents are not in it: `CachedExamples.is_current` checks them when a split is opened.
         """
-        place = self.data_dir and os.path.realpath(self.data_dir)
+        data_dir = self.data_dir and os.path.realpath(self.data_dir)
         lengths = sorted(self.feature_lengths.items())
-        return combined(self._definition(), Vocabulary(self.vocabulary, eos_id=self.eos_id).fingerprint, lengths, place)
+        return hash_of(
+            self._definition(), Vocabulary(self.vocabulary, eos_id=self.eos_id).fingerprint, lengths, data_dir
+        )
 
     def names_fingerprint(self) -> str:
         """Returns a hash of all that may change which tasks a name has."""
-        return combined(self._definition())
+        return hash_of(self._definition())
 
     def _definition(self) -> list:
         code = hashlib.sha256()
@@ -96,7 +98,7 @@ def _source_fingerprint(module: str) -> str | None:
     return hashlib.sha256(source.read_bytes()).hexdigest() if source else None
 
 
-class Seen(NamedTuple):
+class PathState(NamedTuple):
     """Holds the state of a file or folder when it was read. A link is followed.
 
     Attributes:
@@ -107,7 +109,7 @@ class Seen(NamedTuple):
     state: list[int] | None
     content: str | None
 
-    def is_still(self, path: str | os.PathLike) -> bool:
+    def is_unchanged(self, path: str | os.PathLike) -> bool:
         """Returns whether the path is unchanged. It is read only if its times have changed and its size has not."""
         now = file_state(path)
         if now is None or self.state is None or now == self.state:
@@ -116,7 +118,7 @@ class Seen(NamedTuple):
 
 
 def file_state(path: str | os.PathLike) -> list[int] | None:
-    """Returns `Seen.state` of a file or a folder."""
+    """Returns `PathState.state` of a file or a folder."""
     try:
         found = os.stat(path)
     except OSError:
@@ -125,10 +127,10 @@ def file_state(path: str | os.PathLike) -> list[int] | None:
 
 
 def content_hash(path: str | os.PathLike) -> str | None:
-    """Returns `Seen.content` of a file or a folder."""
+    """Returns `PathState.content` of a file or a folder."""
     try:
         if os.path.isdir(path):
-            return combined(sorted(os.listdir(path)))
+            return hash_of(sorted(os.listdir(path)))
         if not os.path.isfile(path):
             return None
         with open(path, "rb") as file:
@@ -137,20 +139,20 @@ def content_hash(path: str | os.PathLike) -> str | None:
         return None
 
 
-def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an object that JSON can hold with a hash of its fields, for `unsealed`."""
+def with_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an object that JSON can hold with a hash of its fields, for `checked_fields`."""
     fields = json.loads(json.dumps(fields))
-    return {**fields, "hash": combined(fields)}
+    return {**fields, "hash": hash_of(fields)}
 
 
-def unsealed(text: str | bytes) -> dict[str, Any]:
-    """Returns the fields of a JSON object that `sealed` gave.
+def checked_fields(text: str | bytes) -> dict[str, Any]:
+    """Returns the fields of a JSON object that `with_hash` gave.
 
     Raises:
       ValueError: it is no longer what it was.
     """
     found = json.loads(text)
-    if not isinstance(found, dict) or found.pop("hash", None) != combined(found):
+    if not isinstance(found, dict) or found.pop("hash", None) != hash_of(found):
         raise ValueError("its content does not match its hash, so it was changed or damaged")
     return found
 
@@ -168,11 +170,13 @@ class CachedExamples(Examples):
         try:
             self._task = json.loads((folder / "task.json").read_bytes())
             super().__init__(_ragged(folder, "inputs"), _ragged(folder, "targets"), self._task, rows)
-            whole = len(self.inputs) == len(self.targets) == self._task["examples"]
-            whole &= all((folder / name).stat().st_size == size for name, size in self._task.get("sizes", {}).items())
+            complete = len(self.inputs) == len(self.targets) == self._task["examples"]
+            complete &= all(
+                (folder / name).stat().st_size == size for name, size in self._task.get("sizes", {}).items()
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the cache {folder} cannot be read ({error}): delete the folder") from None
-        if not whole:
+        if not complete:
             raise ValueError(f"the cache {folder} is not whole: delete the folder")
 
     def __getitem__(self, rows: slice) -> "CachedExamples":
@@ -181,12 +185,12 @@ class CachedExamples(Examples):
     @property
     def is_current(self) -> bool:
         """Returns whether the source files and the folders that were searched for them are unchanged."""
-        return all(Seen(*seen).is_still(path) for path, seen in self._task["read"].items())
+        return all(PathState(*seen).is_unchanged(path) for path, seen in self._task["read"].items())
 
     def damaged(self) -> str | None:
         """Reads every file, and returns the name of the first whose hash differs from the recorded one, or None."""
         try:
-            unsealed((self._folder / "task.json").read_bytes())
+            checked_fields((self._folder / "task.json").read_bytes())
         except ValueError:
             return "task.json"
         hashes = self._task["hashes"].items()
@@ -269,8 +273,8 @@ def load_tasks(
         )
     found = _find(request, name, root, to_train)
     if found is None:
-        order = request.order(split=name, cache_dir=str(root), to_train=to_train)
-        child = Child("prompt_tuning_jax.batches.build", order, f"tokenising {request.name}, {name}", pipe=True)
+        child_request = request.to_child_request(split=name, cache_dir=str(root), to_train=to_train)
+        child = Child("prompt_tuning_jax.batches.build", child_request, f"tokenising {request.name}, {name}", pipe=True)
         for line in child.stdout:
             if say:
                 say(line.decode(errors="replace").rstrip("\n"))
@@ -281,19 +285,19 @@ def load_tasks(
     parts = {task: Part(rate, examples[rows]) for task, (rate, examples) in found.items()}
     for task, part in parts.items():
         if not len(part.examples):
-            raise empty_split(task, split)
+            raise empty_split_error(task, split)
     return parts
 
 
 _EITHER_SPLIT = (Setting("train_split"), " or ", Setting("eval_split"))
 
 
-def no_split(task: str, split: str, there: Iterable[str]) -> SettingError:
+def no_split_error(task: str, split: str, there: Iterable[str]) -> SettingError:
     """Returns the error about a split that a task does not have."""
     return SettingError(f"{task} has no split {split!r}, only {', '.join(there)}: set ", *_EITHER_SPLIT)
 
 
-def empty_split(task: str, split: str) -> SettingError:
+def empty_split_error(task: str, split: str) -> SettingError:
     """Returns the error about a slice without rows."""
     return SettingError(f"split {split!r} of {task} is empty: set ", *_EITHER_SPLIT, " to a split with rows")
 
@@ -317,7 +321,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "prompt_tuning_jax")
 
 
-class Held(NamedTuple):
+class TaskSplits(NamedTuple):
     """Holds the rate and the splits of one task of a name, so that SeqIO is not needed to look them up."""
 
     rate: float
@@ -334,15 +338,17 @@ def split_folder(request: TaskRequest, task: str, split: str, root: Path) -> Pat
     return root / f"{task}-{dataclasses.replace(request, name=task).fingerprint()}" / split
 
 
-def with_split(request: TaskRequest, held: Mapping[str, Held], split: str, to_train: bool) -> dict[str, Held]:
+def with_split(
+    request: TaskRequest, tasks: Mapping[str, TaskSplits], split: str, to_train: bool
+) -> dict[str, TaskSplits]:
     """Returns the tasks that have `split`; for training, only those with a rate above 0.
 
     Raises:
       ValueError: there is no such task.
     """
-    having = {task: one for task, one in held.items() if split in one.splits}
+    having = {task: one for task, one in tasks.items() if split in one.splits}
     if not having:
-        raise no_split(request.name, split, dict.fromkeys(name for one in held.values() for name in one.splits))
+        raise no_split_error(request.name, split, dict.fromkeys(name for one in tasks.values() for name in one.splits))
     if to_train:
         having = {task: one for task, one in having.items() if one.rate > 0}
         if not having:
@@ -376,12 +382,12 @@ def open_or_why(folder: Path) -> CachedExamples | str:
 def _find(request: TaskRequest, split: str, root: Path, to_train: bool) -> dict[str, tuple[float, Examples]] | None:
     """Returns the rate and the whole split of every task that has it, or None if any of them is not in the cache."""
     try:
-        tasks = unsealed(names_path(request, root).read_bytes())["tasks"]
-        held = {name: Held(float(one["rate"]), tuple(one["splits"])) for name, one in tasks.items()}
+        tasks = checked_fields(names_path(request, root).read_bytes())["tasks"]
+        splits_of = {name: TaskSplits(float(one["rate"]), tuple(one["splits"])) for name, one in tasks.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     found = {}
-    for task, one in with_split(request, held, split, to_train).items():
+    for task, one in with_split(request, splits_of, split, to_train).items():
         examples = open_current(split_folder(request, task, split, root))
         if examples is None:
             return None

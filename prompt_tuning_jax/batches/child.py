@@ -14,18 +14,18 @@ from prompt_tuning_jax.errors import Setting, SettingError
 
 
 class Child:
-    """A child process that runs `python -m MODULE ORDER`, and whose stderr becomes the error that `finish` raises.
+    """A child process that runs `python -m MODULE REQUEST`, and whose stderr becomes the error that `finish` raises.
 
     Attributes:
       stdout: the child's stdout if `pipe` is set, otherwise None.
     """
 
-    def __init__(self, module: str, order: dict[str, Any], what: str, *, pipe: bool = False):
+    def __init__(self, module: str, request: dict[str, Any], what: str, *, pipe: bool = False):
         """Starts the child.
 
         Args:
           module: the module to run.
-          order: the child's argument, passed as JSON.
+          request: the child's argument, passed as JSON.
           what: the child's work, for error messages: "tokenising glue_sst2_v200".
           pipe: whether the caller reads the child's stdout; otherwise it goes to this process's stderr.
         """
@@ -34,7 +34,7 @@ class Child:
         # TensorFlow in the child must not use the accelerator, which JAX in this process uses.
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(order)],
+            [sys.executable, "-m", module, json.dumps(request)],
             env=environment,
             stdin=subprocess.PIPE,  # nothing is written to it: the child exits when it is closed
             stdout=subprocess.PIPE if pipe else 2,

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prompt_tuning_jax.batches.cache import no_split, split_rows
+from prompt_tuning_jax.batches.cache import no_split_error, split_rows
 from prompt_tuning_jax.batches.dataset import DatasetConfig, Say
 from prompt_tuning_jax.errors import Setting, SettingError, prefixed
 from prompt_tuning_jax.settings import Text, Texts, as_path
@@ -54,7 +54,7 @@ class Data:
             raise SettingError(f"split {split!r}, expected a name or a slice as text: data['train[:-500]']")
         name, _ = split_rows(split)
         if self.source is not None and name not in self.source.splits:
-            raise no_split(self.name, name, self.source.splits)
+            raise no_split_error(self.name, name, self.source.splits)
         return dataclasses.replace(self, split=split)
 
     __iter__ = None  # otherwise Python would iterate with `__getitem__`

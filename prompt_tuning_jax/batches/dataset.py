@@ -7,16 +7,24 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from prompt_tuning_jax.batches.cache import Part, TaskRequest, empty_split, load_tasks, no_split, split_rows, to_stderr
-from prompt_tuning_jax.batches.examples import Examples, combined, tokenize_rows
-from prompt_tuning_jax.batches.loader import Batches, MixedBatches, Planned, StreamedBatches
-from prompt_tuning_jax.errors import Setting, SettingError, renamed, said
+from prompt_tuning_jax.batches.cache import (
+    Part,
+    TaskRequest,
+    empty_split_error,
+    load_tasks,
+    no_split_error,
+    split_rows,
+    to_stderr,
+)
+from prompt_tuning_jax.batches.examples import Examples, hash_of, tokenize_rows
+from prompt_tuning_jax.batches.loader import Batches, MixedBatches, PlannedBatches, StreamedBatches
+from prompt_tuning_jax.errors import Setting, SettingError, message_text, renamed
 from prompt_tuning_jax.settings import (
     Count,
     Counts,
-    Dictionary,
+    InstanceOf,
     Lengths,
-    Made,
+    MappingOf,
     Name,
     Switch,
     Text,
@@ -31,8 +39,8 @@ from prompt_tuning_jax.tasks.data_check import (
     check_something_left,
     check_trimmed_labels,
     row_hashes,
-    shared,
-    truncated_labels,
+    shared_inputs_warning,
+    truncated_labels_warning,
 )
 from prompt_tuning_jax.tasks.postprocessors import answers
 from prompt_tuning_jax.tasks.rows import RowSource, scoring
@@ -73,7 +81,7 @@ class DatasetConfig:
     cache_dir: Text | None = None
     buckets: Counts | None = None
     use_cached: Switch = True
-    source: Annotated[RowSource | Any, Made(RowSource)] | None = None
+    source: Annotated[RowSource | Any, InstanceOf(RowSource)] | None = None
     tasks: Mapping[str, "DatasetConfig"] | Any = None
 
     def __post_init__(self):
@@ -85,7 +93,7 @@ class DatasetConfig:
         with renamed(**names):
             check_fields(self)
         if self.tasks is not None:
-            check("tasks", self.tasks, Dictionary(Made(DatasetConfig)))
+            check("tasks", self.tasks, MappingOf(InstanceOf(DatasetConfig)))
             if not self.tasks:
                 raise SettingError(Setting("tasks"), " is {}, expected at least one task")
             for task in self.tasks.values():
@@ -100,7 +108,7 @@ class DatasetConfig:
         process_index: int = 0,
         process_count: int = 1,
         say: Say | None = to_stderr,
-    ) -> Planned:
+    ) -> PlannedBatches:
         """Returns the batches to train on. First tokenises rows that are not in the cache.
 
         A mixture of several tasks is drawn by rate, so it is always shuffled. Data that is not cached is always
@@ -217,11 +225,11 @@ class DatasetConfig:
             )  # fmt: skip
         name, rows = split_rows(self.split)
         if name not in self.source.splits:
-            raise no_split(self.mixture_or_task_name, name, self.source.splits)
+            raise no_split_error(self.mixture_or_task_name, name, self.source.splits)
         postprocess, metrics = scoring(self.source.labels, self.source.metrics)
         texts = self.source.rows(name)[rows]
         if not texts:
-            raise empty_split(self.mixture_or_task_name, self.split)
+            raise empty_split_error(self.mixture_or_task_name, self.split)
         if say and isinstance(self.source, TaskFiles):
             for line in self.source.remarks(name, texts):
                 say(line)
@@ -234,18 +242,21 @@ class DatasetConfig:
         for task, (_, examples) in parts.items():
             check_something_left(*examples.longest_and_shortest(), lengths)
             truncated = check_trimmed_labels(answers(examples.postprocess) or (), vocabulary, lengths)
-            cut = {name: count for name, count in examples.cut(lengths).items() if count}
-            if cut and say:
-                what = " and ".join(f"{name} of {count}" for name, count in cut.items())
+            counts = {name: count for name, count in examples.count_truncated(lengths).items() if count}
+            if counts and say:
+                what = " and ".join(f"{name} of {count}" for name, count in counts.items())
                 lead = (f"{task} {self.split}: ", Setting("task_feature_lengths"), f" {lengths}")
-                say(said(*lead, f" truncate {what} of {len(examples)} examples"))
+                say(message_text(*lead, f" truncate {what} of {len(examples)} examples"))
             if say:
-                for line in [*([truncated_labels(truncated)] if truncated else []), *found_in(examples, vocabulary)]:
+                for line in [
+                    *([truncated_labels_warning(truncated)] if truncated else []),
+                    *data_check_lines(examples, vocabulary),
+                ]:
                     say(f"{task} {self.split}: {line}")
         return parts
 
 
-def found_in(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
+def data_check_lines(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
     """Yields the lines that `DataCheck` has about the rows of a split, or about a sample of them."""
     check, parts = DataCheck(vocabulary), blocks(len(examples))
     rows = [examples.rows[part] for part in parts]
@@ -256,7 +267,7 @@ def found_in(examples: Examples, vocabulary: Vocabulary) -> Iterator[str]:
     yield from (line + sampled for line in check.lines())
 
 
-def shared_inputs(train: Planned, evaluated: Mapping[str, Batches]) -> Iterator[str]:
+def shared_inputs(train: PlannedBatches, evaluated: Mapping[str, Batches]) -> Iterator[str]:
     """Yields a line per task whose evaluation rows include inputs that are also in the training rows.
 
     Streamed training data is not checked. If a split has more than `MOST_INPUTS` rows, a sample of it is checked.
@@ -270,7 +281,7 @@ def shared_inputs(train: Planned, evaluated: Mapping[str, Batches]) -> Iterator[
         own = input_hashes(batches.examples)
         if both := sum(one in known for one in own):
             sampled = len(own) < len(batches.examples) or any(len(one) > MOST_INPUTS for one in trained)
-            yield f"{name}: {shared(both, len(own), at_least=sampled)}"
+            yield f"{name}: {shared_inputs_warning(both, len(own), at_least=sampled)}"
 
 
 def input_hashes(examples: Examples) -> list[int]:
@@ -281,4 +292,4 @@ def input_hashes(examples: Examples) -> list[int]:
 
 def fingerprint_of(tasks: Mapping[str, Batches]) -> str:
     """Returns a hash of the data in the result of `DatasetConfig.eval_batches`, as 16 hexadecimal digits."""
-    return combined([batches.fingerprint() for batches in tasks.values()])
+    return hash_of([batches.fingerprint() for batches in tasks.values()])

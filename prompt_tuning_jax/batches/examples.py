@@ -101,14 +101,14 @@ class Examples(abc.ABC):
     def postprocess(self) -> Callable[..., Any]:
         """Returns the task's postprocessor, `(text, example=...) -> value that the metrics compare`."""
         spec = self._scoring["postprocessor"]
-        return call_again(spec) if spec else lambda text, **_: text
+        return rebuild(spec) if spec else lambda text, **_: text
 
     @functools.cached_property
     def metrics(self) -> list[Callable[[Sequence, Sequence], dict[str, float]]]:
         """Returns the task's metrics, each `(targets, predictions) -> {name: per cent}`; [] for a pre-training task."""
-        return [call_again(spec) for spec in self._scoring["metrics"]]
+        return [rebuild(spec) for spec in self._scoring["metrics"]]
 
-    def cut(self, lengths: Mapping[str, int]) -> dict[str, int]:
+    def count_truncated(self, lengths: Mapping[str, int]) -> dict[str, int]:
         """Returns the number of rows whose inputs, and whose targets, are longer than `lengths`."""
         return {
             name: int((part.lengths[self.rows] > lengths[name]).sum())
@@ -134,7 +134,7 @@ class Examples(abc.ABC):
         It covers the tokens, the order of the rows, the fields that scoring reads, and the postprocessor and the
         metrics with their options. It does not cover names and paths.
         """
-        return combined(self.token_fingerprint(), self._fields_digest(), self._scoring)
+        return hash_of(self.token_fingerprint(), self._fields_digest(), self._scoring)
 
 
 class MemoryExamples(Examples):
@@ -197,7 +197,7 @@ def tokenize_rows(
         "metrics": [describe(metric) for metric in metrics],
     }
     only_texts = all(len(row) == 2 for row in rows)
-    key = combined(vocabulary.fingerprint, texts_digest(rows), scoring)
+    key = hash_of(vocabulary.fingerprint, texts_digest(rows), scoring)
     if only_texts and (found := _tokenized.get(key)) is not None:
         return found
     with tqdm(total=len(rows), desc="tokenising", unit="row", delay=PATIENCE, leave=False, disable=quiet) as bar:
@@ -221,7 +221,7 @@ def tokenize_rows(
 
 
 def describe(function: Callable) -> dict[str, Any]:
-    """Returns the name and options of a function or a partial of one, from which `call_again` makes it in any process.
+    """Returns the name and options of a function or a partial of one, from which `rebuild` makes it in any process.
 
     Raises:
       ValueError: it is a local function or a lambda, or has positional options.
@@ -237,17 +237,17 @@ def describe(function: Callable) -> dict[str, Any]:
     return {"function": f"{function.__module__}:{function.__qualname__}", "options": options}
 
 
-def call_again(spec: Mapping[str, Any]) -> functools.partial:
+def rebuild(spec: Mapping[str, Any]) -> functools.partial:
     """Returns the function that `describe` described."""
     module, name = spec["function"].rsplit(":", 1)
     return functools.partial(getattr(importlib.import_module(module), name), **spec["options"])
 
 
-def combined(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """Returns a hash of values that JSON can hold, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def texts_digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns a hash of the inputs and targets of rows, in order."""
-    return combined([row["inputs"] for row in rows], [row["targets"] for row in rows])
+    return hash_of([row["inputs"] for row in rows], [row["targets"] for row in rows])

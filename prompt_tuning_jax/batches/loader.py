@@ -10,19 +10,19 @@ from jaxtyping import Int
 
 from prompt_tuning_jax.batches.cache import Part, TaskRequest
 from prompt_tuning_jax.batches.child import Child
-from prompt_tuning_jax.batches.examples import Examples, combined
+from prompt_tuning_jax.batches.examples import Examples, hash_of
 from prompt_tuning_jax.batches.mixing import Mixing
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tokenizers.vocabulary import trim
 
-MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches per window; see `Planned`
+MIXTURE_WINDOW, STREAM_WINDOW = 64, 16  # batches per window; see `PlannedBatches`
 
 
 class Batch(NamedTuple):
     """Holds padded token ids. Rows without an example contain only padding and have id -1.
 
     Attributes:
-      inputs, targets: token ids, padded with `Planned.pad`.
+      inputs, targets: token ids, padded with `PlannedBatches.pad`.
       ids: the index of each row's example in its split. For a mixture, the splits of its tasks are concatenated; for a
         stream, it is the index in the stream.
       tasks: the index of each row's prompt if the method has one prompt per task, otherwise None. The run sets it.
@@ -40,7 +40,7 @@ def default_buckets(length: int, shortest: int = 16) -> tuple[int, ...]:
     return (*(step for step in steps if step < length), length)
 
 
-class Planned(abc.ABC):
+class PlannedBatches(abc.ABC):
     """An endless sequence of batches, indexed by number and planned one window of batches at a time.
 
     A window's examples are put into a random order by the seed, sorted by bucket, and divided into batches, which are
@@ -99,8 +99,8 @@ class Planned(abc.ABC):
     def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
 
     @abc.abstractmethod
-    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-        """Returns the tokens, before truncation, of the example with id `at`, which is in the window drawn last."""
+    def _tokens(self, example_id: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        """Returns the tokens, before truncation, of an example of the window that was drawn last."""
 
     @abc.abstractmethod
     def examples_before(self, step: int) -> int:
@@ -110,7 +110,7 @@ class Planned(abc.ABC):
     def fingerprint(self) -> str:
         """Returns a hash of the data in the batches, independent of its name, as 16 hexadecimal digits."""
 
-    def _bucket_of(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def _bucket_indices(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self.buckets, np.minimum(self._input_lengths(ids), self.lengths["inputs"]))
 
     def _batches_of(self, window: int) -> list[Int[np.ndarray, " n"]]:
@@ -119,58 +119,58 @@ class Planned(abc.ABC):
             rng = np.random.default_rng([self._seed, window])
             order = self._draw(window, rng)
             # A stable sort keeps the order within a bucket: random, or that of the split.
-            order = order[np.argsort(self._bucket_of(order), kind="stable")]
-            plan = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+            order = order[np.argsort(self._bucket_indices(order), kind="stable")]
+            plan = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
             if self._shuffle:
                 # This permutation does not depend on the seed: trials that differ only in their seed then have batches
                 # of similar shapes at each step, so sharing an executable needs little padding.
-                places = np.random.default_rng(window).permutation(len(plan))
-                plan = [plan[place] for place in places]
+                permutation = np.random.default_rng(window).permutation(len(plan))
+                plan = [plan[index] for index in permutation]
             self._planned, self._plan = window, plan
         return self._plan
 
     def shapes(self, count: int) -> list[tuple[int, int]]:
         """Returns the widths T of inputs and U of targets for batches 0 to `count - 1`."""
-        places = (divmod(number, self.window) for number in range(count))
-        return [self._widths(self._batches_of(window)[place]) for window, place in places]
+        batches = (divmod(number, self.window) for number in range(count))
+        return [self._widths(self._batches_of(window)[index]) for window, index in batches]
 
     def _widths(self, members: Int[np.ndarray, " n"]) -> tuple[int, int]:
         longest = min(int(self._target_lengths(members).max()), self.lengths["targets"])
         target_width = self.target_buckets[np.searchsorted(self.target_buckets, longest)]
-        return self.buckets[self._bucket_of(members).max()], target_width
+        return self.buckets[self._bucket_indices(members).max()], target_width
 
     def __getitem__(self, number: int) -> Batch:
-        window, place = divmod(number, self.window)
-        members = self._batches_of(window)[place]
+        window, index = divmod(number, self.window)
+        members = self._batches_of(window)[index]
         width, target_width = self._widths(members)
         ids = np.full(self.batch_size, -1, np.int32)
         ids[: len(members)] = members
         ids = ids[self._own]
         inputs = np.full((len(ids), width), self.pad, np.int32)
         targets = np.full((len(ids), target_width), self.pad, np.int32)
-        for at, member in enumerate(ids[ids >= 0].tolist()):
+        for slot, member in enumerate(ids[ids >= 0].tolist()):
             for row, name, tokens in zip((inputs, targets), ("inputs", "targets"), self._tokens(member), strict=True):
                 tokens = trim(tokens, self.lengths[name])
-                row[at, : len(tokens)] = tokens
+                row[slot, : len(tokens)] = tokens
         return Batch(inputs, targets, ids)
 
     def start_at(self, step: int, stop: int) -> Iterator[Batch]:
         """Returns an iterator over batches `step` to `stop - 1`, which a thread reads ahead."""
         import grain  # imported here because it imports JAX, which indexing a batch does not need
 
-        source = _Stretch(self, step, stop)
+        source = _BatchRange(self, step, stop)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)  # windows are planned in order
         return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-class Batches(Planned):
+class Batches(PlannedBatches):
     """Batches of one split. A window is an epoch, which visits every example once.
 
     If the examples do not fill the last batch of an epoch, that batch has empty rows.
     """
 
     def __init__(self, examples: Examples, batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """Takes the options of `Planned`. Without `shuffle`, an epoch has the order of the split within each bucket."""
+        """Takes the options of `PlannedBatches`. Without `shuffle`, each bucket has the order of the split."""
         super().__init__(batch_size, lengths, **options)
         self.examples, self.window = examples, -(-len(examples) // batch_size)
 
@@ -183,9 +183,9 @@ class Batches(Planned):
         found: list[Any] = [None] * len(self.examples)
         for number in range(len(self)):
             batch = self[number]
-            for at, value in zip(batch.ids, predict(batch), strict=True):
-                if at >= 0:
-                    found[at] = value
+            for index, value in zip(batch.ids, predict(batch), strict=True):
+                if index >= 0:
+                    found[index] = value
         return found
 
     def _draw(self, window: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
@@ -197,19 +197,19 @@ class Batches(Planned):
     def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return self.examples.targets.lengths[self.examples.rows[ids]]
 
-    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-        row = self.examples.rows[at]
+    def _tokens(self, example_id: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        row = self.examples.rows[example_id]
         return self.examples.inputs[row], self.examples.targets[row]
 
     def examples_before(self, step: int) -> int:
-        epochs, place = divmod(step, self.window)
-        return epochs * len(self.examples) + sum(map(len, self._batches_of(epochs)[:place]))
+        epochs, index = divmod(step, self.window)
+        return epochs * len(self.examples) + sum(map(len, self._batches_of(epochs)[:index]))
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
 
 
-class MixedBatches(Planned):
+class MixedBatches(PlannedBatches):
     """Batches of several tasks, drawn in proportion to their rates.
 
     A batch mixes the examples of all tasks that have similar lengths. Each task has its own epochs, each of which
@@ -223,7 +223,7 @@ class MixedBatches(Planned):
     window = MIXTURE_WINDOW
 
     def __init__(self, parts: Mapping[str, Part], batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """Takes the options of `Planned`."""
+        """Takes the options of `PlannedBatches`."""
         super().__init__(batch_size, lengths, **options)
         self.parts = dict(parts)
         self._examples = [part.examples for part in self.parts.values()]
@@ -266,20 +266,20 @@ class MixedBatches(Planned):
         """Returns the index in `parts` of each example's task."""
         return np.searchsorted(self._starts, ids, side="right") - 1
 
-    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-        task = int(np.searchsorted(self._starts, at, side="right")) - 1
+    def _tokens(self, example_id: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        task = int(np.searchsorted(self._starts, example_id, side="right")) - 1
         examples = self._examples[task]
-        row = examples.rows[at - self._starts[task]]
+        row = examples.rows[example_id - self._starts[task]]
         return examples.inputs[row], examples.targets[row]
 
     def examples_before(self, step: int) -> int:
         return step * self.batch_size
 
     def fingerprint(self) -> str:
-        return combined([(part.rate, part.examples.fingerprint()) for part in self.parts.values()])
+        return hash_of([(part.rate, part.examples.fingerprint()) for part in self.parts.values()])
 
 
-class StreamedBatches(Planned):
+class StreamedBatches(PlannedBatches):
     """Batches of a corpus that is too large to cache, which a child process tokenises while it is read.
 
     The child starts when the first batch is asked for, waits while it is ahead of the reader, and ends with this object
@@ -291,7 +291,7 @@ class StreamedBatches(Planned):
     window = STREAM_WINDOW
 
     def __init__(self, request: TaskRequest, split: str, batch_size: int, lengths: Mapping[str, int], **options: Any):
-        """Takes the options of `Planned`."""
+        """Takes the options of `PlannedBatches`."""
         super().__init__(batch_size, lengths, **options)
         self._request, self._split = request, split
         self._child: Child | None = None
@@ -311,9 +311,9 @@ class StreamedBatches(Planned):
 
     def _start(self, example: int) -> Child:
         """Starts a child process that writes the stream from example number `example` on."""
-        order = self._request.order(split=self._split, seed=self._seed, start=example)
+        child_request = self._request.to_child_request(split=self._split, seed=self._seed, start=example)
         what = f"tokenising {self._request.name}, {self._split}"
-        return Child("prompt_tuning_jax.batches.stream", order, what, pipe=True)
+        return Child("prompt_tuning_jax.batches.stream", child_request, what, pipe=True)
 
     def _read(self, child: Child) -> list[Int[np.ndarray, " length"]]:
         """Reads the next example's inputs and targets: both lengths, then both token lists, in little-endian int32."""
@@ -326,17 +326,17 @@ class StreamedBatches(Planned):
         tokens = np.frombuffer(data, "<i4").astype(np.int32)
         return np.split(tokens, [lengths[0]])
 
-    def _of(self, part: int, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        return np.array([len(self._examples[at - self._first][part]) for at in ids])
+    def _lengths_of(self, part: int, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.array([len(self._examples[example_id - self._first][part]) for example_id in ids])
 
     def _input_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        return self._of(0, ids)
+        return self._lengths_of(0, ids)
 
     def _target_lengths(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        return self._of(1, ids)
+        return self._lengths_of(1, ids)
 
-    def _tokens(self, at: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-        inputs, targets = self._examples[at - self._first]
+    def _tokens(self, example_id: int) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+        inputs, targets = self._examples[example_id - self._first]
         return inputs, targets
 
     def examples_before(self, step: int) -> int:
@@ -344,13 +344,13 @@ class StreamedBatches(Planned):
 
     def fingerprint(self) -> str:
         """Returns a hash of the task, the folder of its files and the split. It does not cover the tokens."""
-        return combined(self._request.fingerprint(), self._split)
+        return hash_of(self._request.fingerprint(), self._split)
 
 
-class _Stretch:
+class _BatchRange:
     """A random-access source for Grain that has batches `start` to `stop - 1`."""
 
-    def __init__(self, batches: Planned, start: int, stop: int):
+    def __init__(self, batches: PlannedBatches, start: int, stop: int):
         self._batches, self._start, self._stop = batches, start, stop
 
     def __len__(self) -> int:

@@ -39,12 +39,12 @@ def lock(
         _wait(path, waiting, dead_after)
     released = threading.Event()
 
-    def live() -> None:
+    def touch() -> None:
         while not released.wait(dead_after / 6):
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    threading.Thread(target=live, daemon=True).start()
+    threading.Thread(target=touch, daemon=True).start()
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ def _take(path: Path) -> bool:
 
 def _wait(path: Path, waiting: Callable[[str], None], dead_after: float) -> None:
     """Waits until the lock is released, or until its owner is dead, and then removes the lock."""
-    told, seen, since = False, None, time.monotonic()
+    notified, seen, since = False, None, time.monotonic()
     while True:
         try:
             now, text = path.stat().st_mtime_ns, path.read_text()
@@ -77,20 +77,20 @@ def _wait(path: Path, waiting: Callable[[str], None], dead_after: float) -> None
             seen, since = (now, text), time.monotonic()
         try:
             owner = json.loads(text)
-            gone = owner["host"] == socket.gethostname() and not _lives(owner["pid"], owner.get("started"))
+            gone = owner["host"] == socket.gethostname() and not _is_alive(owner["pid"], owner.get("started"))
             name = f"process {owner['pid']} on {owner['host']}"
         except (ValueError, KeyError, TypeError):  # the file is being written, or is truncated
             gone, name = False, "another process"
         if gone or time.monotonic() - since > dead_after:
             _remove(path, text)
             return
-        if not told:
+        if not notified:
             waiting(name)
-            told = True
+            notified = True
         time.sleep(min(0.2, dead_after / 10))
 
 
-def _lives(pid: int, started: Any = None) -> bool:
+def _is_alive(pid: int, started: Any = None) -> bool:
     """Returns whether a process of this host lives. `started` tells it from a later process with the same id."""
     try:
         os.kill(pid, 0)
@@ -149,7 +149,7 @@ def _owner(text: str, age: float) -> Owner | None:
     except (ValueError, TypeError, AttributeError):  # the file is being written, or is truncated
         found = Owner(0, "an unknown host")
     if found.host == socket.gethostname():
-        if not _lives(found.pid, started):
+        if not _is_alive(found.pid, started):
             return None
         if started is not None and _started(found.pid) == started:
             return found  # whatever the file's age: the owner may have been suspended for long
@@ -168,7 +168,7 @@ def running(folder: Path) -> Iterator[None]:
       ValueError: another process runs the folder.
       OSError: the folder cannot be written.
     """
-    with _marked(folder, patient=False), _lending(folder):
+    with _mark(folder, patient=False), _lend_mark(folder):
         yield
 
 
@@ -185,7 +185,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     name = os.path.realpath(folder)
     if name not in _lent:
-        with _marked(folder, patient=True):
+        with _mark(folder, patient=True):
             yield
         return
     _lent.discard(name)
@@ -203,15 +203,15 @@ def running_elsewhere(folder: Path) -> str | None:
     now = owner(folder / RUNNING)
     if now is None or now.host != socket.gethostname() or now.pid == os.getppid():
         return None
-    return None if os.path.realpath(folder) in _lent else _being_run(folder, str(now))
+    return None if os.path.realpath(folder) in _lent else _in_use_message(folder, str(now))
 
 
-def _being_run(folder: Path, name: str) -> str:
+def _in_use_message(folder: Path, name: str) -> str:
     return f"{folder} is being run by {name}: wait until that ends, or stop it first"
 
 
 @contextlib.contextmanager
-def _lending(folder: Path) -> Iterator[None]:
+def _lend_mark(folder: Path) -> Iterator[None]:
     name = os.path.realpath(folder)
     _lent.add(name)
     try:
@@ -221,7 +221,7 @@ def _lending(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _marked(folder: Path, patient: bool) -> Iterator[None]:
+def _mark(folder: Path, patient: bool) -> Iterator[None]:
     mark = folder / RUNNING
     if owner(mark) == Owner(os.getppid(), socket.gethostname()):
         yield
@@ -230,7 +230,7 @@ def _marked(folder: Path, patient: bool) -> Iterator[None]:
     _clear(mark, patient)
 
     def refuse(name: str) -> None:
-        raise ValueError(_being_run(folder, name))
+        raise ValueError(_in_use_message(folder, name))
 
     with lock(mark, refuse):
         yield

@@ -1,6 +1,6 @@
 """Tokenises a SeqIO task or mixture without end and writes it to a pipe, which `loader.StreamedBatches` reads.
 
-It runs as `python -m prompt_tuning_jax.batches.stream ORDER`. It waits while the pipe is full.
+It runs as `python -m prompt_tuning_jax.batches.stream REQUEST`. It waits while the pipe is full.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from prompt_tuning_jax.batches.build import find_task, held_tasks
+from prompt_tuning_jax.batches.build import find_task, task_splits
 from prompt_tuning_jax.batches.cache import TaskRequest, with_split
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
 from prompt_tuning_jax.batches.mixing import Mixing
@@ -34,7 +34,7 @@ def stream(request: TaskRequest, split: str, seed: int, start: int) -> Iterator[
     Raises:
       ValueError: there is no such task or split, or its data is invalid.
     """
-    tasks = with_split(request, held_tasks(request), split, True)
+    tasks = with_split(request, task_splits(request), split, True)
     mixing = Mixing([one.rate for one in tasks.values()], seed)
     streams = [
         _examples(dataclasses.replace(request, name=name), split, seed, int(skip))
@@ -79,15 +79,23 @@ def main() -> None:
     # Only the examples may go into the pipe, so anything that a library prints is redirected to stderr.
     pipe = os.fdopen(os.dup(1), "wb", buffering=1 << 16)
     os.dup2(2, 1)
-    _widen(pipe.fileno())
-    order = json.loads(sys.argv[1])
+    _enlarge_pipe(pipe.fileno())
+    child_request = json.loads(sys.argv[1])
     try:
-        write(stream(TaskRequest.from_order(order["request"]), order["split"], order["seed"], order["start"]), pipe)
+        write(
+            stream(
+                TaskRequest.from_json(child_request["request"]),
+                child_request["split"],
+                child_request["seed"],
+                child_request["start"],
+            ),
+            pipe,
+        )
     except ValueError as error:
         user_errors(error)
 
 
-def _widen(pipe: int) -> None:
+def _enlarge_pipe(pipe: int) -> None:
     try:
         import fcntl
 

@@ -97,11 +97,11 @@ def read_adapter(folder: str | os.PathLike, config: T5Config) -> Injection:
         read = _lora_tensors if kind == LORA else _ia3_tensors
         tensors = read(fields, modules, config)
     except (ValueError, re.error, RecursionError, OverflowError) as error:
-        raise refusal(f"{folder / CONFIG} has {_line(error)}", EXPECTED) from None
+        raise refusal(f"{folder / CONFIG} has {_one_line(error)}", EXPECTED) from None
     arrays = open_weights(folder, EXPECTED)
-    odd = _oddity({name: array.shape for name, array in arrays.items()}, tensors)
-    if odd:
-        raise refusal(f"{weights_in(folder)} {odd}", EXPECTED)
+    mismatch = _mismatch({name: array.shape for name, array in arrays.items()}, tensors)
+    if mismatch:
+        raise refusal(f"{weights_in(folder)} {mismatch}", EXPECTED)
     parameters = {}
     for name, array in read_floats(folder, arrays, EXPECTED).items():
         path, _, factor = tensors[name]
@@ -238,8 +238,8 @@ def _short_names(modules: Mapping[str, Any], config: T5Config) -> list[str]:
     everywhere = collections.defaultdict(set)
     for module in _modules(config):
         everywhere[module.rpartition(".")[2]].add(module)
-    whole = {name for name, found in everywhere.items() if found <= set(modules)}
-    return sorted({name if (name := module.rpartition(".")[2]) in whole else module for module in modules})
+    everywhere_adapted = {name for name, found in everywhere.items() if found <= set(modules)}
+    return sorted({name if (name := module.rpartition(".")[2]) in everywhere_adapted else module for module in modules})
 
 
 def _check_fields(fields: dict) -> str:
@@ -309,7 +309,7 @@ def _pattern(patterns: dict, module: str) -> str | None:
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 
-def _oddity(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | None:
+def _mismatch(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | None:
     """Returns what is wrong with the names or shapes of a file's tensors; None if they are as expected."""
     lacking, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if more:
@@ -324,5 +324,5 @@ def _oddity(found: Mapping[str, tuple[int, ...]], expected: Tensors) -> str | No
     return None
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

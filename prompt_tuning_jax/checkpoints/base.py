@@ -46,7 +46,7 @@ CHOICES = ("mlp_activations", "relative_attention_num_buckets", "relative_attent
 HEAD = ("scale_decoder_outputs",)  # known only from config.json together with the tensors
 
 Params = dict[str, jax.Array]
-Place = Callable[[str, tuple[int, ...]], Sharding]  # returns the sharding of an array, from its path and shape
+ShardingOf = Callable[[str, tuple[int, ...]], Sharding]  # returns the sharding of an array, from its path and shape
 
 
 class Base(NamedTuple):
@@ -125,7 +125,7 @@ def open_model(path: str) -> StoredModel:
       ValueError: there is no model, or a part of it is missing or damaged; the message says which.
     """
     location = resolve(path)
-    with _explained():
+    with _naming_model_setting():
         if Path(location, huggingface.CONFIG).is_file():
             huggingface.read_config(location)  # raises before the parameters are downloaded
             hub.fetch_weights(location)
@@ -140,7 +140,7 @@ def open_model(path: str) -> StoredModel:
 def _no_model(location: str) -> SettingError:
     return SettingError(
         f"{location} is no base model: it has neither {huggingface.CONFIG} (Hugging Face) nor {INDEX} or "
-        f"{STATE}{METADATA} (T5X){_nearby(location)}: set ",
+        f"{STATE}{METADATA} (T5X){_nearby_model_hint(location)}: set ",
         MODEL_SETTING,
     )
 
@@ -163,49 +163,53 @@ def auto_dtype(*, only_read: bool = True) -> str | None:
     return "bfloat16" if only_read else None
 
 
-def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, place: Place | None = None) -> Base:
+def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, sharding_of: ShardingOf | None = None) -> Base:
     """Checks the shape of every array against `config`, then reads a base model into device memory, array by array.
 
     Args:
       path: what `resolve` takes.
       dtype: the dtype of the parameters. None is the file's own, "auto" is `auto_dtype()`. "int8" quantizes matrices
         (`t5.quantized`) and takes "auto" for the rest: half of bfloat16's memory, but such a model cannot be trained.
-      place: returns each array's sharding; each process then reads only the shards of its own devices. If None, all
-        arrays are on the first device.
+      sharding_of: returns each array's sharding; each process then reads only the shards of its own devices. If None,
+        all arrays are on the first device.
 
     Raises:
       ValueError: there is no base model, a part of it is missing or damaged, or its size is not that of `config`.
     """
     check_base_dtype(dtype)
     location = resolve(path)
-    told = Path(location, huggingface.CONFIG).is_file()
-    if told:  # before the parameters of a hub id are downloaded
-        with _explained():
+    has_config = Path(location, huggingface.CONFIG).is_file()
+    if has_config:  # before the parameters of a hub id are downloaded
+        with _naming_model_setting():
             check_size(huggingface.read_config(location), config, location)
     model = open_model(location)
     arrays = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     if model.config is not None:
-        check_size(model.config, config, model.location, HEAD if told else SIZES)
+        check_size(model.config, config, model.location, HEAD if has_config else SIZES)
     check_shapes({name: array.shape for name, array in arrays.items()}, config, model.location)
-    sums, params, passed = {}, {}, 0
+    sums, params, bytes_since_trim = {}, {}, 0
     # The largest first: an array's temporary memory is then never needed while all other arrays are in memory.
-    with _explained():
+    with _naming_model_setting():
         for name in sorted(arrays, key=lambda name: arrays[name].nbytes, reverse=True):
             if arrays[name].dtype.name not in FLOATS:
                 raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
-            array = jnp.asarray(np.asarray(arrays[name])) if place is None else _read_shards(arrays[name], name, place)
+            array = (
+                jnp.asarray(np.asarray(arrays[name]))
+                if sharding_of is None
+                else _read_shards(arrays[name], name, sharding_of)
+            )
             # From the file's own values, so that the fingerprint does not depend on the dtype in memory.
             sums[name] = _sums(array)
             if count := int(sums[name][2]):
-                of = f"{count:,} of {math.prod(array.shape):,} values"
-                raise ArrayError(f"{name} of {model.location} is not finite: {of} are NaN or infinity")
-            params[name] = _held(name, array, dtype, place)
-            passed += arrays[name].nbytes
-            if passed > TRIM_EVERY:
-                passed = 0
+                counted = f"{count:,} of {math.prod(array.shape):,} values"
+                raise ArrayError(f"{name} of {model.location} is not finite: {counted} are NaN or infinity")
+            params[name] = _convert_dtype(name, array, dtype, sharding_of)
+            bytes_since_trim += arrays[name].nbytes
+            if bytes_since_trim > TRIM_EVERY:
+                bytes_since_trim = 0
                 _trim_heap()
-    held = {path: value for name in arrays for path, value in params[name].items()}
-    return Base(hub.name_of(model.location) or model.location, held, _digest(arrays, sums, config))
+    parameters = {path: value for name in arrays for path, value in params[name].items()}
+    return Base(hub.name_of(model.location) or model.location, parameters, _digest(arrays, sums, config))
 
 
 def _trim_heap() -> None:
@@ -214,9 +218,9 @@ def _trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _read_shards(stored: StoredArray, name: str, place: Place) -> Array:
+def _read_shards(stored: StoredArray, name: str, sharding_of: ShardingOf) -> Array:
     """Returns an array on its devices. Each shard on a device of this process is read once."""
-    sharding = place(name, stored.shape)
+    sharding = sharding_of(name, stored.shape)
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(stored.shape).items():
         devices_of[tuple((part.start, part.stop) for part in index or ())].append(device)
@@ -227,31 +231,31 @@ def _read_shards(stored: StoredArray, name: str, place: Place) -> Array:
     return jax.make_array_from_single_device_arrays(stored.shape, sharding, shards)
 
 
-def _held(name: str, array: Array, asked: Any, place: Place | None) -> Params:
+def _convert_dtype(name: str, array: Array, base_dtype: Any, sharding_of: ShardingOf | None) -> Params:
     """Returns an array of the file in the dtype that is kept in memory, by path: int8 gives an array and its scales."""
-    if asked == "int8":
+    if base_dtype == "int8":
         convert = functools.partial(quantized, name)
         if len(jax.eval_shape(convert, array)) == 1:  # not a matrix
-            return _held(name, array, "auto", place)
+            return _convert_dtype(name, array, "auto", sharding_of)
     else:
-        dtype = _parameter_dtype(asked, array.dtype)
+        dtype = _parameter_dtype(base_dtype, array.dtype)
         convert = lambda array: {name: array.astype(dtype)}  # noqa: E731
-    if place is None:
+    if sharding_of is None:
         return convert(array)
     shapes = jax.eval_shape(convert, array)
-    return jax.jit(convert, out_shardings={path: place(path, leaf.shape) for path, leaf in shapes.items()})(array)
+    return jax.jit(convert, out_shardings={path: sharding_of(path, leaf.shape) for path, leaf in shapes.items()})(array)
 
 
-def _parameter_dtype(asked: Any, stored: np.dtype) -> np.dtype:
-    if asked == "auto":
-        asked = auto_dtype()
-    if asked is None:  # float16 is too narrow for T5
+def _parameter_dtype(base_dtype: Any, stored: np.dtype) -> np.dtype:
+    if base_dtype == "auto":
+        base_dtype = auto_dtype()
+    if base_dtype is None:  # float16 is too narrow for T5
         return jnp.dtype(jnp.float32) if stored == jnp.float16 else stored
-    return jnp.dtype(asked)
+    return jnp.dtype(base_dtype)
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _naming_model_setting() -> Iterator[None]:
     """Adds the setting to change to errors about a base model's files."""
     try:
         yield
@@ -261,7 +265,7 @@ def _explained() -> Iterator[None]:
         raise SettingError(f"{error}: set ", MODEL_SETTING, " to a base model that can be read") from None
 
 
-def _nearby(location: str) -> str:
+def _nearby_model_hint(location: str) -> str:
     """Returns a hint at the model in a subfolder that was probably meant; "" if there is none."""
     steps = [path for path in Path(location).glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
     if steps:
@@ -270,8 +274,8 @@ def _nearby(location: str) -> str:
     return f"; did you mean {model}?" if model.is_dir() else ""
 
 
-def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base:
-    """Returns a model with random weights, for pre-training. The weights are made with the shardings of `place`."""
+def random_base(config: T5Config, seed: int, sharding_of: ShardingOf | None = None) -> Base:
+    """Returns a model with random weights, for pre-training. The weights are made with their shardings."""
 
     def init(key: Array) -> Params:
         tokens = jnp.ones((1, 2), jnp.int32)
@@ -279,8 +283,12 @@ def random_base(config: T5Config, seed: int, place: Place | None = None) -> Base
         flat: Any = flatten_dict(params, sep="/")
         return flat
 
-    places = None if place is None else {path: place(path, shape) for path, shape in expected_shapes(config).items()}
-    params = jax.jit(init, out_shardings=places)(jax.random.key(seed))
+    shardings = (
+        None
+        if sharding_of is None
+        else {path: sharding_of(path, shape) for path, shape in expected_shapes(config).items()}
+    )
+    params = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
     return Base(None, params, fingerprint(params, config))
 
 
@@ -296,21 +304,21 @@ def check_size(
     found: T5Config, expected: T5Config, where: str | os.PathLike, fields: tuple[str, ...] = SIZES + CHOICES
 ) -> None:
     """Raises ValueError if `fields` of the file's configuration differ from those of the expected one."""
-    odd = [
+    differences = [
         f"{f} {getattr(found, f)}, not {getattr(expected, f)}"
         for f in fields
         if getattr(found, f) != getattr(expected, f)
     ]
-    if odd:
+    if differences:
         raise SettingError(
-            f"{where} has another size than the configuration ({'; '.join(odd)}): use the models/*.gin file of the "
-            "checkpoint's size, or set ",
+            f"{where} has another size than the configuration ({'; '.join(differences)}): use the models/*.gin file "
+            "of the checkpoint's size, or set ",
             MODEL_SETTING,
             " to a checkpoint of the configured size",
         )
 
 
-def sized(config: T5Config, path: str | None) -> T5Config:
+def with_size(config: T5Config, path: str | None) -> T5Config:
     """Returns `config`, with the size of the base model's files if `config` has no size.
 
     Args:
@@ -336,8 +344,10 @@ def sized(config: T5Config, path: str | None) -> T5Config:
             " to a whole checkpoint",
         )
     defaults = {field.name: field.default for field in dataclasses.fields(T5Config)}
-    given = {name: value for name, value in vars(config).items() if value != defaults[name] and name not in NUMERICS}
-    check_size(model.config, dataclasses.replace(model.config, **given), path, tuple(given))
+    set_fields = {
+        name: value for name, value in vars(config).items() if value != defaults[name] and name not in NUMERICS
+    }
+    check_size(model.config, dataclasses.replace(model.config, **set_fields), path, tuple(set_fields))
     return dataclasses.replace(model.config, **{name: getattr(config, name) for name in NUMERICS})
 
 
@@ -367,19 +377,19 @@ def open_vocabulary(path: str | None, base: str | None, config: T5Config) -> Voc
             Setting("vocabulary"),
             f" to its SentencePiece .model file or tokenizer.json, or to {BYTES!r} for ByT5",
         )
-    vocabulary = Vocabulary(path, **_told_ids(base))
+    vocabulary = Vocabulary(path, **_ids_in_config(base))
     check_vocabulary(vocabulary, config)
     return vocabulary
 
 
-def _told_ids(base: str | None) -> dict[str, int]:
+def _ids_in_config(base: str | None) -> dict[str, int]:
     """Returns the special ids in a base model's config.json, as arguments of `Vocabulary`; {} for T5X's files."""
     location = base and resolve(base)
     if not location or not Path(location, huggingface.CONFIG).is_file():
         return {}
-    with _explained():
-        told = huggingface.read_config(location)
-    return {"pad_id": told.pad_token_id, "eos_id": told.eos_token_id, "start_id": told.decoder_start_token_id}
+    with _naming_model_setting():
+        config = huggingface.read_config(location)
+    return {"pad_id": config.pad_token_id, "eos_id": config.eos_token_id, "start_id": config.decoder_start_token_id}
 
 
 def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
@@ -408,16 +418,16 @@ def with_ids(config: T5Config, vocabulary: Vocabulary) -> T5Config:
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: T5Config, where: str | os.PathLike) -> None:
     """Raises ValueError if an array is missing, is not part of the model, or has another shape; names up to three."""
     expected = expected_shapes(config)
-    odd = [f"{name} is missing" for name in expected if name not in found]
-    odd += [f"{name} is not part of the model" for name in found if name not in expected]
-    odd += [
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    problems += [
         f"{name} is {list(found[name])}, not {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise SettingError(f"{where} does not fit the model: {'; '.join(odd[:3])}{more}: set ", MODEL_SETTING)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise SettingError(f"{where} does not fit the model: {'; '.join(problems[:3])}{more}: set ", MODEL_SETTING)
 
 
 def _checksum(array: Array) -> UInt32[Array, "3"]:
@@ -434,12 +444,12 @@ def _checksum(array: Array) -> UInt32[Array, "3"]:
     number = jnp.zeros(bits.shape, jnp.uint32)  # index of each entry in row-major order
     for axis, size in enumerate(bits.shape):
         number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    places = (number * jnp.uint32(0x9E3779B1), number * jnp.uint32(0x85EBCA77) + jnp.uint32(0xC2B2AE3D))
-    sums = [jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32) for place in places]
+    index_hashes = (number * jnp.uint32(0x9E3779B1), number * jnp.uint32(0x85EBCA77) + jnp.uint32(0xC2B2AE3D))
+    sums = [jnp.sum(_murmur_hash(bits ^ index_hash), dtype=jnp.uint32) for index_hash in index_hashes]
     return jnp.stack([*sums, jnp.sum(~jnp.isfinite(array), dtype=jnp.uint32)])
 
 
-def _mixed(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _murmur_hash(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """Hashes with MurmurHash3's 32-bit finalizer: one to one; each input bit changes about half of the output bits."""
     number = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
     number = (number ^ (number >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -447,15 +457,15 @@ def _mixed(number: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 @functools.lru_cache
-def _compiled_checksum(whole: NamedSharding | None) -> Callable[[Array], Array]:
-    return jax.jit(_checksum, out_shardings=whole)
+def _compiled_checksum(replicated: NamedSharding | None) -> Callable[[Array], Array]:
+    return jax.jit(_checksum, out_shardings=replicated)
 
 
 def _sums(array: Array) -> np.ndarray:
     """Returns the array's checksum on the host of every process that has a shard of the array."""
     sharding = getattr(array, "sharding", None)
-    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return np.asarray(_compiled_checksum(whole)(array))
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return np.asarray(_compiled_checksum(replicated)(array))
 
 
 def fingerprint(params: Mapping[str, jax.Array], config: T5Config | None = None) -> str:

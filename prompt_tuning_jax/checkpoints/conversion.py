@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.array_files.t5x import is_t5x
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints import hub, huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import (
     CHOICES,
@@ -118,7 +118,7 @@ def _convert_prompt(source: str, target: str, to: str, base: str | None) -> str:
     if to == "peft":
         write_adapter(target, prompt, base)
     elif to == "t5x":
-        with whole_folder(target) as partial:
+        with atomic_folder(target) as partial:
             write_prompt(partial / OFFICIAL_NAME, prompt)
     else:
         write_prompt(target, prompt)
@@ -146,7 +146,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
         )
     base = {name: array for name, array in model.arrays.items() if name not in IN_T5X}
     check_shapes({name: array.shape for name, array in base.items()}, model.config, source)
-    notes = [] if to == "huggingface" else _unsaid(model.config, base, source)
+    notes = [] if to == "huggingface" else _notes_on_settings(model.config, base, source)
     arrays = base if to == "huggingface" else model.arrays
     if to != "huggingface" and model.config.relative_bias_per_layer:
         arrays = t5x.to_scalable(arrays, model.config.num_heads)
@@ -163,11 +163,11 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
             f"{target} takes {total:,} bytes, and {disk} has {free:,}: set ", TARGET, " to a place with room"
         )
     with tqdm(total=total, disable=None, unit="B", unit_scale=True) as bar:
-        watched = {name: _watched(array, bar) for name, array in arrays.items()}
+        tracked = {name: _with_progress(array, bar) for name, array in arrays.items()}
         if to == "huggingface":
-            huggingface.write(target, model.config, watched, vocabulary)
+            huggingface.write(target, model.config, tracked, vocabulary)
         else:
-            (t5x.write if to == "t5x" else t5x.write_orbax)(target, watched, vocabulary)
+            (t5x.write if to == "t5x" else t5x.write_orbax)(target, tracked, vocabulary)
     dtypes = sorted({array.dtype.name for array in arrays.values()})
     parameters = sum(math.prod(array.shape) for array in arrays.values())
     notes.insert(0, f"{target}: {len(arrays)} arrays, {parameters:,} parameters, {' and '.join(dtypes)}")
@@ -179,7 +179,7 @@ def _convert_model(source: str, target: str, to: str, vocabulary: str | None) ->
     return "; ".join(notes)
 
 
-def _unsaid(config: T5Config, arrays: Mapping[str, StoredArray], source: str) -> list[str]:
+def _notes_on_settings(config: T5Config, arrays: Mapping[str, StoredArray], source: str) -> list[str]:
     """Returns notes on the settings that a T5X checkpoint does not store and that its user must set.
 
     Raises:
@@ -230,7 +230,7 @@ def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> l
     return notes
 
 
-def _watched(array: StoredArray, bar: tqdm) -> StoredArray:
+def _with_progress(array: StoredArray, bar: tqdm) -> StoredArray:
     def read(index: Index) -> np.ndarray:
         bar.update(array.nbytes)
         return array[index]

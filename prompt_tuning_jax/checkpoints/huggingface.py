@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.flax_files import open_flax
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray, first_line
 from prompt_tuning_jax.array_files.torch_files import open_torch
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.checkpoints.hub import CONFIG, first_weights
 from prompt_tuning_jax.checkpoints.hub import WEIGHTS as FORMATS
 from prompt_tuning_jax.regular_files import regular
@@ -236,7 +236,7 @@ def _ids(found: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> dic
     """
     ids = {}
     for name, default in IDS.items():
-        both = [told[name] for told in (found, others) if told.get(name) is not None]
+        both = [fields[name] for fields in (found, others) if fields.get(name) is not None]
         value, other = (_one(both[0]), _one(both[-1])) if both else (None, None)
         if value != other:
             _warn_once(f"{path} has {name} {value!r:.60}, and {GENERATION} {other!r:.60}: {path.name}'s is used")
@@ -287,15 +287,17 @@ def open_folder(folder: str | os.PathLike) -> tuple[T5Config, dict[str, StoredAr
     config = _with_head(config, folder, found)
     table = names(config)
     expected = {theirs for theirs, _ in table.values()}
-    odd = [f"{name} is missing" for name in sorted(expected - set(found))]
-    odd += [f"{name} is not part of the model" for name in sorted(set(found) - expected - _ignored(config))]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ArrayError(f"{folder} does not fit its {CONFIG}: {'; '.join(odd[:3])}{more}")
+    problems = [f"{name} is missing" for name in sorted(expected - set(found))]
+    problems += [f"{name} is not part of the model" for name in sorted(set(found) - expected - _ignored(config))]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ArrayError(f"{folder} does not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")
     copies = {name: found[name] for name in TABLE_COPIES if name in found and found[name] is not found[TABLE]}
     if copies:
-        found[TABLE] = _compared(found[TABLE], copies, folder)
-    return config, {ours: found[theirs].T if turned else found[theirs] for ours, (theirs, turned) in table.items()}
+        found[TABLE] = _comparing_copies(found[TABLE], copies, folder)
+    return config, {
+        ours: found[theirs].T if transposed else found[theirs] for ours, (theirs, transposed) in table.items()
+    }
 
 
 def _open_tensors(folder: Path) -> dict[str, StoredArray]:
@@ -352,7 +354,7 @@ def _ignored(config: T5Config) -> set[str]:
     return {*TABLE_COPIES, UNUSED, *((LOGITS,) if config.logits_via_embedding else ())}
 
 
-def _compared(table: StoredArray, copies: Mapping[str, StoredArray], folder: Path) -> StoredArray:
+def _comparing_copies(table: StoredArray, copies: Mapping[str, StoredArray], folder: Path) -> StoredArray:
     """Returns the shared table. Reading it also reads its copies, and raises ArrayError if a copy has other values."""
 
     def read(index: Index) -> np.ndarray:
@@ -392,7 +394,7 @@ def write(
     if feed_forward is None:
         raise ValueError(f"Hugging Face's T5 has no feed-forward of {config.mlp_activations}, only {list(ACTIVATIONS)}")
     table = names(config)
-    tensors = {theirs: _lazy(params[ours], dtype, turned) for ours, (theirs, turned) in table.items()}
+    tensors = {theirs: _as_written(params[ours], dtype, transposed) for ours, (theirs, transposed) in table.items()}
     kinds = {tensor.dtype.name for tensor in tensors.values()}
     text = {
         "architectures": [
@@ -416,7 +418,7 @@ def write(
         "is_encoder_decoder": True,
         "dtype": kinds.pop() if len(kinds) == 1 else "float32",
     }
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, tensors, shard_bytes)
         (partial / CONFIG).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         if vocabulary:
@@ -429,8 +431,8 @@ def _head_fields(config: T5Config) -> dict[str, bool]:
     return {"tie_word_embeddings": True, "scale_decoder_outputs": config.scale_decoder_outputs}
 
 
-def _lazy(value: ArrayLike | StoredArray, dtype: str | None, turned: bool) -> StoredArray:
+def _as_written(value: ArrayLike | StoredArray, dtype: str | None, transposed: bool) -> StoredArray:
     """Returns `value` in the dtype and layout of the file; it is copied to the host only when it is written."""
     kind = np.dtype(dtype or value.dtype)
     stored = StoredArray(tuple(value.shape), kind, lambda index: np.asarray(value)[index].astype(kind, copy=False))
-    return stored.T if turned else stored
+    return stored.T if transposed else stored

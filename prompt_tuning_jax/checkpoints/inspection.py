@@ -32,11 +32,11 @@ class Inspection(NamedTuple):
     Attributes:
       facts: texts by name: base, files, family, size, parameters, dtype, ids, tokenizer, head, fingerprint. A fact that
         the files do not show is missing.
-      refused: the errors with which the model cannot be loaded; empty if none were found.
+      errors: the errors with which the model cannot be loaded; empty if none were found.
     """
 
     facts: dict[str, str]
-    refused: list[ValueError]
+    errors: list[ValueError]
 
 
 def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
@@ -58,27 +58,27 @@ def inspect_base(source: str, *, fingerprint: bool = False) -> Inspection:
     if fingerprint:
         open_model(location)  # downloads the parameters of a hub id, or raises why they cannot be read
     facts = {"base": hub.name_of(location) or location}
-    told, config, arrays, refused = _opened(location, facts)
-    facts["family"] = family(told, config)
-    facts |= _size(told, config) | _parameters(told, config, arrays) | _ids(told, config)
+    fields, config, arrays, errors = _open(location, facts)
+    facts["family"] = family(fields, config)
+    facts |= _size(fields, config) | _parameters(fields, config, arrays) | _ids(fields, config)
     try:
         vocabulary = _vocabulary(location, config)
         facts["tokenizer"] = _tokenizer(vocabulary)
         if config is not None:
             check_vocabulary(vocabulary, config)
-        if config is not None and not told:  # T5X's files have no special ids
+        if config is not None and not fields:  # T5X's files have no special ids
             config = with_ids(config, vocabulary)
-            facts |= _ids(told, config)
+            facts |= _ids(fields, config)
     except ValueError as error:
-        refused.append(error)
+        errors.append(error)
     if config is not None:
         facts["head"] = _head(config)
-    if fingerprint and arrays is not None and not refused:
+    if fingerprint and arrays is not None and not errors:
         facts["fingerprint"] = stored_fingerprint(arrays, config)
-    return Inspection(facts, refused)
+    return Inspection(facts, errors)
 
 
-def _opened(
+def _open(
     location: str, facts: dict[str, str]
 ) -> tuple[dict[str, Any], T5Config | None, Arrays | None, list[ValueError]]:
     """Opens a model, and adds "files" to `facts`.
@@ -93,17 +93,17 @@ def _opened(
         facts["files"] = f"T5X, {len(arrays)} arrays"
         if model.config is None:
             return {}, None, arrays, [ValueError("parameters are missing from which the model's size is read")]
-        return {}, model.config, arrays, _unfit(arrays, model.config, location)
-    config, arrays, refused = None, None, []
+        return {}, model.config, arrays, _array_errors(arrays, model.config, location)
+    config, arrays, errors = None, None, []
     downloaded, facts["files"] = _files(location)
     try:
         config = huggingface.read_config(location)
         if downloaded:
             config, arrays = huggingface.open_folder(location)
-            refused = _unfit(arrays, config, location)
+            errors = _array_errors(arrays, config, location)
     except ArrayError as error:
-        refused.append(error)
-    return read_settings(Path(location, huggingface.CONFIG)), config, arrays, refused
+        errors.append(error)
+    return read_settings(Path(location, huggingface.CONFIG)), config, arrays, errors
 
 
 def _files(location: str) -> tuple[bool, str]:
@@ -122,32 +122,32 @@ def _files(location: str) -> tuple[bool, str]:
     return downloaded, f"Hugging Face, {text}{'' if downloaded else ', not downloaded'}"
 
 
-def _unfit(arrays: Arrays, config: T5Config, location: str) -> list[ValueError]:
+def _array_errors(arrays: Arrays, config: T5Config, location: str) -> list[ValueError]:
     """Returns the errors in the dtypes, names and shapes of a model's arrays."""
-    found: list[ValueError] = []
-    odd = sorted({array.dtype.name for array in arrays.values()} - {*FLOATS})
-    if odd:
-        found.append(ValueError(f"the arrays are {' and '.join(odd)}, expected {' or '.join(FLOATS)}"))
+    errors: list[ValueError] = []
+    unsupported = sorted({array.dtype.name for array in arrays.values()} - {*FLOATS})
+    if unsupported:
+        errors.append(ValueError(f"the arrays are {' and '.join(unsupported)}, expected {' or '.join(FLOATS)}"))
     try:
         check_shapes({name: array.shape for name, array in arrays.items()}, config, location)
     except ValueError as error:
-        found.append(error)
-    return found
+        errors.append(error)
+    return errors
 
 
-def family(told: Mapping[str, Any], config: T5Config | None) -> str:
+def family(fields: Mapping[str, Any], config: T5Config | None) -> str:
     """Returns the published family that a model belongs to, judging by its size and its config.json.
 
     Args:
-      told: the fields of config.json; empty for a checkpoint of T5X.
+      fields: the fields of config.json; empty for a checkpoint of T5X.
       config: the size; None if it is not the size of a T5 that is supported.
     """
-    kind = told.get("model_type", "t5")
-    rows = config.vocab_size if config is not None else told.get("vocab_size")
+    kind = fields.get("model_type", "t5")
+    rows = config.vocab_size if config is not None else fields.get("vocab_size")
     gate = config.mlp_activations[0] if config is not None else ""
     if kind in huggingface.OTHER_NETWORKS:
         return huggingface.OTHER_NETWORKS[kind]
-    if "chronos_config" in told:
+    if "chronos_config" in fields:
         return "Chronos, a T5 of numbers without a text tokenizer"
     if kind == "umt5":
         return "Pile-T5" if rows == 32_128 else "umT5"
@@ -155,10 +155,10 @@ def family(told: Mapping[str, Any], config: T5Config | None) -> str:
         return "as umT5, a relative position table per layer (T5X's scalable_t5)"
     if rows == 256_000:
         return "MADLAD-400"
-    if told.get("tokenizer_class") == "ByT5Tokenizer" or rows == 384:
+    if fields.get("tokenizer_class") == "ByT5Tokenizer" or rows == 384:
         return "ByT5"
     if rows == 250_112:
-        return "mT5" if kind == "mt5" or not told else "Aya-101, in mT5's shape"
+        return "mT5" if kind == "mt5" or not fields else "Aya-101, in mT5's shape"
     if kind not in ("t5", "mt5"):
         return f"unknown: model_type is {kind!r:.60}"
     if gate == "silu":
@@ -173,10 +173,10 @@ def family(told: Mapping[str, Any], config: T5Config | None) -> str:
     return "unknown"
 
 
-def _size(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
+def _size(fields: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
     if config is None:
-        fields = ("d_model", "num_layers", "num_decoder_layers", "num_heads", "d_kv", "d_ff", "vocab_size")
-        given = ", ".join(f"{name} {told[name]!r:.20}" for name in fields if name in told)
+        names = ("d_model", "num_layers", "num_decoder_layers", "num_heads", "d_kv", "d_ff", "vocab_size")
+        given = ", ".join(f"{name} {fields[name]!r:.20}" for name in names if name in fields)
         return {"size": given} if given else {}
     cfg, activations = config, ", ".join(config.mlp_activations)
     return {
@@ -186,7 +186,7 @@ def _size(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
     }
 
 
-def _parameters(told: Mapping[str, Any], config: T5Config | None, arrays: Arrays | None) -> dict[str, str]:
+def _parameters(fields: Mapping[str, Any], config: T5Config | None, arrays: Arrays | None) -> dict[str, str]:
     facts = {}
     if arrays is not None:
         facts["parameters"] = f"{sum(math.prod(array.shape) for array in arrays.values()):,}"
@@ -194,13 +194,13 @@ def _parameters(told: Mapping[str, Any], config: T5Config | None, arrays: Arrays
         return facts
     if config is not None:
         facts["parameters"] = f"{sum(map(math.prod, expected_shapes(config).values())):,}"
-    if dtype := told.get("dtype") or told.get("torch_dtype"):  # transformers 5's name, and the one before
+    if dtype := fields.get("dtype") or fields.get("torch_dtype"):  # transformers 5's name, and the one before
         facts["dtype"] = f"{dtype} ({huggingface.CONFIG})"
     return facts
 
 
-def _ids(told: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
-    found = [told.get(name, own) if config is None else getattr(config, name) for name, own in IDS.items()]
+def _ids(fields: Mapping[str, Any], config: T5Config | None) -> dict[str, str]:
+    found = [fields.get(name, own) if config is None else getattr(config, name) for name, own in IDS.items()]
     named = zip(("pad", "end", "start"), found, strict=True)
     return {"ids": ", ".join(f"{name} {value!r:.20}" for name, value in named)}
 

@@ -17,9 +17,9 @@ from reprlib import repr as shown  # truncates a file's values, so that an error
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts.peft import (
@@ -80,7 +80,7 @@ def read_prefix(folder: str | os.PathLike, config: T5Config) -> Injection:
     whole = read_floats(folder, arrays, EXPECTED)[TENSOR].reshape(length, pairs, 2, config.num_heads, config.head_dim)
     own = whole[:, [2 * layer % pairs for layer in range(config.num_decoder_layers)]]
     own = own.transpose(2, 1, 3, 0, 4)  # [2, L, H, P, K]
-    return Injection(parameters={path: jnp.asarray(own[at]) for at, path in enumerate(DECODER)})
+    return Injection(parameters={path: jnp.asarray(own[index]) for index, path in enumerate(DECODER)})
 
 
 def write_prefix(folder: str | os.PathLike, injection: Injection, config: T5Config, base: str | None = None) -> None:
@@ -186,5 +186,5 @@ def _read_file(folder: Path, config: T5Config) -> Mapping[str, np.ndarray]:
 def _write_file(folder: Path, parameters: Mapping[str, np.ndarray]) -> None:
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {FILE}):
         raise ValueError(f"{folder} is there already and holds more than {FILE}; expected a new folder for a prefix")
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, parameters, stem=STEM)

@@ -53,7 +53,7 @@ class StateStore:
         self._remove_damaged_metadata()
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
         handler = ocp.StandardCheckpointHandler()
-        with _hushed():
+        with _quiet():
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def _remove_damaged_metadata(self) -> None:
@@ -65,10 +65,10 @@ class StateStore:
             for path in self._folder.glob(f"*/{METADATA}"):
                 try:
                     found = json.loads(path.read_text(encoding="utf-8"))
-                    whole = isinstance(found, dict) and {*found} <= KEYS
+                    valid = isinstance(found, dict) and {*found} <= KEYS
                 except (OSError, ValueError):
-                    whole = False
-                if not whole:
+                    valid = False
+                if not valid:
                     path.unlink(missing_ok=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("metadata")
@@ -77,11 +77,11 @@ class StateStore:
         """Returns the steps of the completely written checkpoints, in ascending order."""
         return sorted(self._manager.all_steps()) if any(self._folder.iterdir()) else []
 
-    def save(self, step: int, state: Any, beside: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Starts to write `state`. If there already is a checkpoint of this step, it is kept and nothing is written.
 
         Args:
-          beside: more values for the checkpoint, which JSON can hold. With several processes, process 0's are kept.
+          extra: more values for the checkpoint, which JSON can hold. With several processes, process 0's are kept.
         """
         import orbax.checkpoint as ocp
 
@@ -90,28 +90,28 @@ class StateStore:
             # to the host, because it is small or already there.
             saved = state if jax.process_count() > 1 else jax.tree.map(np.asarray, state)
             # A copy, because Orbax writes it later.
-            kept = json.loads(json.dumps(beside or {}))
-            kept[CHECKSUM] = checksum(state, kept)
-            with _raised_in_words(f"checkpoint {step} cannot be written to {self._folder}"):
-                self._manager.save(step, args=ocp.args.StandardSave(saved), custom_metadata=kept)
+            metadata = json.loads(json.dumps(extra or {}))
+            metadata[CHECKSUM] = checksum(state, metadata)
+            with _setting_error(f"checkpoint {step} cannot be written to {self._folder}"):
+                self._manager.save(step, args=ocp.args.StandardSave(saved), custom_metadata=metadata)
 
-    def beside(self, step: int) -> dict[str, Any]:
-        """Returns the values that `save` got as `beside`; {} if an earlier version wrote the checkpoint.
+    def extra(self, step: int) -> dict[str, Any]:
+        """Returns the values that `save` got as `extra`; {} if an earlier version wrote the checkpoint.
 
         Raises:
           ValueError: the checkpoint's metadata cannot be read.
         """
         path = self._folder / str(step) / METADATA
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))["custom_metadata"] or {}
-            return {name: kept[name] for name in kept if name != CHECKSUM}
+            metadata = json.loads(path.read_text(encoding="utf-8"))["custom_metadata"] or {}
+            return {name: metadata[name] for name in metadata if name != CHECKSUM}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{METADATA} cannot be read: {error}") from None
 
     def _checksum(self, step: int) -> str | None:
         """Returns the checksum that a checkpoint was saved with; None if an earlier version wrote the checkpoint."""
-        kept = json.loads((self._folder / str(step) / METADATA).read_text(encoding="utf-8"))["custom_metadata"]
-        return str(kept.get(CHECKSUM)) if kept else None
+        metadata = json.loads((self._folder / str(step) / METADATA).read_text(encoding="utf-8"))["custom_metadata"]
+        return str(metadata.get(CHECKSUM)) if metadata else None
 
     def restore(self, step: int, like: Any) -> Any:
         """Returns the state of `step`, with the structure, shapes and dtypes of `like`.
@@ -119,7 +119,7 @@ class StateStore:
         Raises:
           ValueError: the checkpoint is damaged, or has another structure.
         """
-        state, reason = self._restored(step, like)
+        state, reason = self._try_restore(step, like)
         if reason:
             folder = Setting("model_dir")
             raise SettingError(
@@ -145,7 +145,7 @@ class StateStore:
         damaged: dict[int, str] = {}
         steps = self.steps()
         for step in reversed(steps):
-            state, reason = self._restored(step, like)
+            state, reason = self._try_restore(step, like)
             if not reason:
                 for newer in damaged:
                     self._manager.delete(newer)
@@ -162,23 +162,23 @@ class StateStore:
             )
         return 0, like, []
 
-    def _restored(self, step: int, like: Any) -> tuple[Any, str]:
+    def _try_restore(self, step: int, like: Any) -> tuple[Any, str]:
         """Returns the state of `step` and "", or None and why it cannot be restored. All processes agree which."""
         import orbax.checkpoint as ocp
 
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state, reason, beside, wanted = None, "", {}, None
+        state, reason, extra, expected = None, "", {}, None
         try:
-            with _hushed():
+            with _quiet():
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-                beside, wanted = self.beside(step), self._checksum(step)
+                extra, expected = self.extra(step), self._checksum(step)
         except jax.errors.JaxRuntimeError:  # an error of a device or of another process
             raise
         except Exception as error:  # of any type: TensorStore raises plain exceptions
             reason = _first_line(error)
         if not all_agree(not reason):
             return None, reason or "another process cannot read its part of it"
-        if wanted is not None and wanted != checksum(state, beside):
+        if expected is not None and expected != checksum(state, extra):
             return None, "its values are not those that were saved: the checksum differs"
         return state, ""
 
@@ -189,7 +189,7 @@ class StateStore:
           SettingError: a state could not be written.
         """
         if "_manager" in vars(self):
-            with _raised_in_words(f"a checkpoint cannot be written to {self._folder}"):
+            with _setting_error(f"a checkpoint cannot be written to {self._folder}"):
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -202,10 +202,10 @@ class StateStore:
                     manager.close()
 
 
-def checksum(state: Any, beside: Mapping[str, Any]) -> str:
-    """Returns 16 hexadecimal digits that change with any value of `state` or of `beside`, but not with the mesh."""
+def checksum(state: Any, extra: Mapping[str, Any]) -> str:
+    """Returns 16 hexadecimal digits that change with any value of `state` or of `extra`, but not with the mesh."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    text = f"{fingerprint(leaves)} {json.dumps(beside, sort_keys=True)}"
+    text = f"{fingerprint(leaves)} {json.dumps(extra, sort_keys=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -216,19 +216,19 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-_HUSHED = threading.RLock()
+_QUIET = threading.RLock()
 LATE_READS = 0.5  # seconds to wait for the other reads of a failed restore
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Hides what Orbax prints about a failure in addition to raising it.
 
     Orbax logs tracebacks. It also leaves the other reads of a failed restore running, and each of these would print
     through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the context
     ends.
     """
-    with _HUSHED:  # one thread at a time, so that each restores the values it found
+    with _QUIET:  # one thread at a time, so that each restores the values it found
         show, level = sys.unraisablehook, logging.get_verbosity()
 
         def hook(unraisable: Any) -> None:
@@ -248,10 +248,10 @@ def _hushed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _raised_in_words(what: str) -> Iterator[None]:
+def _setting_error(what: str) -> Iterator[None]:
     """Raises a SettingError of one line for a failed write; Orbax raises a plain exception if the disk is full."""
     try:
-        with _hushed():
+        with _quiet():
             yield
     except jax.errors.JaxRuntimeError:  # an error of a device or of another process
         raise

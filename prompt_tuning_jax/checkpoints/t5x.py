@@ -11,8 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from prompt_tuning_jax.array_files import t5x
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.stored import ArrayError, Index, StoredArray
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tokenizers.vocabulary import write_vocabulary
 
@@ -155,7 +155,7 @@ def write_orbax(folder: str | os.PathLike, params: Arrays, vocabulary: str | os.
 
 
 def _write(write_arrays: Callable[[Path, Arrays], None], folder, params: Arrays, vocabulary) -> None:
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_arrays(partial, params)
         if vocabulary:
             write_vocabulary(vocabulary, partial)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prompt_tuning_jax.checkpoints.base import EMBEDDED
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone
+from prompt_tuning_jax.checkpoints.tuned import has_only_adapters
 from prompt_tuning_jax.errors import Private, Setting, SettingError
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.prompts import peft
@@ -54,7 +54,7 @@ class TrainedOn(NamedTuple):
 
     def of(self, injection: Injection) -> "TrainedOn":
         """Returns itself; if a whole model was trained, only the tokenizer, because no base model is needed then."""
-        whole = bool(injection.parameters) and not adapters_alone(injection.parameters)
+        whole = bool(injection.parameters) and not has_only_adapters(injection.parameters)
         return TrainedOn(tokenizer=self.tokenizer) if whole else self
 
     def remark(self, what: str, path: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.adapters import IA3, LORA, adapter_kind, read_adapter, write_adapter
 from prompt_tuning_jax.checkpoints.base import open_model
@@ -49,7 +49,7 @@ def write_tuned(
     """
     folder = Path(folder)
     _write_prompts(folder, injection)
-    if adapters_alone(injection.parameters):
+    if has_only_adapters(injection.parameters):
         write_adapters(folder / ADAPTER, injection, config, base)
     elif injection.parameters:
         huggingface.write(folder / MODEL, config, merged(injection.parameters, frozen), vocabulary, dtype)
@@ -75,7 +75,7 @@ def write_prompts(path: str | os.PathLike, injection: Injection) -> None:
             f"{path} is there already and holds more than {PROMPT} and {LAYER_PROMPTS}; expected a new folder for a "
             "prompt with additions per layer, or an earlier one of these two files to replace"
         )
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         _write_prompts(partial, injection)
 
 
@@ -97,12 +97,12 @@ def is_one_file(injection: Injection) -> bool:
 
 def write_task_prompts(folder: str | os.PathLike, prompts: Mapping[str, Any]) -> None:
     """Writes a folder with one prompt per task, TASK.npy; the folder appears whole or not at all."""
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         for task, prompt in prompts.items():
             write_prompt(partial / f"{task}.npy", np.asarray(prompt))
 
 
-def adapters_alone(parameters: Mapping[str, Any]) -> bool:
+def has_only_adapters(parameters: Mapping[str, Any]) -> bool:
     """Returns whether there are parameters, and all of them are adapters beside kernels or prefixes."""
     return bool(parameters) and all(is_adapter(path) or is_prefix(path) for path in parameters)
 

@@ -22,7 +22,7 @@ MAX_NAME = 255  # characters; no file name is longer
 LENGTHS = (20, 40, 64, 100, 150, 256, 512, 1024, 2048, MAX_ENCODER_LENGTH)
 
 
-class Stored(NamedTuple):
+class StoredPrompt(NamedTuple):
     """Holds a prompt as `Transformer.encode` takes it.
 
     Attributes:
@@ -75,8 +75,8 @@ class PromptBank:
         """
         self._width, self._layers, self._longest = width, layers, longest
         self._fingerprint, self._tokenizer, self.base = fingerprint, tokenizer, base
-        self._prompts: dict[str, Stored] = {}
-        self._nothing = np.zeros((0, width), np.float32)
+        self._prompts: dict[str, StoredPrompt] = {}
+        self._no_prompt = np.zeros((0, width), np.float32)
         self.broken: Mapping[str, Exception] = {}
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class PromptBank:
         arrays = (array for stored in list(self._prompts.values()) for array in stored[:2])
         return sum(array.nbytes for array in arrays if array is not None)
 
-    def find(self, name: str | None, *, search: bool = True) -> Stored:
+    def find(self, name: str | None, *, search: bool = True) -> StoredPrompt:
         """Returns the prompt called `name`, or for None the empty prompt of the base model alone.
 
         Args:
@@ -109,7 +109,7 @@ class PromptBank:
           ValueError: there is no such prompt, or it is in `broken`.
         """
         if name is None:
-            return Stored(self._nothing, padded=LENGTHS[0] if self._prompts else 0)
+            return StoredPrompt(self._no_prompt, padded=LENGTHS[0] if self._prompts else 0)
         found = self._prompts.get(name)
         if found is None:
             short = name[:MAX_NAME]
@@ -141,9 +141,9 @@ class PromptBank:
         """
         per_layer = prompt if prompt.ndim == 3 else additions
         if prompt.shape[-1] != self._width:
-            raise _other_size(name, prompt.shape, f"d_model {self._width}")
+            raise _size_error(name, prompt.shape, f"d_model {self._width}")
         if per_layer is not None and self._layers not in (None, len(per_layer)):
-            raise _other_size(name, per_layer.shape, f"{self._layers} encoder layers")
+            raise _size_error(name, per_layer.shape, f"{self._layers} encoder layers")
         if prompt.shape[-2] > self._longest:
             raise SettingError(
                 f"prompt {name} has {prompt.shape[-2]:,} positions, expected at most {self._longest:,} beside inputs "
@@ -154,7 +154,7 @@ class PromptBank:
         TrainedOn(fingerprint, tokenizer).check(f"prompt {name}", self._fingerprint, self._tokenizer)
         if per_layer is not None:
             self._layers = len(per_layer)
-        self._prompts[name] = _stored(prompt, additions)
+        self._prompts[name] = _make_stored(prompt, additions)
 
     def remove(self, name: str) -> None:
         """Removes a prompt."""
@@ -165,20 +165,20 @@ class PromptBank:
         return batch_of([self.find(name) for name in names], size)
 
 
-def _stored(prompt: np.ndarray, additions: np.ndarray | None) -> Stored:
+def _make_stored(prompt: np.ndarray, additions: np.ndarray | None) -> StoredPrompt:
     padded = LENGTHS[bisect.bisect_left(LENGTHS, prompt.shape[-2])]
     if prompt.ndim == 2 and additions is None:
-        return Stored(np.array(prompt, np.float32), padded=padded)
+        return StoredPrompt(np.array(prompt, np.float32), padded=padded)
     if additions is None:  # layer 0 replaces the positions by the same values
         layers = np.array(prompt, np.float32)
-        return Stored(layers[0], layers, replaces=True, padded=padded)
+        return StoredPrompt(layers[0], layers, replaces=True, padded=padded)
     layers = np.array(additions, np.float32)
     first = prompt + layers[0]  # what the first layer adds can be added to the prompt itself
     layers[0] = 0
-    return Stored(first.astype(np.float32), layers, padded=padded)
+    return StoredPrompt(first.astype(np.float32), layers, padded=padded)
 
 
-def batch_of(prompts: Sequence[Stored], size: int) -> tuple[Injection, Bool[np.ndarray, "B P"], dict[str, Any]]:
+def batch_of(prompts: Sequence[StoredPrompt], size: int) -> tuple[Injection, Bool[np.ndarray, "B P"], dict[str, Any]]:
     """Returns what a batch of rows with these prompts runs with: an injection, its mask, and an engine's arguments.
 
     Each prompt is padded on the left to the padded length of the longest one. If any row has prompts per layer, all
@@ -201,12 +201,12 @@ def batch_of(prompts: Sequence[Stored], size: int) -> tuple[Injection, Bool[np.n
     return Injection(*arrays), mask, {"layers_replace": replaces} if layers else {}
 
 
-def padded_length(prompts: Sequence[Stored]) -> int:
+def padded_length(prompts: Sequence[StoredPrompt]) -> int:
     """Returns the number of prompt positions of a batch whose rows have these prompts."""
     return max(stored.padded for stored in prompts)
 
 
-def _other_size(name: str, shape: tuple[int, ...], has: str) -> SettingError:
+def _size_error(name: str, shape: tuple[int, ...], has: str) -> SettingError:
     return SettingError(
         f"prompt {name} is {list(shape)}, but the base has {has}: it was trained on another model size. Set ",
         Setting("initial_checkpoint_path"),

@@ -87,15 +87,15 @@ class Job:
         self.answers: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
         self.arrived = time.monotonic()
         self.next = 0  # index of the first request that has entered no window yet
-        self._found: list[dict[str, Any]] = [{} for _ in requests]
+        self._answered: list[dict[str, Any]] = [{} for _ in requests]
         self._open = len(requests)
         self._deadline, self._left, self._compiling = deadline, 0.0, 0
 
-    def put(self, at: int, answer: dict[str, Any]) -> None:
-        self._found[at] = answer
+    def put(self, index: int, answer: dict[str, Any]) -> None:
+        self._answered[index] = answer
         self._open -= 1
         if not self._open and not self.answers.done():
-            self.answers.set_result(self._found)
+            self.answers.set_result(self._answered)
 
     def compiling(self) -> bool:
         """Returns whether requests wait for a program to be compiled."""
@@ -164,9 +164,9 @@ class Batcher:
         self._max_queue, self._max_tokens, self._cost, self._groups = max_queue, max_tokens, cost, groups
         self._open: set[Job] = set()
         self._jobs: deque[Job] = deque()
-        self._aside: Rows = []  # rows whose programs are not compiled
-        self._ready: deque[Rows] = deque()  # batches that were in `_aside`, whose programs are compiled now
-        self._arrived, self._put_aside = asyncio.Event(), asyncio.Event()
+        self._uncompiled: Rows = []  # rows whose programs are not compiled
+        self._ready: deque[Rows] = deque()  # batches that were in `_uncompiled`, whose programs are compiled now
+        self._arrived, self._uncompiled_arrived = asyncio.Event(), asyncio.Event()
 
     def submit(self, requests: Sequence[Request], deadline: asyncio.Timeout | None = None) -> Job:
         """Adds requests to the queue, and returns their job. The caller must `cancel` the job in the end.
@@ -189,7 +189,7 @@ class Batcher:
         if requests:
             self._open.add(job)
             self._jobs.append(job)
-            self._count([(job, at) for at in range(len(requests))], 1)
+            self._count([(job, index) for index in range(len(requests))], 1)
             self._arrived.set()
         else:
             job.answers.set_result([])
@@ -207,11 +207,11 @@ class Batcher:
         """Removes the rows of a job that still wait, and returns their number."""
         job.answers.cancel()
         self._open.discard(job)
-        dropped = [(job, at) for at in range(job.next, len(job.requests))]
+        dropped = [(job, index) for index in range(job.next, len(job.requests))]
         job.next = len(job.requests)
         if job in self._jobs:
             self._jobs.remove(job)
-        for rows in (self._aside, *self._ready):
+        for rows in (self._uncompiled, *self._ready):
             dropped += [row for row in rows if row[0] is job]
             rows[:] = [row for row in rows if row[0] is not job]
         self._count(dropped, -1)
@@ -222,7 +222,7 @@ class Batcher:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._run())
-                tasks.create_task(self._run_aside())
+                tasks.create_task(self._run_uncompiled())
         finally:
             for job in self._open:
                 self._fail(job, "the service is shutting down")
@@ -231,7 +231,7 @@ class Batcher:
         while True:
             await self._arrived.wait()
             if self._ready:
-                await self._compute(self._begin(self._ready.popleft()), self._model)
+                await self._compute(self._stop_waiting(self._ready.popleft()), self._model)
             else:
                 if self._jobs and self.waiting < self._batch_size:
                     await asyncio.sleep(self._jobs[0].arrived + self._wait - time.monotonic())
@@ -240,39 +240,39 @@ class Batcher:
                 self._arrived.clear()
 
     async def _compute_window(self, window: Rows) -> None:
-        now, later = self._groups([job.requests[at] for job, at in window])
-        for place in itertools.chain(*later):
-            job, at = window[place]
-            self._aside.append((job, at))
-            self._count([(job, at)], 1)
+        now, later = self._groups([job.requests[index] for job, index in window])
+        for slot in itertools.chain(*later):
+            job, index = window[slot]
+            self._uncompiled.append((job, index))
+            self._count([(job, index)], 1)
             job.wait_for_program(1)
-            self._put_aside.set()
-        for places in now:
-            await self._compute([window[place] for place in places], self._model)
+            self._uncompiled_arrived.set()
+        for slots in now:
+            await self._compute([window[slot] for slot in slots], self._model)
 
-    async def _run_aside(self) -> None:
+    async def _run_uncompiled(self) -> None:
         """Answers rows whose programs are not compiled, one batch at a time.
 
         Rows whose program another batch has compiled in the meantime go back to the model.
         """
         while True:
-            await self._put_aside.wait()
-            rows, self._aside = self._aside, []
-            now, later = self._groups([job.requests[at] for job, at in rows])
-            batches = [[rows[place] for place in places] for places in later]
-            self._aside = [*itertools.chain(*batches[1:])]
-            for places in now:
-                self._ready.append([rows[place] for place in places])
+            await self._uncompiled_arrived.wait()
+            rows, self._uncompiled = self._uncompiled, []
+            now, later = self._groups([job.requests[index] for job, index in rows])
+            batches = [[rows[slot] for slot in slots] for slots in later]
+            self._uncompiled = [*itertools.chain(*batches[1:])]
+            for slots in now:
+                self._ready.append([rows[slot] for slot in slots])
                 self._arrived.set()
-                for place in places:
-                    rows[place][0].wait_for_program(-1)
+                for slot in slots:
+                    rows[slot][0].wait_for_program(-1)
             if batches:
-                batch = self._begin(batches[0])
+                batch = self._stop_waiting(batches[0])
                 await self._compute(batch, self._compiler)
                 for job, _ in batch:
                     job.wait_for_program(-1)
-            if not self._aside:
-                self._put_aside.clear()
+            if not self._uncompiled:
+                self._uncompiled_arrived.clear()
 
     def _take(self) -> Rows:
         """Returns the rows of the next window; it may exceed its token budget by its last row."""
@@ -287,23 +287,23 @@ class Batcher:
                 job.next += 1
             if job.next < len(job.requests):
                 self._jobs.append(job)
-        return self._begin(window)
+        return self._stop_waiting(window)
 
-    def _begin(self, rows: Rows) -> Rows:
+    def _stop_waiting(self, rows: Rows) -> Rows:
         """Stops counting rows as waiting, because they are computed next, and returns them."""
         self._count(rows, -1)
         return rows
 
     def _count(self, rows: Rows, sign: int) -> None:
         self.waiting += sign * len(rows)
-        self.tokens += sign * sum(job.costs[at] for job, at in rows)
+        self.tokens += sign * sum(job.costs[index] for job, index in rows)
 
     async def _compute(self, rows: Rows, thread: ModelThread) -> None:
         if not rows:
             return
         started = time.monotonic()
         try:
-            answers = await thread.run(self._answer, [job.requests[at] for job, at in rows])
+            answers = await thread.run(self._answer, [job.requests[index] for job, index in rows])
         except BaseException as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             for job in dict.fromkeys(job for job, _ in rows):
@@ -312,10 +312,10 @@ class Batcher:
             if not isinstance(error, Exception):
                 raise
         else:
-            for (job, at), answer in zip(rows, answers, strict=True):
-                job.put(at, answer)
+            for (job, index), answer in zip(rows, answers, strict=True):
+                job.put(index, answer)
             if thread is self._model:
-                tokens = sum(job.costs[at] for job, at in rows)
+                tokens = sum(job.costs[index] for job, index in rows)
                 measured = tokens / max(time.monotonic() - started, 1e-6)
                 self.rate += (SMOOTHING if self.rate else 1.0) * (measured - self.rate)
             self._observe(len(rows))

@@ -18,7 +18,7 @@ from prompt_tuning_jax.tasks import postprocessors
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 
-class Ballots(NamedTuple):
+class Votes(NamedTuple):
     """Holds the votes: the answer of each of N prompts to each of the n examples of a split, in order.
 
     Attributes:
@@ -29,9 +29,9 @@ class Ballots(NamedTuple):
     texts: list[list[str]]
     scores: Float[np.ndarray, "N n"]
 
-    def elected(self) -> list[str]:
+    def majority(self) -> list[str]:
         """Returns the majority vote for each example; see `vote`."""
-        return [vote(*ballot) for ballot in zip(zip(*self.texts, strict=True), self.scores.T, strict=True)]
+        return [vote(*answers) for answers in zip(zip(*self.texts, strict=True), self.scores.T, strict=True)]
 
 
 def vote(texts: Sequence[str], scores: Sequence[float] | Float[np.ndarray, " N"]) -> str:
@@ -68,7 +68,7 @@ class Ensemble:
         """Reshapes arrays [N B, ...] to [N, B, ...]: by prompt, then by example."""
         return jax.tree.map(lambda x: np.asarray(x).reshape(len(self._prompts), -1, *x.shape[1:]), answers)
 
-    def generated(self, frozen: Params, batches: Batches) -> Ballots:
+    def generated(self, frozen: Params, batches: Batches) -> Votes:
         """Returns the greedy answers; an answer that is a label is spelled as the task spells it."""
         written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
@@ -79,9 +79,9 @@ class Ensemble:
             texts = [[self._tokenizer.decode(row) for row in rows] for rows in tokens]
             return [[written.get(text, text) for text in row] for row in texts], scores
 
-        return _collect(batches, answer)
+        return _collect_votes(batches, answer)
 
-    def ranked(self, frozen: Params, batches: Batches) -> Ballots | None:
+    def ranked(self, frozen: Params, batches: Batches) -> Votes | None:
         """Returns the labels with the highest scores; None for a task that has no fixed set of labels."""
         labels = postprocessors.answers(batches.examples.postprocess)
         if labels is None:
@@ -92,12 +92,12 @@ class Ensemble:
             injection, inputs, mask = self._replicated(batch.inputs)
             scores = self._by_prompt(self._engine.rank(injection, frozen, inputs, mask, table))
             best = scores.argmax(axis=2)
-            return [[labels[place] for place in row] for row in best], scores.max(axis=2)
+            return [[labels[index] for index in row] for row in best], scores.max(axis=2)
 
-        return _collect(batches, answer)
+        return _collect_votes(batches, answer)
 
 
-def _collect(batches: Batches, answer: Callable[[Batch], tuple[Any, Any]]) -> Ballots:
+def _collect_votes(batches: Batches, answer: Callable[[Batch], tuple[Any, Any]]) -> Votes:
     def by_row(batch: Batch) -> list[tuple[Any, Any]]:
         texts, scores = answer(batch)
         check_finite(scores.T, batch.ids)
@@ -105,4 +105,4 @@ def _collect(batches: Batches, answer: Callable[[Batch], tuple[Any, Any]]) -> Ba
 
     rows = batches.in_order(by_row)
     texts = [[*column] for column in zip(*(texts for texts, _ in rows), strict=True)]
-    return Ballots(texts, np.stack([scores for _, scores in rows], axis=1))
+    return Votes(texts, np.stack([scores for _, scores in rows], axis=1))

@@ -58,7 +58,7 @@ class PromptFolder:
 
     Attributes:
       broken: by name, the error of each prompt that could not be read or added at the last `sync`.
-      told: the same errors as clients see them: without paths and without file contents.
+      public_errors: the same errors as clients see them: without paths and without file contents.
       remarks: by name, the remark about a prompt that was read, if there is one; see `TrainedOn.remark`.
     """
 
@@ -75,10 +75,10 @@ class PromptFolder:
             raise SettingError(
                 f"no folder of prompts at {path}: set ", Setting("prompts"), " to a folder of them, or to one prompt"
             )
-        self._seen: dict[str, tuple] = {}  # the state of each prompt that was read
-        self._looked: dict[str, tuple] = {}  # the state of each prompt at the last `sync`
+        self._read_states: dict[str, tuple] = {}  # the state of each prompt that was read
+        self._last_states: dict[str, tuple] = {}  # the state of each prompt at the last `sync`
         self.broken: dict[str, Exception] = {}
-        self.told: dict[str, Exception] = {}
+        self.public_errors: dict[str, Exception] = {}
         self.remarks: dict[str, str] = {}
 
     @property
@@ -113,35 +113,37 @@ class PromptFolder:
             are still being written are not read.
         """
         entries = self.entries()
-        looked, self._looked = self._looked, {name: entry.state for name, entry in entries.items()}
-        removed = [name for name in self._seen if name not in entries]
+        previous, self._last_states = self._last_states, {name: entry.state for name, entry in entries.items()}
+        removed = [name for name in self._read_states if name not in entries]
         for name in removed:
-            del self._seen[name]
+            del self._read_states[name]
             self.broken.pop(name, None)
-            self.told.pop(name, None)
+            self.public_errors.pop(name, None)
             self.remarks.pop(name, None)
             if name in bank:
                 bank.remove(name)
         added = []
         for name, entry in entries.items():
-            if self._seen.get(name) == entry.state or (settled and looked.get(name) != entry.state):
+            if self._read_states.get(name) == entry.state or (settled and previous.get(name) != entry.state):
                 continue
-            error, told = self._try(bank, name, entry)
+            error, public_error = self._read_into(bank, name, entry)
             if not _is_unchanged(entry):
                 if not settled:
-                    self.broken[name] = self.told[name] = ValueError(f"prompt {name} changed while it was read")
+                    self.broken[name] = self.public_errors[name] = ValueError(
+                        f"prompt {name} changed while it was read"
+                    )
                 continue
-            self._seen[name] = entry.state
+            self._read_states[name] = entry.state
             if error is None:
                 self.broken.pop(name, None)
-                self.told.pop(name, None)
+                self.public_errors.pop(name, None)
                 added.append(name)
             else:
-                self.broken[name], self.told[name] = error, told or error
-        bank.broken = dict(self.told)
+                self.broken[name], self.public_errors[name] = error, public_error or error
+        bank.broken = dict(self.public_errors)
         return Changes(added, removed, dict(self.broken))
 
-    def _try(self, bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
+    def _read_into(self, bank: PromptBank, name: str, entry: Entry) -> tuple[Exception | None, Exception | None]:
         """Reads a prompt into the bank.
 
         Returns:

@@ -38,7 +38,7 @@ class ClientGone(Exception):
     """Says that the client has closed the connection."""
 
 
-class Door:
+class HeaderCheck:
     """Passes requests to an application, or refuses them by their headers alone."""
 
     def __init__(self, app: ASGIApp, *, keys: Collection[str], hosts: Collection[str], open_to_all: Collection[str]):
@@ -55,7 +55,9 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope["path"], dict(scope["headers"]))
-        await (self._app(scope, receive, send) if refusal is None else part(refusal.response, receive, send))
+        await (
+            self._app(scope, receive, send) if refusal is None else respond_and_close(refusal.response, receive, send)
+        )
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
         if b"content-length" in headers and b"transfer-encoding" in headers:
@@ -73,7 +75,7 @@ class Door:
 def origin_form(app: ASGIApp) -> ASGIApp:
     """Returns an application that treats `GET http://host/path` as `GET /path` for that host (RFC 9112, 3.2.2)."""
 
-    async def taken(scope: Scope, receive: Receive, send: Send) -> None:
+    async def with_path(scope: Scope, receive: Receive, send: Send) -> None:
         raw = scope["raw_path"]
         if raw[:7].lower() == b"http://" or raw[:8].lower() == b"https://":
             host, slash, path = raw.partition(b"//")[2].partition(b"/")
@@ -83,26 +85,26 @@ def origin_form(app: ASGIApp) -> ASGIApp:
             scope = {**scope, **form}
         await app(scope, receive, send)
 
-    return taken
+    return with_path
 
 
-class Body:
+class BodyReader:
     """Reads the body of one request.
 
     Attributes:
       size: the number of bytes read so far.
-      whole: whether the whole body has been read.
+      complete: whether the whole body has been read.
     """
 
-    def __init__(self, max_bytes: int, hold: Callable[[int], None]):
+    def __init__(self, max_bytes: int, count_bytes: Callable[[int], None]):
         """Reads nothing yet.
 
         Args:
           max_bytes: the largest size of the body.
-          hold: called with the size of each chunk of the body; it may raise `Refusal`.
+          count_bytes: called with the size of each chunk of the body; it may raise `Refusal`.
         """
-        self.size, self.whole = 0, False
-        self._max_bytes, self._hold = max_bytes, hold
+        self.size, self.complete = 0, False
+        self._max_bytes, self._count_bytes = max_bytes, count_bytes
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """Returns the whole body.
@@ -120,19 +122,19 @@ class Body:
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced[:20]) > self._max_bytes:
             self._too_large()
-        pieces = []
-        while not self.whole:
+        chunks = []
+        while not self.complete:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            piece = message.get("body", b"")
-            self.size += len(piece)
-            self._hold(len(piece))
+            chunk = message.get("body", b"")
+            self.size += len(chunk)
+            self._count_bytes(len(chunk))
             if self.size > self._max_bytes:
                 self._too_large()
-            pieces.append(piece)
-            self.whole = not message.get("more_body", False)
-        return b"".join(pieces)
+            chunks.append(chunk)
+            self.complete = not message.get("more_body", False)
+        return b"".join(chunks)
 
     def _too_large(self) -> None:
         raise Refusal(413, f"the body is over the limit of {self._max_bytes:,} bytes: send several requests")
@@ -165,7 +167,7 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def part(response: Response, receive: Receive, send: Send) -> None:
+async def respond_and_close(response: Response, receive: Receive, send: Send) -> None:
     """Sends a response before the whole request body has been read, then closes the connection.
 
     If a connection is closed while the client still sends, it is reset, and the client may lose the response. So the
@@ -181,7 +183,7 @@ async def part(response: Response, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def explain(request: Request, error: Exception) -> Response:
+async def error_response(request: Request, error: Exception) -> Response:
     """Returns the response for an unknown path or method, in the same form as every other error."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {shown(request.url.path)}"

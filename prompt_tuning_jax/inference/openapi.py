@@ -70,7 +70,7 @@ ERRORS = {
 }
 
 
-def document(max_rows: int) -> dict[str, Any]:
+def openapi_document(max_rows: int) -> dict[str, Any]:
     """Returns the OpenAPI document.
 
     Args:

@@ -16,17 +16,17 @@ from prompt_tuning_jax.checkpoints.model import Model, load
 from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, trained_on
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.inference.bank import PromptBank, Stored, batch_of, padded_length, power_of_two
+from prompt_tuning_jax.inference.bank import PromptBank, StoredPrompt, batch_of, padded_length, power_of_two
 from prompt_tuning_jax.inference.engine import engine_of
 from prompt_tuning_jax.inference.folder import PromptFolder
 from prompt_tuning_jax.inference.requests import ANSWER, RANK, Decoding, Reader, Request
 from prompt_tuning_jax.methods.prompt_tuning import MAX_ENCODER_LENGTH
-from prompt_tuning_jax.settings import Count, Int, check_values, whole
+from prompt_tuning_jax.settings import Count, Int, check_values, integer
 from prompt_tuning_jax.t5.adapters import PREFIX_KEY
 
 WINDOW = 32  # number of batches whose rows are sorted by length together
 MAX_PROGRAMS = 256  # in memory; before one more is compiled, all are dropped (the cache on disk stays)
-PASS = 4_096  # label positions of a request; `parts_of` splits a request that has more
+PASS = 4_096  # label positions of a request; `split_request` splits a request that has more
 SEARCHES = 8  # unknown prompts per call whose error suggests similar names
 
 
@@ -52,7 +52,7 @@ class Predictor:
         model: Model,
         prompts: Any = None,
         *,
-        input_length: Annotated[Int, whole(2)] = 512,  # a token and the end of sequence
+        input_length: Annotated[Int, integer(2)] = 512,  # a token and the end of sequence
         max_new_tokens: Count = 32,
         batch_size: Count = 32,
         decoding: Decoding | None = None,
@@ -157,7 +157,7 @@ class Predictor:
         found = self.requests(rows)
         answers = iter(self.answer([request for request in found if isinstance(request, Request)]))
         return [
-            asked(row) | (next(answers) if isinstance(request, Request) else {"error": str(request)})
+            own_fields(row) | (next(answers) if isinstance(request, Request) else {"error": str(request)})
             for (_, row), request in zip(rows, found, strict=True)
         ]
 
@@ -166,7 +166,7 @@ class Predictor:
         answers: list[dict[str, Any]] = [{} for _ in requests]
         running = None
         for batch in self.plan(requests, answers):
-            started = self._start([requests[at] for at in batch.places], batch)
+            started = self._start([requests[index] for index in batch.indices], batch)
             if running:  # the device computes this batch while the previous one's answers are decoded
                 self._finish(*running, requests, answers)
             running = (batch, started)
@@ -174,7 +174,7 @@ class Predictor:
             self._finish(*running, requests, answers)
         return answers
 
-    def plan(self, requests: Sequence[Request], answers: list[dict[str, Any]] | None = None) -> Iterator["Planned"]:
+    def plan(self, requests: Sequence[Request], answers: list[dict[str, Any]] | None = None) -> Iterator["BatchPlan"]:
         """Yields batches, the longest rows first. The rows of a batch have the same method and similar lengths.
 
         A row's length is its number of prompt, input and label positions. Rows share a batch only if padding at most
@@ -185,37 +185,37 @@ class Predictor:
           answers: gets the error of each request whose prompt has been removed since the row was read.
         """
         rows: list[_Row] = []
-        for at, request in enumerate(requests):
+        for index, request in enumerate(requests):
             try:
                 prompt = self.bank.find(request.prompt, search=False)
             except ValueError as error:  # the prompt has been removed since the row was read
                 if answers is not None:
-                    answers[at]["error"] = str(error)
+                    answers[index]["error"] = str(error)
             else:
-                rows.append(_Row(at, request.method, prompt, self.bucket(request), *label_size(request)))
+                rows.append(_Row(index, request.method, prompt, self.bucket(request), *label_size(request)))
 
         def order(row: _Row) -> tuple:
             layered = row.prompt.layer_prompts is not None
-            return row.method, layered, -row.positions, -len(requests[row.at].inputs), row.at
+            return row.method, layered, -row.positions, -len(requests[row.request_index].inputs), row.request_index
 
         rows.sort(key=order)
         while rows:
             taken, batch, least = 1, rows[0], rows[0].positions
             for row in rows[1 : self.batch_size]:
-                both, least = batch.around(row), min(least, row.positions)
+                both, least = batch.covering(row), min(least, row.positions)
                 if row.method != batch.method or both.positions > 2 * least:
                     break
                 taken, batch = taken + 1, both
-            yield self._planned(batch, rows[:taken])
+            yield self._make_plan(batch, rows[:taken])
             rows = rows[taken:]
 
-    def _planned(self, batch: "_Row", rows: Sequence["_Row"]) -> "Planned":
+    def _make_plan(self, batch: "_Row", rows: Sequence["_Row"]) -> "BatchPlan":
         size = min(power_of_two(len(rows)), self.batch_size)
         prompts = [row.prompt for row in rows]
         layered = any(prompt.layer_prompts is not None for prompt in prompts)
         table = table_size(batch.labels, batch.tokens) if batch.method == RANK else ()
         program = (batch.method, size, batch.length, padded_length(prompts), layered, *table)
-        return Planned(batch.method, batch.length, [row.at for row in rows], prompts, program)
+        return BatchPlan(batch.method, batch.length, [row.request_index for row in rows], prompts, program)
 
     def groups(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[list[int]]]:
         """Divides the indices of requests by whether their programs are compiled.
@@ -225,24 +225,24 @@ class Predictor:
           programs are compiled, the first list has all requests in one group; otherwise a group is a batch.
         """
         batches = [*self.plan(requests)]
-        later = [batch.places for batch in batches if batch.program not in self._compiled]
+        later = [batch.indices for batch in batches if batch.program not in self._compiled]
         if not later:
             return [[*range(len(requests))]], []
-        now = [batch.places for batch in batches if batch.program in self._compiled]
+        now = [batch.indices for batch in batches if batch.program in self._compiled]
         # The prompts of these requests have been removed.
-        gone = set(range(len(requests))).difference(*(batch.places for batch in batches))
+        gone = set(range(len(requests))).difference(*(batch.indices for batch in batches))
         return [*now, *([sorted(gone)] if gone else [])], later
 
     def bucket(self, request: Request) -> int:
         """Returns the length to which the inputs are padded if the batch has no longer inputs."""
         return next(length for length in self._buckets if length >= len(request.inputs))
 
-    def _start(self, requests: Sequence[Request], batch: "Planned") -> Any:
+    def _start(self, requests: Sequence[Request], batch: "BatchPlan") -> Any:
         """Starts a batch on the device. Rows without prompt and inputs pad it to the size of its program."""
         size = batch.program[1]
         inputs = np.full((size, batch.length), self._tokenizer.pad_id, np.int32)
-        for place, request in enumerate(requests):
-            inputs[place, : len(request.inputs)] = request.inputs
+        for slot, request in enumerate(requests):
+            inputs[slot, : len(request.inputs)] = request.inputs
         injection, mask, more = batch_of(batch.prompts, size)
         given = (injection, self._frozen, inputs, mask)
         if batch.program not in self._compiled and len(self._compiled) >= MAX_PROGRAMS:
@@ -258,21 +258,21 @@ class Predictor:
         self._compiled.add(batch.program)
         return started
 
-    def _finish(self, batch: "Planned", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
+    def _finish(self, batch: "BatchPlan", started: Any, requests: Sequence[Request], answers: list[dict]) -> None:
         found = jax.device_get(started)
-        for place, at in enumerate(batch.places):
-            request = requests[at]
+        for slot, index in enumerate(batch.indices):
+            request = requests[index]
             if batch.method == RANK:
-                answers[at] = _ranked(request.labels, found[place])
+                answers[index] = _ranked(request.labels, found[slot])
             else:
-                tokens, score = found[0][place], found[1][place]
+                tokens, score = found[0][slot], found[1][slot]
                 if batch.method == "beam":
                     tokens, score = tokens[0], score[0]
-                answers[at] = {"prediction": self._tokenizer.decode(tokens), "score": float(score)}
+                answers[index] = {"prediction": self._tokenizer.decode(tokens), "score": float(score)}
                 if not np.isfinite(score):
-                    answers[at] = {"error": f"the answer's score is {score}: the prompt or the base is broken"}
-            if request.cut:
-                answers[at]["cut"] = True
+                    answers[index] = {"error": f"the answer's score is {score}: the prompt or the base is broken"}
+            if request.truncated:
+                answers[index]["cut"] = True
 
 
 def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str | None]:
@@ -339,26 +339,26 @@ def fill_bank(model: Model, prompts: Any, longest: int) -> tuple[PromptBank, str
     return bank, None
 
 
-def asked(row: Any) -> dict[str, Any]:
+def own_fields(row: Any) -> dict[str, Any]:
     """Returns a row's fields without those of an earlier answer, to be returned beside the new answer."""
     return {name: row[name] for name in row if name not in ANSWER} if isinstance(row, Mapping) else {}
 
 
-class Planned(NamedTuple):
+class BatchPlan(NamedTuple):
     """Holds the plan of a batch.
 
     Attributes:
       method: a member of `METHODS`, or `RANK`.
       length: the length to which the inputs are padded.
-      places: the indices of the batch's requests.
+      indices: the indices of the batch's requests.
       prompts: the prompt of each row.
       program: the method and all sizes that the compiled program depends on; the second entry is the number of rows.
     """
 
     method: str
     length: int
-    places: list[int]
-    prompts: list[Stored]
+    indices: list[int]
+    prompts: list[StoredPrompt]
     program: tuple
 
 
@@ -366,15 +366,15 @@ class _Row(NamedTuple):
     """Holds the sizes that a batch must have for one request, or for several.
 
     Attributes:
-      at: the index of the request.
+      request_index: the index of the request.
       prompt: the request's prompt, or of several requests the one with the largest padded length.
       length: the length to which the inputs are padded.
       labels, tokens: the number of labels to rank, and the tokens to which each is padded; 0 if an answer is generated.
     """
 
-    at: int
+    request_index: int
     method: str
-    prompt: Stored
+    prompt: StoredPrompt
     length: int
     labels: int
     tokens: int
@@ -384,10 +384,12 @@ class _Row(NamedTuple):
         """The number of encoder and decoder positions of a row, without generated tokens."""
         return self.prompt.padded + self.length + self.labels * self.tokens
 
-    def around(self, other: "_Row") -> "_Row":
+    def covering(self, other: "_Row") -> "_Row":
         """Returns the sizes that are large enough for both."""
         sizes = (max(pair) for pair in zip(self[3:], other[3:], strict=True))
-        return _Row(self.at, self.method, max(self.prompt, other.prompt, key=lambda prompt: prompt.padded), *sizes)
+        return _Row(
+            self.request_index, self.method, max(self.prompt, other.prompt, key=lambda prompt: prompt.padded), *sizes
+        )
 
 
 def label_size(request: Request) -> tuple[int, int]:
@@ -403,8 +405,8 @@ def table_size(labels: int, tokens: int) -> tuple[int, int]:
     return max(power_of_two(labels), 16), tokens
 
 
-def parts_of(request: Request) -> list[Request]:
-    """Splits a request into requests that rank a few labels each, so that no batch takes long; see `joined`."""
+def split_request(request: Request) -> list[Request]:
+    """Splits a request into requests that rank a few labels each, so that no batch takes long; see `join_answers`."""
     labels, tokens = label_size(request)
     if labels * tokens <= PASS or request.choices is None:
         return [request]
@@ -415,13 +417,13 @@ def parts_of(request: Request) -> list[Request]:
     ]
 
 
-def joined(request: Request, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_answers(request: Request, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the answer to a request from the answers to its parts."""
     failed = [answer for answer in answers if "error" in answer]
     if failed or len(answers) == 1:
         return (failed or answers)[0]
     scores = np.array([score for answer in answers for score in answer["scores"].values()])
-    return _ranked(request.labels, scores) | ({"cut": True} if request.cut else {})
+    return _ranked(request.labels, scores) | ({"cut": True} if request.truncated else {})
 
 
 def _sampling_arrays(requests: Sequence[Request], size: int) -> dict[str, np.ndarray]:

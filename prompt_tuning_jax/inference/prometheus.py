@@ -40,20 +40,20 @@ class Metrics:
     def _make(self, kind: type, name: str, text: str, labels: list[str] | None = None, **options: object):
         return kind(f"prompt_tuning_{name}", text, labels or [], registry=self.registry, **options)
 
-    def around(self, app: ASGIApp) -> ASGIApp:
+    def counting(self, app: ASGIApp) -> ASGIApp:
         """Returns an application that counts the requests to `app`."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             status, started = CLIENT_GONE, time.monotonic()
             path = scope["path"] if scope["path"] in self._paths else "other"
 
-            async def watched(message: Message) -> None:
+            async def send_and_note_status(message: Message) -> None:
                 nonlocal status
                 status = message.get("status", status)
                 await send(message)
 
             try:
-                await app(scope, receive, watched)
+                await app(scope, receive, send_and_note_status)
             finally:
                 self._requests.labels(path, str(status)).inc()
                 if path == self._timed and status == 200:

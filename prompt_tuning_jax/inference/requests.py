@@ -24,7 +24,7 @@ from prompt_tuning_jax.settings import (
     annotations_of,
     check_fields,
     fault_of,
-    whole,
+    integer,
 )
 from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
@@ -58,7 +58,7 @@ class Decoding:
     """
 
     decode: Annotated[Str, OneOf(METHODS)] = "greedy"
-    beams: Annotated[Int, whole(1, 64)] = 4
+    beams: Annotated[Int, integer(1, 64)] = 4
     temperature: Annotated[Float, Number(least=0, most=100)] = 1.0
     top_k: Natural = 0
     top_p: Annotated[Float, Number(least=SMALLEST, most=1)] = 1.0
@@ -72,7 +72,7 @@ class Request(NamedTuple):
     Attributes:
       prompt: the prompt's name; None for the base model alone.
       inputs: token ids, int32, end of sequence included.
-      cut: whether the text was longer than `inputs`.
+      truncated: whether the text was longer than `inputs`.
       method: a member of `METHODS`, or `RANK`.
       labels: the labels to rank; empty if an answer is generated.
       choices: the labels' token ids, int32 [C, L], with end of sequence and padding; None if an answer is generated.
@@ -80,7 +80,7 @@ class Request(NamedTuple):
 
     prompt: str | None
     inputs: Ids[np.ndarray, " T"]
-    cut: bool
+    truncated: bool
     method: str
     labels: tuple[str, ...]
     choices: Ids[np.ndarray, "C L"] | None
@@ -122,32 +122,32 @@ class Reader:
         """
         if not isinstance(row, Mapping):
             raise ValueError(f'found {shown(row)}, expected an object: {{"prompt": ..., "inputs": ...}}')
-        _check_fields(row)
+        _refuse_unknown_fields(row)
         prompt = row.get("prompt", self._prompt)
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt is {shown(prompt)}, expected the name of a prompt, or null for the base alone")
         if prompt is None and "prompt" not in row:
             raise ValueError('the row has no "prompt": name one, or null for the base alone')
-        inputs, cut = self._inputs(row)
+        inputs, truncated = self._inputs(row)
         sampled = [name for name in SAMPLING if name in row]
         labels = self._labels(row)
         if labels is not None:
-            _no_effect(
+            _refuse_without_effect(
                 ["decode", *sampled],
                 row,
                 "in a row with labels, which are ranked and not generated",
                 "or leave out labels",
             )
-            return Request(prompt, inputs, cut, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
+            return Request(prompt, inputs, truncated, RANK, labels, self._choices(labels), 0.0, 0, 1.0, 0)
         _check_values(row)
         method = row.get("decode", self._decoding.decode)
         if method != "sample":
-            _no_effect(sampled, row, f'with decode "{method}"', "or set decode to sample")
+            _refuse_without_effect(sampled, row, f'with decode "{method}"', "or set decode to sample")
         values = dataclasses.asdict(self._decoding) | {name: row[name] for name in sampled}
         if "seed" not in row:
             values["seed"] = (int(values["seed"]) + number) % 2**32
         temperature, top_k, top_p, seed = (kind(values[name]) for name, kind in SAMPLING.items())
-        return Request(prompt, inputs, cut, method, (), None, temperature, top_k, top_p, seed)
+        return Request(prompt, inputs, truncated, method, (), None, temperature, top_k, top_p, seed)
 
     def _inputs(self, row: Mapping[str, Any]) -> tuple[Ids[np.ndarray, " T"], bool]:
         if "inputs" not in row:
@@ -157,8 +157,10 @@ class Reader:
             raise ValueError(f"inputs is {shown(text)}, expected a text")
         if not text.strip():
             raise ValueError("inputs is empty, expected a text")
-        begin = _beginning(text, CHARACTERS * self._input_length)
-        ids = np.array([*self._vocabulary.encode(_sound(begin, "inputs")), self._vocabulary.eos_id], np.int32)
+        begin = _truncate_text(text, CHARACTERS * self._input_length)
+        ids = np.array(
+            [*self._vocabulary.encode(_check_characters(begin, "inputs")), self._vocabulary.eos_id], np.int32
+        )
         return trim(ids, self._input_length), len(begin) < len(text) or len(ids) > self._input_length
 
     def _labels(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -170,7 +172,7 @@ class Reader:
             raise ValueError(f"labels{fault}")
         if not 1 <= len(labels) <= MAX_LABELS:
             raise ValueError(f"there are {len(labels)} labels, expected 1 to {MAX_LABELS}")
-        return tuple(_sound(label, "labels") for label in labels)
+        return tuple(_check_characters(label, "labels") for label in labels)
 
 
 def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Ids[np.ndarray, "C L"]:
@@ -185,9 +187,9 @@ def _choices(labels: Sequence[str], vocabulary: Vocabulary) -> Ids[np.ndarray, "
             raise ValueError(f"label {shown(label)} has {tokens} tokens, expected 1 to {MAX_LABEL_TOKENS - 1}")
     table = label_table(labels, vocabulary)
     first: dict[bytes, int] = {}
-    for place, ids in enumerate(table):
-        if (same := first.setdefault(ids.tobytes(), place)) != place:
-            alike = f"{shown(labels[same])} and {shown(labels[place])}"
+    for index, ids in enumerate(table):
+        if (same := first.setdefault(ids.tobytes(), index)) != index:
+            alike = f"{shown(labels[same])} and {shown(labels[index])}"
             raise ValueError(f"the labels {alike} are the same tokens: expected others")
     return table
 
@@ -199,14 +201,14 @@ def _check_values(row: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}{fault}")
 
 
-def _no_effect(fields: Sequence[str], row: Mapping[str, Any], where: str, otherwise: str) -> None:
-    odd = [name for name in fields if name in row]
-    if odd:
-        verb, them = ("has", "it") if len(odd) == 1 else ("have", "them")
-        raise ValueError(f"{' and '.join(odd)} {verb} no effect {where}: leave {them} out, {otherwise}")
+def _refuse_without_effect(fields: Sequence[str], row: Mapping[str, Any], where: str, otherwise: str) -> None:
+    unused = [name for name in fields if name in row]
+    if unused:
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise ValueError(f"{' and '.join(unused)} {verb} no effect {where}: leave {them} out, {otherwise}")
 
 
-def _check_fields(row: Mapping[str, Any]) -> None:
+def _refuse_unknown_fields(row: Mapping[str, Any]) -> None:
     for name in row:
         if name in FIELDS or name in OWN_FIELDS or name in ANSWER:
             continue
@@ -218,7 +220,7 @@ def _check_fields(row: Mapping[str, Any]) -> None:
         raise ValueError(f"{shown(short)} is no field of a row; {hint} ({own})")
 
 
-def _beginning(text: str, characters: int) -> str:
+def _truncate_text(text: str, characters: int) -> str:
     """Returns the beginning of a text that is tokenised: whole words, at most `characters` characters in total."""
     if len(text) > characters and not text[:characters].strip():
         text = text.lstrip()
@@ -248,7 +250,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _sound(text: str, field: str) -> str:
+def _check_characters(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:

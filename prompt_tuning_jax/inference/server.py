@@ -35,12 +35,12 @@ class Server(uvicorn.Server):
         await self._close_port(sockets or [])
         # A connection without a request would be reset if its request were on the way.
         await asyncio.sleep(TICK)
-        while any(one.cycle is None for one in state.connections) and not self._over(started + FIRST):
+        while any(one.cycle is None for one in state.connections) and not self._is_past(started + FIRST):
             await asyncio.sleep(TICK)
         for connection in list(state.connections):
             connection.shutdown()
         compiled = time.monotonic()
-        while (state.connections or state.tasks) and not self._over(min(compiled + GRACE, started + LONGEST)):
+        while (state.connections or state.tasks) and not self._is_past(min(compiled + GRACE, started + LONGEST)):
             await asyncio.sleep(TICK)
             if self._compiling():
                 compiled = time.monotonic()
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
         if tasks:
             await asyncio.wait(tasks, timeout=CANCELLED)
 
-    def _over(self, end: float) -> bool:
+    def _is_past(self, end: float) -> bool:
         return self.force_exit or time.monotonic() > end
 
     async def _close_port(self, sockets: Sequence[socket.socket]) -> None:

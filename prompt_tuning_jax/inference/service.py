@@ -42,19 +42,19 @@ from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.inference.batcher import Batcher, Job, ModelError, ModelThread, Overloaded
 from prompt_tuning_jax.inference.folder import Changes, PromptFolder
 from prompt_tuning_jax.inference.http import (
-    Body,
+    BodyReader,
     ClientGone,
-    Door,
+    HeaderCheck,
     Refusal,
     disconnected,
-    explain,
+    error_response,
     origin_form,
-    part,
+    respond_and_close,
     rows_of,
 )
 from prompt_tuning_jax.inference.limits import Limits
-from prompt_tuning_jax.inference.openapi import document
-from prompt_tuning_jax.inference.predictor import Predictor, asked, joined, parts_of
+from prompt_tuning_jax.inference.openapi import openapi_document
+from prompt_tuning_jax.inference.predictor import Predictor, join_answers, own_fields, split_request
 from prompt_tuning_jax.inference.prometheus import Metrics
 from prompt_tuning_jax.inference.requests import Request
 from prompt_tuning_jax.settings import NotNegative, Positive, check_values
@@ -99,7 +99,7 @@ class Service:
           wait: seconds that a batch waits for more rows while the model is idle.
           poll: seconds between two checks of the folder.
           text: returns an error's message with the names of settings that the front end uses.
-          keys, hosts: the accepted API keys and hosts; see `Door`.
+          keys, hosts: the accepted API keys and hosts; see `HeaderCheck`.
         """
         check_values(Service.__init__, locals())
         limits = limits or Limits()
@@ -114,7 +114,7 @@ class Service:
         self._answering: asyncio.Task | None = None
         self._tasks: list[asyncio.Task] = []
         self._prompts: dict[str, Any] = {}
-        self._held = 0  # bytes of bodies in progress
+        self._bytes_in_progress = 0  # bytes of bodies in progress
         self._metrics = Metrics(PATHS, lambda: self._batcher.waiting if self._batcher else 0)
         starlette = Starlette(
             routes=[
@@ -126,11 +126,11 @@ class Service:
                 Route(METRICS, self.metrics),
                 Route(OPENAPI, self.openapi),
             ],
-            exception_handlers={HTTPException: explain},
+            exception_handlers={HTTPException: error_response},
         )
         starlette.router.redirect_slashes = False
-        door = Door(starlette, keys=keys, hosts=hosts, open_to_all=PROBES)
-        self.app = origin_form(self._metrics.around(door))
+        checked = HeaderCheck(starlette, keys=keys, hosts=hosts, open_to_all=PROBES)
+        self.app = origin_form(self._metrics.counting(checked))
 
     async def start(self) -> None:
         """Loads the predictor, and starts to answer rows.
@@ -140,8 +140,8 @@ class Service:
         """
         predictor, folder = await self.model.run(self._load)
         if folder is not None:
-            await self._in(self._files, self._refresh, predictor, folder, False)
-            self._tasks.append(asyncio.create_task(self._keep_up(predictor, folder)))
+            await self._run_in(self._files, self._refresh, predictor, folder, False)
+            self._tasks.append(asyncio.create_task(self._watch_folder(predictor, folder)))
         self._batcher = Batcher(
             predictor.answer,
             self.model,
@@ -178,21 +178,21 @@ class Service:
         return self._batcher is not None and self._batcher.compiling()
 
     @staticmethod
-    async def _in(executor: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def _run_in(executor: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
     async def predict(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles POST /v1/predict."""
-        body = Body(self._limits.max_bytes, self._hold)
+        body = BodyReader(self._limits.max_bytes, self._add_bytes)
         try:
             response = await self._respond(scope, receive, body)
         except ClientGone:
             return
         finally:
-            self._held -= body.size
-        await (response(scope, receive, send) if body.whole else part(response, receive, send))
+            self._bytes_in_progress -= body.size
+        await (response(scope, receive, send) if body.complete else respond_and_close(response, receive, send))
 
-    async def _respond(self, scope: Scope, receive: Receive, body: Body) -> Response:
+    async def _respond(self, scope: Scope, receive: Receive, body: BodyReader) -> Response:
         late = f"within {self._limits.timeout:g} seconds"
         try:
             async with asyncio.timeout(self._limits.timeout) as deadline:
@@ -204,25 +204,25 @@ class Service:
         except ModelError as error:
             return Refusal(503, str(error), 1).response
         except TimeoutError:
-            if body.whole:
+            if body.complete:
                 return Refusal(503, f"there was no answer {late}", self._seconds()).response
             return Refusal(408, f"the body was not there {late}").response
         except asyncio.CancelledError:  # the server shuts down, and its grace period is over
             return Refusal(503, "the service is shutting down", 1).response
 
-    async def _answer(self, scope: Scope, receive: Receive, body: Body, deadline: asyncio.Timeout) -> bytes:
+    async def _answer(self, scope: Scope, receive: Receive, body: BodyReader, deadline: asyncio.Timeout) -> bytes:
         if self._batcher is None:
             raise Refusal(503, LOADING, 1)
         data = await body.read(scope, receive)
         executor = self._small if len(data) <= SMALL else self._large
-        rows, found = await self._in(executor, self._read, data)
-        parts = [parts_of(request) for request in found if isinstance(request, Request)]
+        rows, found = await self._run_in(executor, self._read, data)
+        parts = [split_request(request) for request in found if isinstance(request, Request)]
         job = self._batcher.submit([*itertools.chain(*parts)], deadline)
         try:
             answers = await self._answers(job, receive)
         finally:
             self._metrics.rows.labels("dropped").inc(self._batcher.cancel(job))
-        return await self._in(executor, self._write, rows, found, answers)
+        return await self._run_in(executor, self._write, rows, found, answers)
 
     async def _answers(self, job: Job, receive: Receive) -> list[dict[str, Any]]:
         gone = asyncio.create_task(disconnected(receive))
@@ -253,36 +253,36 @@ class Service:
         return rows, found
 
     def _write(
-        self, rows: list[Any], found: Sequence[Request | ValueError], answers: Sequence[dict[str, Any]]
+        self, rows: list[Any], requests: Sequence[Request | ValueError], answers: Sequence[dict[str, Any]]
     ) -> bytes:
         """Returns the body of the response: each row's own fields with its answer.
 
         Raises:
           Refusal: a row is nested too deep to be written as JSON.
         """
-        rest, whole = iter(answers), []
-        for row, request in zip(rows, found, strict=True):
+        remaining, written = iter(answers), []
+        for row, request in zip(rows, requests, strict=True):
             if isinstance(request, Request):
-                answer = joined(request, [*itertools.islice(rest, len(parts_of(request)))])
+                answer = join_answers(request, [*itertools.islice(remaining, len(split_request(request)))])
             else:
                 answer = {"error": str(request)}
-            whole.append(asked(row) | answer)
-        errors = sum("error" in answer for answer in whole)
+            written.append(own_fields(row) | answer)
+        errors = sum("error" in answer for answer in written)
         self._metrics.rows.labels("error").inc(errors)
-        self._metrics.rows.labels("answered").inc(len(whole) - errors)
+        self._metrics.rows.labels("answered").inc(len(written) - errors)
         try:
-            return json.dumps({"rows": whole}, ensure_ascii=False).encode(errors="backslashreplace")
+            return json.dumps({"rows": written}, ensure_ascii=False).encode(errors="backslashreplace")
         except RecursionError:
             raise Refusal(400, "a row is nested too deep to be written back") from None
 
-    def _hold(self, size: int) -> None:
+    def _add_bytes(self, size: int) -> None:
         """Adds `size` bytes to the size of all bodies in progress.
 
         Raises:
           Refusal: all bodies in progress together are too large.
         """
-        self._held += size
-        if self._held > BODIES * self._limits.max_bytes:
+        self._bytes_in_progress += size
+        if self._bytes_in_progress > BODIES * self._limits.max_bytes:
             raise Refusal(429, "too many large requests are in progress: try again later", self._seconds())
 
     def _seconds(self) -> int:
@@ -293,18 +293,18 @@ class Service:
         changes = folder.sync(predictor.bank, settled=settled)
         self._prompts = {
             "prompts": predictor.bank.lengths,
-            "broken": {name: self._text(error) for name, error in folder.told.items()},
+            "broken": {name: self._text(error) for name, error in folder.public_errors.items()},
         }
         return changes
 
-    async def _keep_up(self, predictor: Predictor, folder: PromptFolder) -> None:
+    async def _watch_folder(self, predictor: Predictor, folder: PromptFolder) -> None:
         """Checks the folder every `poll` seconds, and prints what has changed. An error does not stop the service."""
-        said: dict[str, str] = {}
+        reported: dict[str, str] = {}
         while True:
             await asyncio.sleep(self._poll)
             before = self._prompts
             try:
-                changes = await self._in(self._files, self._refresh, predictor, folder, True)
+                changes = await self._run_in(self._files, self._refresh, predictor, folder, True)
                 for what, names in (("added", changes.added), ("removed", changes.removed)):
                     if names:
                         print(f"prompts {what}: {', '.join(names)}", file=sys.stderr)
@@ -312,9 +312,9 @@ class Service:
                     print(remark, file=sys.stderr)
                 broken = {name: self._text(error) for name, error in changes.broken.items()}
                 for name, message in broken.items():
-                    if said.get(name) != message:
+                    if reported.get(name) != message:
                         print(f"prompt {name} is left out: {message}", file=sys.stderr)
-                said = broken
+                reported = broken
             except Exception as error:
                 public = error.public if isinstance(error, SettingError) else "the folder of prompts cannot be read"
                 self._prompts = before | {"folder": " ".join(str(public).split())}
@@ -344,7 +344,7 @@ class Service:
 
     async def openapi(self, request: HTTPRequest) -> Response:
         """Handles GET /openapi.json."""
-        return JSONResponse(document(self._limits.max_rows))
+        return JSONResponse(openapi_document(self._limits.max_rows))
 
     async def metrics(self, request: HTTPRequest) -> Response:
         """Handles GET /metrics."""

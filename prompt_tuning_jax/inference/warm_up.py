@@ -38,9 +38,9 @@ def warm_up(predictor: Predictor, rows: Iterable[Any]) -> int:
     for (method, _), request in kinds.items():
         others = labels.values() if method == RANK else (request,)
         for other, prompt in itertools.product(others, prompts.values()):
-            asked = request._replace(prompt=prompt, labels=other.labels, choices=other.choices)
+            request_with_prompt = request._replace(prompt=prompt, labels=other.labels, choices=other.choices)
             for size in sizes(predictor.batch_size):
-                predictor.answer([asked] * size)
+                predictor.answer([request_with_prompt] * size)
                 batches += 1
     return batches
 

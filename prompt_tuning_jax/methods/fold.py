@@ -19,22 +19,22 @@ def make_fold(
     """
     closed, shape = jax.make_jaxpr(method.apply, return_shape=True)(trained, frozen)
     out_tree = jax.tree.structure(shape)
-    places = {variable: place for place, variable in enumerate(closed.jaxpr.invars)}
+    input_index = {variable: index for index, variable in enumerate(closed.jaxpr.invars)}
     # Literals are constants of the method: they are no inputs, and are computed with the rest.
-    passed = [places.get(out) if not hasattr(out, "val") else None for out in closed.jaxpr.outvars]
-    if all(place is not None for place in passed):
+    input_indices = [input_index.get(out) if not hasattr(out, "val") else None for out in closed.jaxpr.outvars]
+    if all(index is not None for index in input_indices):
         compute: Callable[..., list] = lambda *_: []  # noqa: E731
     else:
 
-        def computed(trained: Params, frozen: Params) -> list[jax.Array]:
+        def compute_changed(trained: Params, frozen: Params) -> list[jax.Array]:
             leaves = jax.tree.leaves(method.apply(trained, frozen))
-            return [leaf for leaf, place in zip(leaves, passed, strict=True) if place is None]
+            return [leaf for leaf, index in zip(leaves, input_indices, strict=True) if index is None]
 
-        compute = jit(computed)
+        compute = jit(compute_changed)
 
     def fold(trained: Params, frozen: Params) -> Injection:
-        given, made = jax.tree.leaves((trained, frozen)), iter(compute(trained, frozen))
-        leaves = [next(made) if place is None else given[place] for place in passed]
+        inputs, computed = jax.tree.leaves((trained, frozen)), iter(compute(trained, frozen))
+        leaves = [next(computed) if index is None else inputs[index] for index in input_indices]
         return jax.tree.unflatten(out_tree, leaves)
 
     return fold

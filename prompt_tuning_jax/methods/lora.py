@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.targets import as_peft_names, check_targets, matrix_shapes, targeted_modules
-from prompt_tuning_jax.settings import Count, Finite, Texts, check, whole
+from prompt_tuning_jax.settings import Count, Finite, Texts, check, integer
 from prompt_tuning_jax.t5.adapters import LORA_A, LORA_B
 from prompt_tuning_jax.t5.config import T5Config
 
@@ -42,7 +42,7 @@ class LoRA(Method):
         shapes = matrix_shapes(config)
         narrow = min(self.targets, key=lambda name: min(shapes[name]))
         most = min(shapes[narrow])
-        check("rank", self.rank, whole(1, most, f"the smaller side of {narrow}, which is {list(shapes[narrow])}"))
+        check("rank", self.rank, integer(1, most, f"the smaller side of {narrow}, which is {list(shapes[narrow])}"))
         if isinstance(self.alpha, (int, float)) and self.alpha == 0:
             raise SettingError(Setting("alpha"), f" is {self.alpha!r:.60}, expected a finite number other than 0")
         super().check(config, input_length)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.settings import Count, check, whole
+from prompt_tuning_jax.settings import Count, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -44,5 +44,5 @@ class LowRankPrompt(Method):
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
         shape = (self.length, config.emb_dim)
-        check("rank", self.rank, whole(1, min(shape), f"the smaller side of a prompt of {list(shape)}"))
+        check("rank", self.rank, integer(1, min(shape), f"the smaller side of a prompt of {list(shape)}"))
         super().check(config, input_length)

@@ -15,7 +15,7 @@ from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Par
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
 from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
-from prompt_tuning_jax.settings import Count, Texts, as_tuple, check, whole
+from prompt_tuning_jax.settings import Count, Texts, as_tuple, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -73,5 +73,5 @@ class MPT(Method):
         check_tasks(self.tasks)
         check_length(self.length, input_length)
         most = min(self.length, config.emb_dim)
-        check("rank", self.rank, whole(1, most, "the smaller side of the prompt"))
+        check("rank", self.rank, integer(1, most, "the smaller side of the prompt"))
         super().check(config, input_length)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Par
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.methods.task_prompts import check_tasks
 from prompt_tuning_jax.prompts.initializers import Initializer, OfficialRandomUniform, start_prompt
-from prompt_tuning_jax.settings import Count, OneOf, Positive, Text, Texts, as_tuple, check, whole
+from prompt_tuning_jax.settings import Count, OneOf, Positive, Text, Texts, as_tuple, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 
 COMBINES = ("add", "concatenate", "concatenate_features", "project")
@@ -122,7 +122,7 @@ class MultitaskPrompt(Method):
         if self.shared_features is not None:
             _check_used("shared_features", ("concatenate_features", "project"), self.combine)
             most = config.emb_dim - 1 if self.combine == "concatenate_features" else None
-            check("shared_features", self.shared_features, whole(1, most, "one less than the model's d_model"))
+            check("shared_features", self.shared_features, integer(1, most, "one less than the model's d_model"))
         super().check(config, input_length)
 
 

@@ -6,7 +6,7 @@ import jax
 
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.prompts.initializers import SAMPLED_VOCABULARY, Initializer, start_prompt
-from prompt_tuning_jax.settings import Count, check, whole
+from prompt_tuning_jax.settings import Count, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 
 PROMPT = "encoder/prompt/prompt"  # the prompt's path under T5X, and in a run's checkpoints
@@ -44,4 +44,4 @@ class PromptTuning(Method):
 def check_length(length: Count, input_length: int) -> None:
     """Raises SettingError if a prompt's length is less than 1, or leaves no room for the inputs."""
     room = MAX_ENCODER_LENGTH - input_length
-    check("prompt_length", length, whole(1, room, f"the room beside inputs of {input_length} tokens"))
+    check("prompt_length", length, integer(1, room, f"the room beside inputs of {input_length} tokens"))

@@ -17,7 +17,7 @@ from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
 from prompt_tuning_jax.prompts.initializers import SPECIAL_TOKENS, word_ids
-from prompt_tuning_jax.settings import Count, Seed, check, whole
+from prompt_tuning_jax.settings import Count, Seed, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.quantized import embedding_rows
 
@@ -52,8 +52,11 @@ class SuperPos(Method):
         if self.population > words[-1] + 1:
             rest = f"expected at most {words[-1] + 1}: the ids from there on are sentinels and padding"
             raise SettingError(Setting("population"), f" is {self.population}, {rest}")
-        if len(odd := np.setdiff1d(self.token_ids(), words)):
-            rest = f" draws the ids {', '.join(map(str, odd))}, which are special tokens of this tokenizer: set another"
+        if len(special := np.setdiff1d(self.token_ids(), words)):
+            rest = (
+                f" draws the ids {', '.join(map(str, special))}, which are special tokens of this tokenizer: "
+                "set another"
+            )
             raise SettingError(Setting("token_seed"), f"={self.token_seed}{rest}")
         weights = jax.random.normal(key, (self.length, self.tokens), jnp.float32) * self.tokens**-0.5
         change = jnp.zeros((self.length, self.tokens, model.config.emb_dim), jnp.float32)
@@ -81,7 +84,7 @@ class SuperPos(Method):
         if type(self.population) is int and self.population <= SPECIAL_TOKENS:
             found = f" is {self.population}, expected more than the {SPECIAL_TOKENS} special tokens"
             raise SettingError(Setting("population"), found)
-        check("population", self.population, whole(1, size, "the rows of the model's embedding table"))
+        check("population", self.population, integer(1, size, "the rows of the model's embedding table"))
         drawn = self.population - SPECIAL_TOKENS
-        check("tokens", self.tokens, whole(1, drawn, f"the tokens among the first {self.population} ids"))
+        check("tokens", self.tokens, integer(1, drawn, f"the tokens among the first {self.population} ids"))
         super().check(config, input_length)

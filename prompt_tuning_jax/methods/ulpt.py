@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from prompt_tuning_jax.methods.method import FrozenModel, Injection, Method, Params
 from prompt_tuning_jax.methods.prompt_tuning import check_length
-from prompt_tuning_jax.settings import Count, Seed, check, whole
+from prompt_tuning_jax.settings import Count, Seed, check, integer
 from prompt_tuning_jax.t5.config import T5Config
 
 
@@ -58,5 +58,5 @@ class ULPT(Method):
 
     def check(self, config: T5Config, input_length: int) -> None:
         check_length(self.length, input_length)
-        check("rank", self.rank, whole(1, config.emb_dim, "the model's d_model"))
+        check("rank", self.rank, integer(1, config.emb_dim, "the model's d_model"))
         super().check(config, input_length)

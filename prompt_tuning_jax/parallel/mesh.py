@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.settings import Count, Sizes, Table, check_values, whole
+from prompt_tuning_jax.settings import Count, KnownKeys, Sizes, check_values, integer
 
 AXES = ("data", "fsdp", "model")
-MeshSizes = Annotated[Sizes, Table(tuple((name, whole(1)) for name in AXES), whole=False)]
+MeshSizes = Annotated[Sizes, KnownKeys(tuple((name, integer(1)) for name in AXES), all_keys=False)]
 
 # A mesh axis can shard only one axis of an array: if the rules of two axes name it, the first rule wins. An activation
 # ("batch", "length", "embed") is therefore sharded by rows, and a kernel ("embed", "mlp") by both of its axes.

@@ -15,17 +15,17 @@ class OneDevice:
     This is not a mesh of one device, whose programs would go through the SPMD partitioner without any use.
     """
 
-    mesh = replicated = parameter = None
+    mesh = replicated = parameter_sharding = None
     batch_shards = 1
     on_batch: Callable[[], None] = staticmethod(lambda: None)
 
-    def state(self, state: Any) -> None:
+    def state_shardings(self, state: Any) -> None:
         """Returns None, for no shardings: the state is on the one device."""
 
     def own_rows(self, batch_size: int) -> tuple[int, int]:
         return 0, 1
 
-    def spread(self, rows: Any, batch_size: int) -> Any:
+    def shard_rows(self, rows: Any, batch_size: int) -> Any:
         return rows
 
     def replicate(self, tree: Any) -> Any:

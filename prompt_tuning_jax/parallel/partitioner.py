@@ -51,18 +51,18 @@ class Partitioner:
         """The number of parts that a batch is sharded into."""
         return int(np.prod([self.mesh.shape[axis] for axis in ROWS]))
 
-    def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    def parameter_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns the sharding of the parameter at `path`, int8 scales included."""
         axes = self._axes.get(path, (None,) * len(shape))  # a prompt is not in the base model: replicated
         return NamedSharding(self.mesh, PartitionSpec(*(dict(self.rules).get(axis or "") for axis in axes)))
 
-    def batch(self, batch_size: int, ndim: int = 2) -> NamedSharding:
+    def batch_sharding(self, batch_size: int, ndim: int = 2) -> NamedSharding:
         """Returns the sharding of an array with a batch's rows; replicated if the rows do not divide equally."""
         if batch_size % self.batch_shards:
             return self.replicated
         return NamedSharding(self.mesh, PartitionSpec(ROWS, *[None] * (ndim - 1)))
 
-    def state(self, state: Any) -> Any:
+    def state_shardings(self, state: Any) -> Any:
         """Returns the shardings of a training state: a leaf with a parameter's path is sharded like that parameter.
 
         Leaves of another number of dimensions or of shape (1,), as Adafactor has, are replicated.
@@ -71,10 +71,10 @@ class Partitioner:
           state: a tree of arrays or shapes, with the parameters in flat dictionaries by path.
         """
 
-        def sharding(place: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            path = str(getattr(place[-1], "key", "")) if place else ""
-            whole = path not in self._axes or len(self._axes[path]) != len(leaf.shape) or leaf.shape == (1,)
-            return self.replicated if whole else self.parameter(path, leaf.shape)
+        def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            path = str(getattr(key_path[-1], "key", "")) if key_path else ""
+            replicated = path not in self._axes or len(self._axes[path]) != len(leaf.shape) or leaf.shape == (1,)
+            return self.replicated if replicated else self.parameter_sharding(path, leaf.shape)
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -93,12 +93,12 @@ class Partitioner:
                 f"equally: set it to a multiple of {self.batch_shards}, or ",
                 Setting("mesh"),
             )
-        places = self.batch(batch_size, 1).addressable_devices_indices_map((batch_size,)).values()
-        spans = [rows.indices(batch_size)[:2] for rows in (place[0] for place in places if place is not None)]
+        indices = self.batch_sharding(batch_size, 1).addressable_devices_indices_map((batch_size,)).values()
+        spans = [rows.indices(batch_size)[:2] for rows in (index[0] for index in indices if index is not None)]
         first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
         return first // (last - first), batch_size // (last - first)
 
-    def spread(self, rows: Any, batch_size: int) -> Any:
+    def shard_rows(self, rows: Any, batch_size: int) -> Any:
         """Places a batch on the devices, sharded by rows.
 
         Args:
@@ -107,31 +107,31 @@ class Partitioner:
         """
         self.on_batch()
 
-        def place(array: np.ndarray) -> jax.Array:
+        def shard(array: np.ndarray) -> jax.Array:
             shape = (batch_size, *array.shape[1:])
-            return jax.make_array_from_process_local_data(self.batch(batch_size, array.ndim), array, shape)
+            return jax.make_array_from_process_local_data(self.batch_sharding(batch_size, array.ndim), array, shape)
 
-        return jax.tree.map(place, rows)
+        return jax.tree.map(shard, rows)
 
     def replicate(self, tree: Any) -> Any:
         """Places arrays on every device. They are on the host, and must be the same in every process."""
 
-        def place(array: Any) -> jax.Array:
+        def replicate_one(array: Any) -> jax.Array:
             array = np.asarray(array)
             return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array[index])
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(replicate_one, tree)
 
     def place(self, parameters: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Places parameters by path, each sharded by the rules; one that has this sharding already is not copied."""
 
-        def placed(path: str, value: Any) -> jax.Array:
-            sharding = self.parameter(path, value.shape)
+        def place_one(path: str, value: Any) -> jax.Array:
+            sharding = self.parameter_sharding(path, value.shape)
             if isinstance(value, jax.Array) and value.sharding == sharding:
                 return value
             return self.replicate(value) if sharding == self.replicated else jax.device_put(value, sharding)
 
-        return {path: placed(path, value) for path, value in parameters.items()}
+        return {path: place_one(path, value) for path, value in parameters.items()}
 
     def gather(self, tree: Any) -> Any:
         """Returns NumPy copies of arrays that may be on other processes' devices. All processes call this together."""

@@ -158,7 +158,7 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def leave(code: int, line: str = "") -> None:
+def exit_without_barrier(code: int, line: str = "") -> None:
     """Ends this process at once, without JAX's barrier at shutdown, to which the other processes would not come."""
     print(line, end="\n" if line else "", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -166,7 +166,7 @@ def leave(code: int, line: str = "") -> None:
 
 
 @contextlib.contextmanager
-def leaving_alone() -> Iterator[None]:
+def exiting_alone() -> Iterator[None]:
     """Lets one of several processes end with exit code 2 while the others run on; they then find it gone.
 
     Most often all processes have the same error, and each should print it. So this one first waits for the others to
@@ -180,7 +180,7 @@ def leaving_alone() -> Iterator[None]:
                 client: Any = distributed.global_state.client
                 client.wait_at_barrier("leaving", LAST_SECONDS * 1_000)
                 time.sleep(1 if is_writer() else 0)
-            leave(2)
+            exit_without_barrier(2)
         raise
 
 
@@ -199,30 +199,30 @@ class PeerWatch:
     def __init__(self):
         self.saved_step: int | None = None
         self.last_work = time.monotonic()
-        self._over, self._watches = threading.Event(), jax.process_count() > 1
+        self._ended, self._watches = threading.Event(), jax.process_count() > 1
 
     def __enter__(self) -> "PeerWatch":
         if self._watches:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def work(self) -> None:
+    def note_work(self) -> None:
         """Notes that this process has work, such as a batch."""
         self.last_work = time.monotonic()
 
     def _watch(self) -> None:
-        while not self._over.wait(STUCK_SECONDS / 60):
+        while not self._ended.wait(STUCK_SECONDS / 60):
             idle = time.monotonic() - self.last_work
             if idle > STUCK_SECONDS:
-                self._leave(f"no batch was finished in {idle:.0f} s: another process is stuck")
+                self._exit(f"no batch was finished in {idle:.0f} s: another process is stuck")
 
-    def _leave(self, reason: str) -> None:
+    def _exit(self, reason: str) -> None:
         from_step = "" if self.saved_step is None else f", they go on from step {self.saved_step}"
-        leave(LOST_PEER, f"error: {reason}; start all processes again{from_step}")
+        exit_without_barrier(LOST_PEER, f"error: {reason}; start all processes again{from_step}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
-        self._over.set()
+        self._ended.set()
         # Some of JAX's errors arrive as ValueErrors.
         if self._watches and isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and OF_PEERS.match(str(error)):
             reason = str(error).strip().splitlines()[0][:200]
-            self._leave(f"process {jax.process_index()} of {jax.process_count()} lost another ({reason})")
+            self._exit(f"process {jax.process_index()} of {jax.process_count()} lost another ({reason})")

@@ -26,12 +26,14 @@ from jaxtyping import Array, Float, Integer
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.prompts.files import RUN_PROMPT, prompts_in, read_prompt
 from prompt_tuning_jax.prompts.similarity import mean_vector_similarity
-from prompt_tuning_jax.settings import Callback, Finite, Int, Name, Texts, as_path, check_fields, whole
-from prompt_tuning_jax.settings import Text as Writing
+from prompt_tuning_jax.settings import Callback, Finite, Int, Name, Texts, as_path, check_fields, integer
+from prompt_tuning_jax.settings import Text as AnyText
 
 SPECIAL_TOKENS = 3  # T5's <pad>, </s> and <unk> are ids 0, 1 and 2
 UNKNOWN = 2  # T5's <unk>, for tokenizers that do not say their own
-Population = Annotated[Int, whole(SPECIAL_TOKENS + 1)]  # tokens are drawn from the ids below it, but for special tokens
+Population = Annotated[
+    Int, integer(SPECIAL_TOKENS + 1)
+]  # tokens are drawn from the ids below it, but for special tokens
 
 Encode = Callable[[str], Sequence[int]]
 Initializer = Callback  # (key, length, model) -> [P, D], or one of JAX's: (key, shape, dtype) -> [P, D]
@@ -161,7 +163,7 @@ class ClassLabels:
 class Text:
     """Starts position j at the embedding of subword j of `text`; sampled vocabulary fills the other positions."""
 
-    text: Writing
+    text: AnyText
     population: Population = 5_000
 
     def __post_init__(self):

@@ -40,17 +40,17 @@ class Lexicon(NamedTuple):
     names: list[str]
     labels: dict[str, int]
 
-    def vectors(self, places: Sequence[int] | Int[np.ndarray, " m"]) -> Float[np.ndarray, "m D"]:
-        """Returns the vectors with the indices `places`, in float32."""
+    def vectors(self, indices: Sequence[int] | Int[np.ndarray, " m"]) -> Float[np.ndarray, "m D"]:
+        """Returns the vectors with these indices, in float32."""
         words = len(self.words)
-        rows = [self.words[place] if place < words else self.others[place - words] for place in places]
+        rows = [self.words[index] if index < words else self.others[index - words] for index in indices]
         return np.array(rows, np.float32).reshape(-1, self.words.shape[1])
 
 
 class Neighbors(NamedTuple):
     """Holds the lexicon indices of each prompt position's k nearest vectors, nearest first, and their cosines."""
 
-    places: Int[np.ndarray, "P k"]
+    indices: Int[np.ndarray, "P k"]
     cosines: Float[np.ndarray, "P k"]
 
 
@@ -74,8 +74,11 @@ def make_lexicon(
     Raises:
       ValueError: a label is empty or has a subword that the vocabulary does not know.
     """
-    names, place_of = [piece(token) for token in words.tolist()], {token: at for at, token in enumerate(words.tolist())}
-    others, places = [], {}
+    names, index_of = (
+        [piece(token) for token in words.tolist()],
+        {token: index for index, token in enumerate(words.tolist())},
+    )
+    others, indices = [], {}
     for label in labels:
         ids = list(encode(label)) if encode else []
         if not ids or unknown in ids:
@@ -85,27 +88,27 @@ def make_lexicon(
                 Setting("class_labels"),
                 " to words that the vocabulary can write",
             )
-        if len(ids) == 1 and ids[0] in place_of:
-            places[label] = place_of[ids[0]]
-        elif label not in places:
-            places[label] = len(names)
+        if len(ids) == 1 and ids[0] in index_of:
+            indices[label] = index_of[ids[0]]
+        elif label not in indices:
+            indices[label] = len(names)
             names.append(label)
             others.append(embeddings[ids].astype(np.float32).mean(axis=0))
     # A view of the table, not a copy, if the ids are consecutive.
-    whole = slice(int(words[0]), int(words[-1]) + 1) if len(words) == words[-1] + 1 - words[0] else words
-    own = embeddings[whole]
+    rows = slice(int(words[0]), int(words[-1]) + 1) if len(words) == words[-1] + 1 - words[0] else words
+    embedded_words = embeddings[rows]
     others = np.array(others, np.float32).reshape(-1, embeddings.shape[1])
-    return Lexicon(own, others, names, places)
+    return Lexicon(embedded_words, others, names, indices)
 
 
 def describe(
-    prompts: Mapping[str, Prompt], befores: Mapping[str, Prompt], lexicon: Lexicon, top: int
+    prompts: Mapping[str, Prompt], earlier: Mapping[str, Prompt], lexicon: Lexicon, top: int
 ) -> dict[str, Any]:
     """Returns all measures of some prompts, ready for JSON.
 
     Args:
       prompts: prompts by name, all with one D; lengths may differ.
-      befores: earlier versions of some of the prompts, by the same names and of the same shapes.
+      earlier: earlier versions of some of the prompts, by the same names and of the same shapes.
       top: number of neighbours per position, k.
     """
     drawn = random_directions(lexicon.words.shape[1])
@@ -123,7 +126,7 @@ def describe(
         "prompts": {},
     }
     for name, prompt in prompts.items():
-        described = _describe(prompt, befores.get(name), lexicon, top)
+        described = _describe(prompt, earlier.get(name), lexicon, top)
         firsts = [position["neighbors"][0]["cosine"] for position in described["positions"]]
         described["nearer_than_chance"] = sum(first > float(by_chance.max()) for first in firsts)
         report["prompts"][name] = described
@@ -145,32 +148,32 @@ def _describe(prompt: Prompt, before: Prompt | None, lexicon: Lexicon, top: int)
     if before is not None:
         to_before = np.diagonal(cosines(prompt, before))
         for i, named in enumerate(name_neighbors(stages["before"], lexicon)):
-            kept = len(np.intersect1d(now.places[i], stages["before"].places[i]))
+            kept = len(np.intersect1d(now.indices[i], stages["before"].indices[i]))
             positions[i] |= {"before": named, "kept": kept, "cosine_to_before": float(to_before[i])}
     return {
         "length": len(prompt),
         "positions": positions,
-        "distinct": len(np.unique(now.places)),
-        "shared": [{"word": lexicon.names[place], "positions": on} for place, on in shared(now.places).items()],
-        "clusters": clusters(overlaps(now.places)),
+        "distinct": len(np.unique(now.indices)),
+        "shared": [{"word": lexicon.names[index], "positions": on} for index, on in shared(now.indices).items()],
+        "clusters": clusters(overlaps(now.indices)),
         "labels": {
             label: {
-                stage: np.flatnonzero((found.places == place).any(axis=1)).tolist() for stage, found in stages.items()
+                stage: np.flatnonzero((found.indices == index).any(axis=1)).tolist() for stage, found in stages.items()
             }
-            for label, place in lexicon.labels.items()
+            for label, index in lexicon.labels.items()
         },
     }
 
 
 def name_neighbors(found: Neighbors, lexicon: Lexicon) -> list[list[dict[str, Any]]]:
     """Returns the neighbours of each position with name and cosine; a neighbour that is a class label also names it."""
-    labels = {place: {"label": label} for label, place in lexicon.labels.items()}
+    labels = {index: {"label": label} for label, index in lexicon.labels.items()}
     return [
         [
-            {"word": lexicon.names[place], "cosine": cosine} | labels.get(place, {})
-            for place, cosine in zip(places, cosines, strict=True)
+            {"word": lexicon.names[index], "cosine": cosine} | labels.get(index, {})
+            for index, cosine in zip(indices, cosines, strict=True)
         ]
-        for places, cosines in zip(found.places.tolist(), found.cosines.tolist(), strict=True)
+        for indices, cosines in zip(found.indices.tolist(), found.cosines.tolist(), strict=True)
     ]
 
 
@@ -178,8 +181,8 @@ def nearest(prompt: Prompt, lexicon: Lexicon, k: int = 5) -> Neighbors:
     """Returns the `k` vectors of `lexicon` with the largest cosine to each position; the first ones in a tie."""
     parts = [part for part in (lexicon.words, lexicon.others) if len(part)]
     to_all = np.concatenate([cosines(prompt, part) for part in parts], axis=1)
-    places = np.array([_largest(row, k) for row in to_all])
-    return Neighbors(places, np.take_along_axis(to_all, places, axis=1))
+    indices = np.array([_largest(row, k) for row in to_all])
+    return Neighbors(indices, np.take_along_axis(to_all, indices, axis=1))
 
 
 def random_directions(d_model: int, number: int = 100) -> Float[np.ndarray, "n D"]:
@@ -189,21 +192,21 @@ def random_directions(d_model: int, number: int = 100) -> Float[np.ndarray, "n D
 
 def tightness(found: Neighbors, lexicon: Lexicon) -> list[float]:
     """Returns, per position, the mean cosine over the pairs of its neighbours, which must be two or more."""
-    k = found.places.shape[1]
+    k = found.indices.shape[1]
     tight = []
-    for places in found.places:
-        unit = np.concatenate(list(unit_blocks(lexicon.vectors(places)))).astype(np.float64)
+    for indices in found.indices:
+        unit = np.concatenate(list(unit_blocks(lexicon.vectors(indices)))).astype(np.float64)
         # The squared norm of a sum of unit vectors is the sum of their squared norms plus twice each pair's cosine.
         tight.append(float(np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
     return tight
 
 
-def overlaps(places: Int[np.ndarray, "P k"]) -> Float[np.ndarray, "P P"]:
+def overlaps(indices: Int[np.ndarray, "P k"]) -> Float[np.ndarray, "P P"]:
     """Returns, for each two positions, the share of their `k` neighbours that both have."""
-    distinct, column = np.unique(places, return_inverse=True)
-    has = np.zeros((len(places), len(distinct)), np.float32)
-    np.put_along_axis(has, column.reshape(places.shape), 1.0, axis=1)
-    return has @ has.T / places.shape[1]
+    distinct, column = np.unique(indices, return_inverse=True)
+    has = np.zeros((len(indices), len(distinct)), np.float32)
+    np.put_along_axis(has, column.reshape(indices.shape), 1.0, axis=1)
+    return has @ has.T / indices.shape[1]
 
 
 def clusters(overlap: Float[np.ndarray, "P P"], least: float = 0.5) -> list[list[int]]:
@@ -217,10 +220,10 @@ def clusters(overlap: Float[np.ndarray, "P P"], least: float = 0.5) -> list[list
     return [positions for positions in members if len(positions) > 1]
 
 
-def shared(places: Int[np.ndarray, "P k"]) -> dict[int, list[int]]:
+def shared(indices: Int[np.ndarray, "P k"]) -> dict[int, list[int]]:
     """Returns the positions of each vector that is a neighbour of several; vectors with most positions come first."""
-    positions = {int(place): np.flatnonzero((places == place).any(axis=1)).tolist() for place in np.unique(places)}
-    several = {place: where for place, where in positions.items() if len(where) > 1}
+    positions = {int(index): np.flatnonzero((indices == index).any(axis=1)).tolist() for index in np.unique(indices)}
+    several = {index: where for index, where in positions.items() if len(where) > 1}
     return dict(sorted(several.items(), key=lambda item: -len(item[1])))
 
 

@@ -13,10 +13,10 @@ from reprlib import repr as shown  # truncates values from files of others, so t
 import numpy as np
 from jaxtyping import Float
 
+from prompt_tuning_jax.array_files.atomic_folder import atomic_folder
 from prompt_tuning_jax.array_files.safetensors import open_safetensors, write_safetensors
 from prompt_tuning_jax.array_files.stored import ArrayError, StoredArray, first_line
 from prompt_tuning_jax.array_files.torch_files import open_torch
-from prompt_tuning_jax.array_files.whole_folder import whole_folder
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.regular_files import regular
 
@@ -47,9 +47,9 @@ def read_adapter(folder: str | os.PathLike) -> Float[np.ndarray, "P D"]:
     folder = Path(folder)
     rows, (length, width) = _read_shape(folder / CONFIG)
     arrays = open_weights(folder, EXPECTED)
-    odd = _oddity(arrays, rows, width)
-    if odd:
-        raise refusal(f"{weights_in(folder)} {odd}", EXPECTED)
+    mismatch = _mismatch(arrays, rows, width)
+    if mismatch:
+        raise refusal(f"{weights_in(folder)} {mismatch}", EXPECTED)
     return read_floats(folder, arrays, EXPECTED)[TENSOR][:length].copy()
 
 
@@ -154,7 +154,7 @@ def write_folder(folder: str | os.PathLike, config: dict, tensors: Mapping[str, 
     found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@(\S+)", base, re.ASCII)
     if found and not os.path.exists(base):
         config = config | {"base_model_name_or_path": found[1], "revision": found[2]}
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, tensors, stem=STEM)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -204,7 +204,7 @@ def _read_shape(path: Path) -> tuple[int, tuple[int, int]]:
     return length * submodules, (length, width)
 
 
-def _oddity(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
+def _mismatch(arrays: Mapping[str, StoredArray], rows: int, width: int) -> str | None:
     """Returns what is wrong with the arrays of a file; None if they are a prompt of shape [rows, width]."""
     if TENSOR not in arrays:
         return f"lacks {TENSOR} (it holds {shown(sorted(arrays))})"

@@ -45,7 +45,7 @@ def programs(runs: Sequence[Run], most: int | None = None) -> Iterator[Program]:
         together[-1].append(run)
     for group in together:
         widest = np.max([shapes[run].max(axis=0) for run in group], axis=0).tolist()
-        yield Program(group, min(most or (1 if cpu else fitting(group, widest)), len(group)))
+        yield Program(group, min(most or (1 if cpu else runs_per_pass(group, widest)), len(group)))
 
 
 def padding(runs: Sequence[Run], shapes: Mapping[Run, np.ndarray]) -> float:
@@ -56,7 +56,7 @@ def padding(runs: Sequence[Run], shapes: Mapping[Run, np.ndarray]) -> float:
     return float(joint / np.sum(lengths + widths))
 
 
-def fitting(runs: Sequence[Run], widest: Sequence[int]) -> int:
+def runs_per_pass(runs: Sequence[Run], widest: Sequence[int]) -> int:
     """Returns how many of the runs fit in one pass on the widest batch, given the free memory."""
     free = free_bytes()
     if len(runs) == 1 or free is None:

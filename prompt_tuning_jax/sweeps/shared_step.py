@@ -29,7 +29,7 @@ from prompt_tuning_jax.training.step import (
     compile_step,
     dropout_key,
     inject,
-    micro_batch,
+    micro_batch_size,
     summed_gradients,
 )
 
@@ -54,7 +54,7 @@ def program_key(config: TrainConfig) -> Hashable | None:
     return (
         config.initial_checkpoint_path,
         id(config.model),
-        config.held_dtype,
+        config.resolved_base_dtype,
         config.vocabulary,
         config.size,
         config.z_loss,
@@ -91,7 +91,7 @@ def shared_step(
       lengths: the number of positions in front of the inputs, per run.
       at_once: the number of runs that are vmapped into one pass. With 1, and if no run is padded, each run's results
         are bit-identical to those of the run alone.
-      num_microbatches: the number of micro-batches in each run's batch; see `training.step.micro_batch`.
+      num_microbatches: the number of micro-batches in each run's batch; see `training.step.micro_batch_size`.
     """
     longest = max(lengths)
     masks = jnp.asarray([np.arange(longest) >= longest - length for length in lengths])
@@ -122,7 +122,7 @@ def shared_step(
             return sums.loss, sums
 
         key = dropout_key(state_key, step)
-        rows = micro_batch(inputs.shape, longest, num_microbatches)
+        rows = micro_batch_size(inputs.shape, longest, num_microbatches)
         # The barriers keep XLA from fusing this pass with the slicing of the stack, so that each run's gradients are
         # rounded as in that run's own executable.
         injection = jax.lax.optimization_barrier(injection)

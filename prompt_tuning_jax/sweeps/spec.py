@@ -11,8 +11,8 @@ from typing import Annotated, Any, NamedTuple
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
 from prompt_tuning_jax.settings import (
     Count,
-    Dictionary,
-    Listing,
+    ListOf,
+    MappingOf,
     Name,
     OneOf,
     Settings,
@@ -26,8 +26,8 @@ from prompt_tuning_jax.settings import (
 
 LONGEST_VALUE = 60  # how many characters of a value a trial's name keeps
 COMMANDS = ("train", "eval")
-CHOICES = Dictionary(Dictionary(Dictionary(), texts=False))  # macros by axis and value
-GRIDS = Listing(Dictionary(), "grids")
+CHOICES = MappingOf(MappingOf(MappingOf(), texts=False))  # macros by axis and value
+GRIDS = ListOf(MappingOf(), "grids")
 
 
 class Trial(NamedTuple):
@@ -92,7 +92,7 @@ class Sweep:
     sweep_dir: Name
     grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Sequence[Any]]] | Any
     gin_files: Texts = ()
-    macros: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
+    macros: Annotated[Settings, MappingOf()] = dataclasses.field(default_factory=dict)
     choices: Annotated[Settings, CHOICES] = dataclasses.field(default_factory=dict)
     command: Annotated[Str, OneOf(COMMANDS)] = "train"
     vectorize: bool | int | str | Any = "auto"

@@ -75,8 +75,8 @@ def table(states: Sequence[TrialState], width: int | None = None, height: int | 
       height: the largest number of lines; if there are too many, waiting and finished trials are left out first.
     """
     width = width or shutil.get_terminal_size((0, 0)).columns or None
-    shown = states if height is None else _that_fit(states, height - 3)
-    cells = [(state.name, state.state, _steps(state), _score(state), _left(state)) for state in shown]
+    shown = states if height is None else _fitting(states, height - 3)
+    cells = [(state.name, state.state, _steps(state), _score(state), _time_left(state)) for state in shown]
     rows = [("trial", "state", "step", "score", "left"), *cells]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     if width:
@@ -85,7 +85,7 @@ def table(states: Sequence[TrialState], width: int | None = None, height: int | 
     lines = []
     for number, (name, state, *numbers) in enumerate(rows):
         right = "  ".join(f"{text:>{wide}}" for text, wide in zip(numbers, widths[2:], strict=True))
-        lines.append(f"{_middle_cut(name, widths[0]):{widths[0]}}  {state:{widths[1]}}  {right}")
+        lines.append(f"{_truncate_middle(name, widths[0]):{widths[0]}}  {state:{widths[1]}}  {right}")
         if number and (last_line := shown[number - 1].last_line):
             lines.append(f"    {last_line}")
     if len(shown) < len(states):
@@ -149,14 +149,14 @@ def _seconds_left(records: Sequence[Mapping[str, Any]], steps: int | None) -> fl
     return max(steps - last["step"], 0) * seconds / taken if taken else None
 
 
-def _that_fit(states: Sequence[TrialState], lines: int) -> list[TrialState]:
-    kept = set()
+def _fitting(states: Sequence[TrialState], lines: int) -> list[TrialState]:
+    fitting = set()
     for state in sorted(states, key=lambda state: STATES.index(state.state)):
         lines -= 2 if state.last_line else 1
         if lines < 0:
             break
-        kept.add(state.name)
-    return [state for state in states if state.name in kept]
+        fitting.add(state.name)
+    return [state for state in states if state.name in fitting]
 
 
 def _steps(state: TrialState) -> str:
@@ -169,7 +169,7 @@ def _score(state: TrialState) -> str:
     return "" if state.score is None else f"{state.score:.2f}"
 
 
-def _left(state: TrialState) -> str:
+def _time_left(state: TrialState) -> str:
     if state.seconds_left is None:
         return ""
     minutes, seconds = divmod(round(state.seconds_left), 60)
@@ -177,7 +177,7 @@ def _left(state: TrialState) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
-def _middle_cut(text: str, width: int) -> str:
+def _truncate_middle(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     end = (width - 3) // 2

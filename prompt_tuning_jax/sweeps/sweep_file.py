@@ -21,25 +21,25 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
     """
     path = Path(sweep_dir, RECORD)
     check_writable(path.parent)
-    found = {trial.name: [part for part in trial.arguments if not _says_where(part)] for trial in trials}
+    found = {trial.name: [part for part in trial.arguments if not _is_model_dir(part)] for trial in trials}
     if not path.exists():
         return found
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept and not set(kept) & set(found):
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded and not set(recorded) & set(found):
         raise SettingError(
-            f"{sweep_dir} holds another sweep, of trials like {next(iter(kept))}, now they are like "
+            f"{sweep_dir} holds another sweep, of trials like {next(iter(recorded))}, now they are like "
             f"{next(iter(found))}: set another ",
             Setting("sweep_dir"),
         )
     for name, arguments in found.items():
-        if name in kept and kept[name] != arguments:
-            was, now = (sorted(set(a) - set(b)) for a, b in ((kept[name], arguments), (arguments, kept[name])))
+        if name in recorded and recorded[name] != arguments:
+            was, now = (sorted(set(a) - set(b)) for a, b in ((recorded[name], arguments), (arguments, recorded[name])))
             raise SettingError(
                 f"{sweep_dir} holds a trial {name} of another configuration (was {' '.join(was) or 'without'}, is "
                 f"{' '.join(now) or 'without'}): set another ",
                 Setting("sweep_dir"),
             )
-    return kept | found
+    return recorded | found
 
 
 def recorded_trials(sweep_dir: str) -> list[Trial]:
@@ -52,8 +52,8 @@ def recorded_trials(sweep_dir: str) -> list[Trial]:
     if not path.exists():
         return []
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return [_recorded(sweep_dir, name, arguments) for name, arguments in kept.items()]
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        return [_recorded(sweep_dir, name, arguments) for name, arguments in recorded.items()]
     except (ValueError, AttributeError, TypeError) as error:
         raise SettingError(f"{path} is no record of a sweep ({error}): set another ", Setting("sweep_dir")) from None
 
@@ -76,5 +76,5 @@ def write_record(sweep_dir: str, record: dict[str, list[str]]) -> None:
     write_text(Path(sweep_dir, RECORD), json.dumps(record, indent=1) + "\n")
 
 
-def _says_where(argument: str) -> bool:
+def _is_model_dir(argument: str) -> bool:
     return argument.startswith("--gin.MODEL_DIR=")

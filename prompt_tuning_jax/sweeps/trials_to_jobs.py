@@ -11,7 +11,7 @@ CLUSTER_TRIALS = 8  # trials per job if VECTORIZE is 'auto' and the launcher sta
 def plan(
     trials: Sequence[Trial],
     key: Callable[[Trial], Hashable | None],
-    together: Callable[[Sequence[Trial]], Sequence[str]],
+    command_line_of: Callable[[Sequence[Trial]], Sequence[str]],
     vectorize: bool | int | str,
     processes: int | None,
 ) -> list[Job]:
@@ -19,7 +19,7 @@ def plan(
 
     Args:
       key: returns a trial's key, or None if the trial must run alone; see `shared_step.program_key`.
-      together: returns the command line that runs several trials.
+      command_line_of: returns the command line that runs several trials.
       vectorize: the sweep's setting; see `spec.Sweep`.
       processes: how many jobs run at the same time; None if all do.
     """
@@ -29,8 +29,8 @@ def plan(
         groups.setdefault(trial.name if shared is None else (shared,), []).append(trial)
     jobs: list[Job] = []
     for group in groups.values():
-        for part in _parts(group, vectorize, processes):
-            line = part[0].command_line if len(part) == 1 else together(part)
+        for part in _divide(group, vectorize, processes):
+            line = part[0].command_line if len(part) == 1 else command_line_of(part)
             jobs.append(Job(f"{len(jobs):03d}", tuple(part), line))
     return jobs
 
@@ -40,6 +40,6 @@ def most_together(vectorize: bool | int | str) -> int | None:
     return None if isinstance(vectorize, (bool, str)) else vectorize
 
 
-def _parts(group: Sequence[Trial], vectorize: bool | int | str, processes: int | None) -> list[Sequence[Trial]]:
+def _divide(group: Sequence[Trial], vectorize: bool | int | str, processes: int | None) -> list[Sequence[Trial]]:
     size = most_together(vectorize) or (CLUSTER_TRIALS if processes is None else -(-len(group) // processes))
-    return [group[at : at + size] for at in range(0, len(group), size)]
+    return [group[start : start + size] for start in range(0, len(group), size)]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prompt_tuning_jax.batches.cache import to_stderr
-from prompt_tuning_jax.errors import spelled
+from prompt_tuning_jax.errors import error_text
 from prompt_tuning_jax.sweeps.run_groups import programs
 from prompt_tuning_jax.sweeps.shared_step import program_of
 from prompt_tuning_jax.training.evaluation import Evaluator
@@ -21,12 +21,12 @@ from prompt_tuning_jax.training.run_folder import write_text
 from prompt_tuning_jax.training.wall_time import WallTime
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Returns an error's message as one line, in which settings have the names of gin macros."""
-    return " ".join(spelled(error, str.upper).split())
+    return " ".join(error_text(error, str.upper).split())
 
 
-def leave_failure(name: str, model_dir: str, failure: str) -> None:
+def write_failure(name: str, model_dir: str, failure: str) -> None:
     """Writes why a run failed to stderr and to failed.txt in its folder."""
     print(f"{name}: error: {failure}", file=sys.stderr)
     with contextlib.suppress(OSError):  # for example, the disk is full
@@ -53,11 +53,11 @@ def train_together(
       Stopped: `stop` returned true. All runs have been saved.
     """
     members, failures, model, wall_time = [], {}, None, WallTime()
-    warn = once(to_stderr)
+    warn = without_repeats(to_stderr)
     for name, config in configs:
         if model is None:
             model = open_model(config)
-        with failing(name, str(config.model_dir), failures):
+        with recording_failure(name, str(config.model_dir), failures):
             run = Run(config, config.open_folder(), model, warn=warn, wall_time=wall_time)
             members.append(Member(run, name, report))
     del model
@@ -82,42 +82,42 @@ def train_together(
                 member.run.abandon()
         for member in together:
             if member.failure is not None:
-                failures[member.name] = in_a_line(member.failure)
+                failures[member.name] = one_line(member.failure)
     return failures
 
 
-def once(say: Say) -> Say:
+def without_repeats(say: Say) -> Say:
     """Returns a function that calls `say` only for new lines, since runs on the same data give the same warnings."""
-    told: set[str] = set()
+    printed: set[str] = set()
 
     def say_once(line: str) -> None:
-        if line not in told:
-            told.add(line)
+        if line not in printed:
+            printed.add(line)
             say(line)
 
     return say_once
 
 
 @contextlib.contextmanager
-def failing(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[None]:
+def recording_failure(name: str, model_dir: str, failures: dict[str, str]) -> Iterator[None]:
     """Records an error of one run in `failures` and in its failed.txt, instead of raising it."""
     try:
         yield
     except (ValueError, OSError) as error:
-        failures[name] = in_a_line(error)
-        leave_failure(name, model_dir, failures[name])
+        failures[name] = one_line(error)
+        write_failure(name, model_dir, failures[name])
 
 
 def open_all(members: Sequence[Member]) -> None:
     """Opens the runs' folders, and restores each run at the step that `common_steps` chooses."""
     for member in members:
-        with member.failing_alone():
+        with member.isolating_failure():
             for line in member.run.open():
                 member.named(say_on_stderr)(line)
     members = [member for member in members if member.active]
     for member, step in zip(members, common_steps([member.run for member in members]), strict=True):
-        with member.failing_alone():
-            for line in member.run.go_back(step):
+        with member.isolating_failure():
+            for line in member.run.restore_to(step):
                 member.named(say_on_stderr)(line)
             member.start()
 
@@ -125,7 +125,7 @@ def open_all(members: Sequence[Member]) -> None:
 def report(member: Member) -> None:
     """Prints a run's best step and metrics, or why it failed."""
     if member.failure is not None:
-        leave_failure(member.name, str(member.run.config.model_dir), in_a_line(member.failure))
+        write_failure(member.name, str(member.run.config.model_dir), one_line(member.failure))
         return
     run, summary = member.run, member.summary
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())

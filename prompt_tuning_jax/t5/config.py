@@ -30,7 +30,7 @@ class T5Config:
     """Holds a model's size, its numerics and its special token ids.
 
     Fields have the names of T5X's `network.T5Config`, and the ids those of Hugging Face's `T5Config`. The fields in
-    `SIZE` may be left out if the base model's files give them; see `checkpoints.base.sized`.
+    `SIZE` may be left out if the base model's files give them; see `checkpoints.base.with_size`.
 
     Attributes:
       vocab_size: rows of the embedding table, V (padded: 32,128 for T5's 32,100 ids).

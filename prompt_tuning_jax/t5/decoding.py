@@ -123,7 +123,7 @@ def beam_search(
     max_length: int,
     *,
     beams: int = 4,
-    brevity: float = 0.6,
+    length_penalty: float = 0.6,
     **prompts: Any,
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
     """Generates with T5X's beam search (decoding.py).
@@ -131,8 +131,8 @@ def beam_search(
     Args:
       model, params, inputs, max_length, prompts: see `greedy`.
       beams: the number of live beams per row in each step, and of answers per row, K.
-      brevity: exponent of the length penalty, at least 0: an answer's score is its log-probability divided by
-        ((5 + length) / 6) ** brevity.
+      length_penalty: exponent of the length penalty, at least 0: an answer's score is its log-probability divided by
+        ((5 + length) / 6) ** length_penalty.
 
     Returns:
       The tokens, int32, with padding after an end of sequence; and the scores. The best answer is first. If a row has
@@ -147,14 +147,14 @@ def beam_search(
     step = jax.vmap(step, in_axes=(1, axes), out_axes=(1, axes))
 
     def penalty(length: Int[Array, ""] | int) -> Float[Array, ""]:
-        return ((5.0 + jnp.float32(length)) / 6.0) ** brevity
+        return ((5.0 + jnp.float32(length)) / 6.0) ** length_penalty
 
     def extend(state: Beams) -> Beams:
         log_probs, cache = step(state.token, state.cache)
         totals = (state.live_scores[:, :, None] + log_probs).reshape(batch, -1)
         # 2 K candidates leave K live ones, because each of the K beams gives at most one candidate that ends.
-        scores, places = lax.top_k(totals, 2 * beams)
-        parent, token = places // log_probs.shape[-1], (places % log_probs.shape[-1]).astype(jnp.int32)
+        scores, indices = lax.top_k(totals, 2 * beams)
+        parent, token = indices // log_probs.shape[-1], (indices % log_probs.shape[-1]).astype(jnp.int32)
         tokens = _pick(state.live, parent).at[:, :, state.index].set(token)
 
         new = jnp.where(token == end, scores / penalty(state.index + 1), -jnp.inf)
@@ -186,12 +186,12 @@ def beam_search(
 def likeliest(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:
     """Returns True for the tokens that `sample` may draw."""
     wanted = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
-    among = _fewest(logits, jnp.ones_like(logits), wanted)
+    among = _largest_until(logits, jnp.ones_like(logits), wanted)
     shares = jax.nn.softmax(jnp.where(among, logits, -jnp.inf))
-    return among & _fewest(logits, shares, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
+    return among & _largest_until(logits, shares, jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf))
 
 
-def _fewest(
+def _largest_until(
     logits: Float[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, " B"]
 ) -> Bool[Array, "B V"]:
     """Returns True for the fewest largest logits whose weights add up to `wanted`, ties included; else for all.
@@ -202,8 +202,8 @@ def _fewest(
     sign = jnp.uint32(1 << 31)
     order = jnp.where(bits < sign, bits | sign, ~bits)  # as unsigned integers, these sort like the logits
 
-    def add_bit(place: Int[Array, ""], bar: Integer[Array, " B"]) -> Integer[Array, " B"]:
-        higher = bar | (sign >> place.astype(jnp.uint32))
+    def add_bit(bit_index: Int[Array, ""], bar: Integer[Array, " B"]) -> Integer[Array, " B"]:
+        higher = bar | (sign >> bit_index.astype(jnp.uint32))
         enough = jnp.sum(weights * (order >= higher[:, None]), axis=1) >= wanted
         return jnp.where(enough, higher, bar)
 
@@ -225,8 +225,8 @@ def _begin(decode: Callable[..., Any], batch: int, max_length: int) -> tuple[Ste
         logits, cache = extend(token[:, None], cache)
         return jax.nn.log_softmax(logits[:, 0]), cache
 
-    whole = jnp.zeros((batch, max_length), jnp.int32)
-    return step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: extend(whole, {})[1]))
+    all_tokens = jnp.zeros((batch, max_length), jnp.int32)
+    return step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: extend(all_tokens, {})[1]))
 
 
 def _one_by_one(

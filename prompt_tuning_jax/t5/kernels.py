@@ -16,25 +16,25 @@ from jaxtyping import Array, Bool, Float, Int8
 MASKED = -1e10  # T5X's logit of a masked position: its softmax weight is exactly 0 in float32
 
 
-def product(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
+def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
     """Returns `x @ kernel` in `dtype`, summed in float32."""
     # A CPU's matmul of two bfloat16 matrices gives float32. Asked for another dtype, XLA would convert both first.
     if x.dtype == kernel.dtype == jnp.bfloat16 and (dtype == jnp.float32 or jax.default_backend() == "cpu"):
-        return _rounded_product(x, kernel).astype(dtype)
+        return _rounded_matmul(x, kernel).astype(dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
-def _rounded_product(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*B d_out"]:
+def _rounded_matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*B d_out"]:
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _rounded_product_forward(x, kernel):
-    return _rounded_product(x, kernel), (x, kernel)
+def _rounded_matmul_forward(x, kernel):
+    return _rounded_matmul(x, kernel), (x, kernel)
 
 
-def _rounded_product_backward(kept, gradient):
-    x, kernel = kept
+def _rounded_matmul_backward(residuals, gradient):
+    x, kernel = residuals
     gradient = gradient.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
     of_x = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -42,11 +42,11 @@ def _rounded_product_backward(kept, gradient):
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 
-_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
+_rounded_matmul.defvjp(_rounded_matmul_forward, _rounded_matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def quantized_product(
+def quantized_matmul(
     x: Float[Array, "*B d_in"], kernel: Int8[Array, "d_in d_out"], scale: Float[Array, " d_out"], dtype: Any
 ) -> Float[Array, "*B d_out"]:
     """Returns `x @ (kernel * scale)` in `dtype`, summed in float32. Kernel and scale are frozen: they get no gradient.
@@ -67,19 +67,19 @@ def _when_needed(x: Float[Array, "*B d"], kernel: Int8[Array, "d_in d_out"]) -> 
     return lax.optimization_barrier((x, kernel))
 
 
-def _quantized_product_forward(x, kernel, scale, dtype):
-    return quantized_product(x, kernel, scale, dtype), (jnp.zeros((), x.dtype), kernel, scale)
+def _quantized_matmul_forward(x, kernel, scale, dtype):
+    return quantized_matmul(x, kernel, scale, dtype), (jnp.zeros((), x.dtype), kernel, scale)
 
 
-def _quantized_product_backward(dtype, kept, gradient):
-    like_x, kernel, scale = kept
+def _quantized_matmul_backward(dtype, residuals, gradient):
+    like_x, kernel, scale = residuals
     gradient, kernel = _when_needed((gradient.astype(jnp.float32) * scale).astype(like_x.dtype), kernel)
     axes = (((gradient.ndim - 1,), (1,)), ((), ()))
     of_x = lax.dot_general(gradient, kernel.astype(like_x.dtype), axes, preferred_element_type=jnp.float32)
     return of_x.astype(like_x.dtype), None, None
 
 
-quantized_product.defvjp(_quantized_product_forward, _quantized_product_backward)
+quantized_matmul.defvjp(_quantized_matmul_forward, _quantized_matmul_backward)
 
 
 @jax.custom_vjp
@@ -113,8 +113,8 @@ def _attend_forward(query, key, value, bias, mask):
     return mixed, (query, key, value, bias, weights, scale, mixed)
 
 
-def _attend_backward(kept, gradient):
-    query, key, value, bias, weights, scale, mixed = kept
+def _attend_backward(residuals, gradient):
+    query, key, value, bias, weights, scale, mixed = residuals
     dtype = value.dtype
     gradient = gradient * scale
     # delta = rowsum(dO * O), the softmax backward term, as in FlashAttention; here it is multiplied by `scale`.
@@ -143,8 +143,8 @@ def _gated_gelu_forward(gate, linear):
     return gated_gelu(gate, linear), (gate, linear)
 
 
-def _gated_gelu_backward(kept, gradient):
-    gate, linear = kept
+def _gated_gelu_backward(residuals, gradient):
+    gate, linear = residuals
     x, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
     slope, cubic = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
     tanh = jnp.tanh(slope * x * (1 + cubic * x * x))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.adapters import ADAPTERS
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.kernels import attend, gated_gelu, product, quantized_product
+from prompt_tuning_jax.t5.kernels import attend, gated_gelu, matmul, quantized_matmul
 
 Initializer = Any  # (key, shape, dtype) -> Array
 RESIDUAL = ("batch", "length", "embed")  # the logical axes of the residual stream
@@ -79,17 +79,17 @@ class Dense(nn.Module):
         x = x if input_scale is None else _scaled(x, input_scale)
         y = self._matmul(x, kernel)
         if lora_a is not None:
-            low_rank = product(x.astype(self.dtype), lora_a.astype(self.dtype), self.dtype)
-            y = y + product(low_rank, lora_b.astype(self.dtype), self.dtype)
+            low_rank = matmul(x.astype(self.dtype), lora_a.astype(self.dtype), self.dtype)
+            y = y + matmul(low_rank, lora_b.astype(self.dtype), self.dtype)
         return y if output_scale is None else _scaled(y, output_scale)
 
     def _matmul(self, x: Float[Array, "*B d_in"], kernel: Array) -> Float[Array, "*B d_out"]:
         scale = self.get_variable("params", "kernel_scale")
         if scale is not None:
-            return quantized_product(x, kernel, scale, self.dtype)
+            return quantized_matmul(x, kernel, scale, self.dtype)
         # Logits are float32, but a bfloat16 kernel is not cast for them: float32 holds a product of bfloat16 exactly.
         operands = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype == jnp.float32 else self.dtype
-        return product(x.astype(operands), kernel.astype(operands), self.dtype)
+        return matmul(x.astype(operands), kernel.astype(operands), self.dtype)
 
 
 def _scaled(x: Float[Array, "*B d"], scale: Float[Array, " d"]) -> Float[Array, "*B d"]:
@@ -119,7 +119,7 @@ class Embed(nn.Module):
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the logits of T5 1.0, `x` times the transposed table, in float32."""
         if self.scale is not None:
-            return quantized_product(x, self.embedding.T, self.scale, jnp.float32)
+            return quantized_matmul(x, self.embedding.T, self.scale, jnp.float32)
         return jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
 
 
@@ -187,8 +187,8 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> Float[Array, "B T D"]:
         if rows is None or self.rate == 0.0:
             return x
-        kept = _kept(self.make_rng("dropout"), self.rate, rows, x.shape[2:])
-        return jnp.where(kept[:, None], x / (1.0 - self.rate), 0.0)
+        keep_mask = _keep_mask(self.make_rng("dropout"), self.rate, rows, x.shape[2:])
+        return jnp.where(keep_mask[:, None], x / (1.0 - self.rate), 0.0)
 
 
 class AttentionDropout(nn.Module):
@@ -203,11 +203,11 @@ class AttentionDropout(nn.Module):
     def __call__(self, value: Float[Array, "B H K head_dim"], rows: Rows) -> Float[Array, "B H K head_dim"]:
         if rows is None or self.rate == 0.0:
             return value
-        kept = _kept(self.make_rng("dropout"), self.rate, rows, (value.shape[2], value.shape[1]))
-        return jnp.where(kept.swapaxes(1, 2)[..., None], value / (1.0 - self.rate), 0.0)
+        keep_mask = _keep_mask(self.make_rng("dropout"), self.rate, rows, (value.shape[2], value.shape[1]))
+        return jnp.where(keep_mask.swapaxes(1, 2)[..., None], value / (1.0 - self.rate), 0.0)
 
 
-def _kept(key: Array, rate: float, rows: Int[Array, " B"], shape: tuple[int, ...]) -> Array:
+def _keep_mask(key: Array, rate: float, rows: Int[Array, " B"], shape: tuple[int, ...]) -> Array:
     """Returns True where a row keeps its value, [B, *shape]."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)

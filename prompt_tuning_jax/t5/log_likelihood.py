@@ -53,10 +53,10 @@ def choice_scores(
     pad, start = model.config.pad_token_id, model.config.decoder_start_token_id
     targets = jnp.broadcast_to(choices, (inputs.shape[0], *choices.shape[1:]))
 
-    def score(place: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        wanted = lax.dynamic_index_in_dim(targets, place, axis=1, keepdims=False)
-        total = jnp.sum(token_log_probs(decode(shift_right(wanted, start)), wanted, pad), axis=1)
-        return scores.at[:, place].set(jnp.where(jnp.any(wanted != pad, axis=1), total, -jnp.inf))
+    def score(index: Int[Array, ""], scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        choice = lax.dynamic_index_in_dim(targets, index, axis=1, keepdims=False)
+        total = jnp.sum(token_log_probs(decode(shift_right(choice, start)), choice, pad), axis=1)
+        return scores.at[:, index].set(jnp.where(jnp.any(choice != pad, axis=1), total, -jnp.inf))
 
     nothing = jnp.full(targets.shape[:2], -jnp.inf)
     return lax.fori_loop(0, targets.shape[1] if count is None else count, score, nothing)

@@ -446,8 +446,8 @@ def _rows(x: Float[Array, "B T D"], enable_dropout: bool, row_numbers: Rows) -> 
 
 def _lengths(tokens: Int[Array, "B T"], pad: int) -> Int[Array, " B"]:
     """Returns each row's length without the padding at its end; at least 1, as a softmax over no keys is NaN."""
-    places = jnp.where(tokens != pad, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
-    return 1 + jnp.max(places, axis=1)
+    indices = jnp.where(tokens != pad, jnp.arange(tokens.shape[1], dtype=jnp.int32), 0)
+    return 1 + jnp.max(indices, axis=1)
 
 
 def _same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:

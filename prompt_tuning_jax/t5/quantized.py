@@ -2,7 +2,7 @@
 
 A matrix keeps its path, and its scales are beside it: `.../kernel` [in, out] and `.../kernel_scale` [out], or
 `token_embedder/embedding` [V, D] and `token_embedder/embedding_scale` [V]. Norms and position biases stay floats. A
-matmul casts its matrix to the activations' dtype just before it needs it; see `kernels.quantized_product`.
+matmul casts its matrix to the activations' dtype just before it needs it; see `kernels.quantized_matmul`.
 
 Two libraries were not used. Qwix's matmul casts the whole matrix to float32 and keeps that for the backward pass, so
 that every step has a float copy of the base model in memory; and it leaves embedding tables as they are. AQT renames

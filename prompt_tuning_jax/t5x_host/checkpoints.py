@@ -46,17 +46,19 @@ def restore_base(
     found = state_utils.flatten_state_dict(state_dict["target"])
     expected = flatten_dict(target_state_dict["target"], sep="/")
     base = {name: expected[name] for name in expected.keys() - trained_paths(expected, trainable)}
-    odd = [f"{name} is missing" for name in sorted(base) if name not in found]
-    odd += [
+    problems = [f"{name} is missing" for name in sorted(base) if name not in found]
+    problems += [
         f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
         for name, value in sorted(base.items())
         if getattr(found.get(name), "shape", value.shape) != value.shape  # T5X checks those that it has not read yet
     ]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"the base does not fit the model: {'; '.join(odd[:3])}{more}: set INITIAL_CHECKPOINT_PATH")
-    kept = {f"target/{name}": found[name] for name in base} | {"state/step": state_dict["state"]["step"]}
-    return unflatten_dict(kept, sep="/")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the base does not fit the model: {'; '.join(problems[:3])}{more}: set INITIAL_CHECKPOINT_PATH"
+        )
+    restored = {f"target/{name}": found[name] for name in base} | {"state/step": state_dict["state"]["step"]}
+    return unflatten_dict(restored, sep="/")
 
 
 def save_prompt(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.command_line import Parser, one_line_errors
-from prompt_tuning_jax.errors import SettingError, spelled
+from prompt_tuning_jax.errors import SettingError, error_text
 from prompt_tuning_jax.settings import Count, Natural
 from prompt_tuning_jax.tasks import data_check
 
@@ -40,7 +40,7 @@ WIDTH = 160  # how many characters of a text are shown
 
 def main() -> None:
     arguments = sys.argv[1:]
-    with one_line_errors(lambda error: spelled(error, _as_flag)):
+    with one_line_errors(lambda error: error_text(error, _as_flag)):
         run(arguments)
 
 
@@ -241,8 +241,8 @@ def _shown(value: Any, words: Any) -> str:
         value = value.to_list()
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "i":
         pieces = " ".join(words.piece(token) for token in value[:40].tolist())
-        return f"{len(value)} ids {_cut(value.tolist())}\n    {_cut(pieces)}"
-    return _cut(_plain(value))
+        return f"{len(value)} ids {_truncate(value.tolist())}\n    {_truncate(pieces)}"
+    return _truncate(_plain(value))
 
 
 def _plain(value: Any) -> Any:
@@ -257,7 +257,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cut(value: Any) -> str:
+def _truncate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= WIDTH else f"{text[:WIDTH]}... ({len(text)} characters)"
 
@@ -316,10 +316,10 @@ def _label_lines(labels: Iterable[str], lengths: dict[str, int], words: Any) -> 
     try:
         truncated = data_check.check_trimmed_labels(labels, words, lengths)
     except SettingError as error:
-        yield spelled(error, _as_flag)
+        yield error_text(error, _as_flag)
         return
     if truncated:
-        yield data_check.truncated_labels(truncated)
+        yield data_check.truncated_labels_warning(truncated)
 
 
 def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iterator[str]:
@@ -332,10 +332,10 @@ def _shared_lines(task: Any, hashes: list[int], lengths: dict[str, int]) -> Iter
             for tokens, _ in _tokenized(task, TRAIN, lengths):
                 known.update(data_check.row_hashes(tokens["inputs"]))
     except ValueError as error:  # the file of the training split may be missing, which is no error elsewhere
-        yield f"the inputs are not compared with those of {TRAIN}: {spelled(error, _as_flag)}"
+        yield f"the inputs are not compared with those of {TRAIN}: {error_text(error, _as_flag)}"
         return
     if both := sum(one in known for one in hashes):
-        yield data_check.shared(both, len(hashes))
+        yield data_check.shared_inputs_warning(both, len(hashes))
 
 
 def _distribution(targets: collections.Counter[str], labels: Iterable[str] | None, words: Any) -> Iterator[str]:
@@ -352,8 +352,8 @@ def _distribution(targets: collections.Counter[str], labels: Iterable[str] | Non
         rows = [*((label, targets[label]) for label in labels), *others[:5]]
     for text, count in rows:
         written = words.written(text)
-        differs = "" if written == text else f"; in this vocabulary {_cut(written)}"
-        yield f"  {_cut(text)}  {count:,} ({100 * count / total:.1f}%){differs}"
+        differs = "" if written == text else f"; in this vocabulary {_truncate(written)}"
+        yield f"  {_truncate(text)}  {count:,} ({100 * count / total:.1f}%){differs}"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class DataCheck:
         changed = [(text, count) for text, count in self._texts.most_common() if self._written[text] != text]
         if changed:
             rows = sum(count for _, count in changed)
-            shown = [f"{_cut(text)} becomes {_cut(self._written[text])}" for text, _ in changed[:3]]
+            shown = [f"{_truncate(text)} becomes {_truncate(self._written[text])}" for text, _ in changed[:3]]
             more = f" and {len(changed) - 3:,} more" if len(changed) > 3 else ""
             yield f"targets of {rows:,} of {self.rows:,} rows do not decode to themselves: {', '.join(shown)}{more}"
 
@@ -126,14 +126,14 @@ def check_trimmed_labels(labels: Iterable[str], vocabulary: Vocabulary, lengths:
     return [label for label, tokens in ids.items() if len(tokens) > limit]
 
 
-def truncated_labels(labels: Sequence[str]) -> str:
+def truncated_labels_warning(labels: Sequence[str]) -> str:
     """Returns the warning about labels that `check_trimmed_labels` returned."""
     return f"no answer is generated as {', '.join(map(repr, labels))}: the length of targets truncates it"
 
 
-def shared(both: int, rows: int, *, at_least: bool = False) -> str:
-    """Returns the warning that `both` of `rows` evaluation rows have the same inputs as a training row."""
-    return f"inputs of {'at least ' * at_least}{both:,} of {rows:,} rows are those of a training row"
+def shared_inputs_warning(count: int, rows: int, *, at_least: bool = False) -> str:
+    """Returns the warning that `count` of `rows` evaluation rows have the same inputs as a training row."""
+    return f"inputs of {'at least ' * at_least}{count:,} of {rows:,} rows are those of a training row"
 
 
 def check_something_left(longest: Mapping[str, int], shortest: Mapping[str, int], lengths: Mapping[str, int]) -> None:
@@ -155,7 +155,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):.2g}%"
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     shorten = reprlib.Repr()
     shorten.maxstring = 60
     return shorten.repr(text)

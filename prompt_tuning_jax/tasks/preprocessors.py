@@ -26,8 +26,8 @@ def label_text(benchmark: str, labels: Sequence[str], columns: Sequence[str] | N
     def to_text(row):
         names = columns or sorted(name for name in row if name not in ("label", "idx"))
         unlabelled = row["label"] < 0
-        place = tf.maximum(tf.cast(row["label"], tf.int32), 0)
-        target = tf.where(unlabelled, UNLABELLED, tf.gather(list(labels), place))
+        index = tf.maximum(tf.cast(row["label"], tf.int32), 0)
+        target = tf.where(unlabelled, UNLABELLED, tf.gather(list(labels), index))
         return {"inputs": _written(benchmark, row, names), "targets": target} | _numbers(row)
 
     return to_text
@@ -99,12 +99,12 @@ def mark_pronoun(text: str, index: int, pronoun: str) -> str:
       ValueError: no word begins with the pronoun.
     """
     words = text.split(" ")
-    places = [place for place, word in enumerate(words) if re.match(rf"{re.escape(pronoun)}(?!\w)", word)]
-    if not places:
+    found = [candidate for candidate, word in enumerate(words) if re.match(rf"{re.escape(pronoun)}(?!\w)", word)]
+    if not found:
         raise SettingError(f"WSC: no {pronoun!r} in {text!r}; set ", Setting("data_dir"), " to a sound copy")
-    place = min(places, key=lambda place: abs(place - index))
-    rest = words[place].removeprefix(pronoun)
-    words[place : place + 1] = [f"*{pronoun}*", *([rest] if rest else [])]
+    nearest = min(found, key=lambda candidate: abs(candidate - index))
+    rest = words[nearest].removeprefix(pronoun)
+    words[nearest : nearest + 1] = [f"*{pronoun}*", *([rest] if rest else [])]
     return " ".join(words).rstrip(" ") if rest else " ".join(words)  # as in T5's code for that sentence
 
 
@@ -404,9 +404,9 @@ def every_choice(choices: Sequence[str], *, together: bool = False):
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def expand(number, example):
-            places = tf.range(len(choices))
+            indices = tf.range(len(choices))
             return {
-                "idx": tf.stack([tf.fill([len(choices)], tf.cast(number, tf.int32)), places], axis=1),
+                "idx": tf.stack([tf.fill([len(choices)], tf.cast(number, tf.int32)), indices], axis=1),
                 "inputs": tf.fill([len(choices)], example["inputs"]),
                 "targets": tf.constant(list(choices)),
                 "is_correct": tf.constant(list(choices)) == example["targets"],
@@ -425,9 +425,9 @@ def record_choices(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def choices(number, row):
-        def mark(place, example):
+        def mark(index, example):
             return {
-                "idx": tf.cast(tf.stack([number, place]), tf.int32),
+                "idx": tf.cast(tf.stack([number, index]), tf.int32),
                 "inputs": example["inputs"],
                 "targets": example["targets"],
                 "is_correct": tf.reduce_any(example["targets"] == row["answers"]),

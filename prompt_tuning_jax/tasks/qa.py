@@ -48,14 +48,14 @@ def read_questions(path: Path) -> Iterator[sources.Row]:
         question.
     """
     number = 0
-    whole = path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
-    lines = [(1, "".join(sources.read_lines(path)))] if whole else sources.filled_lines(path)
-    for at, line in lines:
-        place = f"{path}, line {at}"
+    is_json = path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
+    lines = [(1, "".join(sources.read_lines(path)))] if is_json else sources.filled_lines(path)
+    for line_number, line in lines:
+        where = f"{path}, line {line_number}"
         try:
             for context, question in _questions(sources.read_json(line)):
                 name = question.get("id", question.get("qid", number))
-                place = f"{path}, line {at}, question {name!r}"
+                where = f"{path}, line {line_number}, question {name!r}"
                 answers = question["answers"] if "answers" in question else [question["answer"]]
                 if not answers:
                     raise ValueError("no answer")
@@ -68,9 +68,9 @@ def read_questions(path: Path) -> Iterator[sources.Row]:
                 yield row
                 number += 1
         except KeyError as error:
-            raise SettingError(f"{place}: no field {error}; expected SQuAD's or MRQA's; ", *sources.MEND) from None
+            raise SettingError(f"{where}: no field {error}; expected SQuAD's or MRQA's; ", *sources.MEND) from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise SettingError(f"{place}: {error}; ", *sources.MEND) from None
+            raise SettingError(f"{where}: {error}; ", *sources.MEND) from None
 
 
 def _questions(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -32,9 +32,9 @@ def choice(score: Any, example: Mapping[str, Any], is_target: bool = False, **_)
     """Returns the choice for a target, and the unchanged score for a prediction (T5 `rank_classification`)."""
     if not is_target:
         return score
-    number, place = map(int, example["idx"])
+    number, index = map(int, example["idx"])
     length = len(example["targets"]) if "targets" in example else None
-    return Choice((number, place), bool(example["is_correct"]), length)
+    return Choice((number, index), bool(example["is_correct"]), length)
 
 
 def rank_classification(
@@ -75,7 +75,7 @@ def rank_classification(
     if num_classes and not several:
         if any(len(group) != num_classes for group in groups):
             raise ValueError(f"expected {num_classes} choices of every example; use a split that holds them all")
-        wanted = [max(range(num_classes), key=lambda place: group[place][1]) for group in groups]
+        wanted = [max(range(num_classes), key=lambda index: group[index][1]) for group in groups]
         found = [row[0][1] for row in best]
         if num_classes > 2:
             values |= metrics.mean_f1(wanted, found, classes=num_classes)

@@ -67,7 +67,7 @@ POSITIVE_UNSEEN: Words = {
 # Indexed by label.
 SEEN = (NEGATIVE_SEEN, POSITIVE_SEEN)
 UNSEEN = (NEGATIVE_UNSEEN, POSITIVE_UNSEEN)
-ALL = tuple({place: seen[place] + unseen[place] for place in seen} for seen, unseen in zip(SEEN, UNSEEN, strict=True))
+ALL = tuple({slot: seen[slot] + unseen[slot] for slot in seen} for seen, unseen in zip(SEEN, UNSEEN, strict=True))
 
 NEUTRAL: Words = {
     "part": (
@@ -186,12 +186,12 @@ def _new_text(rng: Random, words: Words, taken: Collection[str]) -> str:
 
 def _draw(rng: Random, words: Words) -> str:
     """Fills a random template with `words` and neutral words. No word is used twice for the same kind of slot."""
-    left = {place: list(options) for place, options in (words | NEUTRAL).items()}
+    left = {slot: list(options) for slot, options in (words | NEUTRAL).items()}
     parts = re.split(r"\{(\w+)\}", _pick(rng, TEMPLATES))
-    for at in range(1, len(parts), 2):
-        options = left[parts[at]]
+    for index in range(1, len(parts), 2):
+        options = left[parts[index]]
         options.remove(word := _pick(rng, options))
-        parts[at] = word
+        parts[index] = word
     return re.sub(r"\ba (?=[aeiou])", "an ", "".join(parts))
 
 

@@ -76,7 +76,7 @@ class Rows:
 
     def __post_init__(self):
         check_answers(self.labels, self.metrics)
-        object.__setattr__(self, "given", [self._checked(at, row) for at, row in enumerate(self.given)])
+        object.__setattr__(self, "given", [self._checked(index, row) for index, row in enumerate(self.given)])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -86,19 +86,19 @@ class Rows:
         del split
         return list(self.given)
 
-    def _checked(self, at: int, row: Any) -> Row:
+    def _checked(self, index: int, row: Any) -> Row:
         if not isinstance(row, Mapping):
             found = reprlib.repr(row)
-            raise ValueError(f"row {at} is {found}, expected a mapping with the keys 'inputs' and 'targets'")
+            raise ValueError(f"row {index} is {found}, expected a mapping with the keys 'inputs' and 'targets'")
         missing = [name for name in ("inputs", "targets") if name not in row]
         if missing:
             there = ", ".join(repr(name) for name in row) or "none"
-            raise ValueError(f"row {at} has no {' and no '.join(map(repr, missing))}; its keys are {there}")
+            raise ValueError(f"row {index} has no {' and no '.join(map(repr, missing))}; its keys are {there}")
         try:
             target = target_of(row["targets"], self.labels, metrics=self.metrics)
             texts = {"inputs": text_of("inputs", row["inputs"]), "targets": target}
         except SettingError as error:
-            raise SettingError(f"row {at}: ", *error.parts) from None
+            raise SettingError(f"row {index}: ", *error.parts) from None
         return {**row, **texts}
 
 
@@ -115,8 +115,8 @@ def text_of(column: str, value: Any) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        at = error.start + 1
-        raise SettingError(f"{column} is no Unicode text: half of a surrogate pair at character {at}") from None
+        position = error.start + 1
+        raise SettingError(f"{column} is no Unicode text: half of a surrogate pair at character {position}") from None
     return value
 
 
@@ -179,7 +179,7 @@ def check_answers(labels: Texts | None, names: Texts | None) -> None:
             raise SettingError(Setting("labels"), f" is {labels!r}, expected a list of texts")
         if not labels or any(not isinstance(label, str) or not label.strip() for label in labels):
             raise SettingError(Setting("labels"), f" is {list(labels)!r}, expected texts that are not blank")
-        if twice := [label for at, label in enumerate(labels) if label in labels[:at]]:
+        if twice := [label for index, label in enumerate(labels) if label in labels[:index]]:
             raise SettingError(Setting("labels"), f" is {list(labels)!r}: {twice[0]!r} is there twice, expected once")
     if isinstance(names, str) or not isinstance(names, Sequence | None):
         raise SettingError(Setting("metrics"), f" is {names!r}, expected a list of names: [{names!r}]")

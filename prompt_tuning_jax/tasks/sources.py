@@ -292,14 +292,14 @@ def read_tsv(
         raise SettingError(f"{path}, line 1: no header with the columns {', '.join(wanted.values())}; ", *MEND)
     if twice := [title for title in wanted.values() if header.count(title) > 1]:
         raise SettingError(f"{path}, line 1: two columns {twice[0]!r}, expected one; ", *MEND)
-    places = {name: header.index(title) for name, title in wanted.items()}
+    columns_of_fields = {name: header.index(title) for name, title in wanted.items()}
     for index, (number, cells) in enumerate(rows):
         if skip_short and len(cells) < len(header):
             continue
         try:
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} columns, expected {len(header)}")
-            row = {name: columns[name](cells[place]) for name, place in places.items()}
+            row = {name: columns[name](cells[column]) for name, column in columns_of_fields.items()}
         except ValueError as error:
             raise SettingError(f"{path}, line {number}: {error}; ", *MEND) from None
         yield row | dict(constants or {}) | {"idx": index}

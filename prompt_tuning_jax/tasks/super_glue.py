@@ -57,10 +57,10 @@ def flatten_wsc(line: sources.Row) -> list[sources.Row]:
     row = line | line["target"]
     text = sources.text(row["text"])
     spans = ((f"{span}_text", sources.integer(row[f"{span}_index"])) for span in ("span1", "span2"))
-    return [row | {name: _mend_span(text, sources.text(row[name]), index) for name, index in spans}]
+    return [row | {name: _correct_span(text, sources.text(row[name]), index) for name, index in spans}]
 
 
-def _mend_span(text: str, span: str, index: int) -> str:
+def _correct_span(text: str, span: str, index: int) -> str:
     """Returns `span`, corrected if it is not in the text.
 
     The first letter gets the case of word `index` of the text, a full stop is removed, and a line break becomes a

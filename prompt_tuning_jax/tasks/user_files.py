@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.errors import Setting, SettingError, prefixed
-from prompt_tuning_jax.settings import Dictionary, Text, Texts, Writing, check
+from prompt_tuning_jax.settings import MappingOf, String, Text, Texts, check
 from prompt_tuning_jax.tasks.lines import read_lines
 from prompt_tuning_jax.tasks.rows import Row, check_answers, target_of, text_of
 
@@ -39,7 +39,7 @@ class TaskFiles:
         if not isinstance(self.files, Mapping) or not self.files:
             example = "{'train': 'train.jsonl'}"
             raise SettingError(Setting("task_files"), f" is {self.files!r}, expected the file of each split: {example}")
-        check("task_files", self.files, Dictionary(Writing(blank=False)))
+        check("task_files", self.files, MappingOf(String(blank=False)))
         check("inputs_column", self.inputs, Text)
         check("targets_column", self.targets, Text)
         check("data_dir", self.data_dir, Text | None)

@@ -121,7 +121,7 @@ class TokenizerFile:
         """Returns the ids that the tokenizer puts before and after a text."""
         encoded = self._tokenizer.encode("a")
         mask = encoded.special_tokens_mask
-        body = [place for place, special in enumerate(mask) if not special] or [0]
+        body = [index for index, special in enumerate(mask) if not special] or [0]
         return encoded.ids[: body[0]], encoded.ids[body[-1] + 1 :]
 
     def encode(self, text: str) -> list[int]:

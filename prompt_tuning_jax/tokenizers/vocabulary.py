@@ -247,8 +247,8 @@ class _Bytes:
     def encode(self, text: str) -> list[int]:
         parts = re.split(r"<extra_id_(10|[0-9])> ?", text)
         ids: list[int] = []
-        for place, part in enumerate(parts):
-            ids += [self.SIZE - 1 - int(part)] if place % 2 else [byte + self.FIRST for byte in part.encode("utf-8")]
+        for index, part in enumerate(parts):
+            ids += [self.SIZE - 1 - int(part)] if index % 2 else [byte + self.FIRST for byte in part.encode("utf-8")]
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -259,8 +259,8 @@ class _Bytes:
         data = bytes(token - self.FIRST for token in ids if token >= self.FIRST)
         parts = re.split(rb"([\xf5-\xff])", data)
         texts = [
-            f"<extra_id_{0xFF - part[0]}> " if place % 2 else part.decode("utf-8", errors="ignore")
-            for place, part in enumerate(parts)
+            f"<extra_id_{0xFF - part[0]}> " if index % 2 else part.decode("utf-8", errors="ignore")
+            for index, part in enumerate(parts)
         ]
         return "".join(texts) if texts[-1] else "".join(texts).removesuffix(" ")
 

@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints import huggingface
 from prompt_tuning_jax.checkpoints.base import fingerprint
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.trained_on import TrainedOn, trained_on
-from prompt_tuning_jax.checkpoints.tuned import adapters_alone, injection_of, write_adapters, write_prompts
+from prompt_tuning_jax.checkpoints.tuned import has_only_adapters, injection_of, write_adapters, write_prompts
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.methods.method import Injection, Method, tasks_of
 from prompt_tuning_jax.methods.task_prompts import with_tasks
@@ -43,7 +43,7 @@ from prompt_tuning_jax.training.evaluation import Evaluator, check_labels
 from prompt_tuning_jax.training.loop import train as train_run
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.run import TrainConfig, check_run
-from prompt_tuning_jax.training.run_folder import kept_eval_period
+from prompt_tuning_jax.training.run_folder import recorded_eval_period
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Result:
         parameters = self.injection.parameters
         if self.injection.length and not parameters:
             write_prompts(path, self.injection)
-        elif adapters_alone(parameters) and not merge:
+        elif has_only_adapters(parameters) and not merge:
             write_adapters(path, self.injection, self.model.config, self.model.path)
         else:
             model = self.merged()
@@ -231,7 +231,7 @@ def train(
     if lengths is None:
         lengths = default_lengths(train, validation, model.tokenizer, labels)
     if eval_every is None:
-        eval_every = None if folder is None else kept_eval_period(folder)
+        eval_every = None if folder is None else recorded_eval_period(folder)
     arguments["eval_period"] = max(steps // 10, 1) if eval_every is None else eval_every
     scored = {"labels": labels, "metrics": metrics, "lengths": lengths}
     train_dataset = dataset_of(train, "train", batch_size=batch_size, **scored)

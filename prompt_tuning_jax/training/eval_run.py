@@ -23,25 +23,32 @@ from prompt_tuning_jax.checkpoints.base import (
     load_base,
     open_vocabulary,
     resolve,
-    sized,
     with_ids,
+    with_size,
 )
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.trained_on import trained_on
 from prompt_tuning_jax.checkpoints.tuned import injection_of
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
-from prompt_tuning_jax.inference.ensembling import Ballots, Ensemble
+from prompt_tuning_jax.inference.ensembling import Ensemble, Votes
 from prompt_tuning_jax.methods.method import Injection, Params
 from prompt_tuning_jax.parallel.mesh import MeshSizes
 from prompt_tuning_jax.parallel.one_device import ONE_DEVICE, OneDevice
 from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.parallel.processes import is_writer
 from prompt_tuning_jax.prompts.initializers import written_prompt
-from prompt_tuning_jax.settings import Count, Made, Name, Natural, Switch, Text, Texts, check_values
+from prompt_tuning_jax.settings import Count, InstanceOf, Name, Natural, Switch, Text, Texts, check_values
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 from prompt_tuning_jax.tasks.postprocessors import UNLABELLED
-from prompt_tuning_jax.training.evaluation import Evaluator, Judged, check_labels, data_warnings, judge, takes_scores
+from prompt_tuning_jax.training.evaluation import (
+    Evaluator,
+    Predictions,
+    check_labels,
+    data_warnings,
+    postprocess,
+    takes_scores,
+)
 from prompt_tuning_jax.training.mesh_choice import partitioner_of
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 from prompt_tuning_jax.training.submission import start_submission, write_file
@@ -49,9 +56,9 @@ from prompt_tuning_jax.training.submission import start_submission, write_file
 
 def evaluate_prompt(
     *,
-    size: Annotated[T5Config | Any, Made(T5Config)],
+    size: Annotated[T5Config | Any, InstanceOf(T5Config)],
     initial_checkpoint_path: Name,
-    dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)],
+    dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)],
     prompt_file: Text | None = None,
     prompt_files: Texts | None = None,
     prompt_text: Text | None = None,
@@ -100,7 +107,7 @@ def evaluate_prompt(
     check_prompt_files(prompt_file, prompt_files, prompt_text, submission)
     if check_only:
         return {}
-    size = sized(size, initial_checkpoint_path)
+    size = with_size(size, initial_checkpoint_path)
     if model_dir is not None:
         check_writable(Path(model_dir))
     location = resolve(initial_checkpoint_path)
@@ -128,7 +135,7 @@ def evaluate_prompt(
     partitioner = (
         ONE_DEVICE if several else evaluation_partitioner(size, dataset.batch_size, mesh, num_partitions, base_dtype)
     )
-    base = load_base(location, size, base_dtype, partitioner.parameter)
+    base = load_base(location, size, base_dtype, partitioner.parameter_sharding)
     for path, source in sources.items():
         source.check(f"prompt {path}", base.fingerprint, tokenizer.fingerprint)
         if (remark := source.remark(f"prompt {path}", base.path)) and is_writer():
@@ -150,7 +157,7 @@ def evaluate_prompt(
         ensemble = Ensemble(size, tokenizer, [*several.values()])
         found = {name: ensemble_result(ensemble, [*several], base.params, one) for name, one in tasks.items()}
         del result["prompt"]
-        return left(model_dir, result | (found.popitem()[1] if len(found) == 1 else {"tasks": found}))
+        return write_summary(model_dir, result | (found.popitem()[1] if len(found) == 1 else {"tasks": found}))
     evaluator = Evaluator(size, tokenizer, partitioner)
     if submission is not None:
         predicted = {name: evaluator.predictions(injection.of_task(name), base.params, tasks[name]) for name in files}
@@ -159,8 +166,8 @@ def evaluate_prompt(
             for name, file in files.items()
             if is_writer()
         ]
-        return left(model_dir, result | {"submission": written})
-    return left(model_dir, result | results_of(evaluator, injection, base.params, tasks, samples))
+        return write_summary(model_dir, result | {"submission": written})
+    return write_summary(model_dir, result | results_of(evaluator, injection, base.params, tasks, samples))
 
 
 def results_of(
@@ -178,10 +185,10 @@ def results_of(
     results = {}
     for name, batches in tasks.items():
         own = injection.of_task(name)
-        found = evaluator.predictions(own, frozen, batches)
-        results[name] = task_result(batches, found, evaluator.rank_metrics(own, frozen, batches))
+        predictions = evaluator.predictions(own, frozen, batches)
+        results[name] = task_result(batches, predictions, evaluator.rank_metrics(own, frozen, batches))
         if samples and is_writer():
-            show_samples(name, found.samples(batches.examples, samples))
+            show_samples(name, predictions.samples(batches.examples, samples))
     if len(results) == 1:
         return results.popitem()[1]
     return {"tasks": results} | suite_result(results)
@@ -225,13 +232,13 @@ def evaluation_partitioner(
 
     def resident() -> tuple[int, int]:
         numbers = sum(math.prod(shape) for shape in expected_shapes(size).values())
-        held = auto_dtype() if base_dtype == "auto" else base_dtype
-        return numbers * jnp.dtype(held or jnp.float32).itemsize, 0
+        dtype = auto_dtype() if base_dtype == "auto" else base_dtype
+        return numbers * jnp.dtype(dtype or jnp.float32).itemsize, 0
 
     return partitioner_of(size, mesh, num_partitions, batch_size, resident)
 
 
-def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
+def write_summary(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
     """Writes the result to summary.json in `model_dir`, if that is given, and returns the result."""
     if model_dir is not None and is_writer():
         Path(model_dir).mkdir(parents=True, exist_ok=True)
@@ -239,11 +246,11 @@ def left(model_dir: str | None, result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | None) -> dict[str, Any]:
+def task_result(batches: Batches, predictions: Predictions, ranking: Mapping[str, float] | None) -> dict[str, Any]:
     """Returns the result of one task.
 
     Args:
-      found: the answers to the split.
+      predictions: the answers to the split.
       ranking: the metrics of the labels with the highest log-probabilities; None if the task has no labels.
 
     Returns:
@@ -256,12 +263,12 @@ def task_result(batches: Batches, found: Judged, ranking: Mapping[str, float] | 
       - "no_label": the five most frequent invalid answers, with their counts
       - "no_label_count": the number of all invalid answers
     """
-    generation, odd = found.metrics(batches.examples), found.no_label()
+    generation, invalid = predictions.metrics(batches.examples), predictions.no_label()
     result: dict[str, Any] = {
         "examples": len(batches.examples),
         "generation": generation,
-        "no_label": dict(odd.most_common(5)),
-        "no_label_count": odd.total(),
+        "no_label": dict(invalid.most_common(5)),
+        "no_label_count": invalid.total(),
     }
     if ranking is not None:
         result["ranking"] = dict(ranking)
@@ -290,20 +297,20 @@ def ensemble_result(ensemble: Ensemble, names: Sequence[str], params: Params, ba
             Setting("mixture_or_task_name"),
             " to the same task without rank_classification, which also ranks the labels",
         )  # fmt: skip
-    ballots = {"generation": ensemble.generated(params, batches), "ranking": ensemble.ranked(params, batches)}
+    votes = {"generation": ensemble.generated(params, batches), "ranking": ensemble.ranked(params, batches)}
     return {"examples": len(batches.examples)} | {
-        how: ballot_result(batches, found, names) for how, found in ballots.items() if found is not None
+        source: vote_result(batches, each, names) for source, each in votes.items() if each is not None
     }
 
 
-def ballot_result(batches: Batches, found: Ballots, names: Sequence[str]) -> dict[str, Any]:
+def vote_result(batches: Batches, votes: Votes, names: Sequence[str]) -> dict[str, Any]:
     """Returns the metrics of each prompt, their average, the best prompt's and the majority vote's."""
-    each = [judge(batches.examples, texts).metrics(batches.examples) for texts in found.texts]
-    best = max(range(len(names)), key=lambda at: task_score(each[at]) or 0.0)
+    each = [postprocess(batches.examples, texts).metrics(batches.examples) for texts in votes.texts]
+    best = max(range(len(names)), key=lambda index: task_score(each[index]) or 0.0)
     return {
         "average": {metric: float(np.mean([values[metric] for values in each])) for metric in each[0]},
         "best": each[best] | {"prompt": names[best]},
-        "ensemble": judge(batches.examples, found.elected()).metrics(batches.examples),
+        "ensemble": postprocess(batches.examples, votes.majority()).metrics(batches.examples),
         "prompts": dict(zip(names, each, strict=True)),
     }
 

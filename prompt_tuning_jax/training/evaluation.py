@@ -27,7 +27,7 @@ from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 from prompt_tuning_jax.training.step import batch_loss
 
 
-class Judged(NamedTuple):
+class Predictions(NamedTuple):
     """Holds the model's answers to all rows of a split, and the targets, in the order of the rows.
 
     Attributes:
@@ -65,15 +65,15 @@ class Judged(NamedTuple):
         random.Random(0).shuffle(rows)
         found: dict[str, list[dict[str, str]]] = {"right": [], "wrong": []}
         for text, answer, target, fields in rows:
-            place = found["right" if is_right(target, answer) else "wrong"]
-            if len(place) < count and isinstance(text, str):
+            group = found["right" if is_right(target, answer) else "wrong"]
+            if len(group) < count and isinstance(text, str):
                 given = {name: str(fields.get(f"{name}_pretokenized")) for name in ("inputs", "targets")}
-                place.append(given | {"prediction": text})
+                group.append(given | {"prediction": text})
         return found
 
 
-def judge(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Judged:
-    """Applies the task's postprocessor to the answers and to the targets of all rows of a split.
+def postprocess(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Predictions:
+    """Returns the postprocessed answers and targets of all rows of a split.
 
     Args:
       examples: the split.
@@ -86,7 +86,7 @@ def judge(examples: Examples, texts: Sequence[str] | Sequence[float]) -> Judged:
             fields = fields | {"targets": examples.targets[row]}
         answers.append(examples.postprocess(text, example=fields, is_target=False))
         targets.append(examples.postprocess(fields["targets_pretokenized"], example=fields, is_target=True))
-    return Judged(texts, answers, targets)
+    return Predictions(texts, answers, targets)
 
 
 def is_right(target: Any, answer: Any) -> bool:
@@ -146,9 +146,9 @@ class Evaluator:
 
         self._losses = partitioner.jit(losses, out_shardings=partitioner.replicated)
 
-    def _placed(self, *arrays: np.ndarray) -> Sequence[Any]:
+    def _shard(self, *arrays: np.ndarray) -> Sequence[Any]:
         """Places a batch's arrays on the mesh, and returns them."""
-        return self._partitioner.spread(arrays, len(arrays[0]))
+        return self._partitioner.shard_rows(arrays, len(arrays[0]))
 
     def answers(self, injection: Injection, frozen: Params, batches: Batches) -> list[str]:
         """Returns the greedy answer to each row of the split, in order.
@@ -159,7 +159,7 @@ class Evaluator:
         written = written_labels(postprocessors.answers(batches.examples.postprocess) or (), self._tokenizer)
 
         def answer(batch) -> list[str]:
-            (inputs,) = self._placed(batch.inputs)
+            (inputs,) = self._shard(batch.inputs)
             tokens, scores = self._engine.greedy(injection, frozen, inputs, None, batches.lengths["targets"])
             check_finite(scores, batch.ids)
             texts = map(self._tokenizer.decode, np.asarray(tokens))
@@ -178,7 +178,7 @@ class Evaluator:
         table = label_table(labels, self._tokenizer)[None]
 
         def best(batch) -> list[str]:
-            (inputs,) = self._placed(batch.inputs)
+            (inputs,) = self._shard(batch.inputs)
             scores = np.asarray(self._engine.rank(injection, frozen, inputs, None, table))
             check_finite(scores, batch.ids)
             return [labels[index] for index in scores.argmax(axis=1)]
@@ -189,17 +189,17 @@ class Evaluator:
         """Returns the log-probability of each row's targets, end of sequence included, in nats."""
 
         def likelihood(batch) -> list[float]:
-            scores = np.asarray(self._engine.score(injection, frozen, *self._placed(batch.inputs, batch.targets)))
+            scores = np.asarray(self._engine.score(injection, frozen, *self._shard(batch.inputs, batch.targets)))
             check_finite(scores, batch.ids)
             return scores.tolist()
 
         return batches.in_order(likelihood)
 
-    def predictions(self, injection: Injection, frozen: Params, batches: Batches) -> Judged:
+    def predictions(self, injection: Injection, frozen: Params, batches: Batches) -> Predictions:
         """Returns the answers to the split: log-probabilities if the task's metrics take scores, otherwise texts."""
         examples = batches.examples
         predict = self.likelihoods if takes_scores(examples) else self.answers
-        return judge(examples, predict(injection, frozen, batches))
+        return postprocess(examples, predict(injection, frozen, batches))
 
     def metrics(
         self, injection: Injection, frozen: Params, batches: Batches
@@ -211,7 +211,7 @@ class Evaluator:
     def rank_metrics(self, injection: Injection, frozen: Params, batches: Batches) -> dict[str, float] | None:
         """Returns the metrics of the labels with the highest log-probabilities; None if the task has no labels."""
         texts = self.ranked(injection, frozen, batches)
-        return None if texts is None else judge(batches.examples, texts).metrics(batches.examples)
+        return None if texts is None else postprocess(batches.examples, texts).metrics(batches.examples)
 
     def losses(self, injection: Injection, frozen: Params, batches: Batches, limit: int) -> dict[str, float]:
         """Returns the loss on the first `limit` batches, and how much of it depends on the encoder.
@@ -223,7 +223,7 @@ class Evaluator:
         sums = np.zeros(4)
         for number in range(min(limit, len(batches))):
             batch = batches[number]
-            true, other = self._losses(injection, frozen, *self._placed(batch.inputs, batch.targets))
+            true, other = self._losses(injection, frozen, *self._shard(batch.inputs, batch.targets))
             found = np.array([true.loss, other.loss, true.tokens, true.correct], np.float64)
             check_finite(found[None], batch.ids[:1])
             sums += found

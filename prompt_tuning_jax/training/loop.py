@@ -63,9 +63,9 @@ class Member:
         self.summary: dict[str, Any] = {}
 
     def start(self) -> None:
-        self.state, self._stream = self.run.state, self.run.batches_to_come()
+        self.state, self._stream = self.run.state, self.run.remaining_batches()
         self._frozen_fingerprint = fingerprint(self.run.frozen)
-        if self.run.over:
+        if self.run.is_over:
             self.end()
 
     def next_batch(self) -> Batch:
@@ -74,8 +74,8 @@ class Member:
         return self.batch
 
     def after_step(self, metrics: StepMetrics, evaluator: Evaluator, say: Say) -> None:
-        self.run.after_step(self.state, self.batch.ids, metrics, evaluator, self.named(say))
-        if self.run.over:
+        self.run.after_step(self.state, self.batch, metrics, evaluator, self.named(say))
+        if self.run.is_over:
             self.end()
 
     def named(self, say: Say) -> Say:
@@ -94,7 +94,7 @@ class Member:
         self.summary = self.run.finish()
 
     @contextlib.contextmanager
-    def failing_alone(self) -> Iterator[None]:
+    def isolating_failure(self) -> Iterator[None]:
         """Lets an error within this context end this run, and none of the other runs."""
         try:
             yield
@@ -145,7 +145,7 @@ def train(
     if not isinstance(partitioner, OneDevice):
         (say or say_nothing)(f"mesh: {MeshShape(*partitioner.mesh.devices.shape)}")
         if watch is not None:
-            partitioner.on_batch = watch.work
+            partitioner.on_batch = watch.note_work
     run = Run(
         config,
         folder,
@@ -175,14 +175,14 @@ def _train(
     """Trains a run that has read its model and data. The caller closes the run's folder, also after an error."""
     for line in run.open():
         (say or say_nothing)(line)
-    for line in run.go_back(max(run.saved_steps, default=0)):
+    for line in run.restore_to(max(run.saved_steps, default=0)):
         (say or warn)(line)
     member = Member(run)
     member.start()
     evaluator = Evaluator(run.size, run.tokenizer, partitioner)
     take_steps(
         [member],
-        functools.partial(_own_program, partitioner=partitioner),
+        functools.partial(_single_run_program, partitioner=partitioner),
         lambda _: evaluator,
         say=say,
         progress=progress,
@@ -197,7 +197,7 @@ def _train(
     return run
 
 
-def _own_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> Step:
+def _single_run_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> Step:
     """Returns the compiled step of a program with a single run."""
     (run,) = runs
     config = run.config
@@ -212,7 +212,7 @@ def _own_program(runs: Sequence[Run], partitioner: Partitioner | OneDevice) -> S
     )
 
     def alone(states: States, frozen: Params, batches: Batches) -> tuple[States, Sequence[StepMetrics]]:
-        state, metrics = step(states[0], frozen, run.placed(batches[0]))
+        state, metrics = step(states[0], frozen, run.shard_batch(batches[0]))
         return (state,), (metrics,)
 
     return alone
@@ -263,7 +263,7 @@ def take_steps(
                 for member, state, own in zip(slots, states, metrics, strict=True):
                     member.state = state
                     if member.active:
-                        with member.failing_alone():
+                        with member.isolating_failure():
                             member.after_step(own, evaluator_of(member.run), show)
             saved()
             taken = max(member.run.step for member in active)
@@ -271,7 +271,7 @@ def take_steps(
             left = [member for member in slots if member.active]
             if left and stop(taken):
                 for member in left:
-                    with member.failing_alone():
+                    with member.isolating_failure():
                         member.run.save()
                 raise Stopped(f"terminated, saved at step {taken}: the same command goes on from there")
 
@@ -298,17 +298,17 @@ def open_model(config: TrainConfig, partitioner: Partitioner | OneDevice = ONE_D
     The model is `config.model` if that is set. Otherwise it is read from `config.initial_checkpoint_path`, or has
     random parameters if there is no path.
     """
-    size, held = config.size, config.model
-    if held is not None:
-        parameters = partitioner.place(held.parameters)
-        return Model(held.path, size, parameters, held.tokenizer, held.fingerprint, partitioner.gather_table)
+    size, model = config.size, config.model
+    if model is not None:
+        parameters = partitioner.place(model.parameters)
+        return Model(model.path, size, parameters, model.tokenizer, model.fingerprint, partitioner.gather_table)
     location = config.initial_checkpoint_path and resolve(config.initial_checkpoint_path)
     tokenizer = open_vocabulary(config.vocabulary, location, size)
     size = with_ids(size, tokenizer)
     if location:
-        base = load_base(location, size, config.held_dtype, partitioner.parameter)
+        base = load_base(location, size, config.resolved_base_dtype, partitioner.parameter_sharding)
     else:
-        base = random_base(size, config.random_seed, partitioner.parameter)
+        base = random_base(size, config.random_seed, partitioner.parameter_sharding)
     return Model(base.path, size, base.params, tokenizer, base.fingerprint, partitioner.gather_table)
 
 

@@ -24,7 +24,7 @@ from prompt_tuning_jax.parallel.partitioner import Partitioner
 from prompt_tuning_jax.t5.network import Transformer
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.training.run import TrainConfig
-from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_step, micro_batch
+from prompt_tuning_jax.training.step import TrainState, batch_loss, make_train_step, micro_batch_size
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
 
@@ -81,7 +81,7 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
       batch_size, input_length, target_length, prompt_length: B, T, U and P; P is 0 without a prompt.
-      rows: rows of the batch that pass through the model at once; see `step.micro_batch`.
+      rows: rows of the batch that pass through the model at once; see `step.micro_batch_size`.
       frozen, trainable, optimizer: the parameters and the optimiser state; exact.
       activations: bytes that the forward pass of `rows` rows saves for the backward pass, according to JAX's
         differentiation. The compiler may save less and recompute cheap operations.
@@ -130,8 +130,8 @@ def plan(config: TrainConfig) -> MemoryPlan:
     (batch_size, input_length), target_length = batch.inputs.shape, batch.targets.shape[1]
     state, frozen = start_shapes(config)
     prompt_length = injection_shapes(config, state, frozen).length
-    rows = micro_batch(batch.inputs.shape, prompt_length, config.num_microbatches)
-    activations, copies = _kept(config, state, frozen, _batch(config, rows))
+    rows = micro_batch_size(batch.inputs.shape, prompt_length, config.num_microbatches)
+    activations, copies = _saved_bytes(config, state, frozen, _batch(config, rows))
     return MemoryPlan(
         batch_size=batch_size,
         input_length=input_length,
@@ -209,10 +209,10 @@ def device_part(config: TrainConfig, shape: MeshShape) -> DevicePart:
     def bytes_of(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    of_state = jax.tree.map(bytes_of, partitioner.state(state), state)
-    of_frozen = [bytes_of(partitioner.parameter(path, leaf.shape), leaf) for path, leaf in frozen.items()]
+    of_state = jax.tree.map(bytes_of, partitioner.state_shardings(state), state)
+    of_frozen = [bytes_of(partitioner.parameter_sharding(path, leaf.shape), leaf) for path, leaf in frozen.items()]
     batch = _batch(config, config.train_dataset.batch_size // (config.num_microbatches or 1))
-    activations, _ = _kept(config, state, frozen, batch)
+    activations, _ = _saved_bytes(config, state, frozen, batch)
     return DevicePart(sum(of_frozen), sum(jax.tree.leaves(of_state)), activations // partitioner.batch_shards)
 
 
@@ -224,7 +224,7 @@ def resident_bytes(config: TrainConfig) -> tuple[int, int]:
     """
     batch = _batch(config, config.train_dataset.batch_size)
     state, frozen = start_shapes(config)
-    activations, copies = _kept(config, state, frozen, batch)
+    activations, copies = _saved_bytes(config, state, frozen, batch)
     return _part(frozen).bytes + _part(state).bytes + copies, activations
 
 
@@ -235,8 +235,8 @@ def base_dtype(config: TrainConfig) -> str:
       ValueError: BASE_DTYPE is invalid.
     """
     check_base_dtype(config.base_dtype)
-    asked = config.held_dtype
-    return asked if asked in ("bfloat16", "int8") and config.initial_checkpoint_path else "float32"
+    dtype = config.resolved_base_dtype
+    return dtype if dtype in ("bfloat16", "int8") and config.initial_checkpoint_path else "float32"
 
 
 def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
@@ -245,9 +245,9 @@ def step_memory(config: TrainConfig, batch_size: int) -> StepMemory:
     deep = (cfg.num_encoder_layers, cfg.num_decoder_layers)
     if sum(deep) <= COMPILED_WHOLE or not _uniform(config):
         return _compile(config, batch_size)
-    corner, encoder, decoder = (_compile(_with_layers(config, *layers), batch_size) for layers in SHALLOW)
+    smallest, encoder, decoder = (_compile(_with_layers(config, *layers), batch_size) for layers in SHALLOW)
     arguments, temporaries, outputs, aliased = (
-        _at_depth(deep, *bytes_of) for bytes_of in zip(corner[:4], encoder[:4], decoder[:4], strict=True)
+        _at_depth(deep, *bytes_of) for bytes_of in zip(smallest[:4], encoder[:4], decoder[:4], strict=True)
     )
     return StepMemory(arguments, temporaries, outputs, aliased, compiled=False)
 
@@ -261,16 +261,16 @@ def largest_batch(config: TrainConfig, usable: int | float, known: MemoryPlan) -
     Args:
       known: the plan at the configured batch size, where the search starts.
     """
-    standing = known.frozen.bytes + known.trainable.bytes + known.optimizer.bytes
+    resident = known.frozen.bytes + known.trainable.bytes + known.optimizer.bytes
     # A batch without rows needs only the parameters and the optimiser state.
-    steps = {0: StepMemory(standing, 0, 0, 0, compiled=False), known.batch_size: known.step}
+    steps = {0: StepMemory(resident, 0, 0, 0, compiled=False), known.batch_size: known.step}
 
     def bracket() -> tuple[int, int | None]:
         fits = max((size for size, step in steps.items() if step.peak <= usable), default=0)
         return fits, min((size for size, step in steps.items() if size > fits and step.peak > usable), default=None)
 
     unit = config.num_microbatches or 1  # every batch size is a multiple of it
-    for _ in range(TRIES if standing <= usable else 0):
+    for _ in range(TRIES if resident <= usable else 0):
         fits, too_large = bracket()
         if fits >= LARGEST_BATCH or (too_large and too_large - fits <= max(unit, fits // 32)):
             break
@@ -325,11 +325,11 @@ def _with_layers(config: TrainConfig, encoder: int, decoder: int) -> TrainConfig
     return dataclasses.replace(config, size=size)
 
 
-def _at_depth(layers: tuple[int, int], corner: int, encoder: int, decoder: int) -> int:
+def _at_depth(layers: tuple[int, int], smallest: int, encoder: int, decoder: int) -> int:
     """Extrapolates the bytes of the three `SHALLOW` models to `layers`, the layers of (encoder, decoder)."""
     (least_encoder, least_decoder), *_ = SHALLOW
-    more = (layers[0] - least_encoder) * (encoder - corner) + (layers[1] - least_decoder) * (decoder - corner)
-    return corner + more
+    more = (layers[0] - least_encoder) * (encoder - smallest) + (layers[1] - least_decoder) * (decoder - smallest)
+    return smallest + more
 
 
 def _uniform(config: TrainConfig) -> bool:
@@ -360,7 +360,7 @@ def _part(tree: Shapes) -> Part:
     )
 
 
-def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) -> tuple[int, int]:
+def _saved_bytes(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) -> tuple[int, int]:
     """Returns the bytes that the forward pass saves for the backward pass, as `(activations, copies)`.
 
     Saved arrays that depend on the batch are activations; those that depend only on parameters are copies. A parameter
@@ -382,13 +382,13 @@ def _kept(config: TrainConfig, state: TrainState, frozen: Shapes, batch: Batch) 
     parameters = len(jax.tree.leaves((state.trainable, frozen)))
     of_parameters, of_batch = set(program.invars[:parameters]), set(program.invars[parameters:])
     for equation in program.eqns:
-        given = {variable for variable in equation.invars if isinstance(variable, Var)}
-        if given & of_batch:
+        arguments = {variable for variable in equation.invars if isinstance(variable, Var)}
+        if arguments & of_batch:
             of_batch.update(equation.outvars)
-        elif given & of_parameters:
+        elif arguments & of_parameters:
             of_parameters.update(equation.outvars)
-    kept = {variable for variable in program.outvars if isinstance(variable, Var)} - set(program.invars)
-    return _part([v.aval for v in kept & of_batch]).bytes, _part([v.aval for v in kept & of_parameters]).bytes
+    saved = {variable for variable in program.outvars if isinstance(variable, Var)} - set(program.invars)
+    return _part([v.aval for v in saved & of_batch]).bytes, _part([v.aval for v in saved & of_parameters]).bytes
 
 
 def free_bytes() -> int | None:

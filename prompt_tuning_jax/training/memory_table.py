@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.errors import Setting, SettingError, said
+from prompt_tuning_jax.errors import Setting, SettingError, message_text
 from prompt_tuning_jax.parallel.mesh import mesh_shape
 from prompt_tuning_jax.training.memory_plan import (
     SPARE_MEMORY,
@@ -63,8 +63,8 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
     found = plan(config)
     for line in table(found, config, device):
         say(line)
-    if isinstance(memory, str) and device == "cpu" and (told := accelerator_settings(config)):
-        settings = ", ".join(f"{said(Setting(name))}={value!r}" for name, value in told.items())
+    if isinstance(memory, str) and device == "cpu" and (settings_there := accelerator_settings(config)):
+        settings = ", ".join(f"{message_text(Setting(name))}={value!r}" for name, value in settings_there.items())
         say(f"No accelerator is here, so this is a CPU's plan. What an accelerator would take by itself: {settings}")
     if config.mesh is not None or config.num_partitions is not None:
         show_device_part(config, total, say)
@@ -87,7 +87,7 @@ def show_plan(config: TrainConfig, memory: str | bool = True, say: Callable[[str
             ", or a smaller model",
         )
     end = f"{largest.too_large} does not" if largest.too_large else "no larger one was tried"
-    say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_how(largest.step, device)}; {end}"))
+    say(_row(f"largest batch: {largest.fits}", largest.step.peak, f"{_basis(largest.step, device)}; {end}"))
 
 
 def accelerator_settings(config: TrainConfig) -> dict[str, Any]:
@@ -130,34 +130,34 @@ def show_device_part(config: TrainConfig, total: int, say: Callable[[str], None]
         )
 
 
-def table(found: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
+def table(plan: MemoryPlan, config: TrainConfig, device: str) -> list[str]:
     """Returns the plan as lines of text: each part with its number of elements, its bytes and a note on the source."""
-    step = found.step
-    shape = f"batch {found.batch_size}, inputs {found.input_length}, targets {found.target_length}"
-    if found.prompt_length:
-        shape += f", prompt {found.prompt_length}"
-    stored = ", ".join(found.frozen.dtypes)
-    if config.initial_checkpoint_path and config.held_dtype is None:
+    step = plan.step
+    shape = f"batch {plan.batch_size}, inputs {plan.input_length}, targets {plan.target_length}"
+    if plan.prompt_length:
+        shape += f", prompt {plan.prompt_length}"
+    stored = ", ".join(plan.frozen.dtypes)
+    if config.initial_checkpoint_path and config.resolved_base_dtype is None:
         stored += " (at most: BASE_DTYPE leaves it to the file, which is not read)"
-    kept = f"{jnp.dtype(config.size.dtype).name}; of {found.rows} rows at once, kept for their backward pass"
+    saved = f"{jnp.dtype(config.size.dtype).name}; of {plan.rows} rows at once, kept for their backward pass"
     lines = [shape, f"{'':26}{'numbers':>16}{'bytes':>14}"]
     for name, part, note in (
-        ("frozen parameters", found.frozen, stored),
-        ("trainable parameters", found.trainable, ", ".join(found.trainable.dtypes)),
-        ("optimiser state", found.optimizer, ", ".join(found.optimizer.dtypes)),
+        ("frozen parameters", plan.frozen, stored),
+        ("trainable parameters", plan.trainable, ", ".join(plan.trainable.dtypes)),
+        ("optimiser state", plan.optimizer, ", ".join(plan.optimizer.dtypes)),
     ):
         lines.append(_row(name, part.bytes, note, part.count))
     return [
         *lines,
-        _row("activations", found.activations, kept),
-        _row("  of them logits", found.logits, "float32"),
-        _row("copies of parameters", found.copies, "in another dtype or shape, kept likewise"),
-        _row("peak of a step", step.peak, f"{_how(step, device)}; {size_text(step.temporaries)} of it temporary"),
+        _row("activations", plan.activations, saved),
+        _row("  of them logits", plan.logits, "float32"),
+        _row("copies of parameters", plan.copies, "in another dtype or shape, kept likewise"),
+        _row("peak of a step", step.peak, f"{_basis(step, device)}; {size_text(step.temporaries)} of it temporary"),
         "The process itself, and evaluation at EVAL_BATCH_SIZE, come on top.",
     ]
 
 
-def _how(step: StepMemory, device: str) -> str:
+def _basis(step: StepMemory, device: str) -> str:
     return f"compiled for {device}" if step.compiled else f"estimated from shallow models compiled for {device}"
 
 

@@ -37,20 +37,22 @@ class Window:
 
     def restart(self) -> None:
         self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
+        self._flop: list[int] = []
         self._started = time.time()
 
-    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics) -> None:
+    def add(self, step: int, ids: np.ndarray, metrics: StepMetrics, flop: int) -> None:
         self._steps.append((step, ids, metrics))
+        self._flop.append(flop)
 
     def check(self) -> None:
         """Raises ValueError if the newest step's loss or gradient norm is not finite."""
         if self._steps:
             step, ids, metrics = self._steps[-1]
             values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
-            odd = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
-            if odd:
+            invalid = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
+            if invalid:
                 raise SettingError(
-                    f"{odd[0]} at step {step}, examples {ids.tolist()}: lower ",
+                    f"{invalid[0]} at step {step}, examples {ids.tolist()}: lower ",
                     Setting("learning_rate"),
                     ", or look at these examples; earlier checkpoints are unchanged",
                 )
@@ -60,7 +62,7 @@ class Window:
 
         Returns:
           "loss", in nats per target token, z-loss included; "token_accuracy", in per cent; "gradient_norm", the mean
-          over the steps; and "examples_per_second".
+          over the steps; "tflops_per_step", 1e-12 times the mean FLOP of a step's matmuls; and "examples_per_second".
 
         Raises:
           ValueError: the newest step's loss or gradient norm is not finite.
@@ -69,12 +71,13 @@ class Window:
         steps = jax.device_get([metrics for _, _, metrics in self._steps])
         tokens = sum(float(metrics.sums.tokens) for metrics in steps)
         rows = sum(float(metrics.sums.rows) for metrics in steps)
-        seconds = time.time() - self._started
+        seconds, tflops = time.time() - self._started, float(np.mean(self._flop)) / 1e12
         self.restart()
         return {
             "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
             "token_accuracy": 100 * sum(float(metrics.sums.correct) for metrics in steps) / tokens,
             "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in steps])),
+            "tflops_per_step": tflops,
             "examples_per_second": rows / seconds,
         }
 
@@ -90,19 +93,19 @@ def stopping_on_sigterm() -> Iterator[Stop]:
     Yields:
       the `stop` argument of `loop.train`. With several processes, each process must call it after each step.
     """
-    told, stepping = threading.Event(), threading.Event()
+    terminated, stepping = threading.Event(), threading.Event()
 
-    def note(*_: object) -> None:
-        told.set()
+    def note_signal(*_: object) -> None:
+        terminated.set()
         if not stepping.is_set():
             sys.exit(TERMINATED)
 
     def stop(step: int) -> bool:
         stepping.set()
-        return told.is_set() if alone else preempted(step)
+        return terminated.is_set() if single_process else preempted(step)
 
-    alone = jax.process_count() == 1
-    before = signal.signal(signal.SIGTERM, note) if alone else None
+    single_process = jax.process_count() == 1
+    before = signal.signal(signal.SIGTERM, note_signal) if single_process else None
     try:
         yield stop
     except Stopped as stopped:
@@ -110,13 +113,13 @@ def stopping_on_sigterm() -> Iterator[Stop]:
             tqdm.write(str(stopped), file=sys.stderr)
         sys.exit(TERMINATED)
     finally:
-        if alone:
+        if single_process:
             signal.signal(signal.SIGTERM, before)
-    if told.is_set():
+    if terminated.is_set():
         sys.exit(TERMINATED)
 
 
-def moved(injection: Injection, start: Injection) -> dict[str, float]:
+def prompt_norm_and_distance(injection: Injection, start: Injection) -> dict[str, float]:
     """Returns "prompt_norm", the mean norm of the prompt's positions, and "prompt_moved", its distance from the start.
 
     The distance is relative to the norm of the start, and is left out if the start is zero. Several prompts, per layer

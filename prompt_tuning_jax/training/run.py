@@ -20,11 +20,11 @@ import optax
 from jaxtyping import Int
 
 from prompt_tuning_jax.batches.dataset import DatasetConfig, shared_inputs
-from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, Planned, StreamedBatches
-from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, sized
+from prompt_tuning_jax.batches.loader import Batch, Batches, MixedBatches, PlannedBatches, StreamedBatches
+from prompt_tuning_jax.checkpoints.base import auto_dtype, check_base_dtype, expected_shapes, with_size
 from prompt_tuning_jax.checkpoints.model import Model
 from prompt_tuning_jax.checkpoints.state import all_agree
-from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, adapters_alone, read_prompts, read_tuned, write_tuned
+from prompt_tuning_jax.checkpoints.tuned import EXPORT_DTYPES, has_only_adapters, read_prompts, read_tuned, write_tuned
 from prompt_tuning_jax.errors import Setting, SettingError, renamed
 from prompt_tuning_jax.identity import describe
 from prompt_tuning_jax.methods.fold import make_fold
@@ -37,7 +37,7 @@ from prompt_tuning_jax.parallel.processes import barrier
 from prompt_tuning_jax.prompts.files import read_prompt
 from prompt_tuning_jax.settings import (
     Count,
-    Made,
+    InstanceOf,
     Name,
     NotNegative,
     OneOf,
@@ -52,7 +52,8 @@ from prompt_tuning_jax.settings import (
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.tasks.metrics import NOT_METRICS, record_score
 from prompt_tuning_jax.training.evaluation import Evaluator, check_labels, data_warnings
-from prompt_tuning_jax.training.progress import Window, moved
+from prompt_tuning_jax.training.flop import StepShape, step_flop
+from prompt_tuning_jax.training.progress import Window, prompt_norm_and_distance
 from prompt_tuning_jax.training.run_folder import NoFolder, RunFolder, write_text
 from prompt_tuning_jax.training.step import StepMetrics, TrainState
 from prompt_tuning_jax.training.wall_time import WallTime
@@ -82,7 +83,7 @@ class TrainConfig:
       vocabulary: a SentencePiece model, a tokenizer.json or 'bytes'; None for the tokenizer beside the base model.
       random_seed: determines the initial parameters, the order of the data and the dropout masks.
       z_loss: see `loss.cross_entropy`.
-      num_microbatches: number of parts that a batch is divided into to save memory; see `step.micro_batch`.
+      num_microbatches: number of parts that a batch is divided into to save memory; see `step.micro_batch_size`.
       log_period: updates between two records of the training loss.
       loss_eval_steps: number of batches on which a task without metrics is evaluated.
       encoder_use_by: for pre-training, stop the run if its first evaluation from this step on has an `encoder_use`
@@ -99,11 +100,11 @@ class TrainConfig:
       allow_other_config: whether to resume a run in MODEL_DIR that was started with other settings.
     """
 
-    size: Annotated[T5Config | Any, Made(T5Config)]  # `check_values` reports any other type as a SettingError
+    size: Annotated[T5Config | Any, InstanceOf(T5Config)]  # `check_values` reports any other type as a SettingError
     initial_checkpoint_path: Text | None
-    model: Annotated[Model | Any, Made(Model)] | None = None
-    train_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
-    eval_dataset: Annotated[DatasetConfig | Any, Made(DatasetConfig)]
+    model: Annotated[Model | Any, InstanceOf(Model)] | None = None
+    train_dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)]
+    eval_dataset: Annotated[DatasetConfig | Any, InstanceOf(DatasetConfig)]
     method: Method | Any
     optimizer: optax.GradientTransformation | Any
     train_steps: Count
@@ -129,8 +130,8 @@ class TrainConfig:
         keep_plain(self)
         check_values(TrainConfig, {"size": self.size})
         if not self.size.has_size:
-            self.check_values()  # check before `sized` reads a file
-            object.__setattr__(self, "size", sized(self.size, self.initial_checkpoint_path))
+            self.check_values()  # check before `with_size` reads a file
+            object.__setattr__(self, "size", with_size(self.size, self.initial_checkpoint_path))
 
     def open_folder(self) -> RunFolder | NoFolder:
         """Returns the run's folder after checking the settings. Nothing is written to it yet.
@@ -201,7 +202,7 @@ class TrainConfig:
         return bool(jax.eval_shape(self.method.apply, *start_shapes(self.method, self.size, base)).parameters)
 
     @property
-    def held_dtype(self) -> Any:
+    def resolved_base_dtype(self) -> Any:
         """The dtype of `base_dtype`, with "auto" resolved by the device and by what is trained."""
         return auto_dtype(only_read=not self.trains_base) if self.base_dtype == "auto" else self.base_dtype
 
@@ -227,7 +228,7 @@ def check_run(values: Mapping[str, Any]) -> None:
 class Run:
     """Holds a run's data, state and folder, and logs, evaluates and saves when a step requires it.
 
-    Call `open`, then `go_back` to the step to start from, then `after_step` for each step, and `finish`.
+    Call `open`, then `restore_to` to the step to start from, then `after_step` for each step, and `finish`.
 
     Attributes:
       size: the model's configuration, with the numerics of this run.
@@ -297,18 +298,19 @@ class Run:
 
         check_optimizer(config.optimizer, trained)
         start = functools.partial(start_state, optimizer=config.optimizer, seed=config.random_seed)
-        shardings = partitioner.state(jax.eval_shape(start, trained))
+        shardings = partitioner.state_shardings(jax.eval_shape(start, trained))
         self.state = partitioner.jit(start, out_shardings=shardings)(trained) if shardings else start(trained)
         self._start = self._fold(self.state.trainable, self.frozen)._replace(parameters={})
         self._start = jax.tree.map(np.asarray, self._start)  # on the host, because the first step donates the state
         self.step = self.saved_step = 0
         self.stop_reason: str | None = None
-        # The result of `restore_newest`. `open` sets it and `go_back` takes it.
+        # The result of `restore_newest`. `open` sets it and `restore_to` takes it.
         self._newest: tuple[int, TrainState, list[str]] | None = None
         self._best: dict[str, Any] | None = None
         self._best_injection: Injection | None = None
         self._evals: list[dict[str, Any]] = []
         self._window = Window()
+        self._trains_model = not trained.keys().isdisjoint(model.parameters)
 
     def open(self) -> list[str]:
         """Makes the folder, or opens it and reads the newest checkpoint if it has this run already.
@@ -327,10 +329,10 @@ class Run:
             "train_data": self.batches.fingerprint(),
             "eval_data": {name: batches.fingerprint() for name, batches in self._eval_batches.items()},
         }
-        said = self._folder.open(self.config.keep_checkpoints, read)
+        lines = self._folder.open(self.config.keep_checkpoints, read)
         self._newest = self._folder.states.restore_newest(self.state)
         start = None if self.saved_steps else self.config.method.start_line()
-        return said if start is None else [*said, start]
+        return lines if start is None else [*lines, start]
 
     @property
     def prompt_length(self) -> int:
@@ -342,7 +344,7 @@ class Run:
         """The steps of the checkpoints in the folder, which must be open."""
         return self._folder.states.steps()
 
-    def go_back(self, step: int) -> list[str]:
+    def restore_to(self, step: int) -> list[str]:
         """Restores the run as it was at a saved step, or at step 0, and deletes the later records.
 
         Args:
@@ -359,20 +361,20 @@ class Run:
         self.step = self.saved_step = step
         if step:
             self.state = newest[1] if newest and newest[0] == step else folder.states.restore(step, self.state)
-        records, said = folder.rewind(self.step)
-        said = [*(newest[2] if newest else []), *said]
+        records, lines = folder.rewind(self.step)
+        lines = [*(newest[2] if newest else []), *lines]
         if not self.step:
             folder.keep_prompt(0, self._start)
         self._clock = time.time() - max((record["seconds"] for record in records), default=0.0)
         self._evals = [record for record in records if record["split"] == "eval"]
         self._best = max(self._evals, key=record_score, default=None)
         self.stop_reason = stop_reason(self._evals, config)
-        if self._best is not None and isinstance(folder, RunFolder) and not folder.best_is_whole(step):
-            said += self._remake_best(folder, int(self._best["step"]))
+        if self._best is not None and isinstance(folder, RunFolder) and not folder.best_matches(step):
+            lines += self._rewrite_best(folder, int(self._best["step"]))
         self._window.restart()
-        return said
+        return lines
 
-    def _remake_best(self, folder: RunFolder, step: int) -> list[str]:
+    def _rewrite_best(self, folder: RunFolder, step: int) -> list[str]:
         """Writes best/ again, from the prompt that was kept at the best step or from that step's checkpoint.
 
         If the folder has neither, best/ stays as it is. It may be from a later step, which a killed run had reached
@@ -420,7 +422,7 @@ class Run:
         if jax.tree.map(np.shape, injection) != jax.tree.map(np.shape, self._start):
             return False
         write_tuned(folder.path / "best", injection, {}, config=self.size, vocabulary=None)
-        return folder.states.beside(self.step).get("best") in (None, folder.best_hash())
+        return folder.states.extra(self.step).get("best") in (None, folder.best_hash())
 
     def _save(self) -> None:
         self._folder.states.save(self.step, self.state, {"evals": self._evals, **self._folder.logged()})
@@ -428,37 +430,35 @@ class Run:
     @property
     def state_shardings(self) -> TrainState | None:
         """The shardings of the state on the mesh; None on one device."""
-        return self._partitioner.state(self.state)
+        return self._partitioner.state_shardings(self.state)
 
-    def placed(self, batch: Batch) -> Batch:
+    def shard_batch(self, batch: Batch) -> Batch:
         """Places a batch on the mesh, and returns it.
 
         Args:
           batch: this process's own rows of the batch.
         """
-        return self._partitioner.spread(batch, self.config.train_dataset.batch_size)
+        return self._partitioner.shard_rows(batch, self.config.train_dataset.batch_size)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.step >= self.config.train_steps or self.stop_reason is not None
 
-    def batches_to_come(self) -> Iterator[Batch]:
+    def remaining_batches(self) -> Iterator[Batch]:
         """Returns the batches from this step to TRAIN_STEPS, with each row's task if there is a prompt per task."""
-        batches = self.batches.start_at(self.step, self.step if self.over else self.config.train_steps)
+        batches = self.batches.start_at(self.step, self.step if self.is_over else self.config.train_steps)
         return batches if self._prompt_of is None else map(self._with_tasks, batches)
 
     def _with_tasks(self, batch: Batch) -> Batch:
         assert isinstance(self.batches, MixedBatches) and self._prompt_of is not None
         return batch._replace(tasks=self._prompt_of[self.batches.tasks_of(batch.ids)])
 
-    def after_step(
-        self, state: TrainState, ids: Int[np.ndarray, " B"], metrics: StepMetrics, evaluator: Evaluator, say: Say
-    ) -> None:
+    def after_step(self, state: TrainState, batch: Batch, metrics: StepMetrics, evaluator: Evaluator, say: Say) -> None:
         """Records a step; logs, evaluates and saves if the periods require it.
 
         Args:
           state: the state after the step.
-          ids: the ids of the batch's examples, for error messages.
+          batch: the step's batch: its examples' ids are for error messages, its widths for the FLOP.
           metrics: what the step reported.
           say: called with a line about each record that is logged.
 
@@ -468,7 +468,10 @@ class Run:
         config = self.config
         self.state, self.step = state, self.step + 1
         self._check_step()
-        self._window.add(self.step, ids, metrics)
+        shape = StepShape(
+            config.train_dataset.batch_size, batch.inputs.shape[1], batch.targets.shape[1], self.prompt_length
+        )
+        self._window.add(self.step, batch.ids, metrics, step_flop(self.size, shape, trains_model=self._trains_model))
         evaluates = self.step % config.eval_period == 0 or self.step == config.train_steps
         logs = self.step % config.log_period == 0 or evaluates
         if not logs:
@@ -476,7 +479,7 @@ class Run:
         self._check_step()
         self._check_trained()
         injection = self._fold(state.trainable, self.frozen)
-        self._log("train", self._window.close() | moved(injection, self._start), say)
+        self._log("train", self._window.close() | prompt_norm_and_distance(injection, self._start), say)
         if evaluates:
             with self.wall_time.part("evaluating"):
                 self._evaluate(injection, evaluator, say)
@@ -525,8 +528,8 @@ class Run:
 
     def _evaluate(self, injection: Injection, evaluator: Evaluator, say: Say) -> None:
         config = self.config
-        values, odd = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
-        record = self._log("eval", values, say, f"; no label: {odd}" if odd else "")
+        values, invalid = evaluate(evaluator, injection, self.frozen, self._eval_batches, config.loss_eval_steps)
+        record = self._log("eval", values, say, f"; no label: {invalid}" if invalid else "")
         self._evals.append(record)
         with self.wall_time.part("saving"):
             self._folder.keep_prompt(self.step, injection)
@@ -543,7 +546,7 @@ class Run:
         frozen = self.frozen
         if injection.parameters:
             injection = self._partitioner.gather(injection)
-            if not adapters_alone(injection.parameters):
+            if not has_only_adapters(injection.parameters):
                 frozen = self._partitioner.gather(frozen)
         if self._folder.writes:
             tuned = {"config": self.size, "vocabulary": self.tokenizer.path, "dtype": self.config.export_dtype}
@@ -617,7 +620,7 @@ class Run:
 
 
 def prompts_of_tasks(
-    prompts: Collection[str], train: Planned, evaluated: Collection[str], mixture: str
+    prompts: Collection[str], train: PlannedBatches, evaluated: Collection[str], mixture: str
 ) -> Int[np.ndarray, " K"]:
     """Returns the index of each training task's prompt among the sorted task names, for `Injection.of_rows`.
 
@@ -657,7 +660,7 @@ def prompts_of_tasks(
 
 def not_finite(values: Params) -> Iterator[str]:
     """Yields the paths of the arrays that have NaN or infinity."""
-    yield from (path for path, whole in jax.device_get(_finite(dict(values))).items() if not whole)
+    yield from (path for path, finite in jax.device_get(_finite(dict(values))).items() if not finite)
 
 
 @jax.jit
@@ -695,7 +698,7 @@ def evaluate(
       The metrics by name, and the counts of the most frequent invalid answers by text. With several tasks, the metrics'
       names are "task/metric", and the counts are in a dictionary by task.
     """
-    record, odd = {}, {}
+    record, invalid = {}, {}
     for name, batches in tasks.items():
         own = injection.of_task(name)
         if batches.examples.metrics:
@@ -705,8 +708,8 @@ def evaluate(
         if len(tasks) == 1:
             return metrics, answers
         record |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-        odd |= {name: answers} if answers else {}
-    return record, odd
+        invalid |= {name: answers} if answers else {}
+    return record, invalid
 
 
 def stop_reason(evals: Sequence[Mapping[str, Any]], config: TrainConfig) -> str | None:

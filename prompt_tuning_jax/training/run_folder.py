@@ -83,7 +83,7 @@ class _NoStates:
     def restore_newest(self, like: Any) -> tuple[int, Any, list[str]]:
         return 0, like, []
 
-    def save(self, step: int, state: Any, beside: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         pass
 
 
@@ -127,8 +127,8 @@ class RunFolder:
         check_writable(self.path)
         if (busy := running_elsewhere(self.path)) is not None:
             raise _in_use(busy)
-        self._kept = _read_identity(self.path)
-        if self._kept is None and (self.path / "checkpoints").is_dir() and not allow_other_config:
+        self._recorded = _read_identity(self.path)
+        if self._recorded is None and (self.path / "checkpoints").is_dir() and not allow_other_config:
             raise SettingError(
                 f"{path} holds a run without {IDENTITY}, so it cannot be compared with this run: set another ",
                 Setting("model_dir"),
@@ -140,12 +140,12 @@ class RunFolder:
 
     def _compare(self, now: Mapping[str, Any]) -> None:
         """Raises SettingError if the folder already has a run whose identity differs from `now`."""
-        if self._kept is None or self._forced:
+        if self._recorded is None or self._forced:
             return
-        kept = {name: self._kept.get(name) for name in now}
-        if _extends(kept, now):
-            kept["train_steps"] = now["train_steps"]
-        found = [*itertools.islice(differences(kept, now), 2)]
+        recorded = {name: self._recorded.get(name) for name in now}
+        if _extends(recorded, now):
+            recorded["train_steps"] = now["train_steps"]
+        found = [*itertools.islice(differences(recorded, now), 2)]
         if found:
             what = "; ".join(f"{path} was {_short(was)}, is {_short(value)}" for path, was, value in found)
             raise SettingError(
@@ -191,7 +191,7 @@ class RunFolder:
             raise refused or _in_use(f"process 0 cannot have {self.path} for itself")
 
     def _open(self, keep: int | None, read: Mapping[str, Any]) -> list[str]:
-        self._kept = _read_identity(self.path)  # read again: the lock now keeps other runs from changing it
+        self._recorded = _read_identity(self.path)  # read again: the lock now keeps other runs from changing it
         self._compare(self._identity)
         self._compare(read)
         barrier("read again")
@@ -203,8 +203,8 @@ class RunFolder:
             (self.path / "failed.txt").unlink(missing_ok=True)  # what a sweep left of an earlier attempt
         barrier("opened")
         self.states = StateStore(self.path / "checkpoints", keep)
-        if self._kept is not None and _extends(self._kept, self._identity):
-            steps = f"from {self._kept['train_steps']:,} to {self._identity['train_steps']:,} steps"
+        if self._recorded is not None and _extends(self._recorded, self._identity):
+            steps = f"from {self._recorded['train_steps']:,} to {self._identity['train_steps']:,} steps"
             return [f"{self.path} is extended {steps}: it goes on from its last checkpoint"]
         return []
 
@@ -222,14 +222,14 @@ class RunFolder:
         """
         path = self.path / "metrics.jsonl"
         data = path.read_bytes() if path.exists() else b""
-        kept = self.states.beside(step) if step else {}
-        records, said = _records_until(step, data, kept, path)
+        checkpointed = self.states.extra(step) if step else {}
+        records, lines = _records_until(step, data, checkpointed, path)
         text = "".join(json.dumps(record) + "\n" for record in records)
         barrier("read")
         if self.writes and text.encode() != data:
             write_text(path, text)
         self._lines, self._digest = len(records), hashlib.sha256(text.encode())
-        return records, said
+        return records, lines
 
     def logged(self) -> dict[str, Any]:
         """Returns the hashes of metrics.jsonl and best/ that a checkpoint stores, to detect damage when it resumes."""
@@ -245,13 +245,13 @@ class RunFolder:
             digest.update(path.read_bytes() if small else b"")
         return digest.hexdigest()[:16] if files else None
 
-    def best_is_whole(self, step: int) -> bool:
+    def best_matches(self, step: int) -> bool:
         """Returns, on all processes, whether best/ has the hash that the checkpoint of `step` stores.
 
         If the checkpoint stores none, because an earlier version wrote it, any best/ that exists is accepted.
         """
-        found, kept = self.best_hash() if self.writes else None, self.states.beside(step)
-        return all_agree(not self.writes or (found is not None and found == kept.get("best", found)))
+        found, checkpointed = self.best_hash() if self.writes else None, self.states.extra(step)
+        return all_agree(not self.writes or (found is not None and found == checkpointed.get("best", found)))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to metrics.jsonl and to TensorBoard's events. All its numbers must be finite."""
@@ -333,7 +333,7 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def kept_eval_period(path: str | os.PathLike) -> int | None:
+def recorded_eval_period(path: str | os.PathLike) -> int | None:
     """Returns the evaluation period of the run in a folder; None if there is no run.
 
     Raises:

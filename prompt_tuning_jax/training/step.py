@@ -88,7 +88,7 @@ def batch_loss(
     return cross_entropy(logits, targets, model.config.pad_token_id, z_loss)
 
 
-def micro_batch(
+def micro_batch_size(
     shape: tuple[int, ...], prompt_length: int, num_microbatches: int | None = None, batch_shards: int = 1
 ) -> int:
     """Returns the number of rows per micro-batch: the rows that pass through the model at once.
@@ -189,7 +189,7 @@ def make_train_step(
 
     Args:
       z_loss: see `loss.cross_entropy`.
-      num_microbatches: see `micro_batch`.
+      num_microbatches: see `micro_batch_size`.
       partitioner: the partitioner of the mesh on which the arguments are placed.
       state_shardings: the shardings of the state on that mesh; None on one device.
     """
@@ -209,7 +209,7 @@ def make_train_step(
             sums = batch_loss(model, own, frozen, inputs, targets, key, z_loss, row_numbers=numbers)
             return sums.loss, sums
 
-        rows = micro_batch(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
+        rows = micro_batch_size(batch.inputs.shape, injection.length, num_microbatches, partitioner.batch_shards)
         of_injection, sums = summed_gradients(loss_fn, injection, batch.inputs, batch.targets, rows, batch.tasks)
         gradients = pull_back(of_injection)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -17,7 +17,7 @@ from prompt_tuning_jax.batches.examples import Examples
 from prompt_tuning_jax.batches.loader import Batches
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.tasks import postprocessors
-from prompt_tuning_jax.training.evaluation import Judged
+from prompt_tuning_jax.training.evaluation import Predictions
 from prompt_tuning_jax.training.run_folder import write_text
 
 
@@ -27,25 +27,25 @@ class ServerFile(NamedTuple):
     Attributes:
       name: the file's name; .tsv for GLUE, .jsonl for SuperGLUE.
       rows: the number of examples in the test set. For MultiRC, it counts answers; for ReCoRD, queries.
-      written: returns the prediction as the server expects it, from a postprocessed answer and the task's labels.
+      format_answer: returns the prediction as the server expects it, from a postprocessed answer and the task's labels.
       number: the field of an example with its index in the test set.
     """
 
     name: str
     rows: int
-    written: Callable[[Any, Sequence[str]], Any]
+    format_answer: Callable[[Any, Sequence[str]], Any]
     number: str = "idx"
 
 
-def _place(value: int, labels: Sequence[str]) -> int:
+def _index(value: int, labels: Sequence[str]) -> int:
     return value
 
 
-def _word(value: int, labels: Sequence[str]) -> str:
+def _label(value: int, labels: Sequence[str]) -> str:
     return labels[value]
 
 
-def _lower(value: int, labels: Sequence[str]) -> str:
+def _lowercase_label(value: int, labels: Sequence[str]) -> str:
     return labels[value].lower()
 
 
@@ -62,27 +62,27 @@ def _text(value: str, labels: Sequence[str]) -> str:
 
 
 FILES = {
-    "glue_cola": ServerFile("CoLA.tsv", 1_063, _place),
-    "glue_sst2": ServerFile("SST-2.tsv", 1_821, _place),
-    "glue_mrpc": ServerFile("MRPC.tsv", 1_725, _place),
-    "glue_qqp": ServerFile("QQP.tsv", 390_965, _place),
+    "glue_cola": ServerFile("CoLA.tsv", 1_063, _index),
+    "glue_sst2": ServerFile("SST-2.tsv", 1_821, _index),
+    "glue_mrpc": ServerFile("MRPC.tsv", 1_725, _index),
+    "glue_qqp": ServerFile("QQP.tsv", 390_965, _index),
     "glue_stsb": ServerFile("STS-B.tsv", 1_379, _similarity),
-    "glue_mnli_matched": ServerFile("MNLI-m.tsv", 9_796, _word),
-    "glue_mnli_mismatched": ServerFile("MNLI-mm.tsv", 9_847, _word),
-    "glue_qnli": ServerFile("QNLI.tsv", 5_463, _word),
-    "glue_rte": ServerFile("RTE.tsv", 3_000, _word),
-    "glue_wnli": ServerFile("WNLI.tsv", 146, _place),
-    "glue_ax": ServerFile("AX.tsv", 1_104, _word),
-    "super_glue_boolq": ServerFile("BoolQ.jsonl", 3_245, _lower),
-    "super_glue_cb": ServerFile("CB.jsonl", 250, _word),
-    "super_glue_copa": ServerFile("COPA.jsonl", 500, _place),
-    "super_glue_multirc": ServerFile("MultiRC.jsonl", 9_693, _place, "idx/answer"),
+    "glue_mnli_matched": ServerFile("MNLI-m.tsv", 9_796, _label),
+    "glue_mnli_mismatched": ServerFile("MNLI-mm.tsv", 9_847, _label),
+    "glue_qnli": ServerFile("QNLI.tsv", 5_463, _label),
+    "glue_rte": ServerFile("RTE.tsv", 3_000, _label),
+    "glue_wnli": ServerFile("WNLI.tsv", 146, _index),
+    "glue_ax": ServerFile("AX.tsv", 1_104, _label),
+    "super_glue_boolq": ServerFile("BoolQ.jsonl", 3_245, _lowercase_label),
+    "super_glue_cb": ServerFile("CB.jsonl", 250, _label),
+    "super_glue_copa": ServerFile("COPA.jsonl", 500, _index),
+    "super_glue_multirc": ServerFile("MultiRC.jsonl", 9_693, _index, "idx/answer"),
     "super_glue_record": ServerFile("ReCoRD.jsonl", 10_000, _text, "idx/query"),
-    "super_glue_rte": ServerFile("RTE.jsonl", 3_000, _word),
-    "super_glue_wic": ServerFile("WiC.jsonl", 1_400, _lower),
+    "super_glue_rte": ServerFile("RTE.jsonl", 3_000, _label),
+    "super_glue_wic": ServerFile("WiC.jsonl", 1_400, _lowercase_label),
     "super_glue_wsc": ServerFile("WSC.jsonl", 146, _referent),
-    "super_glue_axb": ServerFile("AX-b.jsonl", 1_104, _word),
-    "super_glue_axg": ServerFile("AX-g.jsonl", 356, _word),
+    "super_glue_axb": ServerFile("AX-b.jsonl", 1_104, _label),
+    "super_glue_axg": ServerFile("AX-g.jsonl", 356, _label),
 }
 
 
@@ -136,7 +136,9 @@ def start_submission(folder: str, tasks: Mapping[str, Batches], split: str) -> d
     return files
 
 
-def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, found: Judged) -> dict[str, Any]:
+def write_file(
+    folder: Path, file: ServerFile, task: str, examples: Examples, predictions: Predictions
+) -> dict[str, Any]:
     """Writes the predictions of one task.
 
     An invalid answer is replaced by the task's most frequent valid answer, or by the first label if none is valid. A
@@ -145,24 +147,26 @@ def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, fo
     Returns:
       "file", the path; "task"; "rows", the number of predictions; and "no_label", the number of invalid answers.
     """
-    values = [value["value"] if isinstance(value, Mapping) else value for value in found.answers]
+    values = [value["value"] if isinstance(value, Mapping) else value for value in predictions.answers]
     valid = [value for value in values if not postprocessors.is_no_label(value)]
     # Among equally frequent answers, `most_common` returns the first one in the split.
     fallback = collections.Counter(valid).most_common(1)[0][0] if valid else 0
     labels = postprocessors.answers(examples.postprocess) or ()
-    said = [file.written(fallback if postprocessors.is_no_label(value) else value, labels) for value in values]
-    odd = len(values) - len(valid)
-    if odd:
-        commonest = ", ".join(f"{text!r} {count} times" for text, count in found.no_label().most_common(3))
+    written = [file.format_answer(fallback if postprocessors.is_no_label(value) else value, labels) for value in values]
+    invalid = len(values) - len(valid)
+    if invalid:
+        most_frequent = ", ".join(f"{text!r} {count} times" for text, count in predictions.no_label().most_common(3))
         print(
-            f"{file.name}: {odd} of {len(values)} answers are no label ({commonest}), written as "
-            f"{file.written(fallback, labels)}",
+            f"{file.name}: {invalid} of {len(values)} answers are no label ({most_frequent}), written as "
+            f"{file.format_answer(fallback, labels)}",
             file=sys.stderr,
         )
     if file.name == "MultiRC.jsonl":
-        lines, count = _nested(examples.fields, said)
+        lines, count = _nested(examples.fields, written)
     else:
-        rows = sorted({fields[file.number]: word for fields, word in zip(examples.fields, said, strict=True)}.items())
+        rows = sorted(
+            {fields[file.number]: word for fields, word in zip(examples.fields, written, strict=True)}.items()
+        )
         count = len(rows)
         if file.name.endswith(".tsv"):
             lines = ["index\tprediction", *(f"{number}\t{word}" for number, word in rows)]
@@ -171,7 +175,7 @@ def write_file(folder: Path, file: ServerFile, task: str, examples: Examples, fo
     if count != file.rows:
         print(f"{file.name}: {count} rows, but the server expects the {file.rows} of its test set", file=sys.stderr)
     write_text(folder / file.name, "".join(f"{line}\n" for line in lines))
-    return {"file": str(folder / file.name), "task": task, "rows": count, "no_label": odd}
+    return {"file": str(folder / file.name), "task": task, "rows": count, "no_label": invalid}
 
 
 def _nested(fields: Sequence[Mapping[str, Any]], labels: Sequence[int]) -> tuple[list[str], int]:

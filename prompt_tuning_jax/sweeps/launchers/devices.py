@@ -38,16 +38,16 @@ def divide_machine(processes: int | None, jobs: int) -> list[Slot]:
     gpus, chips = visible_gpus(), visible_tpu_chips()
     count = max(min(processes or len(gpus) or len(chips) or 1, jobs), 1)
     if gpus:
-        return [Slot(_gpu_environment(gpus, place, count), "") for place in range(count)]
+        return [Slot(_gpu_environment(gpus, index, count), "") for index in range(count)]
     if chips and count > len(chips):
         raise ValueError(
             f"the local launcher's processes is {processes}, but this host has {len(chips)} TPU chips, "
             "which two processes cannot share: expected that many at most"
         )
     if chips:
-        return [Slot(_tpu_environment(chips[place]) if count > 1 else {}, "") for place in range(count)]
+        return [Slot(_tpu_environment(chips[index]) if count > 1 else {}, "") for index in range(count)]
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" and count > 1 else []
-    return [Slot({}, ",".join(map(str, _share(cores, place, count)))) for place in range(count)]
+    return [Slot({}, ",".join(map(str, _part_of(cores, index, count)))) for index in range(count)]
 
 
 def visible_gpus() -> list[str]:
@@ -77,8 +77,8 @@ def _on_cpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
 
 
-def _gpu_environment(gpus: Sequence[str], place: int, count: int) -> dict[str, str]:
-    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, place, count))}
+def _gpu_environment(gpus: Sequence[str], index: int, count: int) -> dict[str, str]:
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_part_of(gpus, index, count))}
     if count > len(gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         sharing = -(-count // len(gpus))  # by default JAX preallocates 75% of the memory per process
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
@@ -99,11 +99,11 @@ def _tpu_environment(chip: str) -> dict[str, str]:
     }
 
 
-def _share(all_of_them: Sequence[Any], place: int, count: int) -> Sequence[Any]:
-    """Returns part `place` of the items, which are divided into `count` contiguous and nearly equal parts.
+def _part_of(items: Sequence[Any], index: int, count: int) -> Sequence[Any]:
+    """Returns part `index` of the items, which are divided into `count` contiguous and nearly equal parts.
 
     If there are fewer items than parts, each part has one item, and several parts share it.
     """
-    if 0 < len(all_of_them) < count:
-        return [all_of_them[place % len(all_of_them)]]
-    return all_of_them[len(all_of_them) * place // count : len(all_of_them) * (place + 1) // count]
+    if 0 < len(items) < count:
+        return [items[index % len(items)]]
+    return items[len(items) * index // count : len(items) * (index + 1) // count]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from prompt_tuning_jax.errors import Setting, SettingError, near_misses
-from prompt_tuning_jax.settings import Count, Dictionary, Settings, Switch, Text, Writing, check_fields
+from prompt_tuning_jax.settings import Count, MappingOf, Settings, String, Switch, Text, check_fields
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import manifests
 
@@ -76,7 +76,7 @@ class JobSet:
     namespace: Text = "default"
     queue: Text | None = None
     service_account: Text | None = None
-    node_selector: Annotated[Settings, Dictionary(Writing())] = dataclasses.field(default_factory=dict)
+    node_selector: Annotated[Settings, MappingOf(String())] = dataclasses.field(default_factory=dict)
     apply: Switch = False
 
     def __post_init__(self):

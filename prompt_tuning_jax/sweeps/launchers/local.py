@@ -70,7 +70,7 @@ class Local:
             with running(folder), _StopSignals() as stop:
                 (folder / "logs").mkdir(exist_ok=True)
                 view = _View([trial for job in jobs for trial in job.trials], sys.stderr)
-                well = _run(jobs, slots, folder / "logs", stop, view)
+                all_finished = _run(jobs, slots, folder / "logs", stop, view)
         except OSError as error:
             raise SettingError(
                 f"cannot go on in {sweep_dir} ({error.strerror or error}: {error.filename or 'a log'}): free disk "
@@ -80,7 +80,7 @@ class Local:
             ) from None
         if stop.signal:
             return 128 + stop.signal
-        return 0 if well else 1
+        return 0 if all_finished else 1
 
 
 class _Running(NamedTuple):
@@ -109,10 +109,10 @@ class _StopSignals:
         handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGTSTP)}
         self._before = {number: before for number, before in handlers.items() if before not in (signal.SIG_IGN, None)}
         for number in self._before:
-            signal.signal(number, self._note)
+            signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, _: Any) -> None:
+    def _record(self, number: int, _: Any) -> None:
         if number == signal.SIGTSTP:
             return  # Ctrl-Z would stop only the launcher; its running jobs would then look as if nothing ran them
         if self.signal is None:
@@ -132,7 +132,7 @@ def _run(jobs: Sequence[Job], slots: Sequence[Slot], logs: Path, stop: _StopSign
       OSError: a log cannot be written. All jobs have ended when this is raised.
     """
     waiting, free, active = collections.deque(jobs), list(slots), list[_Running]()
-    well, told = True, False
+    all_finished, stopping = True, False
     try:
         while active or (waiting and not stop.signal):
             while waiting and free and not stop.signal:
@@ -142,33 +142,33 @@ def _run(jobs: Sequence[Job], slots: Sequence[Slot], logs: Path, stop: _StopSign
                 except ValueError as error:  # another process runs one of its trials
                     view.say(str(error))
                     free.append(slot)
-                    well = False
+                    all_finished = False
                 view.look(job.trials)
-            if stop.signal and not told:
+            if stop.signal and not stopping:
                 _terminate(active)
                 what = "1 job saves and ends; Ctrl-C kills it"
                 if len(active) != 1:
                     what = f"{len(active)} jobs save and end; Ctrl-C kills them"
                 view.say(f"{_signal_name(stop.signal)}: {what}")
-                told = True
+                stopping = True
             if stop.kill:
                 _kill(active)
-            for one in [one for one in active if one.process.poll() is not None]:
-                active.remove(one)
-                free.append(one.slot)
-                well &= _end(one, stop, view)
-            view.show([trial for one in active for trial in one.job.trials])
+            for job_run in [job_run for job_run in active if job_run.process.poll() is not None]:
+                active.remove(job_run)
+                free.append(job_run.slot)
+                all_finished &= _finish_job(job_run, stop, view)
+            view.show([trial for job_run in active for trial in job_run.job.trials])
             time.sleep(POLL_SECONDS)
     finally:
         _terminate(active)  # `active` is empty here unless an exception was raised
-        while active and any(one.process.poll() is None for one in active) and not stop.kill:
+        while active and any(job_run.process.poll() is None for job_run in active) and not stop.kill:
             time.sleep(POLL_SECONDS)
         _kill(active)
-        for one in active:
-            one.process.wait()
-            one.marks.close()
+        for job_run in active:
+            job_run.process.wait()
+            job_run.marks.close()
         view.close()
-    return well
+    return all_finished
 
 
 def _start(job: Job, slot: Slot, logs: Path) -> _Running:
@@ -201,8 +201,8 @@ def _start(job: Job, slot: Slot, logs: Path) -> _Running:
 
 
 def _terminate(active: Sequence[_Running]) -> None:
-    for one in active:
-        one.process.terminate()
+    for job_run in active:
+        job_run.process.terminate()
 
 
 def _kill(active: Sequence[_Running]) -> None:
@@ -210,33 +210,33 @@ def _kill(active: Sequence[_Running]) -> None:
 
     Each job leads a process group. The group's number stays valid until the job has been waited for.
     """
-    for one in active:
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
+    for job_run in active:
+        if job_run.process.poll() is None:
+            os.killpg(job_run.process.pid, signal.SIGKILL)
 
 
-def _end(one: _Running, stop: _StopSignals, view: "_View") -> bool:
+def _finish_job(job_run: _Running, stop: _StopSignals, view: "_View") -> bool:
     """Writes failed.txt for the unfinished trials of a job that failed; returns whether all its trials are finished."""
-    one.marks.close()
-    code = one.process.returncode
-    unfinished = [trial for trial in one.job.trials if not (trial.folder / status.SUMMARY).exists()]
+    job_run.marks.close()
+    code = job_run.process.returncode
+    unfinished = [trial for trial in job_run.job.trials if not (trial.folder / status.SUMMARY).exists()]
     if code not in (TERMINATED, -signal.SIGTERM) and not (stop.kill and code == -signal.SIGKILL):
         for trial in unfinished:
             try:
                 with open(trial.folder / status.FAILED, "x", encoding="utf-8") as file:
-                    file.write(_last_lines(one, code))
+                    file.write(_last_lines(job_run, code))
             except FileExistsError:
                 continue  # the job's own process wrote it, with a better reason
             except OSError as error:
-                view.say(f"{trial.name}: job {one.job.name} exited with {code}, and {error}")
-    view.look(one.job.trials)
+                view.say(f"{trial.name}: job {job_run.job.name} exited with {code}, and {error}")
+    view.look(job_run.job.trials)
     return not unfinished
 
 
-def _last_lines(one: _Running, code: int) -> str:
-    with open(one.log, "rb") as file:
+def _last_lines(job_run: _Running, code: int) -> str:
+    with open(job_run.log, "rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(one.begin, end - 200 * LAST_LINES))
+        file.seek(max(job_run.begin, end - 200 * LAST_LINES))
         lines = file.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
     if code < 0:
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from prompt_tuning_jax.batches.lock import lock, running
 from prompt_tuning_jax.command_line import TERMINATED
-from prompt_tuning_jax.settings import Dictionary, Name, Settings, check_fields
+from prompt_tuning_jax.settings import MappingOf, Name, Settings, check_fields
 from prompt_tuning_jax.sweeps import status
 from prompt_tuning_jax.sweeps.jobs import Job
 from prompt_tuning_jax.sweeps.launchers import tether
@@ -43,7 +43,7 @@ class Slurm:
         waits for them. To divide this machine among the jobs, use --launcher=local instead.
     """
 
-    parameters: Annotated[Settings, Dictionary()] = dataclasses.field(default_factory=dict)
+    parameters: Annotated[Settings, MappingOf()] = dataclasses.field(default_factory=dict)
     cluster: Name = "slurm"
 
     def __post_init__(self):
@@ -129,7 +129,7 @@ class Run:
             if code == TERMINATED and "SLURM_JOB_ID" in os.environ:
                 time.sleep(VERDICT_SECONDS)
             if code and code != TERMINATED:
-                self._note_failure(log, begin, code)
+                self._write_failure(log, begin, code)
         if code:
             raise RuntimeError(f"job {self._job.name} exited with {code}: see {log}")
 
@@ -175,7 +175,7 @@ class Run:
         finally:
             self._pid = None
 
-    def _note_failure(self, log: Path, begin: int, code: int) -> None:
+    def _write_failure(self, log: Path, begin: int, code: int) -> None:
         """Writes the last lines of the log to failed.txt of each unfinished trial that does not have one yet."""
         with open(log, "rb") as file:
             file.seek(max(begin, log.stat().st_size - 200 * LAST_LINES))

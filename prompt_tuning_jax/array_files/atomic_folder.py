@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder, which replaces `folder` on success and is removed after an error."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")

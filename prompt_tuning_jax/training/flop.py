@@ -1,18 +1,24 @@
-"""Computes the FLOP of a training step's matmuls, and measures how fast a device computes such matmuls."""
+"""Computes the floating-point operations (FLOP) of a training step's matmuls."""
 
-import statistics
-from collections.abc import Callable
 from typing import NamedTuple
 
-from experiments.benchmarks.contenders import timed
 from prompt_tuning_jax.t5.config import T5Config
 
-SQUARE = {"cpu": 2048}  # the side length of the large matmul, by platform
-LARGE_SQUARE = 8192
-REPEATS = 7
+# Peak FLOP/s of dense matmuls in bfloat16, by JAX's name of the device: NVIDIA's data sheets, and
+# https://cloud.google.com/tpu/docs/v4, v5e, v5p and v6e.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """Holds the shape of a step's batch and prompt.
 
     Attributes:
@@ -28,7 +34,7 @@ class Shape(NamedTuple):
     prompt: int
 
 
-def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
+def step_flop(config: T5Config, shape: StepShape, *, trains_model: bool) -> int:
     """Returns the floating-point operations of one step's matmuls, two for each multiplication and its addition.
 
     With S = P + T, J = heads * head_dim and n feed-forward branches (2 in T5 1.1), the forward matmuls of a row have
@@ -43,6 +49,12 @@ def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
     more for the gradient of its weights if they are trained. A matmul of two activations needs two. Prompt tuning
     trains no weights, and values that do not depend on the prompt need no gradient. In the first decoder layer these
     are the self-attention and the query of the cross-attention, whose scores then need a gradient only for the keys.
+
+    The matmuls of a method's own parameters are not counted, nor what a remat policy computes again. So FLOP per second
+    over `PEAKS` is the MFU of PaLM (Chowdhery et al. 2022, appendix B), with this formula for the FLOP.
+
+    Args:
+      trains_model: whether weights of the model are trained; all of them are then counted as trained.
     """
     _, inputs, targets, prompt = shape
     encoded = prompt + inputs
@@ -63,35 +75,3 @@ def step_flop(config: T5Config, shape: Shape, *, trains_model: bool) -> int:
         backward -= targets * 4 * square + 4 * targets * targets * wide  # self-attention of the first decoder layer
         backward -= targets * square + targets * encoded * wide  # the query of its cross-attention
     return 2 * shape.batch * (weighed + attended + backward)
-
-
-def product_shapes(config: T5Config, shape: Shape, platform: str) -> list[tuple[int, int, int]]:
-    """Returns (rows, inner, columns) of the matmuls to measure: a large square one, and both of the encoder's MLP."""
-    side, positions = SQUARE.get(platform, LARGE_SQUARE), shape.batch * (shape.prompt + shape.inputs)
-    return [
-        (side, side, side),
-        (positions, config.emb_dim, config.mlp_dim),
-        (positions, config.mlp_dim, config.emb_dim),
-    ]
-
-
-def product_rates(
-    make: Callable[[tuple[int, int, int], str], Callable[[], object]],
-    shapes: list[tuple[int, int, int]],
-    dtypes: list[str],
-) -> dict[str, float]:
-    """Returns the median FLOP per second of each matmul in each dtype, by names such as "float32 2048x2048x2048".
-
-    Args:
-      make: returns, for (rows, inner, columns) and a dtype, a function that computes the matmul and waits for it.
-      shapes: the matmuls, as (rows, inner, columns).
-      dtypes: the names of the dtypes.
-    """
-    rates = {}
-    for dtype in dtypes:
-        for rows, inner, columns in shapes:
-            product = make((rows, inner, columns), dtype)
-            product()  # compiled and warm
-            seconds = statistics.median(timed(product) for _ in range(REPEATS))
-            rates[f"{dtype} {rows}x{inner}x{columns}"] = 2 * rows * inner * columns / seconds
-    return rates
