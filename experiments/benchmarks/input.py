@@ -80,7 +80,7 @@ def times_of_steps(batches: PlannedBatches, config: T5Config, steps: int, prompt
     for step, batch in enumerate(stretch, 1):
         waited += time.perf_counter() - asked
         state, metrics = train_step(state, base.params, batch)
-        window.add(step, batch.ids, metrics)  # as in `training.run`: it reads the metrics of the previous step
+        window.add(step, batch.ids, metrics, flop=0)  # as in `training.run`: reads the metrics of the previous step
         asked = time.perf_counter()
     jax.block_until_ready(state)
     return (time.perf_counter() - started) / steps, waited / steps
