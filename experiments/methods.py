@@ -38,22 +38,23 @@ DRAWS = 10_000
 COLUMNS = ("METHOD", "SIZE", "TASK", "LEARNING_RATE", "RANDOM_SEED", "accuracy", "best_step", "steps", "curve")
 COLUMNS += ("trainable_parameters", "stored_bytes", "rows", "right", "base_fingerprint")
 INTERVALS = (
-    f"In brackets: the middle 95% of {DRAWS:,} bootstrap draws over rows and seeds. "
-    f'"less {PLAIN}" is the difference to prompt tuning by the official recipe on the same rows. '
-    '"none" stands where its interval has 0 in it: these rows and seeds tell no difference. '
-    "Of twenty intervals without a true difference, about one leaves out 0 by chance. "
+    f"The brackets hold the middle 95% of {DRAWS:,} bootstrap draws over rows and seeds. "
+    f'The column "less {PLAIN}" has the accuracy minus that of the official recipe of prompt tuning on the same rows. '
+    'It says "none" if the interval contains 0, because these rows and seeds then show no difference. '
+    "If there is no true difference, about one interval in twenty leaves out 0 by chance. "
     "The embedded model writes MRPC's label `not_equivalent` with an unknown token."
 )
 ABOUT = {
     "methods": "# The methods on real tasks\n\n"
-    "Accuracy in per cent of generated answers on training rows held back, at each run's best evaluation; mean over "
-    "the seeds. Each method had the same number of learning rates, tried with the first seed; the best of them was run "
-    f"with the other seeds. {INTERVALS} "
-    "On MRPC a method whose difference is 0.0 [0.0, 0.0] answers `equivalent` to every row, as the official recipe "
+    "The tables show the accuracy of generated answers in per cent on held-out training rows, at each run's best "
+    "evaluation, as the mean over the seeds. Each method had the same number of learning rates. They were tried with "
+    f"the first seed, and the best one was then run with the other seeds. {INTERVALS} "
+    "On MRPC, a method whose difference is 0.0 [0.0, 0.0] answers `equivalent` to every row, as the official recipe "
     "does. The rows that are scored also choose the learning rate and the step, so all scores are a little too high.",
     "fast": "# Short runs against the official recipe\n\n"
-    "The official recipe, 160 steps, against `runs/prompt_tune_fast.gin`, 32 steps. Accuracy in per cent of generated "
-    "answers after the last step, on rows that chose neither a recipe nor a step; mean over the seeds. "
+    "The official recipe with 160 steps is compared with `runs/prompt_tune_fast.gin` with 32 steps. The tables show "
+    "the accuracy of generated answers in per cent after the last step, as the mean over the seeds, on rows that chose "
+    "neither a recipe nor a step. "
     f"{INTERVALS} "
     "Neither recipe learns to write the labels of MRPC with every seed. On BoolQ both give the majority answer.",
 }

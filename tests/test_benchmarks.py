@@ -28,7 +28,7 @@ CONFIG = T5Config(512, 128, 4, 1, 2, 256, head_dim=24)
 
 
 def flop_in_torch(config, shape):
-    """FLOP of the matrix products that PyTorch does for a step of the transformers model, counted as it does them."""
+    """FLOP of the matmuls that PyTorch does for a step of the transformers model, counted as it does them."""
     theirs = transformers.T5Config(
         vocab_size=config.vocab_size,
         d_model=config.emb_dim,

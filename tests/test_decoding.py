@@ -163,7 +163,7 @@ def inner(eqn):
 
 
 def products(jaxpr):
-    """The shapes of both operands of every matrix product in a program."""
+    """The shapes of both operands of every matmul in a program."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield tuple(var.aval.shape for var in eqn.invars)
@@ -186,7 +186,7 @@ def score_choices(model, params, inputs, max_length, **prompts):
 
 @pytest.mark.parametrize("decoder", [*DECODERS.values(), score_choices])
 def test_cross_attention_keys_are_computed_once(decoder):
-    """No matrix product inside the loop reads the encoder's output: its keys and values are there already, and there
+    """No matmul inside the loop reads the encoder's output: its keys and values are there already, and there
     once a row, not once a beam."""
     config = T5Config(11, 10, 3, 2, 2, 9, head_dim=4)
     batch, inputs, prompt, joined = 2, 13, 6, 12

@@ -329,7 +329,7 @@ def test_numbers_of_the_readme_are_those_of_the_results():
             *numbers(memory + peers_memory),
         ]
     measured = re.findall(
-        r"examples a second \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) .*\n.*GB \| ([\d.]+) \| ([\d.]+)", cpu
+        r"examples per second \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) .*\n.*GB \| ([\d.]+) \| ([\d.]+)", cpu
     )
     for row, wanted in zip(rows[3:], (measured[0], measured[1], measured[3]), strict=True):
         assert numbers(" ".join(row)) == [*wanted]

@@ -108,7 +108,7 @@ def test_decoder_inputs_are_the_targets_one_later():
 
 
 def weight_gradients(method):
-    """How many matrix products of the step make something of the shape of a weight matrix."""
+    """How many matmuls of the step make something of the shape of a weight matrix."""
     state, frozen = start(method)
     shapes = {value.shape for path, value in (frozen | state.trainable).items() if path.endswith("/kernel")}
     written = {f"tensor<{a}x{b}xf32>" for shape in shapes for a, b in (shape, shape[::-1])}

@@ -61,18 +61,18 @@ def step_rows(record: Mapping[str, Any]) -> Iterator[Row]:
     def row(measure: str, ratio: float | None, show: Callable[[Mapping[str, Any]], str]) -> Row:
         return Row(measure, show(ours), show(peer) if peer else "", "" if ratio is None else f"{ratio:.2f}")
 
-    yield row("examples a second", record.get("ratio"), lambda found: f"{found['examples_per_second']:.2f}")
+    yield row("examples per second", record.get("ratio"), lambda found: f"{found['examples_per_second']:.2f}")
     yield row("peak memory, GB", record.get("memory_ratio"), lambda found: f"{found['peak_bytes'] / 1e9:.2f}")
     seconds = "start_to_first_step_seconds"
     ratio = ours[seconds] / peer[seconds] if peer else None
     yield row("process start to first step, s", ratio, lambda found: f"{found[seconds]:.1f}")
-    yield row("share of the best matrix product's rate", None, lambda found: f"{found['roofline_share']:.1%}")
+    yield row("share of the best matmul's rate", None, lambda found: f"{found['roofline_share']:.1%}")
 
 
 def decode_rows(record: Mapping[str, Any]) -> Iterator[Row]:
     """Yields the rows of `decode`."""
     ours, *peer = (f"{record['batch'] / record['seconds'][name]:.2f}" for name in ("ours", record["peer"]) if name)
-    yield Row("examples a second", ours, *peer, *([f"{record['ratio']:.2f}"] if peer else []))
+    yield Row("examples per second", ours, *peer, *([f"{record['ratio']:.2f}"] if peer else []))
 
 
 def startup_rows(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -94,13 +94,13 @@ def input_rows(record: Mapping[str, Any]) -> Iterator[Row]:
     yield Row("share of a step that waits for its batch", f"{record['wait']:.2%}")
 
 
-STEP, NO_SLOWER = ("train_step", "--peer=peft"), {"examples a second": "ratio ≥ 1"}
+STEP, NO_SLOWER = ("train_step", "--peer=peft"), {"examples per second": "ratio ≥ 1"}
 FASTER = {
-    "examples a second": "ratio ≥ 1.15",
+    "examples per second": "ratio ≥ 1.15",
     "peak memory, GB": "ratio ≤ 0.7",
-    "share of the best matrix product's rate": "≥ 80%",
+    "share of the best matmul's rate": "≥ 80%",
 }
-LESS_PADDED = {"examples a second": "ratio ≥ 1.3"}
+LESS_PADDED = {"examples per second": "ratio ≥ 1.3"}
 LONG = ("--size=base", "--input-length=512", "--batch=8")
 SHAPE = "T5 1.1 small, batch 32, P=100, 128 input and 8 target tokens"
 BENCHMARKS = {
@@ -177,9 +177,9 @@ def render(stored: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench` (`experiments/benchmarks/page.py`). The peer is PEFT, for model tuning plain",
-        "transformers, on the same weights and rows, a process each, by turns; a ratio is of ours over the peer's.",
-        "What is measured, and how, each command's own module says.",
+        "This page is written by `make bench` (`experiments/benchmarks/page.py`). The peer is PEFT, and for model",
+        "tuning plain transformers. Both have the same weights and rows, run in a process each, and take turns. A",
+        "ratio divides this project's number by the peer's. The module of each command says how it measures.",
         "",
     ]
     for number, one in enumerate(machines, 1):
