@@ -3,6 +3,7 @@
 The shapes and types in the package's signatures are checked at run time: `--jaxtyping-packages` in pyproject.toml.
 """
 
+import atexit
 import collections
 import contextlib
 import importlib
@@ -74,6 +75,13 @@ def pytest_configure(config):
     # absl's handler closes its stream when logging is reconfigured, as submitit does, unless it is the process's own
     # stderr. Without this line it would close the stream with which pytest captures output.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+def pytest_unconfigure():
+    # At exit, JAX empties the caches of all that was traced, and Python frees it object by object. After thousands of
+    # tests this takes a worker of pytest-xdist minutes, in which nothing is tested. So a worker ends before that.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        atexit.register(os._exit, 0)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import page
@@ -220,3 +223,11 @@ def test_an_unknown_benchmark(write_page, capsys):
     with pytest.raises(SystemExit):
         write_page("--only=steps")
     assert "no benchmark steps; expected --only=step," in capsys.readouterr().err
+
+
+def test_the_benchmark_of_mixed_tasks_runs_as_its_guide_says():
+    options = ["--size=nano", "--input-length=8", "--target-length=4", "--prompt-length=2", "--rounds=1"]
+    command = [sys.executable, "-m", "experiments.benchmarks.mixed_tasks", *options]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["cost"].keys() == {"1", "8", "32"} and found["bank"]["prompts"] == 1000

@@ -84,7 +84,7 @@ def make_predictor(params: Any, arguments: argparse.Namespace, tokens: int, bank
     from prompt_tuning_jax.inference.predictor import Predictor
 
     config: Any = SIZES[arguments.size]
-    tokenizer: Any = SimpleNamespace(encode=lambda text: [3], decode=len)
+    tokenizer: Any = SimpleNamespace(encode=lambda text: [3], decode=len, fingerprint="", pad_id=0, eos_id=EOS)
     predictor = Predictor(Model(None, config, params, tokenizer, ""), max_new_tokens=tokens)
     bank = bank if bank is not None else PromptBank(config.emb_dim)
     predictor.bank = bank
