@@ -78,8 +78,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure():
-    # At exit, JAX empties the caches of all that was traced, and Python frees it object by object. After thousands of
-    # tests this takes a worker of pytest-xdist minutes, in which nothing is tested. So a worker ends before that.
+    # At exit, JAX clears its caches of traced functions. After thousands of tests this takes minutes in each worker of
+    # pytest-xdist, although all tests are done. So a worker exits without it.
     if "PYTEST_XDIST_WORKER" in os.environ:
         atexit.register(os._exit, 0)
 

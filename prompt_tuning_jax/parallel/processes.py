@@ -123,9 +123,10 @@ _connections = itertools.count()
 def connect(mesh: Mesh) -> None:
     """Connects every group of devices whose programs on this mesh may exchange arrays. All processes call it together.
 
-    Gloo, which connects the CPU devices of several processes, makes the connections of a group when its first program
-    runs, and gives up if a process comes more than 30 s after another, as when one is still compiling. Later programs
-    wait for as long as it takes. So all groups are connected here, while the processes are at the same place.
+    On CPUs, Gloo connects the processes. It connects a group of devices when the group's first program runs, and fails
+    if one process starts that program more than 30 s after another, for instance because it is still compiling. Once a
+    group is connected, its programs wait without a limit. So this function waits until all processes have called it,
+    and then runs a small program on every group. On other devices it does nothing.
 
     Raises:
       JaxRuntimeError: a process did not come within `START_SECONDS`.
@@ -147,7 +148,7 @@ def connect(mesh: Mesh) -> None:
     client: Any = distributed.global_state.client
     client.wait_at_barrier(f"connecting {next(_connections)}", START_SECONDS * 1_000)
     jax.block_until_ready(program(ones))
-    barrier("connected")  # whose own group is that of one device of each process
+    barrier("connected")  # connects the group that `barrier` itself uses: one device of each process
 
 
 def preempted(step: int) -> bool:

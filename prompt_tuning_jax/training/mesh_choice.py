@@ -38,6 +38,8 @@ def partitioner_of(
 ) -> Partitioner | OneDevice:
     """Returns the partitioner for the mesh of the settings, or, if they set none, for the mesh of `mesh_for`.
 
+    It also connects the processes' devices on this mesh, so all processes must call it together.
+
     Args:
       mesh, num_partitions: see `parallel.mesh.mesh_shape`.
       batch_size: rows per batch.
@@ -56,9 +58,9 @@ def partitioner_of(
         shape = mesh_for(len(devices), batch_size, device_bytes, parameters, activations)
     if len(devices) == 1:
         return ONE_DEVICE
-    made = make_mesh(shape, devices)
-    connect(made)
-    return Partitioner(made, size)
+    device_mesh = make_mesh(shape, devices)
+    connect(device_mesh)
+    return Partitioner(device_mesh, size)
 
 
 def mesh_for(devices: int, batch_size: int, device_bytes: int | None, parameters: int, activations: int) -> MeshShape:

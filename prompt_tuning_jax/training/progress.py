@@ -36,18 +36,17 @@ class Window:
         self.restart()
 
     def restart(self) -> None:
-        self._steps: list[tuple[int, np.ndarray, StepMetrics]] = []
-        self._flop: list[int] = []
+        self._steps: list[tuple[int, np.ndarray, StepMetrics, int]] = []
         self._started = time.time()
 
     def add(self, step: int, ids: np.ndarray, metrics: StepMetrics, flop: int) -> None:
-        self._steps.append((step, ids, metrics))
-        self._flop.append(flop)
+        """Adds a step with its examples' ids, what it reported, and the FLOP of its matmuls."""
+        self._steps.append((step, ids, metrics, flop))
 
     def check(self) -> None:
         """Raises ValueError if the newest step's loss or gradient norm is not finite."""
         if self._steps:
-            step, ids, metrics = self._steps[-1]
+            step, ids, metrics, _ = self._steps[-1]
             values = {"loss": metrics.sums.loss, "gradient's norm": metrics.gradient_norm}
             invalid = [f"the {name} is {float(value)}" for name, value in values.items() if not np.isfinite(value)]
             if invalid:
@@ -68,10 +67,11 @@ class Window:
           ValueError: the newest step's loss or gradient norm is not finite.
         """
         self.check()
-        steps = jax.device_get([metrics for _, _, metrics in self._steps])
+        steps = jax.device_get([metrics for _, _, metrics, _ in self._steps])
         tokens = sum(float(metrics.sums.tokens) for metrics in steps)
         rows = sum(float(metrics.sums.rows) for metrics in steps)
-        seconds, tflops = time.time() - self._started, float(np.mean(self._flop)) / 1e12
+        tflops = float(np.mean([flop for *_, flop in self._steps])) / 1e12
+        seconds = time.time() - self._started
         self.restart()
         return {
             "loss": sum(float(metrics.sums.loss) for metrics in steps) / tokens,
