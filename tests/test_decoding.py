@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.decoders import DECODERS, compiled, compiled_forward, fast_jit, with_likelier_end
+from fixtures.decoders import DECODERS, compiled, compiled_forward, with_likelier_end
 from fixtures.models import apart, parameters, prompted, random_model, random_tokens, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,7 +136,7 @@ def decoder_calls(decoder, model, params, inputs, max_length):
         return following(*args, **kwargs)
 
     with nn.intercept_methods(count):
-        jax.block_until_ready(fast_jit(lambda params: decoder(model, tree(params), inputs, max_length))(params))
+        jax.block_until_ready(jax.jit(lambda params: decoder(model, tree(params), inputs, max_length))(params))
     jax.effects_barrier()
     return len(calls)
 

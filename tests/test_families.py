@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import reference
-from fixtures.decoders import fast_jit
 from fixtures.models import randomise, tree
 from safetensors.numpy import load_file, save_file
 
@@ -259,7 +258,7 @@ def theirs(model: Any, inputs: np.ndarray, decoder_inputs: np.ndarray, prompt: n
 def compiled(config: T5Config, with_prompt: bool) -> Callable:
     """Returns a compiled function that returns our logits and greedy answers for any weights of this size."""
 
-    @fast_jit
+    @jax.jit
     def run(params, inputs, decoder_inputs, prompt):
         prompt = prompt if with_prompt else None
         answers, _ = greedy(Transformer(config), tree(params), inputs, LENGTH, prompt=prompt)
@@ -280,7 +279,7 @@ def logits_of(config: T5Config, params: Any, inputs: Any, decoder_inputs: Any, p
 @functools.cache
 def compiled_logits(config: T5Config) -> Callable:
     """Returns a compiled function that returns only our logits, which compiles faster, for any kind of parameters."""
-    return fast_jit(functools.partial(logits_of, config))
+    return jax.jit(functools.partial(logits_of, config))
 
 
 def read(arrays: dict[str, StoredArray]) -> dict[str, np.ndarray]:
@@ -382,7 +381,7 @@ def test_every_gradient_is_that_of_transformers(folders):
     inputs, decoder_inputs = some_tokens(BY_NAME[ALL_AT_ONCE], rows=6)
     weights = np.random.default_rng(2).normal(size=(6, 5, VOCAB)).astype(np.float32)
 
-    @fast_jit
+    @jax.jit
     @jax.grad
     def gradients(trained):
         prompt, params = trained
@@ -417,7 +416,7 @@ def test_ranking_is_by_the_log_likelihood_of_transformers(folders):
     config, arrays = huggingface.open_folder(folders(ALL_AT_ONCE))
     inputs = jnp.asarray(some_tokens(family, rows=6)[0])
     choices = np.array([[7, 9, end], [8, end, pad]], np.int32)
-    run = fast_jit(lambda params: choice_scores(Transformer(config), tree(params), inputs, jnp.asarray(choices[None])))
+    run = jax.jit(lambda params: choice_scores(Transformer(config), tree(params), inputs, jnp.asarray(choices[None])))
     found = run(read(arrays))
     for place, choice in enumerate(choices):
         targets = torch.tensor(np.tile(choice, (6, 1)).astype(np.int64))
@@ -444,7 +443,8 @@ def test_int8_keeps_the_position_tables_and_computes_with_the_matrices_that_it_h
     floats = {path: value for path, value in floats.items() if not path.endswith(("kernel_scale", "embedding_scale"))}
     inputs, decoder_inputs = some_tokens(BY_NAME[ALL_AT_ONCE])
     expected, found = (compiled_logits(config)(held, inputs, decoder_inputs) for held in (floats, params))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    # Each of the two is rounded, by up to the 2e-5 that the logits of all families are allowed.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-5)
 
 
 def test_every_layers_position_table_is_divided_by_heads():
@@ -522,7 +522,7 @@ def test_stacked_layers_are_read_as_t5x_computes_with_them(scalable, tmp_path, m
     assert base.fingerprint == fingerprint(base.params)
     model = Transformer(SCALABLE)
 
-    @fast_jit
+    @jax.jit
     def run(params, inputs, decoder_inputs):
         encoded = model.apply({"params": tree(params)}, inputs, enable_dropout=False, method="encode")
         tokens = inputs, decoder_inputs, decoder_inputs

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.decoders import fast_jit
 from fixtures.models import prompted, random_model, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,7 +221,7 @@ def deep(words):
     return own, params, jax.tree.map(jnp.asarray, injections) | {None: Injection()}
 
 
-@fast_jit
+@jax.jit
 def forward(params, injection, inputs, targets):
     """Log-probabilities [1, U, V] of one pass over whole targets, by a row with its prompts and no other's padding."""
     logits = Transformer(DEEP).apply(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.decoders import fast_jit
 from fixtures.models import random_model, random_tokens, tree
 from fixtures.peft_models import our_logits, some_tokens, their_base, their_logits, torch_tokens, write_bases
 from safetensors.numpy import load_file, save_file
@@ -54,7 +53,7 @@ def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype, per_layer
     inputs, targets = random_tokens(rng, [5], 8, 61), random_tokens(rng, [6], 6, 61)
     prompt = jnp.asarray(rng.normal(size=(LENGTH, config.emb_dim)), jnp.float32)
 
-    @fast_jit
+    @jax.jit
     def whole(params):
         variables = {"params": tree(params)}
         options = {"enable_dropout": False, "mutable": ["intermediates"]}
@@ -72,7 +71,7 @@ def test_the_keys_and_values_of_positions_in_front_are_a_prefix(dtype, per_layer
             prefix[f"{stack}/prefix_{name}"] = heads.astype(jnp.float32)
     check_parameters(prefix, params)
 
-    @fast_jit
+    @jax.jit
     def with_prefix(params):
         variables = {"params": tree(params)}
         found = model.apply(variables, inputs, enable_dropout=False, method="encode")
@@ -98,7 +97,7 @@ def test_the_cache_answers_as_teacher_forcing_does(stacks):
     params["decoder/logits_dense/kernel"] = params["decoder/logits_dense/kernel"].at[:, EOS].multiply(2.0)
     model, size = Transformer(config), 6
 
-    @fast_jit
+    @jax.jit
     def answers(params):
         own = tree(params)
         settings = (jnp.arange(4), jnp.full(4, 1.5), jnp.zeros(4, jnp.int32), jnp.ones(4))
@@ -108,7 +107,7 @@ def test_the_cache_answers_as_teacher_forcing_does(stacks):
             beam_search(model, own, inputs, size, beams=3, length_penalty=0.0),
         )
 
-    @fast_jit
+    @jax.jit
     def forced(params, targets):
         return model.apply({"params": tree(params)}, inputs, shift_right(targets, 0), targets, enable_dropout=False)
 
@@ -178,7 +177,7 @@ def test_peft_gives_our_logits_and_answers_from_our_folder(peft, folders, tmp_pa
     for path, value in parameters.items():
         np.testing.assert_array_equal(back[path], value)
 
-    found = fast_jit(lambda params: greedy(Transformer(config), tree(params), tokens[0], 7)[0])(params)
+    found = jax.jit(lambda params: greedy(Transformer(config), tree(params), tokens[0], 7)[0])(params)
     chosen = np.zeros((len(tokens[0]), 8), np.int32)  # a start token and what follows it, each by a pass of PEFT's
     for place in range(7):
         best = their_logits(model, tokens[0], chosen[:, : place + 1])[:, -1].argmax(axis=-1)

@@ -3,10 +3,11 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.decoders import compiled, continuations, fast_jit, unpadded
+from fixtures.decoders import compiled, continuations, unpadded
 from fixtures.models import apart, random_model, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from prompt_tuning_jax.tokenizers.vocabulary import EOS
 CONFIG = T5Config(5, 8, 2, 1, 2, 12, head_dim=3)
 LENGTH = 3
 EVERYTHING = (1.0, 0, 1.0)
-fast_likeliest = fast_jit(likeliest)
+fast_likeliest = jax.jit(likeliest)
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def compiled_sample(model, max_length):
         params, prompt = apart(params)
         return sample(model, params, inputs, max_length, *options, prompt=prompt)
 
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 def draw(model, params, inputs, seeds, temperature, top_k, top_p, max_length=LENGTH):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.decoders import compiled_forward, fast_jit
+from fixtures.decoders import compiled_forward
 from fixtures.models import apart, parameters, random_model, random_tokens, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ def compiled_scores(model):
         prompts = {"prompt": own if prompt is None else prompt, "prompt_mask": prompt_mask}
         return choice_scores(model, params, inputs, choices, count, **prompts)
 
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 def log_likelihoods(model, params, inputs, choices, prompt=None):
