@@ -17,17 +17,6 @@ from pathlib import Path
 # The processes that tests start inherit these.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a network; the tests of the hub start a server of their own
-# Tests compile thousands of programs and run each for milliseconds. With these flags XLA compiles them in a third of
-# the time. Tests compare programs of the same flags, or with a tolerance for rounding.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
-        # jaxlib 0.11 has no such flag, and ends a process that sets an unknown one.
-        *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
-    ]
-)
 
 import absl.logging
 import hypothesis
@@ -43,6 +32,15 @@ with contextlib.suppress(ImportError):
 # No deadline, because compilation makes the first example slow. Derandomized, so that a failure can be repeated.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("tests")
+
+# Tests compile thousands of programs and run each for milliseconds. With these flags XLA compiles them in a third of
+# the time. Tests compare programs of the same flags, or with a tolerance for rounding. XLA reads the flags when JAX
+# compiles its first program; the processes that tests start inherit them.
+NO_FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+COMPILE_FAST = ["--xla_backend_optimization_level=0", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.11 does not know it, and ends the process
+    COMPILE_FAST.append(NO_FUSION_EMITTERS)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *COMPILE_FAST])
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA = Path(os.environ.get("PROMPT_TUNING_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -111,6 +109,20 @@ def tiny(tmp_path_factory):
 def compiled_once(tiny):
     """Caches the programs that a module's runs compile, because runs of one method and shape compile the same ones."""
     with importlib.import_module("tiny").keeping_compiled_programs(tiny.folder / "compiled_here"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def default_emitters():
+    """Compiles training steps with XLA's default emitters.
+
+    Only with these is a run in a shared program equal to the run alone to the last bit.
+    """
+    step = importlib.import_module("prompt_tuning_jax.training.step")
+    with pytest.MonkeyPatch.context() as patch:
+        if NO_FUSION_EMITTERS in os.environ["XLA_FLAGS"]:
+            patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(NO_FUSION_EMITTERS, ""))  # for processes
+            patch.setitem(step.CPU_COMPILER, "xla_cpu_use_fusion_emitters", True)
         yield
 
 
