@@ -21,6 +21,7 @@ from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary
 
 _CORE = json.loads((FIXTURES / "official_core_names.json").read_text())
 TASKS, MIXTURES = _CORE["tasks"], _CORE["mixtures"]
+_OTHERS = json.loads((FIXTURES / "official_other_names.json").read_text())
 LONG = {"inputs": 512, "targets": 512}
 
 
@@ -168,6 +169,15 @@ def test_a_mixture_has_the_official_tasks_and_rates(tiny, monkeypatch, name):
     mock_rows.use(monkeypatch)
     for task in found.keys() - TASKS.keys():
         assert examples(find(tiny, task))
+
+
+def test_the_names_of_all_330_tasks_and_71_mixtures_are_there():
+    for registry, kind, count in ((seqio.TaskRegistry, "tasks", 330), (seqio.MixtureRegistry, "mixtures", 71)):
+        names = {*_CORE[kind], *_OTHERS[kind]}
+        assert len(names) == count
+        for name in names:
+            __import__(module_for(name))
+        assert names <= {*registry.names()}
 
 
 @pytest.mark.parametrize("model", ["mt5_", "byt5_"])
