@@ -1,6 +1,6 @@
 """Draws scores against model size: our points with error bars, one panel per task, beside the paper's lines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +77,13 @@ def paper_line(series: Series, curve: paper.Curve) -> Line:
     return Line(*series, points, faded=True)
 
 
-def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence[Line], source: str) -> Figure:
+def draw_scores(
+    title: str,
+    ours: Mapping[str, Sequence[Line]],
+    theirs: Sequence[Line],
+    source: str,
+    last: Callable[[Axes], None] | None = None,
+) -> Figure:
     """Draws the mean over tasks beside the paper's lines, and below them the tasks, if there are several.
 
     Args:
@@ -85,9 +91,11 @@ def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence
       ours: the result of `our_lines`.
       theirs: the paper's lines.
       source: the source of the paper's lines, for the title of their panel.
+      last: draws one more panel, after those of the tasks.
     """
     tasks = [panel for panel in ours if panel != MEAN]
-    rows = -(-len(tasks) // TASKS_A_ROW) if len(tasks) > 1 else 0
+    below = (len(tasks) if len(tasks) > 1 else 0) + (last is not None)
+    rows = -(-below // TASKS_A_ROW)
     figure = Figure(figsize=(10, 4.8 + 2.6 * rows), layout="constrained")
     figure.suptitle(title)
     halves = figure.subfigures(2, 1, height_ratios=[4.8, 2.6 * rows], squeeze=False)[:, 0] if rows else [figure]
@@ -99,10 +107,12 @@ def draw_scores(title: str, ours: Mapping[str, Sequence[Line]], theirs: Sequence
     for axis in (left, right):
         put_legend_below(axis)
     if rows:
-        small = halves[1].subplots(rows, min(len(tasks), TASKS_A_ROW), squeeze=False).ravel()
-        for axis, task in zip(small, tasks, strict=False):
+        small = halves[1].subplots(rows, min(below, TASKS_A_ROW), squeeze=False).ravel()
+        for axis, task in zip(small, tasks if len(tasks) > 1 else (), strict=False):
             draw_panel(axis, task, ours[task])
-        for axis in small[len(tasks) :]:
+        if last:
+            last(small[below - 1])
+        for axis in small[below:]:
             axis.set_axis_off()
     return figure
 

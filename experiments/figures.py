@@ -53,7 +53,8 @@ def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
     if kind in TABLES:
         target.write_text(TABLES[kind](name, results))
         return [target]
-    target.write_text(page(name, results, over="TASK"))
+    added = figure_1.shares_text(results) if kind == "figure_1" else ""
+    target.write_text(page(name, results, over="TASK") + added)
     for one in mean_over(split_mixtures(results)):
         if one.note:
             setting = ", ".join(f"{axis} {value}" for axis, value in one.axes.items())

@@ -208,6 +208,31 @@ def test_figure_1_shows_each_method():
     assert "digitised" in panels["the paper"].get_title()
 
 
+def test_the_share_of_model_tunings_gain():
+    """Against its definition, on scores whose interval can be enumerated: two seeds each, and a base of 10."""
+    scores = {"prompt_tuning": (30.0, 50.0), "model_tuning": (50.0, 70.0), "prompt_design": (0.0, 20.0)}
+    results = [
+        result(score, METHOD=method, SIZE="nano", TASK="cb", **{axis: str(index)})
+        for method, of_method in scores.items()
+        for axis in ["TEXT" if method == "prompt_design" else "RANDOM_SEED"]
+        for index, score in enumerate(of_method)
+    ]
+    found = figure_1.shares([*results, result(90.0, METHOD="prompt_tuning", SIZE="nano", TASK="sst2", RANDOM_SEED="0")])
+    prompt, model = (
+        [sum(pair) / 2 - 10.0 for pair in itertools.product(scores[method], repeat=2)]
+        for method in ("prompt_tuning", "model_tuning")
+    )
+    every = [100 * one / other for one, other in itertools.product(prompt, model)]
+    low, high = np.percentile(every, [2.5, 97.5], method="inverted_cdf")
+    assert found == {"nano": pytest.approx((100 * 30 / 50, low, high), abs=1e-9)}
+    panel = axes_by_title(figure_1.draw("figure_1_ladder", results))["prompt tuning's share of model tuning's gain"]
+    assert panel.lines[0].get_ydata().tolist() == pytest.approx([60.0])
+    assert "| nano | 60 | 33 to 100 |" in figure_1.shares_text(results)
+
+    worse = [one if one.axes["METHOD"] != "model_tuning" else one._replace(score=5.0) for one in results]
+    assert figure_1.shares(worse) == {} and figure_1.shares_text(worse) == ""
+
+
 def test_everything_is_redrawn_from_the_csvs(tmp_path, redraw, capsys):
     sweeps = {name: sweep(*VALUES[name]) for name in VALUES} | {"figure_1_ladder": first_figure()}
     for name, results in sweeps.items():
