@@ -119,7 +119,8 @@ def shares_text(results: Sequence[Result]) -> str:
             "",
             "Prompt tuning's share of model tuning's gain over the base model alone, in per cent: "
             "(prompt tuning - base) / (model tuning - base), of means over tasks. The base alone is the mean of prompt "
-            f"design's texts, by generation. The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds.",
+            "design's texts, by generation. "
+            f"The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds.",
             "",
             "| SIZE | share | interval |",
             "| --- | --- | --- |",
