@@ -13,8 +13,11 @@ end writes that name in its own way: Python as the argument's name, gin as the m
 import contextlib
 import contextvars
 import difflib
+import errno
 from collections.abc import Callable, Iterable, Iterator
 
+# The numbers of the errors of a full disk. NumPy's error for a short write has none.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None))
 # The names of Python arguments that differ from the canonical name of their setting.
 ARGUMENTS = {
     "initial_checkpoint_path": "where",

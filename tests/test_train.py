@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -221,6 +222,24 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(tiny, command
         assert done.returncode == 0, done.stderr
         assert_same_run(folder, finished)
         assert not [path for path in folder.rglob("*") if "tmp" in path.name or path.name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("size", [600, 1_500, 4_000])
+def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, command, finished, tmp_path, size):
+    """No file may be larger: first run.json cannot be written, then parts of a checkpoint, and metrics.jsonl."""
+    arguments = [*command, model_dir(tmp_path / "run")]
+    process = tiny.start(arguments)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2, stderr
+    *before, last = stderr.splitlines()
+    assert re.fullmatch(r"error: .*cannot be written to .*|error: no room for the run in .*", last), last
+    assert "free disk space, or set MODEL_DIR" in last
+    said = re.compile(r"step \d+ |demo_reviews|best at|tokenising")
+    assert not [line for line in before if not said.match(line)]
+    done = tiny.run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_sigterm_saves_first(tiny, command, finished, tmp_path):

@@ -7,7 +7,6 @@ It reports progress on stdout. After a user's error it exits with code 2, with o
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import os
@@ -38,11 +37,9 @@ from prompt_tuning_jax.batches.cache import (
 from prompt_tuning_jax.batches.child import end_with_parent, user_errors
 from prompt_tuning_jax.batches.examples import describe
 from prompt_tuning_jax.batches.lock import lock
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import NO_ROOM, Setting, SettingError
 from prompt_tuning_jax.tasks import sources
 from prompt_tuning_jax.tasks.find import find, makes_lengths, with_vocabulary
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # NumPy's error for a short write has no errno
 
 
 def build_missing(request: TaskRequest, split: str, root: Path, to_train: bool) -> None:
@@ -91,7 +88,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise SettingError(
                 f"no room for the cache {folder} ({reason}): free some, or set ",
                 Setting("cache_dir"),

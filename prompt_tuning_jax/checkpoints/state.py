@@ -44,6 +44,8 @@ class StateStore:
           keep: the number of latest checkpoints to keep; None keeps all.
         """
         self._folder, self._keep = Path(folder).absolute(), keep
+        self._quiet = contextlib.ExitStack()
+        self._writes = False
         self._folder.mkdir(parents=True, exist_ok=True)
 
     @functools.cached_property
@@ -53,7 +55,7 @@ class StateStore:
         self._remove_damaged_metadata()
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
         handler = ocp.StandardCheckpointHandler()
-        with _quiet():
+        with _QUIET:
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def _remove_damaged_metadata(self) -> None:
@@ -92,6 +94,9 @@ class StateStore:
             # A copy, because Orbax writes it later.
             metadata = json.loads(json.dumps(extra or {}))
             metadata[CHECKSUM] = checksum(state, metadata)
+            if not self._writes:  # from now on, Orbax may fail at any time until `close`
+                self._quiet.enter_context(_QUIET)
+                self._writes = True
             with _setting_error(f"checkpoint {step} cannot be written to {self._folder}"):
                 self._manager.save(step, args=ocp.args.StandardSave(saved), custom_metadata=metadata)
 
@@ -169,7 +174,7 @@ class StateStore:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         state, reason, extra, expected = None, "", {}, None
         try:
-            with _quiet():
+            with _QUIET:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
                 extra, expected = self.extra(step), self._checksum(step)
         except jax.errors.JaxRuntimeError:  # an error of a device or of another process
@@ -200,6 +205,8 @@ class StateStore:
                 manager = vars(self).pop("_manager")
                 with contextlib.suppress(Exception):  # `wait` has already raised the error of a failed write
                     manager.close()
+                self._quiet.close()
+                self._writes = False
 
 
 def checksum(state: Any, extra: Mapping[str, Any]) -> str:
@@ -216,42 +223,51 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-_QUIET = threading.RLock()
-LATE_READS = 0.5  # seconds to wait for the other reads of a failed restore
+LATE = 0.5  # seconds to wait for the other reads or writes of a failed restore or save
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what Orbax prints about a failure in addition to raising it.
+class _Quiet:
+    """A context that hides what Orbax prints about a failure in addition to raising it.
 
-    Orbax logs tracebacks. It also leaves the other reads of a failed restore running, and each of these would print
-    through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the context
-    ends.
+    Orbax logs tracebacks. It also leaves the other reads or writes of a failure running, and each of these would print
+    through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the last of
+    the contexts ends that several threads and stores may have entered.
     """
-    with _QUIET:  # one thread at a time, so that each restores the values it found
-        show, level = sys.unraisablehook, logging.get_verbosity()
 
-        def hook(unraisable: Any) -> None:
-            if str(unraisable.exc_value) != "Event loop is closed":
-                show(unraisable)
+    def __init__(self) -> None:
+        self._lock, self._entered = threading.Lock(), 0
+        self._show, self._level = sys.unraisablehook, logging.get_verbosity()
 
-        sys.unraisablehook = hook
-        logging.set_verbosity(logging.FATAL)
-        try:
-            yield
-        except BaseException:
-            time.sleep(LATE_READS)
-            raise
-        finally:
-            sys.unraisablehook = show
-            logging.set_verbosity(level)
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._entered:
+                self._show, self._level = sys.unraisablehook, logging.get_verbosity()
+                sys.unraisablehook = self._hook
+                logging.set_verbosity(logging.FATAL)
+            self._entered += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            time.sleep(LATE)
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                sys.unraisablehook = self._show
+                logging.set_verbosity(self._level)
+
+    def _hook(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._show(unraisable)
+
+
+_QUIET = _Quiet()
 
 
 @contextlib.contextmanager
 def _setting_error(what: str) -> Iterator[None]:
     """Raises a SettingError of one line for a failed write; Orbax raises a plain exception if the disk is full."""
     try:
-        with _quiet():
+        with _QUIET:
             yield
     except jax.errors.JaxRuntimeError:  # an error of a device or of another process
         raise

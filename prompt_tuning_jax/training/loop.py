@@ -25,6 +25,7 @@ from prompt_tuning_jax.training.mesh_choice import partitioner_for
 from prompt_tuning_jax.training.profile import AfterStep, profiling
 from prompt_tuning_jax.training.progress import Stop, Stopped
 from prompt_tuning_jax.training.run import Record, Run, Say, TrainConfig, say_nothing
+from prompt_tuning_jax.training.run_folder import full_disk
 from prompt_tuning_jax.training.step import Params, StepMetrics, TrainState, make_train_step
 from prompt_tuning_jax.training.wall_time import WallTime
 
@@ -99,7 +100,7 @@ class Member:
         try:
             yield
         except (ValueError, OSError) as error:
-            self.active, self.failure = False, error
+            self.active, self.failure = False, full_disk(error, self.run.config.model_dir)
             self.run.abandon()
             self._on_end(self)
 

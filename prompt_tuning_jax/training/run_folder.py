@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import jax
 from prompt_tuning_jax.batches.lock import claimed, running_elsewhere
 from prompt_tuning_jax.checkpoints.state import StateStore, all_agree
 from prompt_tuning_jax.checkpoints.tuned import is_one_file, write_prompts
-from prompt_tuning_jax.errors import Setting, SettingError
+from prompt_tuning_jax.errors import NO_ROOM, Setting, SettingError
 from prompt_tuning_jax.identity import differences
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.parallel.processes import barrier, is_writer
@@ -174,9 +175,9 @@ class RunFolder:
         self._take_lock()
         try:
             return self._open(keep, read)
-        except BaseException:
+        except BaseException as error:
             self._lock.close()
-            raise
+            raise full_disk(error, self.path) from None
 
     def _take_lock(self) -> None:
         refused: ValueError | None = None
@@ -263,10 +264,8 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line)
         if self._events is None:
-            self._events = _event_writer(self.path)
-        for name, value in record.items():
-            if name not in ("step", "split"):
-                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+            self._events = _Events(self.path)
+        self._events.write(record)
 
     def keep_prompt(self, step: int, injection: Injection) -> None:
         """Writes the prompt to prompts/<step>.npy: [P, D], or [L, P, D] if there is one per encoder layer.
@@ -307,17 +306,34 @@ class RunFolder:
                 self.close()
 
 
-def _event_writer(path: Path):
-    """Returns a TensorBoard writer. Importing it takes long, so it is made only for the first record."""
-    absent = "torch" not in sys.modules
-    if absent:  # keep tensorboardX from importing an installed torch, which it does not need here
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if absent:
-            del sys.modules["torch"]
-    return SummaryWriter(str(path))
+class _Events:
+    """Writes records to TensorBoard's events. Importing tensorboardX takes long, so it waits for the first record.
+
+    Its SummaryWriter has a thread, whose error would be printed there and lost here. So each record is written at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        absent = "torch" not in sys.modules
+        if absent:  # keep tensorboardX from importing an installed torch, which it does not need here
+            sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
+        finally:
+            if absent:
+                del sys.modules["torch"]
+        self._event, self._scalar, self._writer = Event, summary.scalar, EventsWriter(str(path / "events"))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in ("step", "split"):
+                scalar = self._scalar(f"{record['split']}/{name}", value)
+                self._writer.write_event(self._event(wall_time=time.time(), step=record["step"], summary=scalar))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
@@ -421,6 +437,17 @@ def _record(line: bytes) -> Record | None:
 
 def _in_use(why: str) -> SettingError:
     return SettingError(f"{why}; or set another ", Setting("model_dir"))
+
+
+def full_disk(error: BaseException, path: str | os.PathLike | None) -> BaseException:
+    """Returns the error of a full disk as a SettingError that names the run's folder `path`; other errors unchanged."""
+    if type(error) is not OSError or error.errno not in NO_ROOM or path is None:
+        return error
+    return SettingError(
+        f"no room for the run in {path} ({error.strerror or error}): free disk space, or set ",
+        Setting("model_dir"),
+        " to a folder on another disk; the same command goes on from the last checkpoint",
+    )
 
 
 def _unwritable(path: Path, error: OSError) -> SettingError:
