@@ -100,7 +100,7 @@ def draw_shares(axis: Axes, found: dict[str, Share]) -> None:
     means, low, high = np.array([*found.values()]).T
     axis.errorbar(sizes, means, [means - low, high - means], color=COLOURS[0], marker="o", markersize=5, capsize=3)
     axis.axhline(100.0, color=COLOURS[6], linewidth=0.8, linestyle="--")
-    axis.set_title("prompt tuning's share of model tuning's gain, %", fontsize=9)
+    axis.set_title("share of model tuning's gain, %", fontsize=9)
     axis.set_ylim(bottom=min(0.0, low.min() - 5))
     axis.grid(alpha=0.25)
     axis.set_xlabel("parameters", fontsize=8)

@@ -225,7 +225,7 @@ def test_the_share_of_model_tunings_gain():
     every = [100 * one / other for one, other in itertools.product(prompt, model)]
     low, high = np.percentile(every, [2.5, 97.5], method="inverted_cdf")
     assert found == {"nano": pytest.approx((100 * 30 / 50, low, high), abs=1e-9)}
-    panel = axes_by_title(figure_1.draw("figure_1_ladder", results))["prompt tuning's share of model tuning's gain"]
+    panel = axes_by_title(figure_1.draw("figure_1_ladder", results))["share of model tuning's gain"]
     assert panel.lines[0].get_ydata().tolist() == pytest.approx([60.0])
     assert "| nano | 60 | 33 to 100 |" in figure_1.shares_text(results)
 
