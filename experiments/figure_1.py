@@ -4,7 +4,6 @@ A further panel, which the paper does not have, shows how much of model tuning's
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,10 +20,10 @@ from experiments.drawing import (
     our_lines,
     paper_line,
 )
+from experiments.intervals import DRAWS, Interval
 from experiments.sizes import PARAMETERS
 from experiments.trials import SIZES, Result, split_mixtures
 
-DRAWS = 10_000
 BEST_TEXT = "best_text"
 SERIES = {
     "prompt_tuning": Series("prompt tuning", 0),
@@ -48,16 +47,8 @@ def draw(name: str, results: Sequence[Result]) -> Figure:
     )
 
 
-class Share(NamedTuple):
-    """Holds the share of model tuning's gain that prompt tuning reaches, in per cent, and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def shares(results: Sequence[Result], draws: int = DRAWS, seed: int = 0) -> dict[str, Share]:
-    """Returns, by size, how much of model tuning's gain over the base model alone prompt tuning reaches.
+def shares(results: Sequence[Result]) -> dict[str, Interval]:
+    """Returns, by size, how much of model tuning's gain over the base model alone prompt tuning reaches, in per cent.
 
     This is (prompt tuning - base) / (model tuning - base). Each of the three is the mean score of generated answers
     over the tasks that have all three; the base alone is the mean of prompt design's texts. The interval is the middle
@@ -69,7 +60,7 @@ def shares(results: Sequence[Result], draws: int = DRAWS, seed: int = 0) -> dict
         if "TASK" in result.axes and result.score is not None:
             of_task = scores.setdefault((result.axes["SIZE"], result.axes["TASK"]), {})
             of_task.setdefault(result.axes["METHOD"], []).append(result.score)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     found = {}
     for size in sorted({size for size, _ in scores}, key=SIZES.index):
         tasks = [
@@ -82,7 +73,7 @@ def shares(results: Sequence[Result], draws: int = DRAWS, seed: int = 0) -> dict
         base = np.mean([np.mean(task["prompt_design"]) for task in tasks])
         drawn = {
             method: np.mean(
-                [rng.choice(task[method], (draws, len(task[method]))).mean(axis=1) for task in tasks], axis=0
+                [rng.choice(task[method], (DRAWS, len(task[method]))).mean(axis=1) for task in tasks], axis=0
             )
             - base
             for method in ("prompt_tuning", "model_tuning")
@@ -90,11 +81,11 @@ def shares(results: Sequence[Result], draws: int = DRAWS, seed: int = 0) -> dict
         if drawn["model_tuning"].min() > 0:
             prompt, model = (np.mean([np.mean(task[method]) for task in tasks]) - base for method in drawn)
             low, high = np.percentile(100 * drawn["prompt_tuning"] / drawn["model_tuning"], [2.5, 97.5])
-            found[size] = Share(float(100 * prompt / model), float(low), float(high))
+            found[size] = Interval(float(100 * prompt / model), float(low), float(high))
     return found
 
 
-def draw_shares(axis: Axes, found: dict[str, Share]) -> None:
+def draw_shares(axis: Axes, found: dict[str, Interval]) -> None:
     """Draws the shares and their intervals against the number of parameters."""
     sizes = [PARAMETERS[size] for size in found]
     means, low, high = np.array([*found.values()]).T

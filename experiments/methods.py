@@ -13,7 +13,6 @@ NAME.png from only this file.
 """
 
 import csv
-import functools
 import itertools
 import json
 import sys
@@ -27,6 +26,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from experiments.drawing import COLOURS
+from experiments.intervals import DRAWS, Interval, bootstrap
 from prompt_tuning_jax import gin_files
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.sweeps import spec
@@ -34,7 +34,6 @@ from prompt_tuning_jax.sweeps import spec
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("next", "collect", "page")
 PLAIN = "official"  # the method that the others are compared with
-DRAWS = 10_000
 COLUMNS = ("METHOD", "SIZE", "TASK", "LEARNING_RATE", "RANDOM_SEED", "accuracy", "best_step", "steps", "curve")
 COLUMNS += ("trainable_parameters", "stored_bytes", "rows", "right", "base_fingerprint")
 INTERVALS = (
@@ -85,43 +84,6 @@ class TrialResult(NamedTuple):
     @property
     def accuracy(self) -> float:
         return 100.0 * float(self.right.mean())
-
-
-class Interval(NamedTuple):
-    """Holds a mean, and the range of the middle 95% of its bootstrap draws."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-def bootstrap(values: Float[np.ndarray, "S N"], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Returns the mean over seeds and rows, with a bootstrap interval: both are resampled with replacement.
-
-    Args:
-      values: a value per seed and row; all S seeds have the same N rows.
-      draws: the number of bootstrap draws.
-      seed: the seed of the draws.
-    """
-    of_seeds, of_rows = _shares(*values.shape, draws, seed)
-    means = np.einsum("ds,sn,dn->d", of_seeds, values, of_rows, optimize=True)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-@functools.lru_cache(maxsize=4)
-def _shares(seeds: int, rows: int, draws: int, seed: int) -> tuple[Float[np.ndarray, "D S"], Float[np.ndarray, "D N"]]:
-    """Returns how often each draw has each seed and each row, as shares. Drawing them takes most of the time."""
-    rng = np.random.default_rng(seed)
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
-    return of_seeds, rng.multinomial(rows, np.full(rows, 1 / rows), draws) / rows
 
 
 def steps_to(curve: Mapping[int, float], share: float = 0.99) -> int:

@@ -33,9 +33,9 @@ with contextlib.suppress(ImportError):
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("tests")
 
-# Tests compile thousands of programs and run each for milliseconds. With these flags XLA compiles them in a third of
-# the time. Tests compare programs of the same flags, or with a tolerance for rounding. XLA reads the flags when JAX
-# compiles its first program; the processes that tests start inherit them.
+# Tests compile thousands of programs and run each for milliseconds, and with these flags XLA compiles faster. Tests
+# compare programs of the same flags, or with a tolerance for rounding. XLA reads the flags when JAX compiles its first
+# program; the processes that tests start inherit them.
 NO_FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 COMPILE_FAST = ["--xla_backend_optimization_level=0", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.11 does not know it, and ends the process

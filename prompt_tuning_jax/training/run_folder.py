@@ -441,6 +441,7 @@ def _in_use(why: str) -> SettingError:
 
 def full_disk(error: BaseException, path: str | os.PathLike | None) -> BaseException:
     """Returns the error of a full disk as a SettingError that names the run's folder `path`; other errors unchanged."""
+    # The subclasses of OSError are other errors: a ChildProcessError, for example, has no number either.
     if type(error) is not OSError or error.errno not in NO_ROOM or path is None:
         return error
     return SettingError(
