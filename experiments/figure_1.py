@@ -20,9 +20,9 @@ from experiments.drawing import (
     our_lines,
     paper_line,
 )
-from experiments.intervals import DRAWS, Interval
+from experiments.intervals import DRAWS, Interval, draws_of
 from experiments.sizes import PARAMETERS
-from experiments.trials import SIZES, Result, split_mixtures
+from experiments.trials import ROWS, SIZES, Result, split_mixtures
 
 BEST_TEXT = "best_text"
 SERIES = {
@@ -52,8 +52,8 @@ def shares(results: Sequence[Result]) -> dict[str, Interval]:
 
     This is (prompt tuning - base) / (model tuning - base). Each of the three is the mean score of generated answers
     over the tasks that have all three; the base alone is the mean of prompt design's texts. The interval is the middle
-    95% of bootstrap draws, which resample the seeds of each task and method. It does not contain the uncertainty that
-    comes from the number of rows. Sizes without a gain in every draw are left out.
+    95% of bootstrap draws over the seeds of each task and method, and over the rows of the ladder's tasks. Sizes
+    without a gain in every draw are left out.
     """
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     for result in results:
@@ -63,23 +63,23 @@ def shares(results: Sequence[Result]) -> dict[str, Interval]:
     rng = np.random.default_rng(0)
     found = {}
     for size in sorted({size for size, _ in scores}, key=SIZES.index):
-        tasks = [
-            of_task
-            for (other, _), of_task in scores.items()
+        tasks = {
+            task: of_task
+            for (other, task), of_task in scores.items()
             if other == size and {"prompt_tuning", "model_tuning", "prompt_design"} <= of_task.keys()
-        ]
+        }
         if not tasks:
             continue
-        base = np.mean([np.mean(task["prompt_design"]) for task in tasks])
+        base = np.mean([np.mean(of_task["prompt_design"]) for of_task in tasks.values()])
         drawn = {
-            method: np.mean(
-                [rng.choice(task[method], (DRAWS, len(task[method]))).mean(axis=1) for task in tasks], axis=0
-            )
+            method: np.mean([draws_of(of_task[method], ROWS.get(task), rng) for task, of_task in tasks.items()], axis=0)
             - base
             for method in ("prompt_tuning", "model_tuning")
         }
         if drawn["model_tuning"].min() > 0:
-            prompt, model = (np.mean([np.mean(task[method]) for task in tasks]) - base for method in drawn)
+            prompt, model = (
+                np.mean([np.mean(of_task[method]) for of_task in tasks.values()]) - base for method in drawn
+            )
             low, high = np.percentile(100 * drawn["prompt_tuning"] / drawn["model_tuning"], [2.5, 97.5])
             found[size] = Interval(float(100 * prompt / model), float(low), float(high))
     return found
@@ -111,7 +111,8 @@ def shares_text(results: Sequence[Result]) -> str:
             "Prompt tuning's share of model tuning's gain over the base model alone, in per cent: "
             "(prompt tuning - base) / (model tuning - base), of means over tasks. The base alone is the mean of prompt "
             "design's texts, by generation. "
-            f"The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds.",
+            f"The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds, and over the rows of the "
+            "ladder's tasks.",
             "",
             "| SIZE | share | interval |",
             "| --- | --- | --- |",

@@ -4,7 +4,8 @@
 
 With --results, the sweeps in that folder that belong to figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder,
 ...) are first collected, each into OUT/<name>.csv. The pages are made only from these files: OUT/<name>.md has the
-numbers as a table, and OUT/<name>.png is the picture of a figure. Figure 4 needs no run.
+numbers as a table, and OUT/<name>.png is the picture of a figure. OUT/ladder_claims.md has the differences that the
+paper's claims are about, from all files of the ladder. Figure 4 needs no run.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import figure_1, figure_3, figure_4
+from experiments import claims, figure_1, figure_3, figure_4
 from experiments.averages import mean_over
 from experiments.collect import RESULTS, collect, page
 from experiments.sizes import PARAMETERS
@@ -21,7 +22,12 @@ from experiments.trials import Result, from_csv, split_mixtures
 from prompt_tuning_jax.gin_files import user_errors
 
 AXES = {"figure_1": "METHOD"} | {name: ablation.axis for name, ablation in figure_3.ABLATIONS.items()}
-NAMES = [*(name + scale for name in AXES for scale in ("", "_ladder")), *TABLES, "table_3_ladder"]
+NAMES = [
+    *(name + scale for name in AXES for scale in ("", "_ladder")),
+    *TABLES,
+    "table_1_transfer_ladder",
+    "table_3_ladder",
+]
 
 
 def read(path: Path) -> list[Result]:
@@ -83,7 +89,7 @@ def main() -> None:
         if args.results and not args.results.is_dir():
             raise ValueError(f"no folder {args.results}: set --results to the one that the sweeps' folders are in")
         args.out.mkdir(parents=True, exist_ok=True)
-        absent = []
+        absent, ladder = [], {}
         for name in NAMES:
             if args.results and (args.results / name).is_dir():
                 try:
@@ -93,9 +99,15 @@ def main() -> None:
             source = args.out / f"{name}.csv"
             if source.exists():
                 results = read(source)
+                if name.endswith("_ladder"):
+                    ladder[name.removesuffix("_ladder")] = results
                 print(f"{', '.join(map(str, write(name, results, args.out)))}: {len(results)} trials")
             else:
                 absent.append(name)
+        if ladder:
+            target = args.out / "ladder_claims.md"
+            target.write_text(claims.page(claims.claims(ladder)))
+            print(target)
         print(", ".join(map(str, write_figure_4(args.out))))
         if absent:
             print(f"absent from {args.out}: {', '.join(absent)}")

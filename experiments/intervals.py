@@ -1,6 +1,7 @@
 """Computes bootstrap intervals of scores over seeds and rows."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,24 @@ def bootstrap(values: Float[np.ndarray, "S N"], draws: int = DRAWS, seed: int = 
     means = np.einsum("ds,sn,dn->d", of_seeds, values, of_rows, optimize=True)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def draws_of(scores: Sequence[float], rows: int | None, rng: np.random.Generator) -> Float[np.ndarray, " D"]:
+    """Returns bootstrap draws of the mean over seeds of scores in per cent, if only the scores are known.
+
+    Each draw resamples the seeds with replacement. For the rows, it adds the deviation of a binomial with the mean
+    score's probability: one deviation for all seeds, because they are evaluated on the same rows.
+
+    Args:
+      scores: a score per seed; treated as an accuracy.
+      rows: the number of rows that each seed is evaluated on; None to resample the seeds only.
+      rng: makes the draws.
+    """
+    seeds = rng.choice(scores, (DRAWS, len(scores))).mean(axis=1)
+    if rows is None:
+        return seeds
+    share = float(np.mean(scores)) / 100
+    return seeds + 100 * (rng.binomial(rows, share, DRAWS) / rows - share)
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 
 SIZES = ("pico", "nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
+# How many rows a task of the ladder is evaluated on (gin_configs/sweeps/ladder.gin).
+ROWS = {"sst2": 500, "imdb": 500, "cb": 56}
 COLUMNS = ("command", "task", "score", "ranking_score")  # followed by one column per metric
 LAST_COLUMNS = ("best_step", "steps", "seconds", "examples_seen", "base_fingerprint")
 WHOLE = ("best_step", "steps", "examples_seen")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import sys
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from experiments import figure_1, figure_3, figure_4, figures, paper, tables
+from experiments import claims, figure_1, figure_3, figure_4, figures, paper, tables
+from experiments.collect import RESULTS
 from experiments.sizes import LADDER, PARAMETERS, SIZES, number_of_parameters
-from experiments.trials import Result, to_csv
+from experiments.trials import ROWS, Result, to_csv
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes
 from prompt_tuning_jax.checkpoints.huggingface import read_config
 from prompt_tuning_jax.t5.config import T5Config
@@ -212,7 +214,7 @@ def test_the_share_of_model_tunings_gain():
     """Against its definition, on scores whose interval can be enumerated: two seeds each, and a base of 10."""
     scores = {"prompt_tuning": (30.0, 50.0), "model_tuning": (50.0, 70.0), "prompt_design": (0.0, 20.0)}
     results = [
-        result(score, METHOD=method, SIZE="nano", TASK="cb", **{axis: str(index)})
+        result(score, METHOD=method, SIZE="nano", TASK="boolq", **{axis: str(index)})
         for method, of_method in scores.items()
         for axis in ["TEXT" if method == "prompt_design" else "RANDOM_SEED"]
         for index, score in enumerate(of_method)
@@ -231,6 +233,96 @@ def test_the_share_of_model_tunings_gain():
 
     worse = [one if one.axes["METHOD"] != "model_tuning" else one._replace(score=5.0) for one in results]
     assert figure_1.shares(worse) == {} and figure_1.shares_text(worse) == ""
+
+
+def seeds_of(scores: dict[str, list[float]], **axes: str) -> list[Result]:
+    return [
+        result(score, TASK=task, **axes, RANDOM_SEED=str(seed))
+        for task, of_task in scores.items()
+        for seed, score in enumerate(of_task)
+    ]
+
+
+def test_a_difference_has_the_interval_of_its_seeds_and_rows():
+    """Against the normal distribution: variances of seeds, over their number, and of rows, p (1 - p) over theirs."""
+    left, right = {"sst2": [70.0, 74.0, 75.0], "cb": [50.0, 54.0]}, {"sst2": [60.0], "cb": [40.0, 44.0, 51.0]}
+    found = claims.difference(left, right)
+    assert found.mean == pytest.approx((73 + 52) / 2 - (60 + 45) / 2, abs=1e-9)
+    variance = 0.0
+    for scores in (left, right):
+        for task, rows in (("sst2", 500), ("cb", 56)):
+            mean = statistics.mean(scores[task])
+            variance += (statistics.pvariance(scores[task]) / len(scores[task]) + mean * (100 - mean) / rows) / 4
+    half = 1.96 * math.sqrt(variance)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)  # of 10,000 draws
+    assert (found.high + found.low) / 2 == pytest.approx(found.mean, abs=0.05 * half)
+    # Tasks that only one of the two has take no part.
+    assert claims.difference({"sst2": [70.0]}, {"sst2": [60.0], "imdb": [0.0]}).mean == pytest.approx(10.0)
+
+
+def test_claims_are_judged_by_their_interval():
+    scores = {"pico": {"1": 50.0, "5": 50.0, "20": 75.0, "50": 40.0}, "nano": {"1": 60.0, "20": 60.5}}
+    results = [
+        one
+        for size, of_size in scores.items()
+        for length, score in of_size.items()
+        for one in seeds_of({"sst2": [score] * 3}, SIZE=size, PROMPT_LENGTH=length)
+    ]
+    found = {(one.size, one.compared): one for one in claims.claims({"figure_3a": results})}
+    assert {key: one.verdict for key, one in found.items()} == {
+        ("pico", "P=20 - P=1"): "as in the paper",
+        ("nano", "P=20 - P=1"): "cannot tell",
+        ("pico", "P=20 - P=5"): "as in the paper",
+        ("pico", "P=50 - P=20"): "against the paper",
+    }
+    page = claims.page([*found.values()])
+    assert f"| figure 3a | pico | P=20 - P=1 | {found['pico', 'P=20 - P=1'].interval} | as in the paper |" in page
+    assert "25.0 [" in page
+
+
+def test_the_gap_to_model_tuning_is_compared_between_sizes():
+    results = [
+        one
+        for size, (prompt, model) in {"pico": (20.0, 70.0), "nano": (60.0, 72.0), "micro": (74.0, 74.0)}.items()
+        for method, score in {"prompt_tuning": prompt, "model_tuning": model}.items()
+        for one in seeds_of({"sst2": [score] * 3, "cb": [score - 10] * 3}, SIZE=size, METHOD=method)
+    ]
+    found = {(one.size, one.compared): one.interval for one in claims.claims({"figure_1": results})}
+    gap = "gap of the smaller size - gap of the larger"
+    means = {key: one.mean for key, one in found.items()}
+    assert means["pico", "model tuning - prompt tuning"] == pytest.approx(50.0)
+    assert means["nano", "model tuning - prompt tuning, cb"] == pytest.approx(12.0)
+    assert means["pico, nano", gap] == pytest.approx(38.0)
+    assert means["nano, micro", gap] == pytest.approx(12.0)
+    assert means["pico, micro", gap] == pytest.approx(50.0)
+    # Both gaps' variances add up.
+    halves = {key: (one.high - one.low) / 2 for key, one in found.items()}
+    both = math.hypot(*(halves[size, "model tuning - prompt tuning"] for size in ("pico", "micro")))
+    assert halves["pico, micro", gap] == pytest.approx(both, rel=0.03)
+
+
+def test_votes_and_transfers_are_compared():
+    metrics = {"average accuracy": 60.0, "best accuracy": 70.0, "ensemble accuracy": 64.0}
+    votes = [result(64.0, metrics=metrics, SIZE="nano", TASK="sst2")]
+    moved = [
+        one
+        for method, score in {"prompt_tuning": 80.0, "model_tuning": 60.0}.items()
+        for one in seeds_of({"imdb": [score] * 3, "sst2": [50.0]}, SIZE="nano", METHOD=method, FROM="sst2")
+    ]
+    vote, transfer = claims.claims({"table_3": votes, "table_1_transfer": moved})[::-1]
+    assert (vote.source, vote.interval.mean, vote.verdict) == ("table_3", pytest.approx(4.0), "cannot tell")
+    assert (transfer.compared, transfer.verdict) == (
+        "prompt tuning - model tuning, from sst2 to imdb",
+        "as in the paper",
+    )
+    assert transfer.interval.mean == pytest.approx(20.0)
+
+
+def test_the_ladders_rows_are_counted_as_they_are_evaluated():
+    """By gin_configs/sweeps/ladder.gin; CB's validation set has 56 rows."""
+    text = (RESULTS.parent.parent / "gin_configs" / "sweeps" / "ladder.gin").read_text()
+    found = {task: int(rows) for task, rows in re.findall(r'"(\w+)": {[^}]*?"EVAL_SPLIT": "train\[-(\d+):\]"', text)}
+    assert {**found, "cb": 56} == ROWS
 
 
 def test_everything_is_redrawn_from_the_csvs(tmp_path, redraw, capsys):
@@ -276,6 +368,7 @@ def test_sweeps_are_collected_first(tmp_path, redraw, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"figure_3c_ladder.{kind}" for kind in ("csv", "md", "png")),
         *(f"figure_4.{kind}" for kind in ("csv", "png")),
+        "ladder_claims.md",
     }
     assert "RANDOM_SEED=2: not finished" in said.err and f"no trial in {runs / 'figure_3d'}" in said.err
 

@@ -1,0 +1,173 @@
+"""Tests the paper's claims on the ladder's results: a difference between two settings, with its interval, per size.
+
+`python -m experiments.figures` writes the table to experiments/results/ladder_claims.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.averages import markdown_row
+from experiments.figure_3 import INITIALIZERS, OBJECTIVES
+from experiments.intervals import DRAWS, Interval, draws_of
+from experiments.trials import ENSEMBLE, ROWS, SIZES, Result, by_task
+from prompt_tuning_jax.tasks.metrics import task_score
+
+NOTE = (
+    "A difference in points, of the mean over seeds and tasks, per size. The brackets hold the middle 95% of "
+    f"{DRAWS:,} bootstrap draws over seeds and rows. The two settings are drawn as if their rows were not the same, "
+    "which makes the interval wider than it must be. `cannot tell` means that it contains 0."
+)
+
+
+class Claim(NamedTuple):
+    """Holds the test of a claim at one size.
+
+    Attributes:
+      source: the figure or table of the paper.
+      size: the model's size, or two sizes.
+      compared: the two settings, "A - B". The paper says that A is higher.
+      interval: A's score minus B's, in points.
+    """
+
+    source: str
+    size: str
+    compared: str
+    interval: Interval
+
+    @property
+    def verdict(self) -> str:
+        if not self.interval.excludes_zero:
+            return "cannot tell"
+        return "as in the paper" if self.interval.low > 0 else "against the paper"
+
+
+# The scores of a setting's seeds by task.
+Scores = Mapping[str, Sequence[float]]
+
+
+def mean_draws(scores: Scores, rng: np.random.Generator) -> Float[np.ndarray, " D"]:
+    """Returns bootstrap draws of the mean over tasks."""
+    return np.mean([draws_of(seeds, ROWS.get(task), rng) for task, seeds in scores.items()], axis=0)
+
+
+def mean_of(scores: Scores) -> float:
+    return float(np.mean([np.mean(seeds) for seeds in scores.values()]))
+
+
+def difference(left: Scores, right: Scores) -> Interval:
+    """Returns the mean over tasks of `left` minus that of `right`, on the tasks that both have."""
+    tasks = left.keys() & right.keys()
+    left, right = ({task: scores[task] for task in sorted(tasks)} for scores in (left, right))
+    rng = np.random.default_rng(0)
+    return _interval(mean_of(left) - mean_of(right), mean_draws(left, rng) - mean_draws(right, rng))
+
+
+def _interval(mean: float, draws: Float[np.ndarray, " D"]) -> Interval:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(mean, float(low), float(high))
+
+
+def by_setting(results: Sequence[Result], axis: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Returns the scores of the seeds, by size, value of `axis` and task, smallest size first."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for size in sorted({result.axes["SIZE"] for result in results}, key=SIZES.index):
+        for result in results:
+            if result.axes["SIZE"] == size and "TASK" in result.axes and result.score is not None:
+                of_size = found.setdefault(size, {})
+                of_size.setdefault(result.axes[axis], {}).setdefault(result.axes["TASK"], []).append(result.score)
+    return found
+
+
+# What the paper says of each ablation: which value of the axis is better than which other, and their names.
+ABLATIONS = {
+    "figure_3a": (
+        "PROMPT_LENGTH",
+        [("20", "1"), ("20", "5"), ("50", "20")],
+        {n: f"P={n}" for n in "1 5 20 50".split()},
+    ),
+    "figure_3b": ("INIT", [("class_labels", "random_uniform"), ("sampled_vocabulary", "random_uniform")], INITIALIZERS),
+    "figure_3c": ("OBJECTIVE", [("lm", "span"), ("lm", "span_sentinel"), ("span_sentinel", "span")], OBJECTIVES),
+    "figure_3d": (
+        "LM_STEPS",
+        [("1000", "0"), ("1000", "100"), ("1000", "500")],
+        {n: f"{int(n):,} steps" for n in "0 100 500 1000".split()},
+    ),
+}
+
+
+def of_ablation(figure: str, results: Sequence[Result]) -> list[Claim]:
+    """Returns the claims of a part of figure 3."""
+    axis, pairs, names = ABLATIONS[figure]
+    return [
+        Claim(figure, size, f"{names[better]} - {names[worse]}", difference(settings[better], settings[worse]))
+        for better, worse in pairs
+        for size, settings in by_setting(results, axis).items()
+        if {better, worse} <= settings.keys()
+    ]
+
+
+def of_figure_1(results: Sequence[Result]) -> list[Claim]:
+    """Returns by how much model tuning is better at each size, and by how much less so at each next size."""
+    found, gaps = [], {}
+    for size, methods in by_setting(results, "METHOD").items():
+        model, prompt = methods["model_tuning"], methods["prompt_tuning"]
+        found.append(Claim("figure_1", size, "model tuning - prompt tuning", difference(model, prompt)))
+        for task in model:
+            if task in prompt:
+                one = difference({task: model[task]}, {task: prompt[task]})
+                found.append(Claim("figure_1", size, f"model tuning - prompt tuning, {task}", one))
+        rng = np.random.default_rng(0)
+        gaps[size] = mean_of(model) - mean_of(prompt), mean_draws(model, rng) - mean_draws(prompt, rng)
+    sizes = [*gaps]
+    pairs = [*zip(sizes, sizes[1:], strict=False)]
+    for small, large in pairs + ([(sizes[0], sizes[-1])] if len(sizes) > 2 else []):
+        # Other draws for the larger size, so that both sizes' draws are independent.
+        order = np.random.default_rng(1).permutation(DRAWS)
+        change = _interval(gaps[small][0] - gaps[large][0], gaps[small][1] - gaps[large][1][order])
+        found.append(Claim("figure_1", f"{small}, {large}", "gap of the smaller size - gap of the larger", change))
+    return found
+
+
+def of_table_1(results: Sequence[Result]) -> list[Claim]:
+    """Returns by how much prompt tuning is better on a task that it was not tuned on."""
+    found = []
+    for source in dict.fromkeys(result.axes["FROM"] for result in results):
+        moved = [one for one in results if one.axes["FROM"] == source != one.axes["TASK"]]
+        for size, methods in by_setting(moved, "METHOD").items():
+            for task in methods["prompt_tuning"]:
+                one = difference({task: methods["prompt_tuning"][task]}, {task: methods["model_tuning"][task]})
+                found.append(Claim("table_1", size, f"prompt tuning - model tuning, from {source} to {task}", one))
+    return found
+
+
+def of_table_3(results: Sequence[Result]) -> list[Claim]:
+    """Returns by how much the majority vote of several prompts is better than their average, by generation."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for result in results:
+        columns = {column: by_task(result.metrics, f"{column} ")[""] for column in ENSEMBLE}
+        for column, metrics in columns.items():
+            of_column = found.setdefault(result.axes["SIZE"], {}).setdefault(column, {})
+            of_column[result.axes["TASK"]] = [task_score(metrics) or 0.0]
+    return [
+        Claim("table_3", size, "vote - average", difference(found[size]["ensemble"], found[size]["average"]))
+        for size in sorted(found, key=SIZES.index)
+    ]
+
+
+def claims(results: Mapping[str, Sequence[Result]]) -> list[Claim]:
+    """Returns the tests of all claims, from the results of each figure and table that there is."""
+    tests = {"figure_1": of_figure_1}
+    tests |= {figure: lambda found, figure=figure: of_ablation(figure, found) for figure in ABLATIONS}
+    tests |= {"table_1_transfer": of_table_1, "table_3": of_table_3}
+    return [claim for name, test in tests.items() if name in results for claim in test(results[name])]
+
+
+def page(found: Sequence[Claim]) -> str:
+    """Returns the claims as a page in Markdown."""
+    titles = ["the paper's", "size", "compared", "difference", "verdict"]
+    rows = [[one.source.replace("_", " "), one.size, one.compared, str(one.interval), one.verdict] for one in found]
+    table = [markdown_row(titles), markdown_row(["---"] * len(titles)), *map(markdown_row, rows)]
+    return "\n".join(["# The paper's claims on the ladder", "", NOTE, "", *table, ""])
