@@ -58,9 +58,7 @@ def mean_of(scores: Scores) -> float:
 
 
 def difference(left: Scores, right: Scores) -> Interval:
-    """Returns the mean over tasks of `left` minus that of `right`, on the tasks that both have."""
-    tasks = left.keys() & right.keys()
-    left, right = ({task: scores[task] for task in sorted(tasks)} for scores in (left, right))
+    """Returns the mean over tasks of `left` minus that of `right`. Both have the same tasks."""
     rng = np.random.default_rng(0)
     return _interval(mean_of(left) - mean_of(right), mean_draws(left, rng) - mean_draws(right, rng))
 
@@ -79,6 +77,13 @@ def by_setting(results: Sequence[Result], axis: str) -> dict[str, dict[str, dict
                 of_size = found.setdefault(size, {})
                 of_size.setdefault(result.axes[axis], {}).setdefault(result.axes["TASK"], []).append(result.score)
     return found
+
+
+def _on_shared_tasks(settings: Mapping[str, Scores], left: str, right: str) -> tuple[Scores, Scores]:
+    """Returns the scores of two settings on the tasks that both have; ({}, {}) if there are none."""
+    scores = settings.get(left, {}), settings.get(right, {})
+    tasks = [task for task in scores[0] if task in scores[1]]
+    return {task: scores[0][task] for task in tasks}, {task: scores[1][task] for task in tasks}
 
 
 # What the paper says of each ablation: which value of the axis is better than which other, and their names.
@@ -101,24 +106,26 @@ ABLATIONS = {
 def of_ablation(figure: str, results: Sequence[Result]) -> list[Claim]:
     """Returns the claims of a part of figure 3."""
     axis, pairs, names = ABLATIONS[figure]
-    return [
-        Claim(figure, size, f"{names[better]} - {names[worse]}", difference(settings[better], settings[worse]))
-        for better, worse in pairs
-        for size, settings in by_setting(results, axis).items()
-        if {better, worse} <= settings.keys()
-    ]
+    found = []
+    for better, worse in pairs:
+        for size, settings in by_setting(results, axis).items():
+            high, low = _on_shared_tasks(settings, better, worse)
+            if high:
+                found.append(Claim(figure, size, f"{names[better]} - {names[worse]}", difference(high, low)))
+    return found
 
 
 def of_figure_1(results: Sequence[Result]) -> list[Claim]:
     """Returns by how much model tuning is better at each size, and by how much less so at each next size."""
     found, gaps = [], {}
     for size, methods in by_setting(results, "METHOD").items():
-        model, prompt = methods["model_tuning"], methods["prompt_tuning"]
+        model, prompt = _on_shared_tasks(methods, "model_tuning", "prompt_tuning")
+        if not model:
+            continue
         found.append(Claim("figure_1", size, "model tuning - prompt tuning", difference(model, prompt)))
         for task in model:
-            if task in prompt:
-                one = difference({task: model[task]}, {task: prompt[task]})
-                found.append(Claim("figure_1", size, f"model tuning - prompt tuning, {task}", one))
+            one = difference({task: model[task]}, {task: prompt[task]})
+            found.append(Claim("figure_1", size, f"model tuning - prompt tuning, {task}", one))
         rng = np.random.default_rng(0)
         gaps[size] = mean_of(model) - mean_of(prompt), mean_draws(model, rng) - mean_draws(prompt, rng)
     sizes = [*gaps]
@@ -137,8 +144,9 @@ def of_table_1(results: Sequence[Result]) -> list[Claim]:
     for source in dict.fromkeys(result.axes["FROM"] for result in results):
         moved = [one for one in results if one.axes["FROM"] == source != one.axes["TASK"]]
         for size, methods in by_setting(moved, "METHOD").items():
-            for task in methods["prompt_tuning"]:
-                one = difference({task: methods["prompt_tuning"][task]}, {task: methods["model_tuning"][task]})
+            prompt, model = _on_shared_tasks(methods, "prompt_tuning", "model_tuning")
+            for task in prompt:
+                one = difference({task: prompt[task]}, {task: model[task]})
                 found.append(Claim("table_1", size, f"prompt tuning - model tuning, from {source} to {task}", one))
     return found
 
@@ -147,10 +155,9 @@ def of_table_3(results: Sequence[Result]) -> list[Claim]:
     """Returns by how much the majority vote of several prompts is better than their average, by generation."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for result in results:
-        columns = {column: by_task(result.metrics, f"{column} ")[""] for column in ENSEMBLE}
-        for column, metrics in columns.items():
+        for column in ENSEMBLE:
             of_column = found.setdefault(result.axes["SIZE"], {}).setdefault(column, {})
-            of_column[result.axes["TASK"]] = [task_score(metrics) or 0.0]
+            of_column[result.axes["TASK"]] = [task_score(by_task(result.metrics, f"{column} ")[""]) or 0.0]
     return [
         Claim("table_3", size, "vote - average", difference(found[size]["ensemble"], found[size]["average"]))
         for size in sorted(found, key=SIZES.index)

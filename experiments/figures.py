@@ -5,7 +5,8 @@
 With --results, the sweeps in that folder that belong to figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder,
 ...) are first collected, each into OUT/<name>.csv. The pages are made only from these files: OUT/<name>.md has the
 numbers as a table, and OUT/<name>.png is the picture of a figure. OUT/ladder_claims.md has the differences that the
-paper's claims are about, from all files of the ladder. Figure 4 needs no run.
+paper's claims are about, from all files of the ladder. OUT/figure_1_ladder_curves.csv has the score at each evaluated
+step, and the .png shows it. Figure 4 needs no run.
 """
 
 import argparse
@@ -13,15 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import claims, figure_1, figure_3, figure_4
+from experiments import claims, curves, figure_1, figure_3, figure_4
 from experiments.averages import mean_over
 from experiments.collect import RESULTS, collect, page
 from experiments.sizes import PARAMETERS
 from experiments.tables import TABLES
-from experiments.trials import Result, from_csv, split_mixtures
+from experiments.trials import Result, from_csv, split_mixtures, to_csv
 from prompt_tuning_jax.gin_files import user_errors
 
 AXES = {"figure_1": "METHOD"} | {name: ablation.axis for name, ablation in figure_3.ABLATIONS.items()}
+CURVES_OF = "figure_1_ladder"  # the sweep whose scores at each step are drawn
 NAMES = [
     *(name + scale for name in AXES for scale in ("", "_ladder")),
     *TABLES,
@@ -94,6 +96,8 @@ def main() -> None:
             if args.results and (args.results / name).is_dir():
                 try:
                     collect(args.results / name, args.out)
+                    if name == CURVES_OF:
+                        (args.out / f"{name}_curves.csv").write_text(to_csv(curves.read_curves(args.results / name)))
                 except ValueError as error:  # a sweep that has not started must not stop the figures of others
                     print(error, file=sys.stderr)
             source = args.out / f"{name}.csv"
@@ -104,6 +108,11 @@ def main() -> None:
                 print(f"{', '.join(map(str, write(name, results, args.out)))}: {len(results)} trials")
             else:
                 absent.append(name)
+        source = args.out / f"{CURVES_OF}_curves.csv"
+        if source.exists():
+            figure = curves.draw("figure 1: scores at each evaluated step", read(source), figure_1.SERIES)
+            figure.savefig(source.with_suffix(".png"), dpi=150)
+            print(source.with_suffix(".png"))
         if ladder:
             target = args.out / "ladder_claims.md"
             target.write_text(claims.page(claims.claims(ladder)))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import re
 import statistics
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from experiments import claims, figure_1, figure_3, figure_4, figures, paper, tables
+from experiments import claims, curves, figure_1, figure_3, figure_4, figures, paper, tables
 from experiments.collect import RESULTS
 from experiments.sizes import LADDER, PARAMETERS, SIZES, number_of_parameters
 from experiments.trials import ROWS, Result, to_csv
@@ -235,6 +236,34 @@ def test_the_share_of_model_tunings_gain():
     assert figure_1.shares(worse) == {} and figure_1.shares_text(worse) == ""
 
 
+def test_curves_are_the_scores_at_each_evaluated_step(tmp_path, redraw):
+    """From metrics.jsonl: means over the seeds, and a mixture's tasks beside the same tasks alone."""
+    runs, scores = tmp_path / "runs", {}
+    for method, seed in itertools.product(("prompt_tuning", "multi_task"), (0, 1)):
+        alone = method == "prompt_tuning"
+        axes = {"METHOD": method, "SIZE": "nano"} | ({"TASK": "cb"} if alone else {}) | {"RANDOM_SEED": str(seed)}
+        folder = runs / "figure_1_ladder" / ",".join(f"{axis}={value}" for axis, value in axes.items())
+        folder.mkdir(parents=True)
+        name = "accuracy" if alone else "ladder_cb/accuracy"
+        task = "taskless_cb" if alone else "ladder_mixture"
+        lines = [{"step": 50, "split": "train", "loss": 1.0, "seconds": 1.0}]
+        for step, score in ((100, 40.0 + seed), (200, 50.0 + 3 * seed)):
+            lines.append({"step": step, "split": "eval", name: score, "seconds": 2.0})
+            scores.setdefault((method, step), []).append(score)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "summary.json").write_text(json.dumps({"task": task, "best": {name: 50.0}, "best_step": 200}))
+    redraw(f"--results={runs}", f"--out={tmp_path / 'out'}")
+    results = figures.read(tmp_path / "out" / "figure_1_ladder_curves.csv")
+    assert len(results) == 8 and (tmp_path / "out" / "figure_1_ladder_curves.png").stat().st_size > 10_000
+    panel = axes_by_title(curves.draw("", results, figure_1.SERIES))["cb"]
+    found = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in panel.lines}
+    assert found.keys() == {figure_1.SERIES[method].label for method in ("prompt_tuning", "multi_task")}
+    for method in ("prompt_tuning", "multi_task"):
+        steps, means = found[figure_1.SERIES[method].label]
+        assert list(steps) == [100, 200]
+        assert list(means) == pytest.approx([statistics.mean(scores[method, step]) for step in (100, 200)])
+
+
 def seeds_of(scores: dict[str, list[float]], **axes: str) -> list[Result]:
     return [
         result(score, TASK=task, **axes, RANDOM_SEED=str(seed))
@@ -256,8 +285,19 @@ def test_a_difference_has_the_interval_of_its_seeds_and_rows():
     half = 1.96 * math.sqrt(variance)
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)  # of 10,000 draws
     assert (found.high + found.low) / 2 == pytest.approx(found.mean, abs=0.05 * half)
-    # Tasks that only one of the two has take no part.
-    assert claims.difference({"sst2": [70.0]}, {"sst2": [60.0], "imdb": [0.0]}).mean == pytest.approx(10.0)
+
+
+def test_tasks_and_sizes_that_lack_a_setting_take_no_part_in_a_claim():
+    results = [
+        *seeds_of({"sst2": [70.0], "cb": [0.0]}, SIZE="nano", METHOD="model_tuning"),
+        *seeds_of({"sst2": [60.0], "imdb": [0.0]}, SIZE="nano", METHOD="prompt_tuning"),
+        *seeds_of({"sst2": [60.0]}, SIZE="pico", METHOD="prompt_tuning"),
+    ]
+    found = claims.claims({"figure_1": results})
+    assert {(one.size, one.compared): one.interval.mean for one in found} == {
+        ("nano", "model tuning - prompt tuning"): pytest.approx(10.0),
+        ("nano", "model tuning - prompt tuning, sst2"): pytest.approx(10.0),
+    }
 
 
 def test_claims_are_judged_by_their_interval():

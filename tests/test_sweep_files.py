@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
 import pytest
 import seqio
 
-from experiments import ladder_tasks
+from experiments import ladder, ladder_tasks
 from prompt_tuning_jax import gin_files
 from prompt_tuning_jax.batches import dataset
 from prompt_tuning_jax.batches.cache import split_rows
@@ -151,7 +153,7 @@ def test_each_kind_of_trial_is_a_whole_command_line_on_registered_tasks(name):
 @pytest.mark.parametrize("name", ["figure_1", "table_2", *[name for name in LADDER if name.startswith("figure_")]])
 def test_class_labels_are_the_tasks_own_as_its_vocabulary_writes_them(name):
     trials = {trial.values["TASK"]: trial for trial in trials_of(name) if "CLASS_LABELS" in trial.macros}
-    assert len(trials) == {"figure_1": 8, "table_2": 2}.get(name, 3)
+    assert len(trials) == {"figure_1": 8, "table_2": 2, "figure_1_ladder": 3}.get(name, 1)
     words = Vocabulary(str(default_vocabulary("nano")))
     for task, trial in trials.items():
         labels, tasks = trial.macros["CLASS_LABELS"], parts_of(task_of(trial, trial.macros["MIXTURE_OR_TASK_NAME"]))
@@ -179,7 +181,7 @@ def test_the_sentinels_tasks_are_those_of_the_same_trials_without(name):
             found.setdefault(trial.values["TASK"], {})[trial.values["OBJECTIVE"]] = {
                 scope: one.mixture_or_task_name for scope, one in datasets(trial).items()
             }
-    assert len(found) == {"figure_3c": 8, "figure_3c_ladder": 3}[name]
+    assert len(found) == {"figure_3c": 8, "figure_3c_ladder": 1}[name]
     for objectives in found.values():
         assert objectives["span"] == objectives["lm"]
         plain = objectives["span"]["train"]
@@ -270,3 +272,25 @@ def test_the_ladders_rows_to_train_on_and_to_score_are_apart(data_dir):
     # SST-2 is long to read as a task: its lines but for the header and the rows of its split, train[:-2000].
     found["glue_sst2_v200"] = (data_dir / "glue" / "SST-2" / "train.tsv").read_bytes().count(b"\n") - 1 - 2_000
     assert found == ladder_tasks.EXAMPLES
+
+
+def test_the_ladders_command_runs_each_of_its_sweeps(monkeypatch):
+    """As whole commands; a sweep that fails ends it with the sweep's exit code."""
+    given = ["--gin.DATA_DIR='data'", "--gin.LM_BASE='bases/{SIZE}'"]
+    *sweeps, figures = ladder.commands(["pico", "nano"], given)
+    for command in sweeps:
+        gin.clear_config()
+        gin_files.parse([argument for argument in command if argument.startswith("--gin")])
+        trials = gin.get_configurable(spec.Sweep)().trials()
+        assert {trial.values["SIZE"] for trial in trials} == {"pico", "nano"}
+        assert all(trial.macros["DATA_DIR"] == "data" for trial in trials)
+    bases = {f"ladder_{base}" for base in ("span", "lm")}
+    assert {f"{name}_ladder" for name in ladder.SWEEPS} == {name for name in NAMES if "ladder" in name} - bases
+    assert figures[1:] == ["-m", "experiments.figures", "--results=runs"]
+
+    monkeypatch.setattr("sys.argv", ["ladder", "--sizes=pico", "--gin.DATA_DIR='data'"])
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command) or SimpleNamespace(returncode=3))
+    with pytest.raises(SystemExit) as stopped:
+        ladder.main()
+    assert stopped.value.code == 3 and ran == ladder.commands(["pico"], ["--gin.DATA_DIR='data'"])[:1]
