@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
 import jsonschema
@@ -23,7 +24,9 @@ import pytest
 import yaml
 
 import prompt_tuning_jax as pt
-from experiments import costs, methods, scaling
+from experiments import averages, claims, costs, figure_1, figures, ladder, scaling
+from experiments.sizes import PARAMETERS
+from experiments.trials import Result, split_mixtures
 from prompt_tuning_jax import gin_files, sweep
 from prompt_tuning_jax.checkpoints import huggingface, model
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes
@@ -189,6 +192,19 @@ class _Parsed(Exception):
     """A command line was read without a mistake."""
 
 
+def try_ladder(arguments, folder, monkeypatch, module=""):
+    """The commands that it runs, as far as each of them is tried by itself."""
+    ran = []
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", [module, *arguments])
+        patched.setattr(subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=0))
+        ladder.main()
+    for _, _, program, *own in ran:
+        TRIED.get(program, try_argparse)(own, folder, monkeypatch, program)
+        gin.clear_config()
+    assert len(ran) == len(ladder.SWEEPS) + 1
+
+
 def try_argparse(arguments, folder, monkeypatch, module):
     """Read by the parser that the command's `main` makes, and no further."""
     parse = argparse.ArgumentParser.parse_args
@@ -225,6 +241,7 @@ def try_curl(arguments):
 
 TRIED = {
     "build": lambda *_: None,
+    "experiments.ladder": try_ladder,
     "experiments.scaling": try_scaling,
     "pip": try_pip,
     "prompt_tuning_jax.convert": try_flags,
@@ -335,28 +352,39 @@ def test_numbers_of_the_readme_are_those_of_the_results():
         assert numbers(" ".join(row)) == [*wanted]
 
 
-def test_results_of_the_readme_are_those_of_the_comparison():
-    """The table cell by cell, and the numbers of the sentences below it."""
-    results = PAGES["README.md"].partition("## Results")[2].partition("![")[0]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if line.startswith("| ")]
-    cells = methods.cells(methods.from_csv(RESULTS / "methods.csv"))
-    names = ("official", "ulpt", "per_layer", "lora", "model_tuning")
-    for name, (_, *found) in zip(names, table[1:], strict=True):
-        of_tasks = [cells["nano", task, name] for task in ("sst2", "imdb")]
-        (trained,) = {run.trainable_parameters for cell in of_tasks for run in cell.runs}
-        assert found == [*(str(methods.bootstrap(cell.right)) for cell in of_tasks), f"{trained:,}"], name
-    over = {
-        (task, name): methods.difference(cell, cells["nano", task, "official"])
-        for (_, task, name), cell in cells.items()
-        if task != "mrpc" and name != "official"
+def ladder_results(name: str) -> list[Result]:
+    return figures.read(RESULTS / f"{name}_ladder.csv")
+
+
+def test_results_of_the_readme_are_those_of_the_ladder():
+    """The table, cell by cell."""
+    text = PAGES["README.md"].partition("## Results")[2].partition("![")[0]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    results = ladder_results("figure_1")
+    means = {
+        (one.axes["SIZE"], one.axes["METHOD"]): f"{one.score}"
+        for one in averages.mean_over(split_mixtures(results))
+        if one.axes["TASK"] == averages.MEAN
     }
-    tuned = [over.pop((task, "model_tuning")) for task in ("sst2", "imdb")]
-    assert all(one.low > 0 for one in tuned)
-    told = sum(one.excludes_zero for one in over.values())
-    said = " ".join(results.split())
-    assert f"by {tuned[0].mean:.1f} points on SST-2 and {tuned[1].mean:.1f} on IMDB" in said
-    assert f"have {len(over)} differences to that recipe, and {told} of them has an interval without 0" in said
-    assert f"[all {len({name for _, _, name in cells})} rows" in said
+    shares = figure_1.shares(results)
+    assert [row[0] for row in table[1:]] == [*shares]
+    for size, parameters, *found, share in table[1:]:
+        assert parameters == f"{PARAMETERS[size] / 1e6:.1f} million"
+        assert found == [means[size, method] for method in ("prompt_tuning", "model_tuning", "multi_task")]
+        one = shares[size]
+        assert share == f"{one.mean:.0f}% [{one.low:.0f}, {one.high:.0f}]"
+
+
+def test_intervals_on_the_ladders_page_are_those_that_were_computed():
+    page = (RESULTS / "ladder.md").read_text()
+    names = ("figure_1", "figure_3a", "figure_3b", "figure_3c", "figure_3d", "table_1_transfer", "table_3")
+    found = claims.claims({name: ladder_results(name) for name in names})
+    assert (RESULTS / "ladder_claims.md").read_text() == claims.page(found)
+    said = re.findall(r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", page)
+    assert len(said) >= 20 and set(said) <= {str(one.interval) for one in found}
+    shares = figure_1.shares(ladder_results("figure_1")).values()
+    said = re.findall(r"\d+% \[\d+, \d+\]", page)
+    assert set(said) == {f"{one.mean:.0f}% [{one.low:.0f}, {one.high:.0f}]" for one in shares}
 
 
 def links(text: str) -> list[str]:

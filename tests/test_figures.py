@@ -349,13 +349,15 @@ def test_votes_and_transfers_are_compared():
         for method, score in {"prompt_tuning": 80.0, "model_tuning": 60.0}.items()
         for one in seeds_of({"imdb": [score] * 3, "sst2": [50.0]}, SIZE="nano", METHOD=method, FROM="sst2")
     ]
-    vote, transfer = claims.claims({"table_3": votes, "table_1_transfer": moved})[::-1]
+    moved = [one._replace(ranking_score=70.0) for one in moved]
+    transfer, ranked, vote = claims.claims({"table_3": votes, "table_1_transfer": moved})
     assert (vote.source, vote.interval.mean, vote.verdict) == ("table_3", pytest.approx(4.0), "cannot tell")
     assert (transfer.compared, transfer.verdict) == (
-        "prompt tuning - model tuning, from sst2 to imdb",
+        "prompt tuning - model tuning, sst2 to imdb",
         "as in the paper",
     )
     assert transfer.interval.mean == pytest.approx(20.0)
+    assert (ranked.compared, ranked.interval.mean) == (f"{transfer.compared}, labels ranked", pytest.approx(0.0))
 
 
 def test_the_ladders_rows_are_counted_as_they_are_evaluated():
