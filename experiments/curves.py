@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.averages import group
 from experiments.drawing import COLOURS, MARKERS, Series
-from experiments.trials import SIZES, Result, read_summary, read_trials, split_mixtures
+from experiments.trials import SIZES, Result, evaluations, name_of, read_summary, read_trials, split_mixtures
 
 STEP = "STEP"  # the axis of the evaluated step
 NOT_METRICS = ("step", "split", "seconds")
@@ -19,15 +19,10 @@ def read_curves(sweep_dir: Path) -> list[Result]:
     """Returns a result for each evaluation of the sweep's finished training runs, with the axis `STEP`."""
     found = []
     for result in read_trials(sweep_dir)[0]:
-        if result.command == "train":
-            name = ",".join(f"{axis}={value}" for axis, value in result.axes.items())
-            for line in (sweep_dir / name / "metrics.jsonl").read_text().splitlines():
-                record = json.loads(line)
-                if record["split"] == "eval":
-                    metrics = {key: value for key, value in record.items() if key not in NOT_METRICS}
-                    summary = {"task": result.task, "best": metrics, "best_step": record["step"]}
-                    axes = {**result.axes, STEP: str(record["step"])}
-                    found.append(read_summary(axes, json.dumps(summary)))
+        for record in evaluations(sweep_dir / name_of(result.axes)) if result.command == "train" else ():
+            metrics = {key: value for key, value in record.items() if key not in NOT_METRICS}
+            summary = {"task": result.task, "best": metrics, "best_step": record["step"]}
+            found.append(read_summary({**result.axes, STEP: str(record["step"])}, json.dumps(summary)))
     return found
 
 

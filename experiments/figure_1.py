@@ -20,9 +20,9 @@ from experiments.drawing import (
     our_lines,
     paper_line,
 )
-from experiments.intervals import DRAWS, Interval, draws_of
+from experiments.intervals import DRAWS, Interval, mean_draws, mean_of
 from experiments.sizes import PARAMETERS
-from experiments.trials import ROWS, SIZES, Result, split_mixtures
+from experiments.trials import Result, by_setting, split_mixtures
 
 BEST_TEXT = "best_text"
 SERIES = {
@@ -55,33 +55,19 @@ def shares(results: Sequence[Result]) -> dict[str, Interval]:
     95% of bootstrap draws over the seeds of each task and method, and over the rows of the ladder's tasks. Sizes
     without a gain in every draw are left out.
     """
-    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for result in results:
-        if "TASK" in result.axes and result.score is not None:
-            of_task = scores.setdefault((result.axes["SIZE"], result.axes["TASK"]), {})
-            of_task.setdefault(result.axes["METHOD"], []).append(result.score)
     rng = np.random.default_rng(0)
     found = {}
-    for size in sorted({size for size, _ in scores}, key=SIZES.index):
-        tasks = {
-            task: of_task
-            for (other, task), of_task in scores.items()
-            if other == size and {"prompt_tuning", "model_tuning", "prompt_design"} <= of_task.keys()
-        }
+    for size, methods in by_setting(results, "METHOD").items():
+        all_three = [methods.get(method, {}) for method in ("prompt_design", "prompt_tuning", "model_tuning")]
+        tasks = [task for task in all_three[0] if all(task in scores for scores in all_three)]
         if not tasks:
             continue
-        base = np.mean([np.mean(of_task["prompt_design"]) for of_task in tasks.values()])
-        drawn = {
-            method: np.mean([draws_of(of_task[method], ROWS.get(task), rng) for task, of_task in tasks.items()], axis=0)
-            - base
-            for method in ("prompt_tuning", "model_tuning")
-        }
-        if drawn["model_tuning"].min() > 0:
-            prompt, model = (
-                np.mean([np.mean(of_task[method]) for of_task in tasks.values()]) - base for method in drawn
-            )
-            low, high = np.percentile(100 * drawn["prompt_tuning"] / drawn["model_tuning"], [2.5, 97.5])
-            found[size] = Interval(float(100 * prompt / model), float(low), float(high))
+        design, prompt, model = ({task: scores[task] for task in tasks} for scores in all_three)
+        base = mean_of(design)
+        of_prompt, of_model = (mean_draws(scores, rng) - base for scores in (prompt, model))
+        if of_model.min() > 0:
+            share = (mean_of(prompt) - base) / (mean_of(model) - base)
+            found[size] = Interval.of(100 * share, 100 * of_prompt / of_model)
     return found
 
 

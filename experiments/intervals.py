@@ -1,13 +1,16 @@
 """Computes bootstrap intervals of scores over seeds and rows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from experiments.trials import ROWS
+
 DRAWS = 10_000
+Scores = Mapping[str, Sequence[float]]  # the scores of a setting's seeds, by task
 
 
 class Interval(NamedTuple):
@@ -16,6 +19,11 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, mean: float, draws: Float[np.ndarray, " D"]) -> "Interval":
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return cls(float(mean), float(low), float(high))
 
     @property
     def excludes_zero(self) -> bool:
@@ -35,8 +43,7 @@ def bootstrap(values: Float[np.ndarray, "S N"], draws: int = DRAWS, seed: int = 
     """
     of_seeds, of_rows = _shares(*values.shape, draws, seed)
     means = np.einsum("ds,sn,dn->d", of_seeds, values, of_rows, optimize=True)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval.of(values.mean(), means)
 
 
 def draws_of(scores: Sequence[float], rows: int | None, rng: np.random.Generator) -> Float[np.ndarray, " D"]:
@@ -55,6 +62,16 @@ def draws_of(scores: Sequence[float], rows: int | None, rng: np.random.Generator
         return seeds
     share = float(np.mean(scores)) / 100
     return seeds + 100 * (rng.binomial(rows, share, DRAWS) / rows - share)
+
+
+def mean_of(scores: Scores) -> float:
+    """Returns the mean over tasks of the means over seeds."""
+    return float(np.mean([np.mean(seeds) for seeds in scores.values()]))
+
+
+def mean_draws(scores: Scores, rng: np.random.Generator) -> Float[np.ndarray, " D"]:
+    """Returns bootstrap draws of `mean_of`, over the seeds and, for the ladder's tasks, over the rows."""
+    return np.mean([draws_of(seeds, ROWS.get(task), rng) for task, seeds in scores.items()], axis=0)
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import COLOURS
 from experiments.intervals import DRAWS, Interval, bootstrap
+from experiments.trials import evaluations
 from prompt_tuning_jax import gin_files
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.sweeps import spec
@@ -94,8 +95,7 @@ def steps_to(curve: Mapping[int, float], share: float = 0.99) -> int:
 
 def curve_of(folder: Path) -> dict[int, float]:
     """Returns a run's accuracy by step."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {record["step"]: record["accuracy"] for record in records if record["split"] == "eval"}
+    return {record["step"]: record["accuracy"] for record in evaluations(folder)}
 
 
 def next_trials(trials: Sequence[spec.Trial], scores: Mapping[str, float]) -> list[spec.Trial]:

@@ -78,6 +78,17 @@ def axes_of(name: str) -> dict[str, str]:
     return {axis: value for axis, _, value in parts} if all(axis and value for axis, _, value in parts) else {}
 
 
+def name_of(axes: Mapping[str, str]) -> str:
+    """Returns the trial's name, the inverse of `axes_of`."""
+    return ",".join(f"{axis}={value}" for axis, value in axes.items())
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Returns the records of a training run's evaluations, from metrics.jsonl: step, metrics, seconds and split."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["split"] == "eval"]
+
+
 def read_summary(axes: Mapping[str, str], text: str) -> Result:
     """Returns a trial's result from its summary.json.
 
@@ -165,6 +176,16 @@ def _plain(task: str) -> str:
     return re.sub(
         r"^((ladder|sentinel|mt5|byt5|taskless|task_index)_)+|_examples\b|_and_dev(?=_)|(?<=_simple)_eval", "", task
     )
+
+
+def by_setting(results: Sequence[Result], axis: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Returns the scores of the seeds, by size, value of `axis` and task, smallest size first."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for result in sorted(results, key=lambda result: SIZES.index(result.axes["SIZE"])):
+        if "TASK" in result.axes and result.score is not None:
+            of_size = found.setdefault(result.axes["SIZE"], {})
+            of_size.setdefault(result.axes[axis], {}).setdefault(result.axes["TASK"], []).append(result.score)
+    return found
 
 
 def axes_in(results: Iterable[Result]) -> list[str]:
