@@ -119,7 +119,7 @@ OF_TASKS = ("MPT", "MultitaskPrompt")  # these fold into a prompt per task
 METHOD = pytest.mark.parametrize("name", METHODS)
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "default_emitters")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,6 @@ from tiny import LENGTHS, PROMPT_LENGTH
 
 from prompt_tuning_jax.sweeps.spec import Sweep
 
-pytestmark = pytest.mark.usefixtures("default_emitters")
-
 SWEEP = """
 include "sweeps/sweep.gin"
 from __gin__ import dynamic_registration

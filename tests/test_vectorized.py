@@ -34,7 +34,7 @@ RANDOM = RandomUniform()
 TIMES = {"seconds", "examples_per_second", "wall_time"}
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "default_emitters")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
