@@ -28,11 +28,12 @@ from prompt_tuning_jax.batches import cache as cache_module
 from prompt_tuning_jax.batches.build import build_missing, build_split, find_task
 from prompt_tuning_jax.batches.cache import CachedExamples, TaskRequest, names_path, open_current, split_folder
 from prompt_tuning_jax.batches.child import Child
+from prompt_tuning_jax.batches.dataset import DatasetConfig
 from prompt_tuning_jax.batches.lock import DEAD_AFTER, lock
 from prompt_tuning_jax.batches.stream import stream
 from prompt_tuning_jax.tasks import review_grammar, sources
 from prompt_tuning_jax.tasks.postprocessors import answers
-from prompt_tuning_jax.tokenizers.vocabulary import trim
+from prompt_tuning_jax.tokenizers.vocabulary import Vocabulary, trim
 
 TEXT_LENGTHS = {"inputs": 24, "targets": 12}
 
@@ -156,7 +157,7 @@ def test_builders_at_the_same_time_leave_one_whole_split(text, tmp_path):
 
 def start_builder(tiny, request, split, cache, before="", **options):
     """Starts the process that `load_tasks` starts, with the statements `before` first; its stdin must stay open."""
-    order = json.dumps(request.to_child_request(split=split, cache_dir=str(cache), to_train=True))
+    order = json.dumps(request.to_child_request(split=split, cache_dir=str(cache), to_train=True, then=[]))
     program = (
         f"import sys; sys.argv[1:] = [{order!r}]; {before}\nfrom prompt_tuning_jax.batches import build; build.main()"
     )
@@ -317,11 +318,49 @@ def built_here(monkeypatch):
         assert pipe
         started.append(module)
         request = TaskRequest.from_json(order["request"])
-        build_missing(request, order["split"], Path(order["cache_dir"]), order["to_train"])
+        for split in (order["split"], *order["then"]):
+            build_missing(request, split, Path(order["cache_dir"]), order["to_train"])
         return SimpleNamespace(stdout=[], finish=lambda: None)
 
     monkeypatch.setattr(cache_module, "Child", start)
     return started
+
+
+def test_one_process_tokenises_the_rows_to_train_on_and_to_score(tiny, tmp_path, built_here):
+    """If both are of one task in one cache. A split that the task lacks is the same error in either place."""
+    request = sst2(tiny, tmp_path / "data", 3)
+    shutil.copy(tmp_path / "data" / "SST-2" / "train.tsv", tmp_path / "data" / "SST-2" / "dev.tsv")
+    train = DatasetConfig(
+        request.name, "train", 2, request.feature_lengths, data_dir=request.data_dir, cache_dir=str(tmp_path / "cache")
+    )
+    words = Vocabulary(request.vocabulary)
+    kinds = {
+        "same": dataclasses.replace(train, split="validation[:2]"),
+        "lengths": dataclasses.replace(train, split="validation", task_feature_lengths={"inputs": 9, "targets": 8}),
+        "cache": dataclasses.replace(train, split="validation", cache_dir=str(tmp_path / "other")),
+        "several": DatasetConfig("all", "validation", 2, request.feature_lengths, tasks={"one": train}),
+        "none": None,
+    }
+    found = {kind: train._splits_of(dataset, words) for kind, dataset in kinds.items()}
+    assert found == {"same": ["validation"], "lengths": [], "cache": [], "several": [], "none": []}
+
+    train.batches(words, shuffle=True, then=kinds["same"])
+    (rows,) = kinds["same"].eval_batches(words).values()
+    assert len(rows.examples) == 2 and len(built_here) == 1
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="has no split 'dev', only train, validation"):
+        train.batches(words, then=dataclasses.replace(train, split="dev"))
+
+
+def test_the_process_tokenises_each_split_of_its_order(tiny, monkeypatch):
+    calls = []
+    order = tiny.demo.to_child_request(split="train", cache_dir="cache", to_train=True, then=["validation"])
+    monkeypatch.setattr(sys, "argv", ["build", json.dumps(order)])
+    monkeypatch.setattr(build, "build_missing", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(build, "end_with_parent", lambda: None)  # it would read this process's stdin
+    build.main()
+    cache = Path("cache")
+    assert calls == [(tiny.demo, "train", cache, True), (tiny.demo, "validation", cache, False)]
 
 
 def test_a_cache_is_of_the_files_that_its_task_read(tiny, tmp_path, built_here):
@@ -541,7 +580,7 @@ def test_a_builder_that_fails_says_why(tiny, tmp_path, monkeypatch):
     """A user's error is one line, a kill names the signal, and any other error has its traceback."""
     with pytest.raises(ValueError, match=r"^no task 'demo_review'; did you mean 'demo_reviews'"):
         load_split(dataclasses.replace(tiny.demo, name="demo_review"), "train", tmp_path)
-    order = tiny.demo.to_child_request(split="train", cache_dir=str(tmp_path), to_train=True)
+    order = tiny.demo.to_child_request(split="train", cache_dir=str(tmp_path), to_train=True, then=[])
     child = Child("prompt_tuning_jax.batches.build", order, "tokenising demo")
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=rf"^tokenising demo: process {child.pid} was killed by SIGKILL: start"):

@@ -1,7 +1,7 @@
-"""Tokenises one split of a SeqIO task, or of each task of a mixture, into the cache.
+"""Tokenises splits of a SeqIO task, or of each task of a mixture, into the cache.
 
 Only this module and `stream` import TensorFlow in `batches`. `cache.load_tasks` runs it as
-`python -m prompt_tuning_jax.batches.build ORDER`, where ORDER has the request, the split and the cache as JSON.
+`python -m prompt_tuning_jax.batches.build ORDER`, where ORDER has the request, the splits and the cache as JSON.
 It reports progress on stdout. After a user's error it exits with code 2, with one line on stderr.
 """
 
@@ -314,10 +314,12 @@ def _plain(batch: tf.Tensor | tf.RaggedTensor) -> list:
 
 def main() -> None:
     end_with_parent()
-    child_request = json.loads(sys.argv[1])
+    order = json.loads(sys.argv[1])
     try:
-        request = TaskRequest.from_json(child_request["request"])
-        build_missing(request, child_request["split"], Path(child_request["cache_dir"]), child_request["to_train"])
+        request, root = TaskRequest.from_json(order["request"]), Path(order["cache_dir"])
+        build_missing(request, order["split"], root, order["to_train"])
+        for split in order["then"]:
+            build_missing(request, split, root, False)
     except ValueError as error:
         user_errors(error)
 

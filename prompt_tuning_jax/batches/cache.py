@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,6 +251,7 @@ def load_tasks(
     cache_dir: str | os.PathLike | None = None,
     *,
     to_train: bool = False,
+    then: Sequence[str] = (),
     say: Callable[[str], None] | None = to_stderr,
 ) -> dict[str, Part]:
     """Returns the examples of `split` for every task that has it, by task. Tokenises those that the cache lacks.
@@ -260,6 +261,8 @@ def load_tasks(
       split: a split's name, or a slice of one as in TFDS: "train[:-2000]".
       cache_dir: the cache's folder; None for `default_cache_dir()`.
       to_train: whether to leave out tasks with rate 0.
+      then: names of splits that are needed next, of all tasks. They are tokenised now if `split` is, by the same
+        process, because a process takes seconds to import TensorFlow.
       say: is called with each line that reports what is tokenised; None to report nothing.
 
     Raises:
@@ -273,8 +276,9 @@ def load_tasks(
         )
     found = _find(request, name, root, to_train)
     if found is None:
-        child_request = request.to_child_request(split=name, cache_dir=str(root), to_train=to_train)
-        child = Child("prompt_tuning_jax.batches.build", child_request, f"tokenising {request.name}, {name}", pipe=True)
+        order = request.to_child_request(split=name, cache_dir=str(root), to_train=to_train, then=[*then])
+        what = f"tokenising {request.name}, {' and '.join(dict.fromkeys([name, *then]))}"
+        child = Child("prompt_tuning_jax.batches.build", order, what, pipe=True)
         for line in child.stdout:
             if say:
                 say(line.decode(errors="replace").rstrip("\n"))

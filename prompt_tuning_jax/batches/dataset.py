@@ -107,6 +107,7 @@ class DatasetConfig:
         shuffle: bool = False,
         process_index: int = 0,
         process_count: int = 1,
+        then: "DatasetConfig | None" = None,
         say: Say | None = to_stderr,
     ) -> PlannedBatches:
         """Returns the batches to train on. First tokenises rows that are not in the cache.
@@ -120,6 +121,7 @@ class DatasetConfig:
           shuffle: whether to shuffle the rows of a single cached task.
           process_index, process_count: this process's index, and the number of processes. Each process has its own rows
             of the same global batches.
+          then: the dataset that is read next: rows of the same task are tokenised together with these.
           say: is called with each line that reports what is tokenised, how many rows are truncated, and what else in
             the data may be a mistake (see `DataCheck`). None skips these checks and shows no progress bar.
 
@@ -142,7 +144,7 @@ class DatasetConfig:
                     Setting("train_split"), " to a whole split",
                 )  # fmt: skip
             return StreamedBatches(self._request(vocabulary), name, self.batch_size, lengths, **options)
-        parts = self._load(vocabulary, to_train=True, say=say)
+        parts = self._load(vocabulary, to_train=True, then=then, say=say)
         if len(parts) > 1:
             return MixedBatches(parts, self.batch_size, lengths, **options)
         ((task, (_, examples)),) = parts.items()
@@ -195,13 +197,27 @@ class DatasetConfig:
             self.mixture_or_task_name, vocabulary.path, lengths, self.data_dir, modules, vocabulary.eos_id
         )
 
-    def load(self, vocabulary: Vocabulary, *, to_train: bool = False, say: Say | None = to_stderr) -> dict[str, Part]:
+    def _splits_of(self, dataset: "DatasetConfig | None", vocabulary: Vocabulary) -> list[str]:
+        """Returns the name of the dataset's split, if its rows are those of the same task in the same cache, or []."""
+        if dataset is None or dataset.source is not None or dataset.tasks is not None:
+            return []
+        same = dataset.cache_dir == self.cache_dir and dataset._request(vocabulary) == self._request(vocabulary)
+        return [split_rows(dataset.split)[0]] if same else []
+
+    def load(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        to_train: bool = False,
+        then: "DatasetConfig | None" = None,
+        say: Say | None = to_stderr,
+    ) -> dict[str, Part]:
         """Returns the tokenised rows of each task that has the split, by the task's name.
 
         Args:
           vocabulary: the tokenizer.
           to_train: whether to leave out tasks with rate 0.
-          say: as in `batches`.
+          then, say: as in `batches`.
 
         Raises:
           ValueError: as in `batches`.
@@ -217,7 +233,8 @@ class DatasetConfig:
             examples = {name: next(iter(parts.values())).examples for name, parts in loaded.items()}
             return {name: Part(float(len(one)), one) for name, one in examples.items()}
         if self.source is None:
-            return load_tasks(self._request(vocabulary), self.split, self.cache_dir, to_train=to_train, say=say)
+            request, next_splits = self._request(vocabulary), self._splits_of(then, vocabulary)
+            return load_tasks(request, self.split, self.cache_dir, to_train=to_train, then=next_splits, say=say)
         if self.module:
             raise SettingError(
                 Setting("mixture_or_task_module"), f" is {self.module!r}, but the rows are those of ",
@@ -236,9 +253,11 @@ class DatasetConfig:
         examples = tokenize_rows(texts, vocabulary, postprocess, metrics, quiet=say is None)
         return {self.mixture_or_task_name: Part(1.0, examples)}
 
-    def _load(self, vocabulary: Vocabulary, to_train: bool, say: Say | None) -> dict[str, Part]:
+    def _load(
+        self, vocabulary: Vocabulary, to_train: bool, say: Say | None, then: "DatasetConfig | None" = None
+    ) -> dict[str, Part]:
         lengths = self.checked_lengths()
-        parts = self.load(vocabulary, to_train=to_train, say=say)
+        parts = self.load(vocabulary, to_train=to_train, then=then, say=say)
         for task, (_, examples) in parts.items():
             check_something_left(*examples.longest_and_shortest(), lengths)
             truncated = check_trimmed_labels(answers(examples.postprocess) or (), vocabulary, lengths)

@@ -284,7 +284,9 @@ class Run:
         warn = warn or data_warnings()
         index, count = partitioner.own_rows(config.train_dataset.batch_size)
         options: dict[str, Any] = {"process_index": index, "process_count": count, "say": warn}
-        self.batches = config.train_dataset.batches(self.tokenizer, seed=config.random_seed, shuffle=True, **options)
+        self.batches = config.train_dataset.batches(
+            self.tokenizer, seed=config.random_seed, shuffle=True, then=config.eval_dataset, **options
+        )
         self._eval_batches = config.eval_dataset.eval_batches(self.tokenizer, say=warn)
         check_labels(self._eval_batches, self.tokenizer)
         if warn is not None:
