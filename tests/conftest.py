@@ -77,11 +77,12 @@ def pytest_configure(config):
     # The processes that tests start share a temporary compilation cache, and neither read nor write the user's cache.
     # pytest-xdist's workers inherit the folder. This process does not read it: some tests compare programs that were
     # compiled separately, and a process that a test kills may leave half a file. Modules that want to keep programs use
-    # `compiled_once`.
+    # `compiled_once`. TensorFlow writes files that it deletes at exit; a worker or a killed process leaves them.
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        compiled = tempfile.TemporaryDirectory(prefix="prompt_tuning_compiled_", ignore_cleanup_errors=True)
-        config.add_cleanup(compiled.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+        scratch = tempfile.TemporaryDirectory(prefix="prompt_tuning_tests_", ignore_cleanup_errors=True)
+        config.add_cleanup(scratch.cleanup)
+        os.environ["TMPDIR"] = scratch.name
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(scratch.name, "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", None)
     # absl's handler closes its stream when logging is reconfigured, as submitit does, unless it is the process's own
