@@ -16,12 +16,13 @@ from experiments.intervals import DRAWS, Interval, Scores, mean_draws, mean_of
 from experiments.trials import SIZES, Result, by_setting, by_task
 from prompt_tuning_jax.tasks.metrics import task_score
 
-NOTE = (
+INTERVALS = (
     "Each row has the difference between two settings in points. A setting's score is the mean over seeds and tasks. "
     f"The brackets hold the middle 95% of {DRAWS:,} bootstrap draws over seeds and rows. Draws treat a score of CB, "
     "the mean of F1 and accuracy, like an accuracy. They also treat the two settings as if they had different rows, "
-    "which makes the interval wider than it must be. `cannot tell` means that the interval contains 0."
+    "which makes the interval wider than it must be."
 )
+NOTE = f"{INTERVALS} `cannot tell` means that the interval contains 0."
 
 
 class Claim(NamedTuple):
@@ -52,7 +53,7 @@ def difference(left: Scores, right: Scores) -> Interval:
     return Interval.of(mean_of(left) - mean_of(right), mean_draws(left, rng) - mean_draws(right, rng))
 
 
-def _on_shared_tasks(settings: Mapping[str, Scores], left: str, right: str) -> tuple[Scores, Scores]:
+def on_shared_tasks(settings: Mapping[str, Scores], left: str, right: str) -> tuple[Scores, Scores]:
     """Returns the scores of two settings on the tasks that both have; ({}, {}) if there are none."""
     scores = settings.get(left, {}), settings.get(right, {})
     tasks = [task for task in scores[0] if task in scores[1]]
@@ -74,7 +75,7 @@ def of_ablation(figure: str, results: Sequence[Result]) -> list[Claim]:
     for better, worse in PAIRS[figure]:
         labels = ablation.series([better, worse])
         for size, settings in by_setting(results, ablation.axis).items():
-            high, low = _on_shared_tasks(settings, better, worse)
+            high, low = on_shared_tasks(settings, better, worse)
             if high:
                 compared = f"{labels[better].label} - {labels[worse].label}"
                 found.append(Claim(figure, size, compared, difference(high, low)))
@@ -85,7 +86,7 @@ def of_figure_1(results: Sequence[Result]) -> list[Claim]:
     """Returns the gap between model tuning and prompt tuning at each size, and the differences of these gaps."""
     found, gaps, rng = [], {}, np.random.default_rng(0)
     for size, methods in by_setting(results, "METHOD").items():
-        model, prompt = _on_shared_tasks(methods, "model_tuning", "prompt_tuning")
+        model, prompt = on_shared_tasks(methods, "model_tuning", "prompt_tuning")
         if not model:
             continue
         found.append(Claim("figure_1", size, "model tuning - prompt tuning", difference(model, prompt)))
@@ -110,7 +111,7 @@ def of_table_1(results: Sequence[Result]) -> list[Claim]:
         for source in dict.fromkeys(result.axes["FROM"] for result in answers):
             one_way = [result for result in answers if result.axes["FROM"] == source]
             for size, methods in by_setting(one_way, "METHOD").items():
-                prompt, model = _on_shared_tasks(methods, "prompt_tuning", "model_tuning")
+                prompt, model = on_shared_tasks(methods, "prompt_tuning", "model_tuning")
                 for task in prompt:
                     one = difference({task: prompt[task]}, {task: model[task]})
                     compared = f"prompt tuning - model tuning, {source} to {task}{how}"

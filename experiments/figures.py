@@ -4,9 +4,10 @@
 
 With --results, the sweeps in that folder that belong to figures and tables (RESULTS/figure_1, RESULTS/figure_1_ladder,
 ...) are first collected, each into OUT/<name>.csv. The pages are made only from these files: OUT/<name>.md has the
-numbers as a table, and OUT/<name>.png is the picture of a figure. OUT/ladder_claims.md has the differences that the
-paper's claims are about, from all files of the ladder. OUT/figure_1_ladder_curves.csv has the score at each evaluated
-step, and the .png shows it. Figure 4 needs no run.
+numbers as a table, and OUT/<name>.png is the picture of a figure. The pages of methods_ladder also have the prompt
+tuning and model tuning of figure_1_ladder. OUT/ladder_claims.md has the differences that the paper's claims are about,
+from all files of the ladder. OUT/figure_1_ladder_curves.csv has the score at each evaluated step, and the .png shows
+it. Figure 4 needs no run.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import claims, curves, figure_1, figure_3, figure_4
+from experiments import claims, curves, figure_1, figure_3, figure_4, method_sizes
 from experiments.averages import mean_over
 from experiments.collect import RESULTS, collect, page
 from experiments.sizes import PARAMETERS
@@ -22,13 +23,16 @@ from experiments.tables import TABLES
 from experiments.trials import Result, from_csv, split_mixtures, to_csv
 from prompt_tuning_jax.gin_files import user_errors
 
-AXES = {"figure_1": "METHOD"} | {name: ablation.axis for name, ablation in figure_3.ABLATIONS.items()}
+FIGURES = {"figure_1": "METHOD"} | {name: ablation.axis for name, ablation in figure_3.ABLATIONS.items()}
+AXES = FIGURES | {"methods": "METHOD"}
 CURVES_OF = "figure_1_ladder"  # the sweep whose scores at each step are drawn
+METHODS = "methods_ladder"  # the sweep whose trials are compared with those of figure_1_ladder
 NAMES = [
-    *(name + scale for name in AXES for scale in ("", "_ladder")),
+    *(name + scale for name in FIGURES for scale in ("", "_ladder")),
     *TABLES,
     "table_1_transfer_ladder",
     "table_3_ladder",
+    METHODS,
 ]
 
 
@@ -61,13 +65,14 @@ def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
     if kind in TABLES:
         target.write_text(TABLES[kind](name, results))
         return [target]
-    added = figure_1.shares_text(results) if kind == "figure_1" else ""
-    target.write_text(page(name, results, over="TASK") + added)
+    added = {"figure_1": figure_1.shares_text, "methods": method_sizes.text}.get(kind, lambda _: "")
+    target.write_text(page(name, results, over="TASK") + added(results))
     for one in mean_over(split_mixtures(results)):
         if one.note:
             setting = ", ".join(f"{axis} {value}" for axis, value in one.axes.items())
             print(f"{name}, {setting}: {one.note}", file=sys.stderr)
-    figure = (figure_1 if kind == "figure_1" else figure_3).draw(name, results)
+    draw = {"figure_1": figure_1.draw, "methods": method_sizes.draw}.get(kind, figure_3.draw)
+    figure = draw(name, results)
     picture = out / f"{name}.png"
     figure.savefig(picture, dpi=150)
     return [picture, target]
@@ -103,6 +108,8 @@ def main() -> None:
             source = args.out / f"{name}.csv"
             if source.exists():
                 results = read(source)
+                if name == METHODS:
+                    results = method_sizes.beside_figure_1(results, ladder.get("figure_1", ()))
                 if name.endswith("_ladder"):
                     ladder[name.removesuffix("_ladder")] = results
                 print(f"{', '.join(map(str, write(name, results, args.out)))}: {len(results)} trials")

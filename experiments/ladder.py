@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 # In this order: the last two evaluate what the first has trained.
-SWEEPS = ("figure_1", "figure_3a", "figure_3b", "figure_3c", "figure_3d", "table_1_transfer", "table_3")
+SWEEPS = ("figure_1", "methods", "figure_3a", "figure_3b", "figure_3c", "figure_3d", "table_1_transfer", "table_3")
 
 
 def commands(sizes: Sequence[str], arguments: Sequence[str]) -> list[list[str]]:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import prompt_tuning_jax as pt
-from experiments import averages, claims, costs, figure_1, figures, ladder, scaling
+from experiments import averages, claims, costs, figure_1, figures, ladder, method_sizes, scaling
 from experiments.sizes import PARAMETERS
 from experiments.trials import Result, split_mixtures
 from prompt_tuning_jax import gin_files, sweep
@@ -380,8 +380,11 @@ def test_intervals_on_the_ladders_page_are_those_that_were_computed():
     names = ("figure_1", "figure_3a", "figure_3b", "figure_3c", "figure_3d", "table_1_transfer", "table_3")
     found = claims.claims({name: ladder_results(name) for name in names})
     assert (RESULTS / "ladder_claims.md").read_text() == claims.page(found)
+    methods = method_sizes.beside_figure_1(ladder_results("methods"), ladder_results("figure_1"))
+    assert (RESULTS / "methods_ladder.md").read_text().endswith(method_sizes.text(methods))
+    known = {str(one.interval) for one in (*found, *method_sizes.differences(methods))}
     said = re.findall(r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", page)
-    assert len(said) >= 20 and set(said) <= {str(one.interval) for one in found}
+    assert len(said) >= 20 and set(said) <= known
     shares = figure_1.shares(ladder_results("figure_1")).values()
     said = re.findall(r"\d+% \[\d+, \d+\]", page)
     assert set(said) == {f"{one.mean:.0f}% [{one.low:.0f}, {one.high:.0f}]" for one in shares}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from experiments import claims, curves, figure_1, figure_3, figure_4, figures, paper, tables
+from experiments import claims, curves, figure_1, figure_3, figure_4, figures, method_sizes, paper, tables
 from experiments.collect import RESULTS
 from experiments.sizes import LADDER, PARAMETERS, SIZES, number_of_parameters
 from experiments.trials import ROWS, Result, to_csv
@@ -339,6 +339,43 @@ def test_the_gap_to_model_tuning_is_compared_between_sizes():
     halves = {key: (one.high - one.low) / 2 for key, one in found.items()}
     both = math.hypot(*(halves[size, "model tuning - prompt tuning"] for size in ("pico", "micro")))
     assert halves["pico, micro", gap] == pytest.approx(both, rel=0.03)
+
+
+def test_methods_are_compared_at_each_size_with_prompt_and_model_tuning(tmp_path, redraw):
+    """Those two are trials of figure 1, on the methods' tasks. A size without them has no differences."""
+    scores = {"prompt_tuning": 60.0, "model_tuning": 80.0, "multi_task": 10.0}
+    one_task = [
+        one for method, score in scores.items() for one in seeds_of({"cb": [score]}, SIZE="nano", METHOD=method)
+    ]
+    both = [*one_task, *seeds_of({"sst2": [70.0]}, SIZE="nano", METHOD="prompt_tuning")]
+    super_pos = seeds_of({"sst2": [74.0, 78.0], "cb": [70.0, 72.0]}, SIZE="nano", METHOD="super_pos")
+    alone = seeds_of({"cb": [50.0]}, SIZE="pico", METHOD="per_layer")
+    (tmp_path / "figure_1_ladder.csv").write_text(to_csv(both))
+    (tmp_path / "methods_ladder.csv").write_text(to_csv([*super_pos, *alone]))
+    redraw(f"--out={tmp_path}")
+    results = method_sizes.beside_figure_1([*super_pos, *alone], both)
+    found = {(one.size, one.left, one.right, one.task): one.interval for one in method_sizes.differences(results)}
+    assert {key: one.mean for key, one in found.items()} == {
+        ("nano", "super_pos", "prompt_tuning", "mean"): pytest.approx((76 + 71 - 70 - 60) / 2),
+        ("nano", "super_pos", "prompt_tuning", "cb"): pytest.approx(11.0),
+        ("nano", "super_pos", "prompt_tuning", "sst2"): pytest.approx(6.0),
+        ("nano", "model_tuning", "prompt_tuning", "mean"): pytest.approx(20.0),  # the tasks that both have
+        ("nano", "model_tuning", "prompt_tuning", "cb"): pytest.approx(20.0),
+        ("nano", "model_tuning", "super_pos", "mean"): pytest.approx(9.0),
+        ("nano", "model_tuning", "super_pos", "cb"): pytest.approx(9.0),
+    }
+    text = (tmp_path / "methods_ladder.md").read_text()
+    sst2 = found["nano", "super_pos", "prompt_tuning", "sst2"]
+    assert f"| nano | SuperPos - prompt tuning | sst2 | {sst2} |" in text
+    assert "multi_task" not in text and "imdb" not in text
+    assert (tmp_path / "methods_ladder.png").stat().st_size > 10_000
+    lines = drawn(axes_by_title(method_sizes.draw("methods_ladder", results))["cb"])
+    assert lines == {
+        "prompt tuning": {PARAMETERS["nano"]: (60.0, None)},
+        "model tuning": {PARAMETERS["nano"]: (80.0, None)},
+        "SuperPos": {PARAMETERS["nano"]: pytest.approx((71.0, math.sqrt(2)))},
+        "per-layer prompts": {PARAMETERS["pico"]: (50.0, None)},
+    }
 
 
 def test_votes_and_transfers_are_compared():
