@@ -77,7 +77,8 @@ def pytest_configure(config):
     # The processes that tests start share a temporary compilation cache, and neither read nor write the user's cache.
     # pytest-xdist's workers inherit the folder. This process does not read it: some tests compare programs that were
     # compiled separately, and a process that a test kills may leave half a file. Modules that want to keep programs use
-    # `compiled_once`. TensorFlow writes files that it deletes at exit; a worker or a killed process leaves them.
+    # `compiled_once`. Temporary files are in the same folder, because TensorFlow deletes its own at exit, which does
+    # not happen in workers (see `pytest_unconfigure`) and in processes that a test kills.
     if "PYTEST_XDIST_WORKER" not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="prompt_tuning_tests_", ignore_cleanup_errors=True)
         config.add_cleanup(scratch.cleanup)

@@ -261,8 +261,8 @@ def load_tasks(
       split: a split's name, or a slice of one as in TFDS: "train[:-2000]".
       cache_dir: the cache's folder; None for `default_cache_dir()`.
       to_train: whether to leave out tasks with rate 0.
-      then: names of splits that are needed next, of all tasks. They are tokenised now if `split` is, by the same
-        process, because a process takes seconds to import TensorFlow.
+      then: names of further splits that will be read. If `split` must be tokenised, the same process tokenises these,
+        too, because a process needs seconds to import TensorFlow.
       say: is called with each line that reports what is tokenised; None to report nothing.
 
     Raises:

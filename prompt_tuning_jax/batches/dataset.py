@@ -121,7 +121,7 @@ class DatasetConfig:
           shuffle: whether to shuffle the rows of a single cached task.
           process_index, process_count: this process's index, and the number of processes. Each process has its own rows
             of the same global batches.
-          then: the dataset that is read next: rows of the same task are tokenised together with these.
+          then: the dataset that will be read next. If its rows are of the same task, one process tokenises both.
           say: is called with each line that reports what is tokenised, how many rows are truncated, and what else in
             the data may be a mistake (see `DataCheck`). None skips these checks and shows no progress bar.
 
