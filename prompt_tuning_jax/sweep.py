@@ -29,7 +29,7 @@ from prompt_tuning_jax.gin_files import config_text, configured, in_gin, parse, 
 from prompt_tuning_jax.sweeps import spec, status
 from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.spec import Trial
-from prompt_tuning_jax.sweeps.sweep_file import RECORD, check_record, recorded_steps, recorded_trials, write_record
+from prompt_tuning_jax.sweeps.sweep_file import RECORD, check_record, recorded_trials, write_record
 from prompt_tuning_jax.sweeps.trials_to_jobs import most_together, plan
 from prompt_tuning_jax.sweeps.vectorized import train_together, write_failure
 from prompt_tuning_jax.training import eval_run, loop, run
@@ -66,16 +66,16 @@ def sweep(argv: Sequence[str]) -> int:
     launcher = None if "status" in flags or flags.get("launcher") == "here" else named_launcher(flags.get("launcher"))
     if flags.get("launcher") != "here":
         jax.config.update("jax_platforms", "cpu")  # leave the accelerators to the processes that this one starts
-    trials = settings.trials(texts)
-    record = check_record(settings.sweep_dir, trials)
+    trials = all_trials = settings.trials(texts)
     if "only" in flags:
         trials = spec.chosen(trials, str(flags["only"]).split(":"))
+    record = check_record(settings.sweep_dir, all_trials, trials)
     configs = {trial.name: check_trial(trial) for trial in trials}
     steps = {name: config.train_steps if config else None for name, config in configs.items()}
     if "status" in flags:
         print(status.table([status.trial_state(trial, steps[trial.name]) for trial in trials]))
         return 0
-    to_run = [trial for trial in trials if not (trial.folder / "summary.json").exists()]
+    to_run = [trial for trial in trials if not status.is_finished(trial, steps[trial.name])]
     print(f"{len(trials)} trials, {len(trials) - len(to_run)} of them finished", file=sys.stderr)
     if not to_run:
         return 0
@@ -117,7 +117,7 @@ def print_table(trials: Sequence[Trial], only: str | bool | None) -> int:
     """Prints the states of the trials, or only of those named in `only`, as "NAME:NAME"."""
     if only:
         trials = spec.chosen(trials, str(only).split(":"))
-    print(status.table([status.trial_state(trial, recorded_steps(trial)) for trial in trials]))
+    print(status.table([status.trial_state(trial) for trial in trials]))
     return 0
 
 

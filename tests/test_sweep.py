@@ -169,6 +169,25 @@ def test_finished_trials_are_left_out_and_a_grid_may_grow(tiny, command, finishe
     assert done.stdout.splitlines()[-1] == "12 trials: 6 finished, 6 waiting"
 
 
+def test_finished_trials_may_get_more_steps(tiny, command, finished, tmp_path):
+    """They end as if they had been given all steps at once. Trials that `--only` leaves out stay as they are."""
+    arguments = [in_folder(tmp_path), "--launcher=local", "--gin.RATES=[0.3]"]
+    first, second, *_ = names = [path.name for path in trial_folders(finished)]
+    short = run(tiny, command, *arguments, "--gin.TRAIN_STEPS=40", f"--only={first}:{second}")
+    assert short.returncode == 0, short.stderr
+    done = run(tiny, command, *arguments, f"--only={first}")
+    assert done.returncode == 0 and "1 trials, 0 of them finished" in done.stderr, done.stderr
+    assert [summary(tmp_path / name)["steps"] for name in (first, second)] == [60, 40]
+    done = run(tiny, command, *arguments)
+    assert done.returncode == 0 and "6 trials, 1 of them finished" in done.stderr, done.stderr
+    for name in names:
+        assert prompts(tmp_path / name) == prompts(finished / name)
+        assert records(tmp_path / name) == records(finished / name)
+        assert summary(tmp_path / name) == summary(finished / name)
+    fewer = run(tiny, command, *arguments, "--gin.TRAIN_STEPS=40")
+    assert fewer.returncode == 2 and "(was --gin.TRAIN_STEPS=60, is --gin.TRAIN_STEPS=40)" in fewer.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

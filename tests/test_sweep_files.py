@@ -101,7 +101,7 @@ def test_the_folder_has_no_sweep_that_is_not_found_here():
     says_so = re.compile(r"not\s(# )?a sweep by itself|^# Include this for trials|, for ")
     described = {name for name in without_a_grid if says_so.search(FILES[name])}
     assert without_a_grid == described | {"sweep.gin"}
-    assert len(NAMES) == 26
+    assert len(NAMES) == 27
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,7 +206,8 @@ def test_what_a_sweep_reads_is_what_another_leaves():
                 prompt = "runs/prompt_tune.gin" in made[folder].gin_files
                 assert made[folder].command == "train" and best == ("prompt.npy" if prompt else "model")
     assert reading == {"figure_3d", "methods", "table_1_transfer", "table_2_transfer", "table_3", *LADDER} - {
-        "ladder_span"
+        "ladder_span",
+        "ladder_learning_rates",
     }
 
 
@@ -282,7 +283,7 @@ def test_the_ladders_command_runs_each_of_its_sweeps(monkeypatch):
         trials = gin.get_configurable(spec.Sweep)().trials()
         assert {trial.values["SIZE"] for trial in trials} == {"pico", "nano"}
         assert all(trial.macros["DATA_DIR"] == "data" for trial in trials)
-    bases = {f"ladder_{base}" for base in ("span", "lm")}
+    bases = {f"ladder_{base}" for base in ("span", "lm", "learning_rates")}
     assert {f"{name}_ladder" for name in ladder.SWEEPS} == {name for name in NAMES if "ladder" in name} - bases
     assert figures[1:] == ["-m", "experiments.figures", "--results=runs"]
 

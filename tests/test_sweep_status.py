@@ -86,8 +86,12 @@ def test_the_states_a_trial_goes_through(trial):
     assert trial_state(trial) == TrialState("SEED=1", "failed", 150, 400, 60.0, None, "ValueError: no")
     with running(trial.folder):
         assert trial_state(trial).state == "failed"  # one of several in a process that goes on with the others
-    leave(trial, summary_json=json.dumps({"best": {"accuracy": 70.0, "f1": 50.0}, "best_step": 100}))
+    done = {"best": {"accuracy": 70.0, "f1": 50.0}, "best_step": 100}
+    leave(trial, summary_json=json.dumps(done | {"steps": 400, "stopped_early": False}))
     assert trial_state(trial) == TrialState("SEED=1", "finished", 150, 400, 60.0)
+    assert trial_state(trial, steps=401).state == "failed"  # the summary is of a run of fewer steps
+    leave(trial, summary_json=json.dumps(done | {"steps": 150, "stopped_early": True}))
+    assert trial_state(trial, steps=401).state == "finished"
 
 
 def test_a_single_record_counts_the_time_of_starting(trial):

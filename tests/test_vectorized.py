@@ -103,13 +103,13 @@ def test_runs_that_share_a_pass_on_a_trained_base_stay_as_alone(tmp_path):
     """Fifty steps with dropout on the embedded base. (On random weights training is chaotic: a last bit doubles at each
     step, whoever takes the sums in another order.)"""
     config = dataclasses.replace(open_model("nano").config, dropout_rate=0.1)
-    data = functools.partial(DatasetConfig, "demo_reviews", task_feature_lengths={"inputs": 48, "targets": 8})
+    data = functools.partial(DatasetConfig, "demo_reviews", task_feature_lengths={"inputs": 24, "targets": 8})
 
     def run(folder, seed, rate):
         return TrainConfig(
             model_dir=str(folder), size=config, initial_checkpoint_path="nano",
-            train_dataset=data(split="train", batch_size=8, buckets=(48,)),
-            eval_dataset=data(split="validation[:64]", batch_size=64, buckets=(48,)),
+            train_dataset=data(split="train", batch_size=8, buckets=(24,)),
+            eval_dataset=data(split="validation[:32]", batch_size=32, buckets=(24,)),
             optimizer=adafactor(rate), train_steps=STEPS, eval_period=25,
             method=PromptTuning(8, ClassLabels(["negative", "positive"])),
             random_seed=seed,

@@ -18,7 +18,7 @@ reviews = Reviews()
 train, validation = list(reviews.rows("train")), list(reviews.rows("validation"))[:200]
 labels = list(reviews.labels)
 model = pt.load("nano")
-options = {"labels": labels, "lengths": {"inputs": 48, "targets": 8}, "steps": 60, "batch_size": 16, "eval_every": 20}
+options = {"labels": labels, "lengths": {"inputs": 48, "targets": 8}, "steps": 60, "batch_size": 8, "eval_every": 20}
 
 # %% [markdown]
 # Prompts need larger learning rates than weights, so each method has its own two learning rates.

@@ -67,6 +67,17 @@ class Trial(NamedTuple):
     def command_line(self) -> list[str]:
         return ["python", "-m", f"prompt_tuning_jax.{self.command}", *self.arguments]
 
+    @property
+    def train_steps(self) -> int | None:
+        """Returns TRAIN_STEPS, or None if the arguments do not set it: a gin file may, and an evaluation has none."""
+        return next(filter(None, map(train_steps, reversed(self.arguments))), None)
+
+
+def train_steps(argument: str) -> int | None:
+    """Returns TRAIN_STEPS if this is the argument that sets it, otherwise None."""
+    found = re.fullmatch(r"--gin\.TRAIN_STEPS=([\d_]+)", argument)
+    return int(found[1].replace("_", "")) if found else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:

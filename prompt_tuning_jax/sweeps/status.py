@@ -47,7 +47,7 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
     """Reads the state of a trial from its folder, which may be missing.
 
     Args:
-      steps: TRAIN_STEPS of the trial; None to read it from the run's config.gin.
+      steps: TRAIN_STEPS of the trial; None to take it from the trial's arguments, or from the run's config.gin.
 
     Raises:
       OSError: the folder exists but cannot be read.
@@ -56,15 +56,28 @@ def trial_state(trial: Trial, steps: int | None = None) -> TrialState:
     records = list(_records(folder / "metrics.jsonl"))
     step = records[-1]["step"] if records else None
     best = max((record_score(record) for record in records if record["split"] == "eval"), default=None)
-    now = TrialState(trial.name, "waiting", step, steps or _train_steps(folder), best)
-    if (summary := _text(folder / SUMMARY)) is not None:
-        return now._replace(state="finished", score=_summary_score(summary, now.score))
+    now = TrialState(trial.name, "waiting", step, steps or trial.train_steps or _train_steps(folder), best)
+    if is_finished(trial, now.steps):
+        return now._replace(state="finished", score=_summary(folder).get("score", now.score))
     if (lines := _text(folder / FAILED)) is not None:
         return now._replace(state="failed", last_line=lines.strip().splitlines()[-1] if lines.strip() else "")
     if owner(folder / RUNNING) is not None:
         return now._replace(state="running", seconds_left=_seconds_left(records, now.steps))
     begun = folder.is_dir() and any(path.name != RUNNING for path in folder.iterdir())
     return now._replace(state="stopped" if begun else "waiting")
+
+
+def is_finished(trial: Trial, steps: int | None = None) -> bool:
+    """Returns whether a trial has a summary, and not one of fewer steps, unless the run was stopped early.
+
+    Args:
+      steps: TRAIN_STEPS of the trial; None to take it from the trial's arguments.
+    """
+    if not (trial.folder / SUMMARY).exists():
+        return False
+    summary = _summary(trial.folder)
+    done, steps = summary.get("steps"), steps or trial.train_steps or 0
+    return bool(summary.get("stopped_early")) or not isinstance(done, int) or done >= steps
 
 
 def table(states: Sequence[TrialState], width: int | None = None, height: int | None = None) -> str:
@@ -132,11 +145,12 @@ def _train_steps(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _summary_score(text: str, score: float | None) -> float | None:
-    """Returns the score in an evaluation's summary, or `score` for a training run, whose summary has none."""
+def _summary(folder: Path) -> dict[str, Any]:
+    """Returns the content of summary.json: an evaluation's has a score, a training run's has its steps."""
     with contextlib.suppress(ValueError):
-        return json.loads(text).get("score", score)
-    return score
+        if isinstance(found := json.loads(_text(folder / SUMMARY) or ""), dict):
+            return found
+    return {}
 
 
 def _seconds_left(records: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:

@@ -1,20 +1,26 @@
 """Reads and writes SWEEP_DIR/sweep.json, which lists the trials in the folder, so that two sweeps are never mixed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from prompt_tuning_jax.errors import Setting, SettingError
-from prompt_tuning_jax.sweeps.spec import Trial
+from prompt_tuning_jax.sweeps.spec import Trial, train_steps
 from prompt_tuning_jax.training.run_folder import check_writable, write_text
 
 RECORD = "sweep.json"
 
 
-def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]]:
+def check_record(
+    sweep_dir: str, trials: Sequence[Trial], to_run: Collection[Trial] | None = None
+) -> dict[str, list[str]]:
     """Returns the arguments, without MODEL_DIR, of the recorded trials and of these, by name.
 
-    Trials may be added to a sweep's grid later.
+    A sweep may get more trials, and its trials may get more steps.
+
+    Args:
+      trials: all trials of the sweep.
+      to_run: those that may run now, which are the only ones that get more steps; None for all.
 
     Raises:
       ValueError: the folder cannot be written, or holds another sweep.
@@ -31,8 +37,13 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
             f"{next(iter(found))}: set another ",
             Setting("sweep_dir"),
         )
+    extended = {name for name in set(recorded) & set(found) if _has_more_steps(found[name], recorded[name])}
+    if to_run is not None:
+        kept = extended - {trial.name for trial in to_run}
+        extended -= kept
+        found |= {name: recorded[name] for name in kept}
     for name, arguments in found.items():
-        if name in recorded and recorded[name] != arguments:
+        if name in recorded and name not in extended and recorded[name] != arguments:
             was, now = (sorted(set(a) - set(b)) for a, b in ((recorded[name], arguments), (arguments, recorded[name])))
             raise SettingError(
                 f"{sweep_dir} holds a trial {name} of another configuration (was {' '.join(was) or 'without'}, is "
@@ -40,6 +51,15 @@ def check_record(sweep_dir: str, trials: Sequence[Trial]) -> dict[str, list[str]
                 Setting("sweep_dir"),
             )
     return recorded | found
+
+
+def _has_more_steps(arguments: Sequence[str], before: Sequence[str]) -> bool:
+    """Returns whether a trial's arguments differ from earlier ones only in that TRAIN_STEPS is larger."""
+    changed = [(new, old) for new, old in zip(arguments, before, strict=False) if new != old]
+    if len(arguments) != len(before) or len(changed) != 1:
+        return False
+    new, old = map(train_steps, changed[0])
+    return new is not None and old is not None and new > old
 
 
 def recorded_trials(sweep_dir: str) -> list[Trial]:
@@ -63,12 +83,6 @@ def _recorded(sweep_dir: str, name: str, arguments: Sequence[str]) -> Trial:
     values = {axis: value for axis, _, value in (part.partition("=") for part in name.split(","))}
     texts = tuple(part.removeprefix("--gin.") for part in arguments if part.startswith("--gin."))
     return Trial(name, "train", (), {"MODEL_DIR": str(Path(sweep_dir, name))}, texts, values)
-
-
-def recorded_steps(trial: Trial) -> int | None:
-    """Returns TRAIN_STEPS of a recorded trial, or None if only a gin file sets it."""
-    found = [text.partition("=")[2] for text in trial.texts if text.startswith("TRAIN_STEPS=")]
-    return int(found[-1]) if found and found[-1].isdecimal() else None
 
 
 def write_record(sweep_dir: str, record: dict[str, list[str]]) -> None:

@@ -219,7 +219,7 @@ def _finish_job(job_run: _Running, stop: _StopSignals, view: "_View") -> bool:
     """Writes failed.txt for the unfinished trials of a job that failed; returns whether all its trials are finished."""
     job_run.marks.close()
     code = job_run.process.returncode
-    unfinished = [trial for trial in job_run.job.trials if not (trial.folder / status.SUMMARY).exists()]
+    unfinished = [trial for trial in job_run.job.trials if not status.is_finished(trial)]
     if code not in (TERMINATED, -signal.SIGTERM) and not (stop.kill and code == -signal.SIGKILL):
         for trial in unfinished:
             try:

@@ -184,7 +184,7 @@ class Run:
             lines.append(f"killed by signal {-code}" if code < 0 else f"exited with {code}, and said nothing")
         for trial in self._job.trials:
             failed = trial.folder / status.FAILED
-            if not failed.exists() and not (trial.folder / status.SUMMARY).exists():
+            if not failed.exists() and not status.is_finished(trial):
                 failed.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
