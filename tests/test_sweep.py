@@ -178,6 +178,7 @@ def test_finished_trials_may_get_more_steps(tiny, command, finished, tmp_path):
     done = run(tiny, command, *arguments, f"--only={first}")
     assert done.returncode == 0 and "1 trials, 0 of them finished" in done.stderr, done.stderr
     assert [summary(tmp_path / name)["steps"] for name in (first, second)] == [60, 40]
+    (tmp_path / "sweep.json").unlink()  # commands of `--launcher=print` leave none
     done = run(tiny, command, *arguments)
     assert done.returncode == 0 and "6 trials, 1 of them finished" in done.stderr, done.stderr
     for name in names:
