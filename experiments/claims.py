@@ -10,17 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.averages import markdown_row
-from experiments.figure_1 import by_ranking
 from experiments.figure_3 import ABLATIONS
 from experiments.intervals import DRAWS, Interval, Scores, mean_draws, mean_of
-from experiments.trials import SIZES, Result, by_setting, by_task
-from prompt_tuning_jax.tasks.metrics import task_score
+from experiments.trials import SIZES, Result, by_ranking, by_setting
 
 INTERVALS = (
     "Each row has the difference between two settings in points. A setting's score is the mean over seeds and tasks. "
-    f"The brackets hold the middle 95% of {DRAWS:,} bootstrap draws over seeds and rows. Draws treat a score of CB, "
-    "the mean of F1 and accuracy, like an accuracy. They also treat the two settings as if they had different rows, "
-    "which makes the interval wider than it must be."
+    f"The brackets hold the middle 95% of {DRAWS:,} bootstrap draws over seeds and rows. In each draw both settings "
+    "have the same rows, and the metrics are computed from the answers to these rows in `ladder_answers.csv`."
 )
 NOTE = f"{INTERVALS} `cannot tell` means that the interval contains 0."
 
@@ -119,23 +116,28 @@ def of_table_1(results: Sequence[Result]) -> list[Claim]:
     return found
 
 
-def of_table_3(results: Sequence[Result]) -> list[Claim]:
-    """Returns by how much the majority vote of several prompts is better than their average, by generation."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for result in results:
-        for column in ("average", "ensemble"):
-            of_column = found.setdefault(result.axes["SIZE"], {}).setdefault(column, {})
-            of_column[result.axes["TASK"]] = [task_score(by_task(result.metrics, f"{column} ")[""]) or 0.0]
-    return [
-        Claim("table_3", size, "vote - average", difference(found[size]["ensemble"], found[size]["average"]))
-        for size in sorted(found, key=SIZES.index)
-    ]
+def of_table_3(results: Sequence[Result], figure_1: Sequence[Result]) -> list[Claim]:
+    """Returns by how much the majority vote of several prompts is better than their average, by generation.
+
+    The prompts are those of figure 1. Draws resample the rows only, because the vote is that of these prompts. So there
+    is no claim about trials whose answers are not known.
+    """
+    found, votes = [], [result for result in results if result.answers]
+    prompts = by_setting([result for result in figure_1 if result.answers], "METHOD")
+    for size in sorted({result.axes["SIZE"] for result in votes}, key=SIZES.index):
+        of_size = {result.axes["TASK"]: [result] for result in votes if result.axes["SIZE"] == size}
+        vote, average = on_shared_tasks({"vote": of_size} | prompts.get(size, {}), "vote", "prompt_tuning")
+        if vote:
+            draws = mean_draws(vote, None) - mean_draws(average, None)
+            found.append(Claim("table_3", size, "vote - average", Interval.of(mean_of(vote) - mean_of(average), draws)))
+    return found
 
 
 def claims(results: Mapping[str, Sequence[Result]]) -> list[Claim]:
     """Returns the tests of all claims, from the results of each figure and table that there is."""
     tests = {"figure_1": of_figure_1} | {figure: functools.partial(of_ablation, figure) for figure in PAIRS}
-    tests |= {"table_1_transfer": of_table_1, "table_3": of_table_3}
+    tests["table_1_transfer"] = of_table_1
+    tests["table_3"] = functools.partial(of_table_3, figure_1=results.get("figure_1", ()))
     return [claim for name, test in tests.items() if name in results for claim in test(results[name])]
 
 

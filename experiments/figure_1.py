@@ -22,7 +22,7 @@ from experiments.drawing import (
 )
 from experiments.intervals import DRAWS, Interval, mean_draws, mean_of
 from experiments.sizes import PARAMETERS
-from experiments.trials import Result, by_setting, split_mixtures
+from experiments.trials import Result, by_ranking, by_setting, split_mixtures
 
 BEST_TEXT = "best_text"
 SERIES = {
@@ -52,8 +52,8 @@ def shares(results: Sequence[Result]) -> dict[str, Interval]:
 
     This is (prompt tuning - base) / (model tuning - base). Each of the three is the mean score of generated answers
     over the tasks that have all three; the base alone is the mean of prompt design's texts. The interval is the middle
-    95% of bootstrap draws over the seeds of each task and method, and over the rows of the ladder's tasks. Sizes
-    without a gain in every draw are left out.
+    95% of bootstrap draws over the seeds of each task and method, and over the rows if the answers to them are known.
+    Sizes without a gain in every draw are left out.
     """
     rng = np.random.default_rng(0)
     found = {}
@@ -97,8 +97,8 @@ def shares_text(results: Sequence[Result]) -> str:
             "Prompt tuning's share of model tuning's gain over the base model alone, in per cent: "
             "(prompt tuning - base) / (model tuning - base), of means over tasks. The base alone is the mean of prompt "
             "design's texts, by generation. "
-            f"The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds, and over the rows of the "
-            "ladder's tasks.",
+            f"The interval is the middle 95% of {DRAWS:,} bootstrap draws over the seeds, and over the rows of "
+            "trials whose answers are known.",
             "",
             "| SIZE | share | interval |",
             "| --- | --- | --- |",
@@ -111,6 +111,7 @@ def shares_text(results: Sequence[Result]) -> str:
 def lines(results: Sequence[Result]) -> dict[str, list[Line]]:
     """Returns our own lines, by panel."""
     tuned = [result for result in results if result.axes["METHOD"] != "prompt_design"]
+    # GPT-3, whose numbers stand beside these, was scored by ranking.
     designed = [by_ranking(result) for result in results if result.axes["METHOD"] == "prompt_design"]
     # A text takes the place of a seed, so that mean and standard deviation are over texts.
     texts = [
@@ -118,11 +119,6 @@ def lines(results: Sequence[Result]) -> dict[str, list[Line]]:
         for result in designed
     ]
     return our_lines(averages_of(split_mixtures([*tuned, *best_texts(designed), *texts])), "METHOD", SERIES)
-
-
-def by_ranking(result: Result) -> Result:
-    """Returns the result with its ranking score, since GPT-3 was scored by ranking; unchanged if it has none."""
-    return result if result.ranking_score is None else result._replace(score=result.ranking_score)
 
 
 def best_texts(results: Sequence[Result]) -> list[Result]:

@@ -6,8 +6,9 @@ With --results, the sweeps in that folder that belong to figures and tables (RES
 ...) are first collected, each into OUT/<name>.csv. The pages are made only from these files: OUT/<name>.md has the
 numbers as a table, and OUT/<name>.png is the picture of a figure. The pages of methods_ladder also have the prompt
 tuning and model tuning of figure_1_ladder. OUT/ladder_claims.md has the differences that the paper's claims are about,
-from all files of the ladder. OUT/figure_1_ladder_curves.csv has the score at each evaluated step, and the .png shows
-it. Figure 4 needs no run.
+from all files of the ladder. Its intervals are over seeds and, if `python -m experiments.answers` has written
+OUT/ladder_answers.csv, over rows. OUT/figure_1_ladder_curves.csv has the score at each evaluated step, and the .png
+shows it. Figure 4 needs no run.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import claims, curves, figure_1, figure_3, figure_4, method_sizes
+from experiments import answers, claims, curves, figure_1, figure_3, figure_4, method_sizes
 from experiments.averages import mean_over
 from experiments.collect import RESULTS, collect, page
 from experiments.sizes import PARAMETERS
@@ -59,6 +60,18 @@ def read(path: Path) -> list[Result]:
     return results
 
 
+def read_answers(path: Path) -> dict[answers.Key, str]:
+    """Returns the answers in a CSV; {} if there is no such file.
+
+    Raises:
+      ValueError: the file is not such a CSV.
+    """
+    try:
+        return answers.from_csv(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: run python -m experiments.answers again") from None
+
+
 def write(name: str, results: Sequence[Result], out: Path) -> list[Path]:
     """Writes the table, and for a figure the picture, of a sweep's results; returns the paths."""
     kind, target = name.removesuffix("_ladder"), out / f"{name}.md"
@@ -97,6 +110,7 @@ def main() -> None:
             raise ValueError(f"no folder {args.results}: set --results to the one that the sweeps' folders are in")
         args.out.mkdir(parents=True, exist_ok=True)
         absent, ladder = [], {}
+        answered = read_answers(args.out / answers.FILE)
         for name in NAMES:
             if args.results and (args.results / name).is_dir():
                 try:
@@ -107,7 +121,7 @@ def main() -> None:
                     print(error, file=sys.stderr)
             source = args.out / f"{name}.csv"
             if source.exists():
-                results = read(source)
+                results = answers.with_answers(name, read(source), answered)
                 if name == METHODS:
                     results = method_sizes.beside_figure_1(results, ladder.get("figure_1", ()))
                 if name.endswith("_ladder"):

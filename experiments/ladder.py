@@ -2,7 +2,8 @@
 
     python -m experiments.ladder --sizes=pico,nano,micro --gin.DATA_DIR="'path/to/data'" [--gin.NAME=VALUE ...]
 
-It runs the sweeps below one after the other, and then `python -m experiments.figures --results=runs`. The other
+It runs the sweeps below one after the other, then `python -m experiments.answers --results=runs`, which predicts the
+rows of their trials again for the intervals, and then `python -m experiments.figures --results=runs`. The other
 arguments are given to every sweep: `--gin.LM_BASE` says where the base models are, if not in runs/. A sweep skips its
 finished trials, so after an interruption the same command goes on.
 """
@@ -25,7 +26,8 @@ def commands(sizes: Sequence[str], arguments: Sequence[str]) -> list[list[str]]:
     """
     sweep = [sys.executable, "-m", "prompt_tuning_jax.sweep", "--launcher=local", f"--gin.SIZES={[*sizes]}"]
     sweeps = [[*sweep, f"--gin_file=sweeps/{name}_ladder.gin", *arguments] for name in SWEEPS]
-    return [*sweeps, [sys.executable, "-m", "experiments.figures", "--results=runs"]]
+    pages = [[sys.executable, "-m", f"experiments.{module}", "--results=runs"] for module in ("answers", "figures")]
+    return [*sweeps, *pages]
 
 
 def main() -> None:

@@ -25,12 +25,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from experiments.answers import Runs
 from experiments.drawing import COLOURS
 from experiments.intervals import DRAWS, Interval, bootstrap
 from experiments.trials import evaluations
 from prompt_tuning_jax import gin_files
 from prompt_tuning_jax.errors import SettingError
 from prompt_tuning_jax.sweeps import spec
+from prompt_tuning_jax.training.evaluation import is_right
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("next", "collect", "page")
@@ -153,24 +155,12 @@ def finished_scores(trials: Iterable[spec.Trial]) -> dict[str, float]:
 
 def collect(trials: Sequence[spec.Trial]) -> list[TrialResult]:
     """Predicts the rows of the finished trials again, and returns the trials' results."""
-    from prompt_tuning_jax.checkpoints.model import load
-    from prompt_tuning_jax.checkpoints.tuned import injection_of
-    from prompt_tuning_jax.sweep import check_trial
-    from prompt_tuning_jax.training.evaluation import Evaluator, is_right
-
-    found, models = [], {}
+    runs, found = Runs(), []
     for trial in trials:
         if not (trial.folder / "summary.json").is_file():
             continue
         summary = json.loads((trial.folder / "summary.json").read_text())
-        config = check_trial(trial)
-        assert config is not None
-        if config.initial_checkpoint_path not in models:
-            model = load(config.initial_checkpoint_path)
-            models[config.initial_checkpoint_path] = model, Evaluator(model.config, model.tokenizer)
-        model, evaluator = models[config.initial_checkpoint_path]
-        ((_, batches),) = config.eval_dataset.eval_batches(model.tokenizer).items()
-        predictions = evaluator.predictions(injection_of(trial.folder, model.config), dict(model.parameters), batches)
+        _, predictions = runs.predictions(trial.folder, trial.folder)
         right = np.array([is_right(*pair) for pair in zip(predictions.targets, predictions.answers, strict=True)])
         said = summary["best"]["accuracy"]
         if abs(100.0 * right.mean() - said) > 1e-6:

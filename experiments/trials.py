@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from prompt_tuning_jax.tasks.metrics import suite_score, task_score
 
 SIZES = ("pico", "nano", "micro", "mini", "small", "base", "large", "xl", "xxl")
-# How many rows a task of the ladder is evaluated on (gin_configs/sweeps/ladder.gin).
-ROWS = {"sst2": 500, "imdb": 500, "cb": 56}
 COLUMNS = ("command", "task", "score", "ranking_score")  # followed by one column per metric
 LAST_COLUMNS = ("best_step", "steps", "seconds", "examples_seen", "base_fingerprint")
 WHOLE = ("best_step", "steps", "examples_seen")
@@ -33,6 +31,8 @@ class Result(NamedTuple):
       metrics: metrics by name: "f1"; for a mixture, "task/f1"; by ranking, "ranking f1"; for several prompts,
         "average f1", "best f1" and "ensemble f1".
       best_step, steps, examples_seen: None if nothing was trained.
+      targets, answers, ranking_answers: one character per row: the right label, the generated answer (with several
+        prompts, the vote) and the answer by ranking. Empty if they are not known; `experiments.answers` finds them.
     """
 
     axes: Mapping[str, str]
@@ -46,6 +46,9 @@ class Result(NamedTuple):
     seconds: float | None = None
     examples_seen: int | None = None
     base_fingerprint: str = ""
+    targets: str = ""
+    answers: str = ""
+    ranking_answers: str = ""
 
 
 def read_trials(sweep_dir: Path) -> tuple[list[Result], list[str]]:
@@ -178,13 +181,20 @@ def _plain(task: str) -> str:
     )
 
 
-def by_setting(results: Sequence[Result], axis: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Returns the scores of the seeds, by size, value of `axis` and task, smallest size first."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+def by_ranking(result: Result) -> Result:
+    """Returns the result with its score and answers by ranking; unchanged if it has no such score."""
+    if result.ranking_score is None:
+        return result
+    return result._replace(score=result.ranking_score, answers=result.ranking_answers)
+
+
+def by_setting(results: Sequence[Result], axis: str) -> dict[str, dict[str, dict[str, list[Result]]]]:
+    """Returns the trials that have a score, by size, value of `axis` and task, smallest size first."""
+    found: dict[str, dict[str, dict[str, list[Result]]]] = {}
     for result in sorted(results, key=lambda result: SIZES.index(result.axes["SIZE"])):
         if "TASK" in result.axes and result.score is not None:
             of_size = found.setdefault(result.axes["SIZE"], {})
-            of_size.setdefault(result.axes[axis], {}).setdefault(result.axes["TASK"], []).append(result.score)
+            of_size.setdefault(result.axes[axis], {}).setdefault(result.axes["TASK"], []).append(result)
     return found
 
 

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import prompt_tuning_jax as pt
-from experiments import averages, claims, costs, figure_1, figures, ladder, method_sizes, scaling
+from experiments import answers, averages, claims, costs, figure_1, figures, ladder, method_sizes, scaling
 from experiments.sizes import PARAMETERS
 from experiments.trials import Result, split_mixtures
 from prompt_tuning_jax import gin_files, sweep
@@ -202,7 +202,7 @@ def try_ladder(arguments, folder, monkeypatch, module=""):
     for _, _, program, *own in ran:
         TRIED.get(program, try_argparse)(own, folder, monkeypatch, program)
         gin.clear_config()
-    assert len(ran) == len(ladder.SWEEPS) + 1
+    assert len(ran) == len(ladder.SWEEPS) + 2
 
 
 def try_argparse(arguments, folder, monkeypatch, module):
@@ -353,7 +353,8 @@ def test_numbers_of_the_readme_are_those_of_the_results():
 
 
 def ladder_results(name: str) -> list[Result]:
-    return figures.read(RESULTS / f"{name}_ladder.csv")
+    found = figures.read_answers(RESULTS / answers.FILE)
+    return answers.with_answers(f"{name}_ladder", figures.read(RESULTS / f"{name}_ladder.csv"), found)
 
 
 def test_results_of_the_readme_are_those_of_the_ladder():
@@ -378,7 +379,11 @@ def test_results_of_the_readme_are_those_of_the_ladder():
 def test_intervals_on_the_ladders_page_are_those_that_were_computed():
     page = (RESULTS / "ladder.md").read_text()
     names = ("figure_1", "figure_3a", "figure_3b", "figure_3c", "figure_3d", "table_1_transfer", "table_3")
-    found = claims.claims({name: ladder_results(name) for name in names})
+    results = {name: ladder_results(name) for name in names}
+    for trial in [one for of_sweep in results.values() for one in of_sweep] + ladder_results("methods"):
+        assert trial.answers or trial.axes["METHOD"] in ("multi_task", "prompt_design")
+        assert trial.ranking_answers or "FROM" not in trial.axes
+    found = claims.claims(results)
     assert (RESULTS / "ladder_claims.md").read_text() == claims.page(found)
     methods = method_sizes.beside_figure_1(ladder_results("methods"), ladder_results("figure_1"))
     assert (RESULTS / "methods_ladder.md").read_text().endswith(method_sizes.text(methods))

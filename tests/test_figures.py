@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import statistics
 import sys
 
@@ -14,9 +13,8 @@ import pytest
 from matplotlib.axes import Axes
 
 from experiments import claims, curves, figure_1, figure_3, figure_4, figures, method_sizes, paper, tables
-from experiments.collect import RESULTS
 from experiments.sizes import LADDER, PARAMETERS, SIZES, number_of_parameters
-from experiments.trials import ROWS, Result, to_csv
+from experiments.trials import Result, to_csv
 from prompt_tuning_jax.checkpoints.base import EMBEDDED, expected_shapes
 from prompt_tuning_jax.checkpoints.huggingface import read_config
 from prompt_tuning_jax.t5.config import T5Config
@@ -272,19 +270,15 @@ def seeds_of(scores: dict[str, list[float]], **axes: str) -> list[Result]:
     ]
 
 
-def test_a_difference_has_the_interval_of_its_seeds_and_rows():
-    """Against the normal distribution: variances of seeds, over their number, and of rows, p (1 - p) over theirs."""
+def test_a_difference_of_trials_without_answers_has_the_interval_of_its_seeds():
+    """Against the normal distribution: the variances of the seeds, over their number."""
     left, right = {"sst2": [70.0, 74.0, 75.0], "cb": [50.0, 54.0]}, {"sst2": [60.0], "cb": [40.0, 44.0, 51.0]}
-    found = claims.difference(left, right)
+    found = claims.difference(*({task: seeds_of({task: side[task]}) for task in side} for side in (left, right)))
     assert found.mean == pytest.approx((73 + 52) / 2 - (60 + 45) / 2, abs=1e-9)
-    variance = 0.0
-    for scores in (left, right):
-        for task, rows in (("sst2", 500), ("cb", 56)):
-            mean = statistics.mean(scores[task])
-            variance += (statistics.pvariance(scores[task]) / len(scores[task]) + mean * (100 - mean) / rows) / 4
+    variance = sum(statistics.pvariance(scores) / len(scores) / 4 for side in (left, right) for scores in side.values())
     half = 1.96 * math.sqrt(variance)
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)  # of 10,000 draws
-    assert (found.high + found.low) / 2 == pytest.approx(found.mean, abs=0.05 * half)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)  # means of so few seeds are not quite normal
+    assert (found.high + found.low) / 2 == pytest.approx(found.mean, abs=0.1 * half)
 
 
 def test_tasks_and_sizes_that_lack_a_setting_take_no_part_in_a_claim():
@@ -306,7 +300,7 @@ def test_claims_are_judged_by_their_interval():
         one
         for size, of_size in scores.items()
         for length, score in of_size.items()
-        for one in seeds_of({"sst2": [score] * 3}, SIZE=size, PROMPT_LENGTH=length)
+        for one in seeds_of({"sst2": [score - 1, score, score + 1]}, SIZE=size, PROMPT_LENGTH=length)
     ]
     found = {(one.size, one.compared): one for one in claims.claims({"figure_3a": results})}
     assert {key: one.verdict for key, one in found.items()} == {
@@ -320,12 +314,16 @@ def test_claims_are_judged_by_their_interval():
     assert "25.0 [" in page
 
 
+def around(score: float) -> list[float]:
+    return [score + step for step in (-4, -1, 0, 2, 3)]
+
+
 def test_the_gap_to_model_tuning_is_compared_between_sizes():
     results = [
         one
         for size, (prompt, model) in {"pico": (20.0, 70.0), "nano": (60.0, 72.0), "micro": (74.0, 74.0)}.items()
         for method, score in {"prompt_tuning": prompt, "model_tuning": model}.items()
-        for one in seeds_of({"sst2": [score] * 3, "cb": [score - 10] * 3}, SIZE=size, METHOD=method)
+        for one in seeds_of({"sst2": around(score), "cb": around(score - 10)}, SIZE=size, METHOD=method)
     ]
     found = {(one.size, one.compared): one.interval for one in claims.claims({"figure_1": results})}
     gap = "gap of the smaller size - gap of the larger"
@@ -377,30 +375,20 @@ def test_methods_are_compared_at_each_size_with_prompt_and_model_tuning(tmp_path
     }
 
 
-def test_votes_and_transfers_are_compared():
-    metrics = {"average accuracy": 60.0, "best accuracy": 70.0, "ensemble accuracy": 64.0}
-    votes = [result(64.0, metrics=metrics, SIZE="nano", TASK="sst2")]
+def test_transfers_are_compared():
     moved = [
         one
         for method, score in {"prompt_tuning": 80.0, "model_tuning": 60.0}.items()
         for one in seeds_of({"imdb": [score] * 3, "sst2": [50.0]}, SIZE="nano", METHOD=method, FROM="sst2")
     ]
     moved = [one._replace(ranking_score=70.0) for one in moved]
-    transfer, ranked, vote = claims.claims({"table_3": votes, "table_1_transfer": moved})
-    assert (vote.source, vote.interval.mean, vote.verdict) == ("table_3", pytest.approx(4.0), "cannot tell")
+    transfer, ranked = claims.claims({"table_1_transfer": moved})
     assert (transfer.compared, transfer.verdict) == (
         "prompt tuning - model tuning, sst2 to imdb",
         "as in the paper",
     )
     assert transfer.interval.mean == pytest.approx(20.0)
     assert (ranked.compared, ranked.interval.mean) == (f"{transfer.compared}, labels ranked", pytest.approx(0.0))
-
-
-def test_the_ladders_rows_are_counted_as_they_are_evaluated():
-    """By gin_configs/sweeps/ladder.gin; CB's validation set has 56 rows."""
-    text = (RESULTS.parent.parent / "gin_configs" / "sweeps" / "ladder.gin").read_text()
-    found = {task: int(rows) for task, rows in re.findall(r'"(\w+)": {[^}]*?"EVAL_SPLIT": "train\[-(\d+):\]"', text)}
-    assert {**found, "cb": 56} == ROWS
 
 
 def test_everything_is_redrawn_from_the_csvs(tmp_path, redraw, capsys):

@@ -276,7 +276,7 @@ def test_the_ladders_rows_to_train_on_and_to_score_are_apart(data_dir):
 def test_the_ladders_command_runs_each_of_its_sweeps(monkeypatch):
     """As whole commands; a sweep that fails ends it with the sweep's exit code."""
     given = ["--gin.DATA_DIR='data'", "--gin.LM_BASE='bases/{SIZE}'"]
-    *sweeps, figures = ladder.commands(["pico", "nano"], given)
+    *sweeps, answers, figures = ladder.commands(["pico", "nano"], given)
     for command in sweeps:
         gin.clear_config()
         gin_files.parse([argument for argument in command if argument.startswith("--gin")])
@@ -285,6 +285,7 @@ def test_the_ladders_command_runs_each_of_its_sweeps(monkeypatch):
         assert all(trial.macros["DATA_DIR"] == "data" for trial in trials)
     bases = {f"ladder_{base}" for base in ("span", "lm", "learning_rates")}
     assert {f"{name}_ladder" for name in ladder.SWEEPS} == {name for name in NAMES if "ladder" in name} - bases
+    assert answers[1:] == ["-m", "experiments.answers", "--results=runs"]
     assert figures[1:] == ["-m", "experiments.figures", "--results=runs"]
 
     monkeypatch.setattr("sys.argv", ["ladder", "--sizes=pico", "--gin.DATA_DIR='data'"])
