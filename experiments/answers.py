@@ -148,6 +148,7 @@ def collect(results: Path, sweeps: Mapping[str, Sequence[Result]]) -> dict[Key, 
 
 
 def score_by(trial: Result, way: str) -> float | None:
+    """Returns a trial's score by generated or by ranked answers."""
     return trial.ranking_score if way == RANKING else trial.score
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import sklearn.metrics
 from tiny import own_caches
 
-from experiments import answers, claims, figures
+from experiments import answers, claims, figures, methods
 from experiments.intervals import DRAWS, mean_draws, row_draws, score_of
 from experiments.trials import Result, by_ranking, read_trials
 from prompt_tuning_jax.eval import main as eval_main
@@ -154,7 +155,10 @@ SPLITS = {"sst2": "validation[:48]", "imdb": "validation[48:80]"}
 
 
 def test_trials_are_predicted_again(tiny, tmp_path, command, capsys):
-    """Of runs, of runs on the rows of another task, and of votes: with the scores that their commands computed."""
+    """Checks that the answers have the scores that `train` and `eval` computed, for each kind of trial.
+
+    The kinds are a run on its own rows, a run on the rows of another task, and the vote of several prompts.
+    """
     runs, out = tmp_path / "runs", tmp_path / "out"
 
     def tune(method: str, task: str, seed: int, *files: str, **macros: object) -> Path:
@@ -192,6 +196,11 @@ def test_trials_are_predicted_again(tiny, tmp_path, command, capsys):
     ]
     assert not any("multi_task" in name for _, name, _ in found)
     assert len(found["", "sst2", "targets"]) == 48 and len(found["table_1_transfer_ladder", moved, "ranking"]) == 32
+    # The comparison of methods predicts in the same way.
+    values = {"METHOD": "official", "SIZE": "nano", "TASK": "sst2", "LEARNING_RATE": "0.3", "RANDOM_SEED": "0"}
+    (one,) = methods.collect([SimpleNamespace(folder=Path(prompts[0]), name="official", values=values)])
+    given, targets = found["figure_1_ladder", Path(prompts[0]).name, "generation"], found["", "sst2", "targets"]
+    assert one.right.tolist() == [*map(str.__eq__, given, targets)]
     for sweep in ("figure_1_ladder", "table_1_transfer_ladder", "table_3_ladder"):
         joined = answers.with_answers(sweep, read_trials(runs / sweep)[0], found)  # which compares the scores
         assert all(one.answers and one.score > 0 for one in joined if one.axes.get("METHOD") != "multi_task")
