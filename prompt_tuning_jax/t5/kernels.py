@@ -19,30 +19,31 @@ MASKED = -1e10  # T5X's logit of a masked position: its softmax weight is exactl
 def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
     """Returns `x @ kernel` in `dtype`, summed in float32."""
     # A CPU's matmul of two bfloat16 matrices gives float32. Asked for another dtype, XLA would convert both first.
-    if x.dtype == kernel.dtype == jnp.bfloat16 and (dtype == jnp.float32 or jax.default_backend() == "cpu"):
-        return _rounded_matmul(x, kernel).astype(dtype)
+    if x.dtype == kernel.dtype and (jax.default_backend() == "cpu" or (x.dtype, dtype) == (jnp.bfloat16, jnp.float32)):
+        return _matmul(x, kernel).astype(dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
-def _rounded_matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*B d_out"]:
+def _matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*B d_out"]:
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _rounded_matmul_forward(x, kernel):
-    return _rounded_matmul(x, kernel), (x, kernel)
+def _matmul_forward(x, kernel):
+    return _matmul(x, kernel), (x, kernel)
 
 
-def _rounded_matmul_backward(residuals, gradient):
+def _matmul_backward(residuals, gradient):
     x, kernel = residuals
     gradient = gradient.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
     of_x = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    of_kernel = lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    # A matmul of two matrices: with more axes, and by JAX's own derivative, XLA for CPUs first copies one transposed.
+    rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    of_kernel = lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 
-_rounded_matmul.defvjp(_rounded_matmul_forward, _rounded_matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
