@@ -140,8 +140,9 @@ def machine() -> dict[str, str]:
             continue
     # Ask in a child process, because this process must not take an accelerator's memory.
     device = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout.strip()
+    amx = "with" if "amx_tile" in field("/proc/cpuinfo", "flags").split() else "without"
     return {
-        "CPU": f"{field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores",
+        "CPU": f"{field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores, {amx} AMX",
         "memory": f"{int(field('/proc/meminfo', 'MemTotal').split()[0]) * 1024 / 1e9:.1f} GB",
         "JAX's device": device,
         "versions": ", ".join(versions),

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int8
 
+MATMUL = "matmul"  # the name of a matmul's result, for the policies of rematerialisation
 MASKED = -1e10  # T5X's logit of a masked position: its softmax weight is exactly 0 in float32
 
 
@@ -20,7 +22,7 @@ def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype
     """Returns `x @ kernel` in `dtype`, summed in float32."""
     # A CPU's matmul of two bfloat16 matrices gives float32. Asked for another dtype, XLA would convert both first.
     if x.dtype == kernel.dtype and (jax.default_backend() == "cpu" or (x.dtype, dtype) == (jnp.bfloat16, jnp.float32)):
-        return _matmul(x, kernel).astype(dtype)
+        return checkpoint_name(_matmul(x, kernel), MATMUL).astype(dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.adapters import PREFIX
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.kernels import MATMUL
 from prompt_tuning_jax.t5.layers import (
     RESIDUAL,
     Attention,
@@ -370,7 +371,9 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
     """Returns the layer such that its backward pass recomputes what `config.remat_policy` does not keep."""
     if config.remat_policy == "none":
         return layer
-    policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    keep = jax.checkpoint_policies
+    matmuls = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(MATMUL))
+    policies = {"minimal": matmuls, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
 
 
