@@ -502,7 +502,7 @@ train_step = make_train_step(Transformer(size), config.method, config.optimizer,
 train_step = train_step.lower(state, frozen, batch).compile()
 jax.block_until_ready((state, frozen, batch))
 device = jax.local_devices()[0]
-if device.platform == "cpu":  # the threads keep the scratch of their first step, 40 to 60 MB by their number
+if device.platform == "cpu":  # XLA's threads allocate scratch in their first step and keep it
     state, metrics = train_step(state, frozen, batch)
     jax.block_until_ready((state, metrics))
     del metrics

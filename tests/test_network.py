@@ -578,9 +578,10 @@ def test_options_of_memory_and_speed_change_no_number(option, tiny_config):
     np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 
 
-def test_remat_keeps_less(tiny_config):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remat_keeps_less(dtype, tiny_config):
     def kept(policy):
-        config = dataclasses.replace(tiny_config, remat_policy=policy)
+        config = dataclasses.replace(tiny_config, dtype=dtype, remat_policy=policy)
         model, tokens = prompted(config), jnp.ones((8, 32), jnp.int32)
         params = model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
 

@@ -22,7 +22,7 @@ def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype
     """Returns `x @ kernel` in `dtype`, summed in float32."""
     # A CPU's matmul of two bfloat16 matrices gives float32. Asked for another dtype, XLA would convert both first.
     if x.dtype == kernel.dtype and (jax.default_backend() == "cpu" or (x.dtype, dtype) == (jnp.bfloat16, jnp.float32)):
-        return checkpoint_name(_matmul(x, kernel), MATMUL).astype(dtype)
+        return checkpoint_name(_matmul(x, kernel).astype(dtype), MATMUL)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
@@ -39,7 +39,8 @@ def _matmul_backward(residuals, gradient):
     x, kernel = residuals
     gradient = gradient.astype(x.dtype)
     of_x = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    # A matmul of two matrices: with more axes, and by JAX's own derivative, XLA for CPUs first copies one transposed.
+    # Both become matrices first. With more axes, XLA for CPUs would write a transposed copy of one, as it does for
+    # JAX's own derivative of `jnp.dot`.
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     of_kernel = lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)

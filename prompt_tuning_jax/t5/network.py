@@ -372,6 +372,7 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
     if config.remat_policy == "none":
         return layer
     keep = jax.checkpoint_policies
+    # The policy of matmuls does not see those with a derivative of their own (`kernels.matmul`): these have a name.
     matmuls = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(MATMUL))
     policies = {"minimal": matmuls, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
