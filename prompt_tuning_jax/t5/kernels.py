@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int8
 
 MATMUL = "matmul"  # the name of a matmul's result, for the policies of rematerialisation
-MASKED = -1e10  # T5X's logit of a masked position: its softmax weight is exactly 0 in float32
+MASKED = -1e10  # is added to the logit of a masked position, as in T5X: its softmax weight is exactly 0 in float32
 
 
 def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
@@ -103,7 +103,8 @@ def _attend(query, key, value, bias, mask):
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
+        # Added, not selected: XLA for CPUs fuses a sum into the matmul before it, but not a selection.
+        scores = scores + jnp.where(mask, 0.0, MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Normalised after the second einsum: a row of its result has head_dim numbers, and a row of weights one per key.
     scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
