@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int8
 
 MATMUL = "matmul"  # the name of a matmul's result, for the policies of rematerialisation
-MASKED = -1e10  # is added to the logit of a masked position, as in T5X: its softmax weight is exactly 0 in float32
+# Added to the logit of a masked position, as in T5X. The position's softmax weight is then exactly 0 in float32.
+MASKED = -1e10
 
 
 def matmul(x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any) -> Float[Array, "*B d_out"]:
