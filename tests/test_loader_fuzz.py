@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.array_files.t5x import INDEX
-from prompt_tuning_jax.checkpoints import base, huggingface, t5x
+from prompt_tuning_jax.checkpoints import huggingface, t5x
 from prompt_tuning_jax.checkpoints.base import load_base, open_model
 from prompt_tuning_jax.prompts.files import IN_T5X, read_prompt, write_prompt
 from prompt_tuning_jax.t5.config import T5Config
@@ -102,14 +102,6 @@ TARGETS = {
     "database": Target("orbax", "state/**/d/*", "values"),
     "npy": Target("npy", "prompt.npy", "bytes"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_shapes():
-    """A model's shapes, evaluated once: they take longer than all else here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "expected_shapes", functools.cache(base.expected_shapes))
-        yield
 
 
 @pytest.fixture(scope="module")

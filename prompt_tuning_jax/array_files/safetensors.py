@@ -1,5 +1,6 @@
 """Opens and writes the arrays of safetensors files, as one file or in shards (Hugging Face's layout)."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
                 dtype = DTYPES.get(tensor.get_dtype())
                 if dtype is None:
                     raise ArrayError(f"{name} of {path} is {tensor.get_dtype()}, expected {', '.join(DTYPES)}")
-                arrays[name] = StoredArray(tuple(tensor.get_shape()), dtype, _reader(path, name))
+                arrays[name] = StoredArray(tuple(tensor.get_shape()), dtype, functools.partial(_read, path, name))
     except ArrayError:
         raise
     except Exception as error:  # safetensors and NumPy raise several types for a damaged header
@@ -47,17 +48,14 @@ def _open_file(path: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-def _reader(path: Path, name: str):
-    def read(index: Index) -> np.ndarray:
-        # Opened again for each array: if the file stayed mapped, the pages that were read would stay in memory.
-        try:
-            with safe_open(path, framework="numpy") as file:
-                whole = all(part == slice(None) for part in index)
-                return file.get_tensor(name) if whole else file.get_slice(name)[index]
-        except Exception as error:
-            raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
-
-    return read
+def _read(path: Path, name: str, index: Index) -> np.ndarray:
+    # Opened again for each array: if the file stayed mapped, the pages that were read would stay in memory.
+    try:
+        with safe_open(path, framework="numpy") as file:
+            whole = all(part == slice(None) for part in index)
+            return file.get_tensor(name) if whole else file.get_slice(name)[index]
+    except Exception as error:
+        raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
 
 
 def write_safetensors(

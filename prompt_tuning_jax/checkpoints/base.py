@@ -27,7 +27,7 @@ from prompt_tuning_jax.checkpoints.t5x_names import PREFIX, t5x_url
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.prompts.files import IN_T5X
 from prompt_tuning_jax.t5.config import FROM_FILES, IDS, NOT_IN_SHAPES, NUMERICS, SIZE, T5Config
-from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.network import Transformer, declared_parameters
 from prompt_tuning_jax.t5.quantized import quantized
 from prompt_tuning_jax.tokenizers.vocabulary import BYTES, Vocabulary, vocabulary_in
 
@@ -294,10 +294,7 @@ def random_base(config: T5Config, seed: int, sharding_of: ShardingOf | None = No
 
 def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter by path. Computes no values."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = functools.partial(Transformer(config).init, enable_dropout=False)
-    tree = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
-    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+    return {path: declared.shape for path, declared in declared_parameters(config).items()}
 
 
 def check_size(

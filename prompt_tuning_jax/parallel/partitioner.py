@@ -1,6 +1,5 @@
 """Places arrays on a mesh: parameters are sharded by the rules, batches by rows, and all else is replicated."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core.spmd import logical_axis_rules
-from flax.linen.partitioning import get_axis_names
-from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prompt_tuning_jax.errors import Setting, SettingError
 from prompt_tuning_jax.parallel.mesh import RULES
 from prompt_tuning_jax.t5.config import T5Config
-from prompt_tuning_jax.t5.network import Transformer
+from prompt_tuning_jax.t5.network import declared_parameters
 from prompt_tuning_jax.t5.quantized import TABLE, embedding_table, output_axis, scale_path
 
 ROWS = ("data", "fsdp")
@@ -162,13 +159,9 @@ class _OnMesh:
             return self._jitted.lower(*args)
 
 
-@functools.lru_cache
-def logical_axes(config: T5Config) -> Mapping[str, tuple[str | None, ...]]:
+def logical_axes(config: T5Config) -> Mapping[str, tuple[str, ...]]:
     """Returns the logical axes of every parameter by path, such as ("embed", "mlp"), including those of int8 scales."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = functools.partial(Transformer(config).init, enable_dropout=False)
-    tree = get_axis_names(jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params_axes"])
-    axes = {path: tuple(names) for path, names in flatten_dict(tree, sep="/").items()}
+    axes = {path: declared.axes for path, declared in declared_parameters(config).items()}
     scales = {}
     for path, names in axes.items():
         axis = output_axis(path)

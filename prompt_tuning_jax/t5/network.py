@@ -1,17 +1,21 @@
 """Defines T5 1.1: encoder, decoder and `Transformer`, with the parameter names and call signature of T5X network.py."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.partitioning import get_axis_names
 from flax.linen.spmd import with_logical_constraint
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from prompt_tuning_jax.t5.adapters import PREFIX
-from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.config import NUMERICS, T5Config
 from prompt_tuning_jax.t5.kernels import MATMUL
 from prompt_tuning_jax.t5.layers import (
     RESIDUAL,
@@ -365,6 +369,29 @@ class Transformer(nn.Module):
             decode,
             **own,
         )
+
+
+class Declared(NamedTuple):
+    """Holds a parameter's shape, and its logical axes in T5X, such as ("embed", "mlp")."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def declared_parameters(config: T5Config) -> Mapping[str, Declared]:
+    """Returns what the model declares of each parameter by path. Computes no values."""
+    numerics = {field.name: field.default for field in dataclasses.fields(T5Config) if field.name in NUMERICS}
+    return _declared(dataclasses.replace(config, **numerics))
+
+
+@functools.lru_cache  # tracing a large model takes a second, and a run needs the result several times
+def _declared(config: T5Config) -> Mapping[str, Declared]:
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    init = functools.partial(Transformer(config).init, enable_dropout=False)
+    tree = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+    shapes: Any = flatten_dict(tree["params"], sep="/")
+    axes: Any = flatten_dict(get_axis_names(tree["params_axes"]), sep="/")
+    return MappingProxyType({path: Declared(shapes[path].shape, tuple(axes[path])) for path in shapes})
 
 
 def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
