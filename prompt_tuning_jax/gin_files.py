@@ -106,15 +106,16 @@ def _parse_files(
             raise ValueError(f"unknown argument {argument!r}; expected {', '.join(known)}")
     for path in SEARCH_PATHS:
         gin.add_config_file_search_path(str(path))
+    config = gin.config_str()
     for file in files:
         if not any(Path(path, file).is_file() for path in ("", *SEARCH_PATHS)):
             raise ValueError(f"no gin file {file}; {_near(file, _files())}")
-        before, read_before = _macros(gin.config_str()), _read_macros(gin.config_str())
+        before, read_before = _macros(config), _read_macros(config)
         with _one_line_gin_errors(file), files_alone():
             gin.parse_config_file(file)
-        after = gin.config_str()
-        setters |= {name: [file] for name, value in _macros(after).items() if before.get(name) != value}
-        for name in read_before - _read_macros(after):
+        config = gin.config_str()
+        setters |= {name: [file] for name, value in _macros(config).items() if before.get(name) != value}
+        for name in read_before - _read_macros(config):
             setters.setdefault(name, []).append(file)
     if wants_help:
         print(_help(about or "", files))

@@ -18,6 +18,7 @@ from pathlib import Path
 # The processes that tests start inherit these.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a network; the tests of the hub start a server of their own
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would each compile all of the package's sources
 
 import absl.logging
 import hypothesis

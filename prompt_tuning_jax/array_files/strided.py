@@ -1,5 +1,6 @@
 """Reads arrays whose entries are uncompressed in a file, or parts of them, without reading the rest of the file."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,19 +68,28 @@ def strided_array(
     steps = c_strides(shape) if strides is None else strides
     # A file may have any stride for a dimension of size 1.
     steps = tuple(0 if size == 1 else step for size, step in zip(shape, steps, strict=True))
+    return StoredArray(shape, dtype, functools.partial(_read_part, path, name, dtype, shape, runs, steps, first))
 
-    def read(index: Index) -> np.ndarray:
-        spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
-        begin = first + sum(span[0] * step for span, step in zip(spans, steps, strict=True))
-        part = np.empty([max(0, stop - start) for start, stop, _ in spans], dtype)
-        try:
-            with path.open("rb") as file:
-                _fill(part, file, runs, begin, steps)
-        except (OSError, EOFError) as error:
-            raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
-        return part
 
-    return StoredArray(shape, dtype, read)
+def _read_part(
+    path: Path,
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    runs: Sequence[Run],
+    strides: tuple[int, ...],
+    first: int,
+    index: Index,
+) -> np.ndarray:
+    spans = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+    begin = first + sum(span[0] * stride for span, stride in zip(spans, strides, strict=True))
+    part = np.empty([max(0, stop - start) for start, stop, _ in spans], dtype)
+    try:
+        with path.open("rb") as file:
+            _fill(part, file, runs, begin, strides)
+    except (OSError, EOFError) as error:
+        raise ArrayError(f"{name} of {path} cannot be read ({first_line(error)})") from None
+    return part
 
 
 def _fill(part: np.ndarray, file: BinaryIO, runs: Sequence[Run], begin: int, strides: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ Both name an array `target.<path>`, with dots for slashes, and the optimiser's s
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -191,7 +192,7 @@ def _open_zarr(store: ts.KvStore, folders: Mapping[str, str], where: str, driver
             dtype = np.dtype(array.dtype.numpy_dtype)
         except Exception as error:  # tensorstore raises the errors of its drivers
             raise ArrayError(f"{name} of {where} cannot be read ({first_line(error)})") from None
-        arrays[name] = StoredArray(tuple(array.shape), dtype, _reader(array, name, where))
+        arrays[name] = StoredArray(tuple(array.shape), dtype, functools.partial(_read, array, name, where))
     return arrays
 
 
@@ -218,14 +219,11 @@ def _check_chunks(array: ts.TensorStore, stored: set[str]) -> None:
         raise ValueError(f"{expected - len(stored)} of its {expected} chunks are missing")
 
 
-def _reader(array: Any, name: str, where: str):
-    def read(index: Index) -> np.ndarray:
-        try:
-            return np.asarray(array[index].read().result())
-        except Exception as error:
-            raise ArrayError(f"{name} of {where} cannot be read ({first_line(error)})") from None
-
-    return read
+def _read(array: Any, name: str, where: str, index: Index) -> np.ndarray:
+    try:
+        return np.asarray(array[index].read().result())
+    except Exception as error:
+        raise ArrayError(f"{name} of {where} cannot be read ({first_line(error)})") from None
 
 
 def write_legacy(folder: Path, arrays: Mapping[str, ArrayLike | StoredArray]) -> None:

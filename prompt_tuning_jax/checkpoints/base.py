@@ -235,15 +235,14 @@ def _convert_dtype(name: str, array: Array, base_dtype: Any, sharding_of: Shardi
     """Returns an array of the file in the dtype that is kept in memory, by path: int8 gives an array and its scales."""
     if base_dtype == "int8":
         convert = functools.partial(quantized, name)
-        if len(jax.eval_shape(convert, array)) == 1:  # not a matrix
+        shapes = jax.eval_shape(convert, array)
+        if len(shapes) == 1:  # not a matrix
             return _convert_dtype(name, array, "auto", sharding_of)
-    else:
-        dtype = _parameter_dtype(base_dtype, array.dtype)
-        convert = lambda array: {name: array.astype(dtype)}  # noqa: E731
-    if sharding_of is None:
-        return convert(array)
-    shapes = jax.eval_shape(convert, array)
-    return jax.jit(convert, out_shardings={path: sharding_of(path, leaf.shape) for path, leaf in shapes.items()})(array)
+        if sharding_of is None:
+            return convert(array)
+        shardings = {path: sharding_of(path, leaf.shape) for path, leaf in shapes.items()}
+        return jax.jit(convert, out_shardings=shardings)(array)
+    return {name: array.astype(_parameter_dtype(base_dtype, array.dtype))}  # each shard stays where it is
 
 
 def _parameter_dtype(base_dtype: Any, stored: np.dtype) -> np.dtype:

@@ -1,6 +1,7 @@
 """Converts models and prompts between formats, with one array in memory at a time."""
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -231,8 +232,9 @@ def _check_ids(config: T5Config, tokenizer: Vocabulary | None, source: str) -> l
 
 
 def _with_progress(array: StoredArray, bar: tqdm) -> StoredArray:
-    def read(index: Index) -> np.ndarray:
-        bar.update(array.nbytes)
-        return array[index]
+    return StoredArray(array.shape, array.dtype, functools.partial(_read, array, bar))
 
-    return StoredArray(array.shape, array.dtype, read)
+
+def _read(array: StoredArray, bar: tqdm, index: Index) -> np.ndarray:
+    bar.update(array.nbytes)
+    return array[index]

@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +99,7 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
     table = {"token_embedder/embedding": ("shared.weight", False)}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = ("lm_head.weight", True)
-    attention = {"query": "q", "key": "k", "value": "v", "out": "o"}
     branches = ["wi"] if len(config.mlp_activations) == 1 else [f"wi_{i}" for i in range(len(config.mlp_activations))]
-
-    def add_attention(ours: str, norm: str, theirs: str, name: str) -> None:
-        table[f"{norm}/scale"] = (f"{theirs}.layer_norm.weight", False)
-        for our_part, their_part in attention.items():
-            table[f"{ours}/{our_part}/kernel"] = (f"{theirs}.{name}.{their_part}.weight", True)
-
-    def add_mlp(layer: str, theirs: str) -> None:
-        table[f"{layer}/pre_mlp_layer_norm/scale"] = (f"{theirs}.layer_norm.weight", False)
-        for part in (*branches, "wo"):
-            table[f"{layer}/mlp/{part}/kernel"] = (f"{theirs}.DenseReluDense.{part}.weight", True)
-
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         for i in range(layers if config.relative_bias_per_layer else 1):
             ours = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
@@ -121,15 +109,28 @@ def names(config: T5Config) -> dict[str, tuple[str, bool]]:
         for i in range(layers):
             ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
             if stack == "encoder":
-                add_attention(f"{ours}/attention", f"{ours}/pre_attention_layer_norm", f"{theirs}.0", "SelfAttention")
-                add_mlp(ours, f"{theirs}.1")
+                norm = f"{ours}/pre_attention_layer_norm"
+                table |= _attention_names(f"{ours}/attention", norm, f"{theirs}.0", "SelfAttention")
+                table |= _mlp_names(ours, f"{theirs}.1", branches)
             else:
                 norm = f"{ours}/pre_self_attention_layer_norm"
-                add_attention(f"{ours}/self_attention", norm, f"{theirs}.0", "SelfAttention")
+                table |= _attention_names(f"{ours}/self_attention", norm, f"{theirs}.0", "SelfAttention")
                 norm = f"{ours}/pre_cross_attention_layer_norm"
-                add_attention(f"{ours}/encoder_decoder_attention", norm, f"{theirs}.1", "EncDecAttention")
-                add_mlp(ours, f"{theirs}.2")
+                table |= _attention_names(f"{ours}/encoder_decoder_attention", norm, f"{theirs}.1", "EncDecAttention")
+                table |= _mlp_names(ours, f"{theirs}.2", branches)
     return table
+
+
+def _attention_names(ours: str, norm: str, theirs: str, name: str) -> dict[str, tuple[str, bool]]:
+    parts = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    kernels = {f"{ours}/{part}/kernel": (f"{theirs}.{name}.{parts[part]}.weight", True) for part in parts}
+    return {f"{norm}/scale": (f"{theirs}.layer_norm.weight", False)} | kernels
+
+
+def _mlp_names(layer: str, theirs: str, branches: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    parts = (*branches, "wo")
+    kernels = {f"{layer}/mlp/{part}/kernel": (f"{theirs}.DenseReluDense.{part}.weight", True) for part in parts}
+    return {f"{layer}/pre_mlp_layer_norm/scale": (f"{theirs}.layer_norm.weight", False)} | kernels
 
 
 def read_config(folder: str | os.PathLike) -> T5Config:

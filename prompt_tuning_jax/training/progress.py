@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from prompt_tuning_jax.command_line import TERMINATED
@@ -128,10 +129,15 @@ def prompt_norm_and_distance(injection: Injection, start: Injection) -> dict[str
     prompt, before = (_positions(one) for one in (injection, start))
     if prompt is None or before is None:
         return {}
-    found, start_norm = {"prompt_norm": float(jnp.mean(jnp.linalg.norm(prompt, axis=-1)))}, jnp.linalg.norm(before)
-    if start_norm:  # no distance is relative to a start of zeros
-        found["prompt_moved"] = float(jnp.linalg.norm(prompt - before) / start_norm)
-    return found
+    norm, moved, start_norm = map(float, jax.device_get(_norms(prompt, before)))
+    # No distance is relative to a start of zeros.
+    return {"prompt_norm": norm} | ({"prompt_moved": moved / start_norm} if start_norm else {})
+
+
+@jax.jit
+def _norms(prompt: Float[Array, "..."], start: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    norms = jnp.linalg.norm(prompt, axis=-1)
+    return jnp.mean(norms), jnp.linalg.norm(prompt - start), jnp.linalg.norm(start)
 
 
 def _positions(injection: Injection) -> Any:
