@@ -132,11 +132,12 @@ def _move(partial: Path, folder: Path) -> None:
                 raise
 
 
+READ_EVENTS = ("open", "os.scandir", "os.listdir")
 _opened: dict[str, PathState | None] | None = None
 
 
 def _record_opened(event: str, arguments: tuple) -> None:
-    if _opened is None or event not in ("open", "os.scandir", "os.listdir") or not isinstance(arguments[0], str | Path):
+    if _opened is None or not isinstance(arguments[0], str | Path):
         return
     if event == "open" and _is_write(*arguments[1:]):
         return
@@ -158,8 +159,8 @@ def _state_before_reading(path: str) -> PathState:
 
 @functools.cache
 def _watch_opens() -> None:
-    """Installs the audit hook. It cannot be removed, but this process does nothing but tokenise."""
-    sys.addaudithook(_record_opened)
+    """Installs the audit hook. It cannot be removed, and Python calls it for events of every kind."""
+    sys.addaudithook(lambda event, arguments: event in READ_EVENTS and _record_opened(event, arguments))
 
 
 @contextlib.contextmanager
