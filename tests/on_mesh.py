@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,7 +67,10 @@ def step_program(shape: MeshShape, method: Method) -> tuple[str, int]:
 
 
 def load(path: str, axes: dict[str, int]) -> dict:
-    """Loads a model onto a mesh, and returns how many bytes were read, read twice, and are on the devices."""
+    """Loads a model onto a mesh, and returns how many bytes were read, read twice, and are on the devices.
+
+    It also returns whether a model that is loaded in another dtype is sharded in the same way.
+    """
     config = open_model(path).config
     assert config is not None
     partitioner = Partitioner(make_mesh(mesh_shape(axes, None, len(jax.devices()))), config)
@@ -86,6 +90,7 @@ def load(path: str, axes: dict[str, int]) -> dict:
         for index, _ in parts:
             times[index] += 1
         twice += int((times > 1).sum())
+    in_bfloat16 = load_base(path, config, "bfloat16", partitioner.parameter_sharding).params
     # The bytes of each array's shards on this process's devices; replicas of a shard count once.
     own = {
         name: {str(shard.index): shard.data.nbytes for shard in value.addressable_shards}
@@ -96,6 +101,10 @@ def load(path: str, axes: dict[str, int]) -> dict:
         "numbers_read_twice": twice,
         "own_bytes": sum(sum(parts.values()) for parts in own.values()),
         "device_bytes": sum(value.addressable_shards[0].data.nbytes for value in base.params.values()),
+        "cast_where_it_is": all(
+            (value.dtype, value.sharding) == (jnp.bfloat16, partitioner.parameter_sharding(name, value.shape))
+            for name, value in in_bfloat16.items()
+        ),
         "fingerprints": [base.fingerprint, fingerprint(base.params)],
     }
 

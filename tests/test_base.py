@@ -20,7 +20,9 @@ from prompt_tuning_jax.array_files.stored import StoredArray
 from prompt_tuning_jax.checkpoints import base, huggingface, t5x
 from prompt_tuning_jax.checkpoints.inspection import inspect_base
 from prompt_tuning_jax.inference.bank import PromptBank
+from prompt_tuning_jax.parallel.partitioner import logical_axes
 from prompt_tuning_jax.t5.config import T5Config
+from prompt_tuning_jax.t5.network import Transformer
 
 CONFIG = T5Config(31, 12, 3, 1, 1, 20, head_dim=5)
 OTHER_SIZE = T5Config(31, 12, 2, 1, 1, 24, head_dim=5)
@@ -338,6 +340,19 @@ def test_what_changes_the_mathematics_changes_the_fingerprint_and_nothing_else_d
     for name, value in SHOWN.items():
         assert base.expected_shapes(dataclasses.replace(CONFIG, **{name: value})) != shapes, name
     assert {*SHOWN, *NOT_SHOWN, *COMPUTED} == {field.name for field in dataclasses.fields(T5Config)}
+
+
+def test_a_models_parameters_are_traced_once(monkeypatch):
+    """Its dtype, dropout and the like change no shape and no axis."""
+    traced, init = [], Transformer.init
+    monkeypatch.setattr(Transformer, "init", lambda *given, **named: traced.append(given) or init(*given, **named))
+    config = dataclasses.replace(CONFIG, vocab_size=37)  # which no other test has
+    shapes, axes = base.expected_shapes(config), logical_axes(config)
+    for name, value in COMPUTED.items():
+        other = dataclasses.replace(config, **{name: value})
+        assert (base.expected_shapes(other), logical_axes(other)) == (shapes, axes)
+    assert len(traced) == 1
+    assert base.expected_shapes(CONFIG) != shapes
 
 
 OTHERS = [

@@ -5,6 +5,7 @@ import functools
 import math
 import types
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import encode_once
-from prompt_tuning_jax.t5.layers import RelativePositionBias, RMSNorm, relative_position_bucket
+from prompt_tuning_jax.t5.layers import Dense, RelativePositionBias, RMSNorm, relative_position_bucket
 from prompt_tuning_jax.t5.log_likelihood import token_log_probs
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.training.loss import cross_entropy
@@ -90,6 +91,20 @@ def test_shapes_in_signatures_are_checked():
     """Without the check, a prompt of another width would fail deep inside the model, or be broadcast."""
     with pytest.raises(jaxtyping.TypeCheckError, match="prompt"):
         prepend_prompt(jnp.zeros((2, 3, 4)), jnp.zeros((5, 6)))
+
+
+def test_the_initialiser_of_a_parameter_that_is_given_is_not_traced():
+    """Flax would trace it for its shape."""
+
+    def refuse(*_):
+        raise AssertionError
+
+    given = {"params": {"kernel": jnp.ones((3, 4))}}
+    assert Dense(4, ("embed", "mlp"), kernel_init=refuse).apply(given, jnp.ones((2, 3))).tolist() == [[3] * 4] * 2
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"kernel.*\(3, 5\).*\(3, 4\)"):
+        Dense(5, ("embed", "mlp")).apply(given, jnp.ones((2, 3)))
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match="kernel"):
+        Dense(4, ("embed", "mlp")).apply({"params": {"bias": 0}}, jnp.ones((2, 3)))
 
 
 def test_parameter_tree_is_t5x(t5x, tiny_config):

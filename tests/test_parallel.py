@@ -162,6 +162,7 @@ def test_each_process_reads_its_own_bytes_once(tiny, model, axes):
     for process in found:
         assert process["numbers_read_twice"] == 0
         assert process["read_bytes"] == process["own_bytes"]
+        assert process["cast_where_it_is"]
         assert process["fingerprints"] == [whole.fingerprint] * 2
     if axes == {"fsdp": 8}:  # every matrix is divided: a half to each process, an eighth to each device
         assert max(process["read_bytes"] for process in found) < 0.55 * total

@@ -180,19 +180,22 @@ def test_dropout_is_a_function_of_run_and_step():
 @pytest.mark.parametrize("method", [PROMPT_TUNING, MODEL_TUNING, BOTH], ids=["prompt", "model", "model and prompt"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_divided_batch_has_the_gradient_of_the_whole(method, rows):
-    """Dropout and all: a row's bits are its own."""
+    """Dropout and all: a row's bits are its own. The model is traced once for all parts."""
     model = random_model(CONFIG, 5)[0]
     trainable, frozen = split(method)
     rng = np.random.default_rng(3)
     inputs, targets = random_tokens(rng, [6, 4, 1, 5, 6, 2], 6, 29), random_tokens(rng, [3, 2, 1, 3, 1, 2], 3, 29)
+    traced = []
 
     def loss(injection, inputs, targets, numbers):
+        traced.append(len(inputs))
         sums = batch_loss(model, injection, frozen, inputs, targets, jax.random.key(0), row_numbers=numbers)
         return sums.loss, sums
 
     injection = method.apply(trainable, frozen)
     whole, sums = summed_gradients(loss, injection, inputs, targets, 6)
     parts, sums_of_parts = summed_gradients(loss, injection, inputs, targets, rows)
+    assert traced == [6, rows]
     assert len(jax.tree.leaves(whole)) == len(trainable)
     for (place, gradient), part in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(part, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=str(place))
