@@ -194,7 +194,7 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, sharding_of
             if arrays[name].dtype.name not in FLOATS:
                 raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
             array = (
-                jnp.asarray(np.asarray(arrays[name]))
+                jax.device_put(np.asarray(arrays[name]))  # `jnp.asarray` would run a program that copies it
                 if sharding_of is None
                 else _read_shards(arrays[name], name, sharding_of)
             )
@@ -478,7 +478,7 @@ def fingerprint(params: Mapping[str, jax.Array], config: T5Config | None = None)
 
 def stored_fingerprint(arrays: Mapping[str, StoredArray], config: T5Config | None) -> str:
     """Returns the fingerprint of a model on disk, reading one array at a time."""
-    return _digest(arrays, {name: _sums(jnp.asarray(np.asarray(arrays[name]))) for name in arrays}, config)
+    return _digest(arrays, {name: _sums(jax.device_put(np.asarray(arrays[name]))) for name in arrays}, config)
 
 
 def _digest(

@@ -81,7 +81,7 @@ class SampledVocabulary:
         words = word_ids(model.tokenizer, table.shape[0])
         ids = jnp.asarray(words[words < self.population])
         drawn = jax.random.choice(key, ids, (length,), replace=length > len(ids))
-        return table[drawn].astype(jnp.float32)
+        return jnp.take(table, drawn, axis=0).astype(jnp.float32)
 
 
 def word_ids(tokenizer: Any, rows: int) -> Integer[np.ndarray, " words"]:
@@ -288,7 +288,7 @@ def _embed(text: str, model: Any, setting: str) -> Float[Array, "n D"]:
         raise SettingError(
             f"{text!r} tokenises to {found}: set ", Setting(setting), " to words that the tokenizer knows"
         )
-    return jnp.asarray(model.embeddings)[ids].astype(jnp.float32)
+    return jnp.take(model.embeddings, ids, axis=0).astype(jnp.float32)
 
 
 def _overwrite(prompt: Float[Array, "P D"], rows: list[jax.Array], what: str) -> Float[Array, "P D"]:
