@@ -135,8 +135,10 @@ def _open_legacy(store: ts.KvStore, where: str) -> dict[str, StoredArray]:
             raise ArrayError(
                 f"{name} of {where} cannot be read (it is {list(arrays[name].shape)}, the index says {list(shape)})"
             )
+    # Copied, because a view would keep the bytes of the whole index in memory.
     arrays |= {
-        name: StoredArray(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index]) for name, leaf in inline.items()
+        name: StoredArray(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index].copy())
+        for name, leaf in inline.items()
     }
     return {name: arrays[name] for name in leaves}
 
