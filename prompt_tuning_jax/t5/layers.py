@@ -49,7 +49,7 @@ def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int,
     stored = module.get_variable("params", name)
     if stored is None or stored.shape != shape:  # then Flax makes it, or says that it is absent or has another shape
         return param_with_axes(name, init, shape, jnp.float32, axes=axes, module=module)
-    # Flax would trace `init` again for its shape, in a fifth of the time that tracing a training step takes.
+    # Flax would trace `init` again to compare shapes: a fifth of the time of tracing a training step.
     return with_logical_constraint(stored, axes)
 
 
