@@ -193,8 +193,10 @@ def load_base(path: str, config: T5Config, dtype: Any = jnp.float32, sharding_of
         for name in sorted(arrays, key=lambda name: arrays[name].nbytes, reverse=True):
             if arrays[name].dtype.name not in FLOATS:
                 raise ArrayError(f"{name} of {model.location} is {arrays[name].dtype}, expected {' or '.join(FLOATS)}")
+            # On a CPU, `device_put` may share the memory of what was just read, which nothing else holds or changes.
+            # `jnp.asarray` would compile and run a program that copies it.
             array = (
-                jax.device_put(np.asarray(arrays[name]))  # `jnp.asarray` would run a program that copies it
+                jax.device_put(np.asarray(arrays[name]))
                 if sharding_of is None
                 else _read_shards(arrays[name], name, sharding_of)
             )

@@ -45,11 +45,18 @@ class Prefix(NamedTuple):
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """Returns a float32 parameter of a module, which has logical axes as in T5X; `init` makes it if it is absent."""
+    """Returns a module's parameter with its logical axes, as Flax's `param_with_axes` does.
+
+    `Module.init` makes it, in float32, with `init`.
+
+    Raises:
+      ScopeParamShapeError: the parameter that was given has another shape.
+      ScopeParamNotFoundError: none was given.
+    """
     stored = module.get_variable("params", name)
-    if stored is None or stored.shape != shape:  # then Flax makes it, or says that it is absent or has another shape
+    if stored is None or stored.shape != shape:  # Flax makes it or raises the error
         return param_with_axes(name, init, shape, jnp.float32, axes=axes, module=module)
-    # Flax would trace `init` again to compare shapes: a fifth of the time of tracing a training step.
+    # Without this, Flax would trace `init` in each call to compare the shapes.
     return with_logical_constraint(stored, axes)
 
 

@@ -128,7 +128,8 @@ def summed_gradients(
       rows: number of rows per micro-batch; a divisor of B.
       tasks: the index of each row's task, see `Injection.of_rows`.
     """
-    # Jitted to be traced once: below, its results' shapes are asked for first. Inlined, it changes no program.
+    # Jitted, so that `eval_shape` and `scan` below share one tracing of the model. Inlined, so that the step's program
+    # has no separate function for it.
     gradient = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
     columns = (inputs, targets, jnp.arange(len(inputs)), *(() if tasks is None else (tasks,)))
     if rows == len(inputs):
