@@ -475,6 +475,16 @@ def test_files_that_change_while_they_are_tokenised_leave_no_cache(tiny, tmp_pat
     assert not files_of(cache)
 
 
+def test_the_hook_that_sees_opened_files_outlives_its_module(monkeypatch):
+    """At exit, Python sets a module's names to None, and may still open files."""
+    hooks = []
+    monkeypatch.setattr(sys, "addaudithook", hooks.append)
+    build._watch_opens.__wrapped__()
+    for name in vars(build).copy():
+        monkeypatch.setattr(build, name, None)
+    hooks[0]("open", ("a_file", "r", 0))
+
+
 def test_the_files_of_a_source_that_tensorflow_reads_are_seen(tiny, tmp_path, monkeypatch, built_here, forget_tasks):
     """For a task in the user's own module, changed and added files are seen, wherever they are."""
     (tmp_path / "rows").mkdir()

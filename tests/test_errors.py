@@ -1,6 +1,8 @@
 """Errors that carry their setting: each front end calls it by its own name, and the library by none of them."""
 
 import ast
+import asyncio
+import gc
 import importlib
 import pickle
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 import gin
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 import prompt_tuning_jax
 from prompt_tuning_jax import convert, gin_files, infer, neighbors
@@ -266,6 +269,29 @@ def test_a_failed_restore_leaves_the_process_as_it_was(tmp_path):
         store.restore(3, {"a": 1.0})
     assert sys.unraisablehook is hook and error.value.setting == "model_dir"
     store.close()
+
+
+def test_a_failed_restore_is_told_once(tmp_path, caplog):
+    """Orbax waits for one failed read; asyncio would tell of the others, and does tell of anybody else's."""
+    store = StateStore(tmp_path)
+    with pytest.raises(SettingError):
+        store.restore(3, {"a": 1.0})
+    store.close()
+
+    async def orbax_reads():
+        await serialization.async_deserialize(None, {})  # pyright: ignore[reportArgumentType]
+
+    async def another_reads():
+        raise OSError("no such file")
+
+    for read in (orbax_reads, another_reads):
+        with asyncio.Runner() as runner:
+            task = runner.get_loop().create_task(read())
+            runner.run(asyncio.wait([task]))
+        del task
+    gc.collect()
+    told = [record.exc_info[1] for record in caplog.records if record.name == "asyncio" and record.exc_info]
+    assert [*map(str, told)] == ["no such file"]
 
 
 def test_flags_need_neither_gin_nor_jax():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -24,17 +25,26 @@ def pages(docs_module):
     return docs_module("notebook_pages")
 
 
+def shortened(text: str) -> str:
+    """Returns a notebook with a quarter of the steps, and with evaluations four times as often."""
+    settings = r"""((?:"TRAIN_STEPS"|"EVAL_PERIOD"|"steps"|"eval_every"): |\b(?:steps|eval_every)=)(\d+)"""
+    short, count = re.subn(settings, lambda found: found[1] + str(int(found[2]) // 4), text)
+    assert count >= 2
+    return short
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs(name, tmp_path):
     """In an empty folder, as a reader would run it; it ends with what it promises."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    notebook = tmp_path / f"{name}.py"
+    notebook.write_text(shortened((FOLDER / notebook.name).read_text(encoding="utf-8")), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580,
-    )  # fmt: skip
+        [sys.executable, notebook], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == MADE[name]
+    assert sorted(path.name for path in tmp_path.iterdir() if path != notebook) == MADE[name]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -42,6 +42,8 @@ spec.Sweep:
   }}
 """
 
+PROGRAM = [sys.executable, "-m", "prompt_tuning_jax.sweep"]
+
 
 @pytest.fixture(scope="module")
 def sweep_file(tiny, tmp_path_factory):
@@ -63,19 +65,22 @@ def sweep_file(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(tiny, sweep_file):
-    """The command line but for SWEEP_DIR and the launcher."""
-    return [sys.executable, "-m", "prompt_tuning_jax.sweep", f"--gin_file={sweep_file}"]
+def command(sweep_file):
+    """The arguments of `sweep` but for SWEEP_DIR and the launcher."""
+    return [f"--gin_file={sweep_file}"]
 
 
 def in_folder(folder):
     return f"--gin.SWEEP_DIR={str(folder)!r}"
 
 
-def run(tiny, command, *more, **options):
+def run(tiny, command, *more):
+    """Runs `sweep`: in a process of its own if it starts processes itself, whose output is then that of all."""
+    if not {"--launcher=local", "--launcher=slurm"} & {*more}:
+        return tiny.run([*command, *more], "sweep")
     return subprocess.run(
-        [*command, *more], env=os.environ | tiny.environment, cwd=tiny.folder, text=True, capture_output=True,
-        timeout=300, **options,
+        [*PROGRAM, *command, *more], env=os.environ | tiny.environment, cwd=tiny.folder, text=True,
+        capture_output=True, timeout=300,
     )  # fmt: skip
 
 
@@ -150,10 +155,7 @@ def test_trials_are_as_if_they_had_been_trained_alone(tiny, command, finished, t
     assert len(trial_folders(finished)) == 6
     name = "INIT=words,LEARNING_RATE=0.3,RANDOM_SEED=2"
     done = run(tiny, command, in_folder(tmp_path), "--launcher=print", "--gin.RATES=[0.3]", f"--only={name}")
-    alone = subprocess.run(
-        [sys.executable, *shlex.split(done.stdout)[1:]], env=os.environ | tiny.environment, cwd=tiny.folder, timeout=300
-    )
-    assert alone.returncode == 0
+    assert tiny.run(shlex.split(done.stdout)[3:]).returncode == 0
     assert prompts(tmp_path / name) == prompts(finished / name)
     assert records(tmp_path / name) == records(finished / name)
     assert summary(tmp_path / name) == summary(finished / name)
@@ -171,7 +173,7 @@ def test_finished_trials_are_left_out_and_a_grid_may_grow(tiny, command, finishe
 
 def test_finished_trials_may_get_more_steps(tiny, command, finished, tmp_path):
     """They end as if they had been given all steps at once. Trials that `--only` leaves out stay as they are."""
-    arguments = [in_folder(tmp_path), "--launcher=local", "--gin.RATES=[0.3]"]
+    arguments = [in_folder(tmp_path), "--launcher=here", "--gin.RATES=[0.3]"]
     first, second, *_ = names = [path.name for path in trial_folders(finished)]
     short = run(tiny, command, *arguments, "--gin.TRAIN_STEPS=40", f"--only={first}:{second}")
     assert short.returncode == 0, short.stderr
@@ -218,7 +220,7 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_undisturbed(tiny, command, fin
     rng = random.Random(0)
     for step in sorted(rng.sample(range(10, 50), 2)):
         process = subprocess.Popen(
-            [*command, *arguments], env=os.environ | tiny.environment, cwd=tiny.folder,
+            [*PROGRAM, *command, *arguments], env=os.environ | tiny.environment, cwd=tiny.folder,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.time() + 200
@@ -279,13 +281,10 @@ def test_kubernetes_gets_a_manifest_a_job(tiny, command, tmp_path):
     assert "--launcher=here" in text and text.count("RANDOM_SEED=") == 4
 
 
-def test_a_launcher_whose_program_is_missing_says_what_to_install(tiny, command, tmp_path):
+def test_a_launcher_whose_program_is_missing_says_what_to_install(tiny, command, tmp_path, monkeypatch):
     fields = {"cluster": "c", "tpu_type": "v5litepod-16", "docker_image": "i", "project": "p", "zone": "z"}
     arguments = [f"--gin.xpk.Xpk.{name}={value!r}" for name, value in fields.items()]
-    environment = os.environ | tiny.environment | {"PATH": str(tmp_path)}
+    monkeypatch.setenv("PATH", str(tmp_path))
     for launcher, part in (("xpk", "xpk"), ("slurm", "sbatch")):
-        done = subprocess.run(
-            [*command, in_folder("runs/none"), f"--launcher={launcher}", *arguments],
-            env=environment, cwd=tiny.folder, text=True, capture_output=True, timeout=300,
-        )  # fmt: skip
+        done = tiny.run([*command, in_folder("runs/none"), f"--launcher={launcher}", *arguments], "sweep")
         assert done.returncode == 2 and f"{part}" in done.stderr.splitlines()[-1], done.stderr

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_an_official_size_is_a_few_times_the_prompt(tmp_path, sh
 
 def test_the_same_command_gives_the_same_bytes(tiny, command, finished, tmp_path):
     """And with the tokens in their cache, neither TensorFlow nor torch is loaded for a run."""
-    done = tiny.run([*command, model_dir(tmp_path / "again")], python=["-X", "importtime"])
+    done = tiny.run_process([*command, model_dir(tmp_path / "again")], python=["-X", "importtime"])
     assert done.returncode == 0
     assert_same_run(tmp_path / "again", finished)
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]

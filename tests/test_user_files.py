@@ -315,7 +315,7 @@ def test_a_run_on_files_named_in_gin(tiny, tmp_path):
     write(tmp_path / "dev.jsonl")
     given = ("prompts/random_uniform.gin", "runs/prompt_tune.gin", "tasks/files.gin")
     run = tiny.arguments(*given, **macros, TRAIN_STEPS=4, EVAL_PERIOD=4, LOG_PERIOD=4, MODEL_DIR=str(tmp_path / "run"))
-    done = tiny.run(run, python=["-X", "importtime"])
+    done = tiny.run_process(run, python=["-X", "importtime"])
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "mine" and {*summary["best"]} == {"accuracy", "f1"}

@@ -1,6 +1,7 @@
 """Makes a base model so small that a run takes seconds; the tests of the command lines train on it."""
 
 import contextlib
+import importlib
 import io
 import os
 import shutil
@@ -108,10 +109,32 @@ class Tiny(NamedTuple):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         return subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, **pipes)
 
-    def run(self, arguments: list[str], **options) -> subprocess.CompletedProcess:
-        process = self.start(arguments, **options)
+    def run_process(self, arguments: list[str], python: Sequence[str] = ()) -> subprocess.CompletedProcess:
+        """Starts the process, and returns its output when it has ended."""
+        process = self.start(arguments, python)
         stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def run(self, arguments: list[str], command: str = "train") -> subprocess.CompletedProcess:
+        """Runs a command of the package in this process, which saves the imports, and returns what a process would.
+
+        For tests of what a command reads, prints and writes. Tests of signals, limits and imports need a process.
+        """
+        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            stack.enter_context(own_caches(self, patch))
+            # Not the processes' folder: JAX warns of a half-written file, which a test that kills a process may leave.
+            stack.enter_context(keeping_compiled_programs(self.folder / "compiled_here"))
+            stack.enter_context(contextlib.chdir(self.folder))
+            stack.enter_context(contextlib.redirect_stdout(stdout))
+            stack.enter_context(contextlib.redirect_stderr(stderr))
+            patch.setattr(sys, "argv", [command, *arguments])
+            try:
+                importlib.import_module(f"prompt_tuning_jax.{command}").main()
+            except SystemExit as ended:
+                code = ended.code
+        return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 def make_tiny(factory: pytest.TempPathFactory) -> Tiny:

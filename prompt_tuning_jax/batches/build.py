@@ -159,8 +159,12 @@ def _state_before_reading(path: str) -> PathState:
 
 @functools.cache
 def _watch_opens() -> None:
-    """Installs the audit hook. It cannot be removed, and Python calls it for events of every kind."""
-    sys.addaudithook(lambda event, arguments: event in READ_EVENTS and _record_opened(event, arguments))
+    """Installs the audit hook. It cannot be removed, and Python calls it for events of every kind.
+
+    At exit, Python still calls it when this module's names are None already, so the hook holds what it needs.
+    """
+    events, record = READ_EVENTS, _record_opened
+    sys.addaudithook(lambda event, arguments: event in events and record(event, arguments))
 
 
 @contextlib.contextmanager

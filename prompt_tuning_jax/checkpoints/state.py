@@ -8,17 +8,19 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from prompt_tuning_jax.checkpoints.base import fingerprint
@@ -223,6 +225,7 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
+asyncio_log = logging.getLogger("asyncio")
 LATE = 0.5  # seconds to wait for the other reads or writes of a failed restore or save
 
 
@@ -231,33 +234,41 @@ class _Quiet:
 
     Orbax logs tracebacks. It also leaves the other reads or writes of a failure running, and each of these would print
     through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the last of
-    the contexts ends that several threads and stores may have entered.
+    the contexts ends that several threads and stores may have entered. If one of the other reads or writes fails as
+    well, asyncio logs its traceback when it is freed, which may be when the process ends; see `_is_not_of_orbax`.
     """
 
     def __init__(self) -> None:
         self._lock, self._entered = threading.Lock(), 0
-        self._show, self._level = sys.unraisablehook, logging.get_verbosity()
+        self._show, self._level = sys.unraisablehook, absl_logging.get_verbosity()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._entered:
-                self._show, self._level = sys.unraisablehook, logging.get_verbosity()
+                self._show, self._level = sys.unraisablehook, absl_logging.get_verbosity()
                 sys.unraisablehook = self._hook
-                logging.set_verbosity(logging.FATAL)
+                absl_logging.set_verbosity(absl_logging.FATAL)
             self._entered += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            asyncio_log.addFilter(_is_not_of_orbax)  # once: a filter that is there already is not added again
             time.sleep(LATE)
         with self._lock:
             self._entered -= 1
             if not self._entered:
                 sys.unraisablehook = self._show
-                logging.set_verbosity(self._level)
+                absl_logging.set_verbosity(self._level)
 
     def _hook(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             self._show(unraisable)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Returns whether what asyncio logs is not an exception of a read or write of Orbax."""
+    trace = record.exc_info[2] if record.exc_info else None
+    return not any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in traceback.walk_tb(trace))
 
 
 _QUIET = _Quiet()
