@@ -1,6 +1,7 @@
 """A run's folder checks itself: what was damaged, deleted or is in use is said in one line, and never goes on wrong."""
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -140,6 +142,35 @@ def test_without_a_whole_checkpoint_nothing_is_touched(model, folder):
     with pytest.raises(SettingError, match=r"^checkpoint 6 in `folder` cannot be restored \(.*\), nor can the 2 be"):
         run(model, folder)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_restored_state_gives_the_program_of_a_new_one(tmp_path):
+    """Arrays that are committed to a device would give the step another program, which would be compiled anew."""
+    new = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.ones((), jnp.bfloat16), "step": jnp.int32(3)}
+    on_device = jax.device_put(new, jax.devices()[0])
+    store = StateStore(tmp_path)
+    store.save(1, new)
+    store.wait()
+    twice = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + leaf, state), donate_argnums=0)
+    for like in (new, on_device):
+        restored = store.restore(1, like)
+        assert [leaf.committed for leaf in restored.values()] == 3 * [like is on_device]
+        assert twice.lower(restored).as_text() == twice.lower(like).as_text()
+        jax.tree.map(np.testing.assert_array_equal, restored, like)
+        jax.tree.map(np.testing.assert_array_equal, twice(restored), {name: 2 * new[name] for name in new})
+    assert twice.lower(new).as_text() != twice.lower(on_device).as_text()
+    store.close()
+
+
+def test_a_state_of_other_shapes_is_refused_and_told_once(tmp_path):
+    store = StateStore(tmp_path)
+    store.save(1, {"a": jnp.ones((3, 4)), "b": jnp.ones(2), "c": jnp.ones(())})
+    store.wait()
+    for like in (jnp.ones((4, 4)), jnp.ones((2, 4)), jnp.ones(12)):
+        with pytest.raises(SettingError, match="not compatible with the stored shape"):  # Orbax's words
+            store.restore(1, {"a": like, "b": jnp.ones(2), "c": jnp.ones(())})
+        gc.collect()  # what Orbax left unfinished would be printed now, and pytest would make it an error
+    store.close()
 
 
 def test_any_bit_of_a_state_is_seen(tmp_path):

@@ -6,6 +6,7 @@ import, so it is imported only when a state is read or written.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
@@ -175,14 +178,16 @@ class StateStore:
 
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         state, reason, extra, expected = None, "", {}, None
-        try:
-            with _QUIET:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        with _QUIET:
+            try:
+                state = _placed_like(like, self._manager.restore(step, args=ocp.args.StandardRestore(shapes)))
                 extra, expected = self.extra(step), self._checksum(step)
-        except jax.errors.JaxRuntimeError:  # an error of a device or of another process
-            raise
-        except Exception as error:  # of any type: TensorStore raises plain exceptions
-            reason = _first_line(error)
+            except jax.errors.JaxRuntimeError:  # an error of a device or of another process
+                raise
+            except Exception as error:  # of any type: TensorStore raises plain exceptions
+                reason = _first_line(error)
+            if reason:
+                _QUIET.wait_for_other_failures()
         if not all_agree(not reason):
             return None, reason or "another process cannot read its part of it"
         if expected is not None and expected != checksum(state, extra):
@@ -211,6 +216,20 @@ class StateStore:
                 self._writes = False
 
 
+def _placed_like(like: Any, restored: Any) -> Any:
+    """Returns what was restored, with the arrays uncommitted that are uncommitted in `like`.
+
+    Orbax commits every array to a device. XLA compiles another program for committed arrays, so the step and the
+    evaluation of a run that goes on would not be found in the compilation cache.
+    """
+    leaves, structure = jax.tree.flatten(restored)
+    del restored  # so that each array can be freed when it has been copied
+    for index, leaf in enumerate(jax.tree.leaves(like)):
+        if isinstance(leaf, jax.Array) and not leaf.committed:
+            leaves[index] = jnp.asarray(np.asarray(leaves[index]))
+    return jax.tree.unflatten(structure, leaves)
+
+
 def checksum(state: Any, extra: Mapping[str, Any]) -> str:
     """Returns 16 hexadecimal digits that change with any value of `state` or of `extra`, but not with the mesh."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
@@ -233,7 +252,7 @@ class _Quiet:
     """A context that hides what Orbax prints about a failure in addition to raising it.
 
     Orbax logs tracebacks. It also leaves the other reads or writes of a failure running, and each of these would print
-    through `sys.unraisablehook` that its event loop is closed. The log level and the hook are reset when the last of
+    through `sys.unraisablehook` that its event loop is closed or that it did not end. The log level and the hook are reset when the last of
     the contexts ends that several threads and stores may have entered. If one of the other reads or writes fails as
     well, asyncio logs its traceback when it is freed, which may be when the process ends; see `_is_not_of_orbax`.
     """
@@ -252,23 +271,32 @@ class _Quiet:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            asyncio_log.addFilter(_is_not_of_orbax)  # once: a filter that is there already is not added again
-            time.sleep(LATE)
+            self.wait_for_other_failures()
         with self._lock:
             self._entered -= 1
             if not self._entered:
                 sys.unraisablehook = self._show
                 absl_logging.set_verbosity(self._level)
 
+    def wait_for_other_failures(self) -> None:
+        """Waits for the other reads or writes of a failure, and frees those whose exception nobody holds."""
+        asyncio_log.addFilter(_is_not_of_orbax)  # once: a filter that is there already is not added again
+        time.sleep(LATE)
+        gc.collect()
+
     def _hook(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if str(unraisable.exc_value) != "Event loop is closed" and not _is_of_orbax(unraisable.exc_traceback):
             self._show(unraisable)
+
+
+def _is_of_orbax(trace: types.TracebackType | None) -> bool:
+    """Returns whether a traceback goes through Orbax."""
+    return any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in traceback.walk_tb(trace))
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Returns whether what asyncio logs is not an exception of a read or write of Orbax."""
-    trace = record.exc_info[2] if record.exc_info else None
-    return not any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in traceback.walk_tb(trace))
+    return not _is_of_orbax(record.exc_info[2] if record.exc_info else None)
 
 
 _QUIET = _Quiet()
