@@ -6,7 +6,6 @@ import math
 import types
 
 import flax.errors
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -21,9 +20,18 @@ from prompt_tuning_jax.batches.loader import Batch
 from prompt_tuning_jax.methods.method import Injection
 from prompt_tuning_jax.methods.model_tuning import ModelTuning
 from prompt_tuning_jax.methods.prompt_tuning import PROMPT, PromptTuning
+from prompt_tuning_jax.t5 import network
 from prompt_tuning_jax.t5.config import T5Config
 from prompt_tuning_jax.t5.decoding import encode_once
-from prompt_tuning_jax.t5.layers import Dense, RelativePositionBias, RMSNorm, relative_position_bucket
+from prompt_tuning_jax.t5.layers import (
+    Dense,
+    Kept,
+    RelativePositionBias,
+    RMSNorm,
+    draw_kept,
+    drop,
+    relative_position_bucket,
+)
 from prompt_tuning_jax.t5.log_likelihood import token_log_probs
 from prompt_tuning_jax.t5.network import EncoderLayer, Transformer, prepend_prompt
 from prompt_tuning_jax.training.loss import cross_entropy
@@ -385,7 +393,9 @@ def encode_layer_by_layer(config, params, inputs, prompt, layer_prompts, prompt_
     for number in range(config.num_encoder_layers):
         mine = layer_prompts[number] if layer_prompts.ndim == 3 else layer_prompts[:, number]
         x = x.at[:, :length].set(mine) if prompt is None else x.at[:, :length].add(mine)
-        x = EncoderLayer(config).apply({"params": own["encoder"][f"layers_{number}"]}, x, bias, mask, None, None)
+        nothing_dropped = Kept([None, None], None, [None])
+        variables = {"params": own["encoder"][f"layers_{number}"]}
+        x = EncoderLayer(config).apply(variables, x, bias, mask, None, nothing_dropped)
     return RMSNorm(config.dtype).apply({"params": own["encoder"]["encoder_norm"]}, x)
 
 
@@ -509,25 +519,80 @@ def test_one_dropout_mask_for_all_positions():
     assert 0 < np.mean(encoded == 0) < 0.7  # features of the output are dropped, whole columns of them
 
 
-def test_prompt_is_dropped_with_the_input():
+def masks(config, layers, lengths, rows, seed=0):
+    """Returns all of a stack's dropout masks, by what they are of."""
+    return draw_kept(lambda name: jax.random.key(seed), config, layers, lengths, jnp.asarray(rows))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))
+def test_what_a_row_drops_depends_neither_on_padding_nor_on_other_rows(own, encoded, more, batch, seed):
+    config = dataclasses.replace(SMALL, dropout_rate=0.3)
+    narrow = masks(config, 2, (own, encoded), range(batch), seed)
+    wide = masks(config, 2, (own + more, encoded), range(batch), seed)
+    alone = masks(config, 2, (own, encoded), [batch - 1], seed)
+    for kept, of_wide in zip(narrow.layers, wide.layers, strict=True):
+        assert kept.values[0].shape == (batch, SMALL.num_heads, own, 1)
+        assert kept.values[1].shape == (batch, SMALL.num_heads, encoded, 1)
+        np.testing.assert_array_equal(of_wide.values[0][:, :, :own], kept.values[0])
+        np.testing.assert_array_equal(of_wide.values[1], kept.values[1])
+    features = [
+        jax.tree.leaves((each.input, each.output, [(x.residual, x.hidden) for x in each.layers]))
+        for each in (narrow, wide)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *features)
+    jax.tree.map(lambda one, row: np.testing.assert_array_equal(one[0], row[-1]), alone, narrow)
+
+
+def test_all_masks_of_a_stack_are_drawn_independently_and_keep_their_share():
+    config = dataclasses.replace(SMALL, emb_dim=50, mlp_dim=50, num_heads=5, dropout_rate=0.3)
+    drawn = [np.asarray(mask).reshape(100, 50) for mask in jax.tree.leaves(masks(config, 3, (10, 10), range(100)))]
+    assert len(drawn) == 2 + 3 * (3 + 1 + 2)
+    # 5,000 draws each: the standard deviation of the share kept is 0.0065, of a correlation 0.014.
+    assert [mask.mean() for mask in drawn] == pytest.approx([0.7] * len(drawn), abs=0.03)
+    correlations = np.corrcoef([mask.ravel() for mask in drawn]) - np.eye(len(drawn))
+    assert np.abs(correlations).max() < 0.07
+    between_rows = np.corrcoef(np.concatenate(drawn, axis=1)) - np.eye(100)  # of 1,000 draws: 0.032
+    assert np.abs(between_rows).max() < 0.16
+    features = jnp.arange(1.0, 25.0).reshape(1, 4, 6)
+    kept = jnp.array([1, 0, 1, 1, 0, 1], bool)[None, None]
+    np.testing.assert_array_equal(drop(features, kept, 0.3), np.where(kept, features / np.float32(0.7), 0))
+
+
+def test_encoder_and_decoder_draw_other_masks_but_few_times():
+    """XLA for CPUs takes long to compile each draw, so their number does not grow with the number of layers."""
+    config = dataclasses.replace(SMALL, num_encoder_layers=5, num_decoder_layers=4, dropout_rate=0.3)
+    model, params = random_model(config)
+    tokens = jnp.full((3, 6), 5)
+
+    def logits(key):
+        return model.apply({"params": tree(params)}, tokens, tokens, tokens, rngs={"dropout": key})
+
+    assert str(jax.make_jaxpr(logits)(jax.random.key(0))).count(" random_bits[") == 2
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "draw_kept", lambda *arguments: seen.append(draw_kept(*arguments)) or seen[-1])
+        logits(jax.random.key(0))
+    of_encoder, of_decoder = (each.layers[0].hidden for each in seen)
+    assert of_encoder.shape == of_decoder.shape and (of_encoder != of_decoder).any()
+
+
+def test_prompt_is_dropped_with_the_input(monkeypatch):
     """The prompt is added before the input's dropout, so the same features of both are dropped."""
     config = T5Config(**{**vars(SMALL), "num_encoder_layers": 0, "dropout_rate": 0.5})
     model, params = random_model(config, 3)
-    seen = {}
+    seen = []
 
-    def spy(following, args, kwargs, context):
-        if context.module.name == "dropout" and "input" not in seen:
-            seen["input"] = following(*args, **kwargs)
-            return seen["input"]
-        return following(*args, **kwargs)
+    def spy(*arguments):
+        seen.append(drop(*arguments))
+        return seen[-1]
 
-    with nn.intercept_methods(spy):
-        variables, prompts = with_its_prompt(model, params)
-        model.apply(variables, jnp.full((2, 4), 7), **prompts, rngs={"dropout": jax.random.key(0)}, method="encode")
-    dropped = np.asarray(seen["input"]) == 0
-    assert dropped.shape == (2, 7, SMALL.emb_dim)
-    np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[:, :1], dropped.shape))
-    assert 0 < dropped.mean() < 1
+    monkeypatch.setattr(network, "drop", spy)
+    variables, prompts = with_its_prompt(model, params)
+    model.apply(variables, jnp.full((2, 4), 7), **prompts, rngs={"dropout": jax.random.key(0)}, method="encode")
+    of_input, of_output = (np.asarray(array) == 0 for array in seen)
+    assert of_input.shape == (2, 7, SMALL.emb_dim)
+    np.testing.assert_array_equal(of_input, np.broadcast_to(of_input[:, :1], of_input.shape))
+    assert 0 < of_input.mean() < 1 and (of_input != of_output).any()
 
 
 def test_logits_through_the_embedding():

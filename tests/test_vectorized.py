@@ -23,7 +23,6 @@ from prompt_tuning_jax.sweeps import run_groups as programs_module
 from prompt_tuning_jax.sweeps.run_groups import padding, programs, runs_per_pass
 from prompt_tuning_jax.sweeps.shared_step import program_key
 from prompt_tuning_jax.sweeps.vectorized import train_together
-from prompt_tuning_jax.t5.layers import AttentionDropout
 from prompt_tuning_jax.training.loop import program_size, train
 from prompt_tuning_jax.training.optimizer import adafactor
 from prompt_tuning_jax.training.progress import Stopped
@@ -309,25 +308,3 @@ def test_runs_that_do_not_fit_into_memory_take_turns(monkeypatch, capsys):
     assert runs_per_pass(runs[:3], [16, 8]) == 3
     monkeypatch.setattr(programs_module, "step_bytes", lambda runs, widest: 2_000 * len(runs))
     assert runs_per_pass(runs, [16, 8]) == 1
-
-
-@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))
-def test_attention_dropout_does_not_depend_on_padding_nor_on_other_rows(keys, more, batch, seed):
-    ones, rows = jax.numpy.ones((batch, 2, keys + more, 4)), jax.numpy.arange(batch)
-    dropout = AttentionDropout(0.3)
-    rngs = {"dropout": jax.random.key(seed)}
-    wide = dropout.apply({}, ones, rows, rngs=rngs)
-    narrow = dropout.apply({}, ones[:, :, :keys], rows, rngs=rngs)
-    assert np.array_equal(wide[:, :, :keys], narrow)
-    assert np.array_equal(dropout.apply({}, ones[-1:], rows[-1:], rngs=rngs), wide[-1:])
-    assert set(np.unique(narrow)) <= {np.float32(0), np.float32(1 / 0.7)}
-    assert np.array_equal(narrow, np.broadcast_to(narrow[..., :1], narrow.shape))  # one choice for a whole position
-
-
-def test_attention_dropout_keeps_its_share():
-    dropped = AttentionDropout(0.3).apply(
-        {}, jax.numpy.ones((100, 10, 50, 1)), jax.numpy.arange(100), rngs={"dropout": jax.random.key(0)}
-    )
-    # 50,000 draws: the standard deviation of the share kept is 0.002.
-    assert np.mean(np.asarray(dropped) > 0) == pytest.approx(0.7, abs=0.01)
-    assert np.mean(dropped) == pytest.approx(1.0, abs=0.015)

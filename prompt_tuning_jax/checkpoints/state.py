@@ -252,9 +252,10 @@ class _Quiet:
     """A context that hides what Orbax prints about a failure in addition to raising it.
 
     Orbax logs tracebacks. It also leaves the other reads or writes of a failure running, and each of these would print
-    through `sys.unraisablehook` that its event loop is closed or that it did not end. The log level and the hook are reset when the last of
-    the contexts ends that several threads and stores may have entered. If one of the other reads or writes fails as
-    well, asyncio logs its traceback when it is freed, which may be when the process ends; see `_is_not_of_orbax`.
+    through `sys.unraisablehook` that its event loop is closed or that it did not end. The log level and the hook are
+    reset when the last of the contexts ends that several threads and stores may have entered. If one of the other reads
+    or writes fails as well, asyncio logs its traceback when it is freed, which may be when the process ends; see
+    `_is_not_of_orbax`.
     """
 
     def __init__(self) -> None:

@@ -21,14 +21,16 @@ from prompt_tuning_jax.t5.layers import (
     RESIDUAL,
     Attention,
     Dense,
-    Dropout,
     Embed,
+    Kept,
     KeyValue,
     MlpBlock,
     Prefix,
     RelativePositionBias,
     RMSNorm,
     Rows,
+    draw_kept,
+    drop,
 )
 
 Mask = Bool[Array, "#B 1 #Q K"]
@@ -54,21 +56,21 @@ class EncoderLayer(nn.Module):
         bias: Bias,
         mask: Mask,
         lengths: Int[Array, " B"] | None,
-        rows: Rows,
+        kept: Kept,
         prefix: Prefix | None = None,
     ) -> Float[Array, "B S D"]:
         cfg = self.config
-        dropout = functools.partial(Dropout(cfg.dropout_rate), rows=rows)
         attention = Attention(cfg, name="attention")
 
         y = RMSNorm(cfg.dtype, name="pre_attention_layer_norm")(x)
         y = attention(
-            y, attention.after(prefix, attention.project(y)), bias=bias, mask=mask, lengths=lengths, rows=rows
+            y, attention.after(prefix, attention.project(y)), bias=bias, mask=mask, lengths=lengths, kept=kept.values[0]
         )
-        x = with_logical_constraint(x + dropout(y), RESIDUAL)
+        x = with_logical_constraint(x + drop(y, kept.residual[0], cfg.dropout_rate), RESIDUAL)
 
         y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
-        return with_logical_constraint(x + dropout(MlpBlock(cfg, name="mlp")(y, rows)), RESIDUAL)
+        y = MlpBlock(cfg, name="mlp")(y, kept.hidden)
+        return with_logical_constraint(x + drop(y, kept.residual[1], cfg.dropout_rate), RESIDUAL)
 
 
 class DecoderLayer(nn.Module):
@@ -86,7 +88,6 @@ class DecoderLayer(nn.Module):
         self.encoder_decoder_attention = Attention(cfg)
         self.pre_mlp_layer_norm = RMSNorm(cfg.dtype)
         self.mlp = MlpBlock(cfg)
-        self.dropout = Dropout(cfg.dropout_rate)
 
     def project_encoded(self, encoded: Float[Array, "B S D"]) -> KeyValue:
         return self.encoder_decoder_attention.project(encoded)
@@ -99,21 +100,22 @@ class DecoderLayer(nn.Module):
         mask: Mask,
         encoded_mask: EncodedMask,
         cache_index: Int[Array, ""] | None,
-        rows: Rows,
+        kept: Kept,
         prefix: Prefix | None = None,
     ) -> Float[Array, "B Q D"]:
+        rate = self.config.dropout_rate
         y = self.pre_self_attention_layer_norm(x)
         cached = cache_index is not None
         kv = self.self_attention.extend_cache(y, cache_index) if cached else self.self_attention.project(y)
-        y = self.self_attention(y, self.self_attention.after(prefix, kv), bias=bias, mask=mask, rows=rows)
-        x = x + self.dropout(y, rows)
+        y = self.self_attention(y, self.self_attention.after(prefix, kv), bias=bias, mask=mask, kept=kept.values[0])
+        x = x + drop(y, kept.residual[0], rate)
 
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, encoded_kv, mask=encoded_mask, rows=rows)
-        x = x + self.dropout(y, rows)
+        y = self.encoder_decoder_attention(y, encoded_kv, mask=encoded_mask, kept=kept.values[1])
+        x = x + drop(y, kept.residual[1], rate)
 
-        y = self.mlp(self.pre_mlp_layer_norm(x), rows)
-        return with_logical_constraint(x + self.dropout(y, rows), RESIDUAL)
+        y = self.mlp(self.pre_mlp_layer_norm(x), kept.hidden)
+        return with_logical_constraint(x + drop(y, kept.residual[2], rate), RESIDUAL)
 
 
 class Encoder(nn.Module):
@@ -135,7 +137,6 @@ class Encoder(nn.Module):
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.layers = [remat(EncoderLayer, cfg)(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = RMSNorm(cfg.dtype)
-        self.dropout = Dropout(cfg.dropout_rate)
 
     def __call__(
         self,
@@ -148,7 +149,7 @@ class Encoder(nn.Module):
         lengths: Int[Array, " B"] | None = None,
         rows: Rows = None,
     ) -> Float[Array, "B S D"]:
-        x = embedded
+        cfg, x = self.config, embedded
         if prompt is None and self.prompt_factory is not None:
             prompt = self.prompt(embedded)
         first = prompt if prompt is not None or layer_prompts is None else layer_prompts[..., 0, :, :]
@@ -157,19 +158,20 @@ class Encoder(nn.Module):
             prompt_length = first.shape[-2]
             mask = extend_over_prompt(mask, prompt_length, prompt_mask)
             lengths = None if lengths is None or prompt_mask is not None else lengths + prompt_length
-        x = self.dropout(x, rows)
         prefixes = prefixes_of(self)
         before = 0
         if prefixes is not None:
             before = prefixes.key.shape[2]
             mask, lengths = extend_over_prompt(mask, before), None  # with a prefix there is no fused attention
         biases = position_biases(self, x.shape[1], before + x.shape[1], before)
+        kept = draw_kept(self.make_rng, cfg, cfg.num_encoder_layers, [before + x.shape[1]], rows)
+        x = drop(x, kept.input, cfg.dropout_rate)
         replaces = prompt is None if layers_replace is None else layers_replace
         for number, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
             if layer_prompts is not None:
                 x = change_prompt(x, layer_prompts[..., number, :, :], replaces)
-            x = layer(x, bias, mask, lengths, rows, prefix_of_layer(prefixes, number))
-        return self.dropout(self.encoder_norm(x), rows)
+            x = layer(x, bias, mask, lengths, kept.layers[number], prefix_of_layer(prefixes, number))
+        return drop(self.encoder_norm(x), kept.output, cfg.dropout_rate)
 
 
 class Decoder(nn.Module):
@@ -183,7 +185,6 @@ class Decoder(nn.Module):
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.layers = [remat(DecoderLayer, cfg)(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = RMSNorm(cfg.dtype)
-        self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.logits_via_embedding:
             self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
 
@@ -201,7 +202,7 @@ class Decoder(nn.Module):
         decode: bool = False,
         max_decode_length: int | None = None,
     ) -> Float[Array, "B Q D"]:
-        queries = embedded.shape[1]
+        cfg, queries = self.config, embedded.shape[1]
         index, keys = None, queries
         if decode:
             started = self.has_variable("cache", "cache_index")
@@ -219,12 +220,13 @@ class Decoder(nn.Module):
             mask = extend_over_prompt(mask, length)
             keys, first = length + keys, first + length
         biases = position_biases(self, queries, keys, first)
+        kept = draw_kept(self.make_rng, cfg, cfg.num_decoder_layers, [keys, encoded_kv[0].key.shape[2]], rows)
 
-        x = self.dropout(embedded, rows)
+        x = drop(embedded, kept.input, cfg.dropout_rate)
         for number, (layer, key_value, bias) in enumerate(zip(self.layers, encoded_kv, biases, strict=True)):
             prefix = prefix_of_layer(prefixes, number)
-            x = layer(x, key_value, bias, mask, encoded_mask, index, rows, prefix)
-        return self.dropout(self.decoder_norm(x), rows)
+            x = layer(x, key_value, bias, mask, encoded_mask, index, kept.layers[number], prefix)
+        return drop(self.decoder_norm(x), kept.output, cfg.dropout_rate)
 
 
 class Transformer(nn.Module):
