@@ -135,7 +135,8 @@ class Encoder(nn.Module):
             self.prompt = self.prompt_factory()
         if not cfg.relative_bias_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.layers = [remat(EncoderLayer, cfg)(cfg) for _ in range(cfg.num_encoder_layers)]
+        layer = traced_once(self, remat(EncoderLayer, cfg))
+        self.layers = [layer(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = RMSNorm(cfg.dtype)
 
     def __call__(
@@ -183,7 +184,8 @@ class Decoder(nn.Module):
         cfg = self.config
         if not cfg.relative_bias_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.layers = [remat(DecoderLayer, cfg)(cfg) for _ in range(cfg.num_decoder_layers)]
+        layer = traced_once(self, remat(DecoderLayer, cfg))
+        self.layers = [layer(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = RMSNorm(cfg.dtype)
         if not cfg.logits_via_embedding:
             self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
@@ -405,6 +407,15 @@ def remat(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
     matmuls = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(MATMUL))
     policies = {"minimal": matmuls, "full": None}
     return nn.remat(layer, policy=policies[config.remat_policy])
+
+
+def traced_once(stack: nn.Module, layer: type[nn.Module]) -> type[nn.Module]:
+    """Returns the layer such that a stack's layers, whose arguments have equal shapes, share one tracing.
+
+    XLA then inlines it in each place: the program is the same. `Module.init` traces each layer, because inside of
+    `nn.jit` Flax would draw other initial parameters.
+    """
+    return layer if stack.is_initializing() else nn.jit(layer)
 
 
 def position_biases(
