@@ -266,8 +266,9 @@ def test_saved_by_a_result_is_loaded_into_the_plain_model(name, model, rows, tmp
     else:
         result.save(tmp_path / "merged", merge=True)
         plain = load(str(tmp_path / "merged"))
+    # A merged kernel rounds each weight, and the sums of products after it; 1.6e-6 was found.
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(logits(plain, Injection(), plain.parameters), expected, atol=1e-6 * scale)
+    np.testing.assert_allclose(logits(plain, Injection(), plain.parameters), expected, atol=2e-6 * scale)
     if name in ("LoRA", "IA3", "PrefixTuning"):
         result.save(tmp_path / "adapter")
         found = jax.tree.map(jnp.asarray, injection_of(tmp_path / "adapter", model.config))
