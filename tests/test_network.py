@@ -12,7 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from fixtures.models import OFFICIAL_PROMPT, apart, parameters, prompted, random_model, random_tokens, shapes_of, tree
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.sizes import SIZES
@@ -524,6 +524,7 @@ def masks(config, layers, lengths, rows, seed=0):
     return draw_kept(lambda name: jax.random.key(seed), config, layers, lengths, jnp.asarray(rows))
 
 
+@settings(max_examples=20, deadline=None)  # each compiles
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))
 def test_what_a_row_drops_depends_neither_on_padding_nor_on_other_rows(own, encoded, more, batch, seed):
     config = dataclasses.replace(SMALL, dropout_rate=0.3)
