@@ -524,7 +524,7 @@ def masks(config, layers, lengths, rows, seed=0):
     return draw_kept(lambda name: jax.random.key(seed), config, layers, lengths, jnp.asarray(rows))
 
 
-@settings(max_examples=20, deadline=None)  # each compiles
+@settings(max_examples=20, deadline=None)  # each example compiles three programs
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31 - 1))
 def test_what_a_row_drops_depends_neither_on_padding_nor_on_other_rows(own, encoded, more, batch, seed):
     config = dataclasses.replace(SMALL, dropout_rate=0.3)

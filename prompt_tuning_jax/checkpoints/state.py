@@ -219,8 +219,9 @@ class StateStore:
 def _placed_like(like: Any, restored: Any) -> Any:
     """Returns what was restored, with the arrays uncommitted that are uncommitted in `like`.
 
-    Orbax commits every array to a device. XLA compiles another program for committed arrays, so the step and the
-    evaluation of a run that goes on would not be found in the compilation cache.
+    Orbax commits every array to a device. For committed arrays JAX makes another program of the same function, which
+    the compilation cache of the first start does not have. So a run that goes on would compile its step and its
+    evaluation anew.
     """
     leaves, structure = jax.tree.flatten(restored)
     del restored  # so that each array can be freed when it has been copied
@@ -244,7 +245,7 @@ def all_agree(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-asyncio_log = logging.getLogger("asyncio")
+_ASYNCIO_LOG = logging.getLogger("asyncio")
 LATE = 0.5  # seconds to wait for the other reads or writes of a failed restore or save
 
 
@@ -281,7 +282,7 @@ class _Quiet:
 
     def wait_for_other_failures(self) -> None:
         """Waits for the other reads or writes of a failure, and frees those whose exception nobody holds."""
-        asyncio_log.addFilter(_is_not_of_orbax)  # once: a filter that is there already is not added again
+        _ASYNCIO_LOG.addFilter(_is_not_of_orbax)  # once: a filter that is there already is not added again
         time.sleep(LATE)
         gc.collect()
 

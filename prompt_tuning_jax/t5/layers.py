@@ -191,9 +191,10 @@ class RelativePositionBias(nn.Module):
 
 
 class Kept(NamedTuple):
-    """Holds what dropout keeps of each row in one layer, as masks that broadcast to the array; None for no dropout.
+    """Holds masks that are true where dropout keeps a row's numbers in one layer; None instead of a mask drops nothing.
 
-    As in T5X, a feature is dropped at all positions of a row, and a key's value of a head in all of its features.
+    Each mask broadcasts to the array that it is applied to. As in T5X, a feature is dropped at all positions of a row,
+    and a key's value of a head in all of its features.
     """
 
     residual: Sequence[Bool[Array, "B 1 D"] | None]  # what each block adds to the residual stream, in order
@@ -234,6 +235,7 @@ def draw_kept(
     features, heads = blocks * config.emb_dim + config.mlp_dim, len(lengths) * config.num_heads
 
     def draw(layer: Int[Array, ""], row: Int[Array, ""]) -> Kept:
+        # One number for each pair of row and layer, because each call of fold_in takes long to compile, too.
         key = jax.random.fold_in(stack_key, row * (number_of_layers + 1) + layer)
         kept = jax.random.bernoulli(key, 1.0 - config.dropout_rate, (features + max(lengths) * heads,))
         *residual, hidden = jnp.split(kept[None, :features], config.emb_dim * np.arange(1, blocks + 1), axis=1)
